@@ -1,0 +1,134 @@
+"""Configs as values: JSON with a schema version, differences, and a fingerprint that names a run.
+
+A config is a frozen, keyword-only dataclass that inherits from `Config`. tyro makes the command line from it;
+this file adds only what tyro lacks. A class is named in JSON by its bare name and found among the config classes
+that recallax has imported, never by an import string, so that a file cannot run code.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+from collections.abc import Mapping
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+SCHEMA = 1
+
+
+class Config:
+    """Base class of every config; subclasses are frozen dataclasses whose names are unique in the project."""
+
+
+class ConfigError(ValueError):
+    """A config, or the file it was read from, is not valid."""
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """The tail of an error message about an unknown name: `; did you mean 'x'? Known: a, b`."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {close[0]!r}?" if close else "."
+    return f"{hint} Known: {', '.join(sorted(known)) or 'none'}"
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config as JSON values, `{"schema": 1, "class": ..., field: ...}`."""
+    return {"schema": SCHEMA, **_encode(config)}
+
+
+def from_json[C: Config](data: Mapping[str, Any], expected: type[C]) -> C:
+    """The config that `to_json` wrote. Raises ConfigError naming the path of what does not fit."""
+    if data.get("schema") != SCHEMA:
+        raise ConfigError(f"schema is {data.get('schema')!r}; this version of recallax reads schema {SCHEMA}")
+    return _decode({k: v for k, v in data.items() if k != "schema"}, expected, "config")
+
+
+def diff(old: Config, new: Config) -> list[str]:
+    """Lines `path: old -> new` for every leaf that differs; empty when the configs are equal."""
+    a, b = dict(_leaves(to_json(old), "")), dict(_leaves(to_json(new), ""))
+    missing = "(absent)"
+    return [
+        f"{path}: {a.get(path, missing)} -> {b.get(path, missing)}"
+        for path in sorted(a.keys() | b.keys())
+        if a.get(path, missing) != b.get(path, missing)
+    ]
+
+
+def fingerprint(config: Config) -> str:
+    """Ten hex digits that are equal exactly when the configs are equal (SHA-256 of the canonical JSON)."""
+    text = json.dumps(to_json(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def classes() -> dict[str, type[Config]]:
+    """Every config class imported so far, by name. Raises ConfigError if two share a name."""
+    found: dict[str, type[Config]] = {}
+    pending = list(Config.__subclasses__())
+    while pending:
+        cls = pending.pop()
+        pending += cls.__subclasses__()
+        if found.setdefault(cls.__name__, cls) is not cls:
+            raise ConfigError(f"two config classes are named {cls.__name__}; names must be unique")
+    return found
+
+
+def _encode(value: Any) -> Any:
+    match value:
+        case Config():
+            fields = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
+            return {"class": type(value).__name__, **fields}
+        case Mapping():
+            return {str(k): _encode(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_encode(v) for v in value]
+        case None | bool() | int() | float() | str():
+            return value
+    raise ConfigError(f"a config holds {value!r} of type {type(value).__name__}; it must be plain data")
+
+
+def _decode(value: Any, hint: Any, path: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _decode(value, next(a for a in args if a is not type(None)), path)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{path} is {value!r}{nearest(str(value), [str(a) for a in args])}")
+        return value
+    if isinstance(hint, type) and issubclass(hint, Config):
+        return _decode_class(value, hint, path)
+    if origin is tuple and isinstance(value, list):
+        items = [args[0]] * len(value) if args[-1] is ... else list(args)
+        if len(items) != len(value):
+            raise ConfigError(f"{path} has {len(value)} items; it must have {len(items)}")
+        return tuple(_decode(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, items, strict=True)))
+    if origin in (dict, Mapping) and isinstance(value, dict):
+        return {k: _decode(v, args[1], f"{path}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(hint, type) or type(value) is not hint:
+        raise ConfigError(f"{path} is {value!r}; it must be of type {getattr(hint, '__name__', hint)}")
+    return value
+
+
+def _decode_class(value: Any, expected: type[Config], path: str) -> Any:
+    if not isinstance(value, dict) or "class" not in value:
+        raise ConfigError(f"{path} is {value!r}; it must be an object with a 'class'")
+    known = {name: cls for name, cls in classes().items() if issubclass(cls, expected)}
+    cls = known.get(value["class"])
+    if cls is None:
+        raise ConfigError(f"{path} has class {value['class']!r}{nearest(str(value['class']), list(known))}")
+    hints, data = get_type_hints(cls), {k: v for k, v in value.items() if k != "class"}
+    fields = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for key in data.keys() - fields:
+        raise ConfigError(f"{path} has no field {key!r}{nearest(key, sorted(fields))}")
+    return cls(**{k: _decode(v, hints[k], f"{path}.{k}") for k, v in data.items()})
+
+
+def _leaves(value: Any, path: str) -> list[tuple[str, str]]:
+    if isinstance(value, dict):
+        return [leaf for k, v in value.items() for leaf in _leaves(v, f"{path}.{k}" if path else k)]
+    return [(path, json.dumps(value))]

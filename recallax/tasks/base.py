@@ -1,0 +1,65 @@
+"""What a task is: a frozen config whose batches are a pure function of (seed, split, index).
+
+Because the batch index is the data position, resuming a run needs nothing but its step, and any number of
+processes sees the same stream. Batches are numpy; a task can be used without the rest of recallax.
+"""
+
+import abc
+from typing import ClassVar, Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from recallax.config import Config
+from recallax.types import Batch
+
+type Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+
+
+class Task(Config, abc.ABC):
+    """A stream of labelled sequences. Subclasses are frozen keyword-only dataclasses and validate themselves."""
+
+    terms: ClassVar[tuple[str, ...]] = ("next_token",)
+    """Names of the loss terms; `Batch.term` indexes them and the trainer weighs them by name."""
+
+    @property
+    @abc.abstractmethod
+    def tokens(self) -> int:
+        """Size of the vocabulary: every id in `Batch.tokens` and `Batch.targets` is below it."""
+
+    @property
+    @abc.abstractmethod
+    def groups(self) -> tuple[str, ...]:
+        """Names of the buckets that metrics are sliced by; `Batch.group` indexes them."""
+
+    @abc.abstractmethod
+    def lengths(self, split: Split) -> tuple[int, ...]:
+        """Every sequence length that the split can yield, ascending. All rows of one batch share one length."""
+
+    @abc.abstractmethod
+    def max_targets(self, split: Split, length: int) -> int:
+        """Most positions with a weight in any row of that length: logits are computed only there."""
+
+    @abc.abstractmethod
+    def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
+        """Batch number `index` of a split: numpy arrays, `size` rows. Pure in its arguments."""
+
+    @abc.abstractmethod
+    def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """An oracle that sees tokens only; right at every position that carries weight in the test split."""
+
+    @abc.abstractmethod
+    def chance(self) -> float:
+        """Accuracy of the best guess that ignores which answer belongs to which question, in [0, 1]."""
+
+
+def stream(seed: int, split: Split, index: int, task: str) -> np.random.Generator:
+    """The random stream of one batch: counter-based (Philox), so distinct arguments never share numbers.
+
+    `task` is a name that keeps different tasks with one seed apart.
+    """
+    if seed < 0 or index < 0:
+        raise ValueError(f"seed is {seed} and index is {index}; both must be at least 0")
+    domain = int.from_bytes(task.encode()[:6].ljust(6, b"\0"), "little") << 2 | SPLITS.index(split)
+    return np.random.Generator(np.random.Philox(key=[seed, domain], counter=[0, 0, 0, index]))
