@@ -23,10 +23,8 @@ class Task(Config, abc.ABC):
     terms: ClassVar[tuple[str, ...]] = ("next_token",)
     """Names of the loss terms; `Batch.term` indexes them and the trainer weighs them by name."""
 
-    @property
-    @abc.abstractmethod
-    def tokens(self) -> int:
-        """Size of the vocabulary: every id in `Batch.tokens` and `Batch.targets` is below it."""
+    vocab_size: int
+    """Every id in `Batch.tokens` and `Batch.targets` is below it (a field, or a property where there are extra ids)."""
 
     @property
     @abc.abstractmethod

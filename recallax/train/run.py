@@ -1,0 +1,84 @@
+"""One run as a value: everything that decides its numbers, and nothing else."""
+
+from dataclasses import dataclass, field
+
+
+import recallax.layers
+import recallax.tasks  # noqa: F401  reading a config from JSON needs every config class to be known
+from recallax.config import Config, ConfigError
+from recallax.models.lm import LMConfig
+from recallax.tasks.base import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Config):
+    """AdamW with linear warm-up and cosine decay (Loshchilov & Hutter 2019)."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.1
+    """Decoupled decay, on parameters of rank 2 and more that do not opt out."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    warmup: float = 0.05
+    """Fraction of the steps over which the rate rises linearly from 0."""
+    final: float = 0.1
+    """Rate at the last step as a fraction of the peak."""
+    clip: float = 1.0
+    """Largest global norm of the gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Config):
+    """How long, on what, and how to spread it over devices."""
+
+    steps: int = 2000
+    batch_size: int = 64
+    """Rows per optimizer step, over all devices and microbatches."""
+    seed: int = 0
+    """Seed of initialisation and dropout."""
+    data_seed: int = 0
+    """Seed of the task's streams."""
+    accumulate: int = 1
+    """Microbatches per optimizer step; the result is that of the whole batch."""
+    loss_weights: dict[str, float] = field(default_factory=dict)
+    """Coefficient of each loss term by name (the task's terms and the modules' auxiliary ones); 1 where absent."""
+    log_every: int = 50
+    save_every: int = 500
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    data: int = 0
+    """Devices on the data axis of the mesh; 0 takes all that the fsdp axis leaves."""
+    fsdp: int = 1
+    """Devices over which parameters and optimizer state are sharded."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "fsdp"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"train.batch_size {self.batch_size} is not a multiple of train.accumulate {self.accumulate}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Config):
+    """When to evaluate, and on how much."""
+
+    every: int = 500
+    """Steps between evaluations on the valid split; the test split is read once, at the end."""
+    batches: int = 16
+    batch_size: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """A run; the file in `recallax/configs` that returns it is its name."""
+
+    task: Task
+    model: LMConfig
+    optim: AdamW = AdamW()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
