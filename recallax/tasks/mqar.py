@@ -1,0 +1,204 @@
+"""Multi-query associative recall (Arora et al. 2024, Zoology, section 4; Based, figure 2)."""
+
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+import numpy as np
+from jaxtyping import Int
+
+from recallax.config import Config, ConfigError, nearest
+from recallax.tasks.base import Split, Task, stream
+from recallax.tasks.distinct import distinct
+from recallax.types import Batch, whole_rows
+
+Filler = Literal["disjoint", "zoology", "zero"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment(Config):
+    """One slice of a mixture: rows of `length` tokens that hold `pairs` key/value pairs."""
+
+    length: int
+    pairs: int
+    rows: int = 1
+    """Relative weight of the slice among the train batches; without effect in valid and test."""
+
+
+ZOOLOGY_MIX = (
+    Segment(length=64, pairs=4, rows=100_000),
+    Segment(length=128, pairs=8, rows=20_000),
+    Segment(length=256, pairs=16, rows=20_000),
+    Segment(length=256, pairs=32, rows=20_000),
+    Segment(length=256, pairs=64, rows=20_000),
+)
+"""Train mixture of Based's figure 2 and of most later papers."""
+
+ZOOLOGY_TEST = (
+    Segment(length=64, pairs=4),
+    Segment(length=64, pairs=8),
+    Segment(length=64, pairs=16),
+    Segment(length=128, pairs=32),
+    Segment(length=256, pairs=64),
+    Segment(length=512, pairs=128),
+    Segment(length=1024, pairs=256),
+)
+"""Its test slices: the last two are 2 and 4 times longer than anything in `ZOOLOGY_MIX`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MQAR(Task):
+    """Recall the value of each key that was bound earlier in the row.
+
+    A row is `k_1 v_1 ... k_K v_K`, repeated `passes` times, and then S = (L - 2 K passes) / 2 slots of two tokens.
+    Keys are distinct ids of [1, V/2), values distinct ids of [V/2, V). Key j stands first in slot s_j, where
+    s_1, ..., s_K are drawn in this order without replacement with p(s) ∝ s^(power - 1), s = 1..S; the other tokens
+    there are filler. The target at a query is its value, at the query's own position: nothing needs shifting.
+
+    The weights of a row sum to 1, so a weighted mean is the mean over rows of each row's accuracy, as published.
+    A train batch is all of one slice, drawn in proportion to `rows`: the published easy-to-hard order within an
+    epoch is not kept. Valid and test take the slices in turn, so a multiple of their number weighs them equally.
+
+    The published filler is uniform over all ids, hence may repeat a key of the row beside a random token, a false
+    pair that is nearer than the true one ("zoology"). "disjoint" is uniform over all ids but the row's keys.
+    """
+
+    vocab_size: int = 8192
+    mixture: tuple[Segment, ...] = ZOOLOGY_MIX
+    test_mixture: tuple[Segment, ...] = ZOOLOGY_TEST
+    """Slices of the valid and test splits."""
+    power: float = 0.01
+    """Exponent of the slot distribution: near 0 queries crowd behind the context (about 1/s), 1 spreads them evenly."""
+    filler: Filler = "disjoint"
+    """"zero" is the setting of Zoology's figure 2: id 0 in every place that is neither pair nor query."""
+    passes: int = 1
+    """Times that the context is read before the queries; 2 is the form of JRT's repeated context."""
+
+    def __post_init__(self) -> None:
+        if not self.mixture or not self.test_mixture:
+            raise ConfigError("MQAR.mixture and MQAR.test_mixture must each hold at least one segment")
+        if self.filler not in get_args(Filler):
+            raise ConfigError(f"MQAR.filler is {self.filler!r}{nearest(self.filler, list(get_args(Filler)))}")
+        if self.power <= 0:
+            raise ConfigError(f"MQAR.power is {self.power}; it must be above 0 (1 is uniform)")
+        if self.passes < 1:
+            raise ConfigError(f"MQAR.passes is {self.passes}; it must be at least 1")
+        for segment in (*self.mixture, *self.test_mixture):
+            self._check(segment)
+
+    @classmethod
+    def single(
+        cls,
+        *,
+        length: int,
+        pairs: int,
+        test: tuple[tuple[int, int], ...] = (),
+        vocab_size: int = 8192,
+        filler: Filler = "disjoint",
+    ) -> Self:
+        """One train slice; `test` lists (length, pairs) slices, the train slice itself if empty.
+
+        Zoology's figure 2 is `filler="zero"` at (64, 4), (128, 8), (256, 16) or (512, 64), one model each.
+        """
+        slices = tuple(Segment(length=n, pairs=k) for n, k in test or ((length, pairs),))
+        mixture = (Segment(length=length, pairs=pairs),)
+        return cls(vocab_size=vocab_size, mixture=mixture, test_mixture=slices, filler=filler)
+
+    @property
+    def slices(self) -> tuple[tuple[int, int], ...]:
+        """Every (length, pairs) that occurs in any split, ascending."""
+        return tuple(sorted({(s.length, s.pairs) for s in (*self.mixture, *self.test_mixture)}))
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return tuple(f"L{length}_K{pairs}" for length, pairs in self.slices)
+
+    def lengths(self, split: Split) -> tuple[int, ...]:
+        return tuple(sorted({s.length for s in self._mixture(split)}))
+
+    def max_targets(self, split: Split, length: int) -> int:
+        pairs = [s.pairs for s in self._mixture(split) if s.length == length]
+        if not pairs:
+            raise ValueError(f"length {length} does not occur in {split}; its lengths are {self.lengths(split)}")
+        return max(pairs)
+
+    def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
+        rng = stream(seed, split, index, "mqar")
+        segment = self._segment(rng, split, index)
+        length, pairs = segment.length, segment.pairs
+        keys = 1 + distinct(rng, size, pairs, self.vocab_size // 2 - 1)
+        values = self.vocab_size // 2 + distinct(rng, size, pairs, self.vocab_size - self.vocab_size // 2)
+        context = np.stack((keys, values), axis=2).reshape(size, 2 * pairs)
+        start = 2 * pairs * self.passes
+        at = start + 2 * slot_order(rng, size, pairs, (length - start) // 2, self.power)
+
+        tokens = np.empty((size, length), np.int32)
+        tokens[:, :start] = np.tile(context, (1, self.passes))
+        tokens[:, start:] = self._filler(rng, keys, length - start)
+        np.put_along_axis(tokens, at, keys.astype(np.int32), axis=1)
+        targets = np.zeros((size, length), np.int32)
+        np.put_along_axis(targets, at, values.astype(np.int32), axis=1)
+        weights = np.zeros((size, length), np.float32)
+        np.put_along_axis(weights, at, np.float32(1 / pairs), axis=1)
+        group = np.full((size, length), self.slices.index((length, pairs)), np.int32)
+        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length))
+
+    def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """The token after the first occurrence: whatever the filler repeats, the context came before it."""
+        answers = np.zeros_like(tokens)
+        for row, answer in zip(tokens.tolist(), answers, strict=True):
+            value: dict[int, int] = {}
+            for t in range(0, len(row), 2):
+                answer[t] = value.setdefault(row[t], row[t + 1])
+        return answers
+
+    def chance(self) -> float:
+        """One of the K values of the context at random: the mean of 1/K over the test slices."""
+        return float(np.mean([1 / s.pairs for s in self.test_mixture]))
+
+    def _mixture(self, split: Split) -> tuple[Segment, ...]:
+        return self.mixture if split == "train" else self.test_mixture
+
+    def _segment(self, rng: np.random.Generator, split: Split, index: int) -> Segment:
+        if split != "train":
+            return self.test_mixture[index % len(self.test_mixture)]
+        ends = np.cumsum([s.rows for s in self.mixture])
+        return self.mixture[int(np.searchsorted(ends, rng.integers(ends[-1]), side="right"))]
+
+    def _filler(self, rng: np.random.Generator, keys: Int[np.ndarray, "B K"], count: int) -> Int[np.ndarray, "B N"]:
+        rows, pairs = keys.shape
+        if self.filler == "zero":
+            return np.zeros((rows, count), np.int64)
+        if self.filler == "zoology":
+            return rng.integers(self.vocab_size, size=(rows, count))
+        # The u-th id that is no key is u + #{j: key_j - j <= u}, keys ascending: no rejection, no table over ids.
+        offset = np.arange(rows)[:, None] * self.vocab_size
+        gaps = np.sort(keys, axis=1) - np.arange(pairs) + offset
+        drawn = rng.integers(self.vocab_size - pairs, size=(rows, count))
+        skipped = np.searchsorted(gaps.ravel(), (drawn + offset).ravel(), side="right").reshape(rows, count)
+        return drawn + skipped - np.arange(rows)[:, None] * pairs
+
+    def _check(self, segment: Segment) -> None:
+        length, pairs = segment.length, segment.pairs
+        if length % 2 or pairs < 1 or segment.rows < 1:
+            raise ConfigError(f"{segment} must have an even length, pairs >= 1 and rows >= 1")
+        needed = 2 * pairs * self.passes + 2 * pairs
+        if needed > length:
+            raise ConfigError(
+                f"length {length} cannot hold {pairs} pairs read {self.passes} times and {pairs} queries; "
+                f"2 K passes + 2 K = {needed} must be at most the length: lengthen it or lower pairs or passes"
+            )
+        if pairs > self.vocab_size // 2 - 1:
+            raise ConfigError(
+                f"vocab_size {self.vocab_size} has {self.vocab_size // 2 - 1} keys but a segment has {pairs} pairs; "
+                f"vocab_size must be at least {2 * pairs + 2}"
+            )
+
+
+def slot_order(rng: np.random.Generator, rows: int, count: int, slots: int, power: float) -> Int[np.ndarray, "B K"]:
+    """[rows, count] of range(slots): successive draws without replacement with p(s) ∝ (s + 1)^(power - 1).
+
+    An exponential race: slot s arrives after an exponential time of rate p(s), and the first to arrive are, in their
+    order of arrival, distributed as successive draws with renormalisation.
+    """
+    arrival = rng.standard_exponential((rows, slots)) * np.arange(1, slots + 1) ** (1 - power)
+    return np.argsort(arrival, axis=1)[:, :count]

@@ -1,0 +1,120 @@
+"""Find the one token that two sets share (Arora et al. 2024, Just Read Twice, section 3)."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Int
+
+from recallax.config import ConfigError, nearest
+from recallax.tasks.base import Split, Task, stream
+from recallax.tasks.distinct import distinct
+from recallax.types import Batch, whole_rows
+
+Order = Literal["short_first", "long_first", "both"]
+START, BETWEEN, ASK = 1, 2, 3
+"""Special ids: before the first set, between the sets, after the second; id 0 is kept for JRT's mask."""
+SPECIALS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetDisjointness(Task):
+    """Name the common token of a short and a long set, read one after the other.
+
+    A row is `[1] A [2] B [3]` with |A| + |B| + 3 tokens. Neither set repeats a token and they share exactly one,
+    which is the target at `[3]`, the only labelled position.
+
+    A model that reads once must remember the first set, so the gap between the orders ("short_first_..." against
+    "long_first_..." groups) measures what causality costs; one that reads twice has none.
+
+    The release draws the sets from two halves of a random permutation and overwrites one element of B by one of A.
+    That is the same distribution as here: |A| + |B| - 1 distinct ids, of which one belongs to both sets.
+    """
+
+    vocab_size: int = 2048
+    """Ids from 4 up are set elements."""
+    pairs: tuple[tuple[int, int], ...] = ((4, 16), (8, 32), (16, 64), (4, 128), (16, 256), (4, 256))
+    """(short, long) sizes of the train batches, equally often; all rows of a batch have one pair of sizes."""
+    test_pairs: tuple[tuple[int, int], ...] = (
+        *((1, 32), (4, 32), (4, 128), (16, 256), (4, 256)),
+        *((16, 512), (4, 512), (8, 768), (16, 768), (4, 768)),
+    )
+    """Sizes of the valid and test batches, taken in turn."""
+    order: Order = "both"
+    """Which set comes first; "both" alternates from row to row."""
+
+    def __post_init__(self) -> None:
+        if self.order not in get_args(Order):
+            raise ConfigError(f"SetDisjointness.order is {self.order!r}{nearest(self.order, list(get_args(Order)))}")
+        if not self.pairs or not self.test_pairs:
+            raise ConfigError("SetDisjointness.pairs and test_pairs must each hold at least one (short, long)")
+        for short, long in (*self.pairs, *self.test_pairs):
+            if not 1 <= short <= long:
+                raise ConfigError(
+                    f"set sizes are ({short}, {long}); they must be (short, long) with 1 <= short <= long"
+                )
+            if short + long - 1 > self.vocab_size - SPECIALS:
+                raise ConfigError(
+                    f"vocab_size {self.vocab_size} is too small for sets of {short} and {long}; "
+                    f"it must be at least {short + long - 1 + SPECIALS}"
+                )
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        orders = ("short_first", "long_first") if self.order == "both" else (self.order,)
+        return tuple(f"{order}_{short}_{long}" for order in orders for short, long in self._sizes)
+
+    def lengths(self, split: Split) -> tuple[int, ...]:
+        return tuple(sorted({short + long + 3 for short, long in self._pairs(split)}))
+
+    def max_targets(self, split: Split, length: int) -> int:
+        return 1
+
+    def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
+        rng = stream(seed, split, index, "setdis")
+        pairs = self._pairs(split)
+        short, long = pairs[int(rng.integers(len(pairs))) if split == "train" else index % len(pairs)]
+        ids = SPECIALS + distinct(rng, size, short + long - 1, self.vocab_size - SPECIALS)
+        # The ids stand in random order, so the last of the short set may serve as the first of the long one;
+        # then each set is put in an order of its own.
+        small = rng.permuted(ids[:, :short], axis=1)
+        large = rng.permuted(ids[:, short - 1 :], axis=1)
+        swapped = self._long_first(index // len(pairs), size)
+
+        length = short + long + 3
+        tokens = np.empty((size, length), np.int32)
+        tokens[:, 0], tokens[:, -1] = START, ASK
+        for first, second, rows in ((small, large, ~swapped), (large, small, swapped)):
+            cut = 1 + first.shape[1]
+            tokens[rows, 1:cut], tokens[rows, cut], tokens[rows, cut + 1 : -1] = first[rows], BETWEEN, second[rows]
+        targets, weights = np.zeros((size, length), np.int32), np.zeros((size, length), np.float32)
+        targets[:, -1], weights[:, -1] = ids[:, short - 1], 1
+        group = np.full((size, length), self._sizes.index((short, long)), np.int32)
+        if self.order == "both":
+            group[swapped] += len(self._sizes)
+        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length))
+
+    def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """The intersection of what stands before and after the separator, at the last position."""
+        answers = np.zeros_like(tokens)
+        for row, answer in zip(tokens.tolist(), answers, strict=True):
+            cut = row.index(BETWEEN)
+            (answer[-1],) = set(row[1:cut]) & set(row[cut + 1 : -1])
+        return answers
+
+    def chance(self) -> float:
+        """Any token of the smaller set: the mean of 1 / short over the test sizes (1 for a set of one token)."""
+        return float(np.mean([1 / short for short, _ in self.test_pairs]))
+
+    @property
+    def _sizes(self) -> tuple[tuple[int, int], ...]:
+        return tuple(sorted({*self.pairs, *self.test_pairs}))
+
+    def _pairs(self, split: Split) -> tuple[tuple[int, int], ...]:
+        return self.pairs if split == "train" else self.test_pairs
+
+    def _long_first(self, cycle: int, size: int) -> np.ndarray:
+        if self.order != "both":
+            return np.full(size, self.order == "long_first")
+        # Starting with the other order in each cycle over the sizes keeps the two equal for odd batch sizes too.
+        return (np.arange(size) + cycle) % 2 == 1
