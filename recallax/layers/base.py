@@ -43,9 +43,7 @@ class RecurrentMixer(SequenceMixer):
         """The empty state of `batch` rows that will see at most `max_len` tokens."""
 
     @abc.abstractmethod
-    def prefill(
-        self, x: Float[Array, "B T D"], seq: SeqInfo, state: State
-    ) -> tuple[Float[Array, "B T D"], State, Aux]:
+    def prefill(self, x: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
         """T >= 1 further tokens. The incoming state belongs to the row's first document and is dropped where that
         document ends, or where `seq.positions` starts at 0. Padding may stand on the right only."""
 

@@ -1,0 +1,31 @@
+"""When an incoming state counts, and how a one-token step relates to it."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from recallax.layers.base import State
+from recallax.types import SeqInfo, StepInfo
+
+
+def continued(state: State, seq: SeqInfo) -> State:
+    """The state that a prefill starts from: zero in rows whose first token has position 0."""
+    return zero_rows(state, seq.positions[:, 0] == 0)
+
+
+def started(state: State, info: StepInfo) -> State:
+    """The state that a step starts from: zero in active rows at position 0."""
+    return zero_rows(state, info.active & (info.position == 0))
+
+
+def zero_rows(state: State, rows: Bool[Array, " B"]) -> State:
+    """Every leaf [B, ...] with the given rows set to zero."""
+    return jax.tree.map(lambda x: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), 0, x), state)
+
+
+def divide_heads(what: str, width: int, heads: int) -> int:
+    """Width of one head. Raises ValueError unless `heads` divides `width`."""
+    if heads < 1 or width % heads:
+        divisors = ", ".join(str(n) for n in range(1, width + 1) if width % n == 0)
+        raise ValueError(f"{what}: {width} channels cannot be split into {heads} heads; use one of {divisors}")
+    return width // heads

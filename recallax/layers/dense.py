@@ -1,0 +1,51 @@
+"""Parameters with tags, and the projection that most of them belong to."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from recallax.types import Precision
+
+
+def parameter(value: Array, axes: tuple[str | None, ...], *, decay: bool = True) -> nnx.Param[Array]:
+    """A trainable array with what the optimizer and the mesh need to know about it.
+
+    axes: a logical name per axis ("embed", "heads", "mlp", "vocab" or None), from which the mesh shards it; a stack
+    of repeated blocks adds leading axes that have no name. decay: False exempts it from weight decay.
+    """
+    if len(axes) != value.ndim:
+        raise ValueError(f"a parameter of shape {value.shape} has axes {axes}; it needs one per axis")
+    return nnx.Param(value, axes=axes, decay=decay)
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b), in the compute dtype; W is [inputs, outputs], normal with the given standard deviation."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        precision: Precision,
+        rngs: nnx.Rngs,
+        std: float = 0.02,
+        bias: bool = False,
+        axes: tuple[str | None, str | None] = ("embed", "heads"),
+    ):
+        kernel = std * jax.random.normal(rngs.params(), (inputs, outputs), precision.param)
+        self.kernel = parameter(kernel, axes)
+        self.bias = parameter(jnp.zeros(outputs, precision.param), axes[1:], decay=False) if bias else None
+        self.dtype = precision.compute
+
+    def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
+        exact = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+        y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype), precision=exact)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def residual_std(depth: int) -> float:
+    """Initial deviation of projections into the residual stream: 0.02 / sqrt(2 depth), as in GPT-2."""
+    return 0.02 / math.sqrt(2 * depth)

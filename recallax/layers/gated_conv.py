@@ -1,0 +1,83 @@
+"""The gated convolution of the BASED language models: y = W_out [ silu(conv_w(u)) * g ],  [u, g] = W_in x.
+
+u and g are `expand` times as wide as the model; projections have biases, the convolution has none.
+State: the last w - 1 values of u, (w - 1) * expand * d elements in the compute dtype.
+Source: Arora et al. 2024 (BASED, arXiv 2402.18668), appendix on architecture details.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from recallax.layers.base import MixerConfig, RecurrentMixer, Site
+from recallax.layers.continuation import continued, started
+from recallax.layers.dense import Linear, parameter, residual_std
+from recallax.pallas_kernels.short_conv import short_conv, short_conv_step
+from recallax.types import Aux, Precision, SeqInfo, StepInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedConv(MixerConfig):
+    """The short gated convolution of the BASED language models."""
+
+    width: int = 3
+    """Taps, the token itself included."""
+    expand: int = 2
+
+    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "GatedConvMixer":
+        return GatedConvMixer(self, d_model, site, precision=precision, rngs=rngs)
+
+
+class GatedConvState(NamedTuple):
+    """The last inputs of the convolution."""
+
+    past: Float[Array, "B W-1 E"]
+
+
+class GatedConvMixer(RecurrentMixer):
+    """See the head of the file."""
+
+    def __init__(self, config: GatedConv, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
+        inner, bound = config.expand * d_model, config.width**-0.5
+        self.input = Linear(d_model, 2 * inner, precision=precision, rngs=rngs, bias=True, axes=("embed", "mlp"))
+        taps = jax.random.uniform(rngs.params(), (config.width, inner), precision.param, -bound, bound)
+        self.taps = parameter(taps, (None, "mlp"))
+        self.out = Linear(
+            inner,
+            d_model,
+            precision=precision,
+            rngs=rngs,
+            bias=True,
+            std=residual_std(site.depth),
+            axes=("mlp", "embed"),
+        )
+        self.dtype = precision.compute
+
+    def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
+        u, gate = jnp.split(self.input(x), 2, axis=-1)
+        y, _ = short_conv(u, self.taps[...], segments=jnp.asarray(seq.segments))
+        return self.out(jax.nn.silu(y) * gate), {}
+
+    def init_state(self, batch: int, max_len: int) -> GatedConvState:
+        width, inner = self.taps[...].shape
+        return GatedConvState(jnp.zeros((batch, width - 1, inner), self.dtype))
+
+    def prefill(
+        self, x: Float[Array, "B T D"], seq: SeqInfo, state: GatedConvState
+    ) -> tuple[Float[Array, "B T D"], GatedConvState, Aux]:
+        u, gate = jnp.split(self.input(x), 2, axis=-1)
+        past = continued(state, seq).past
+        y, past = short_conv(u, self.taps[...], state=past, segments=jnp.asarray(seq.segments))
+        return self.out(jax.nn.silu(y) * gate), GatedConvState(past), {}
+
+    def step(
+        self, x: Float[Array, "B D"], info: StepInfo, state: GatedConvState
+    ) -> tuple[Float[Array, "B D"], GatedConvState]:
+        active = jnp.asarray(info.active)
+        u, gate = jnp.split(self.input(x), 2, axis=-1)
+        y, past = short_conv_step(u, self.taps[...], started(state, info).past, active)
+        return jnp.where(active[:, None], self.out(jax.nn.silu(y) * gate), 0), GatedConvState(past)

@@ -1,0 +1,42 @@
+"""Softmax attention over a sliding window of the last `window` tokens, the token itself included.
+
+State: a ring buffer of exactly the window, 2 w G K elements in the compute dtype (fewer where the context is shorter).
+Source: Beltagy et al. 2020 (Longformer, arXiv 2004.05150), section 3.1; as used in BASED (arXiv 2402.18668), where
+the released configs' `window_size` 256 means 128 tokens back plus the token itself, `window=129` here.
+"""
+
+from dataclasses import dataclass
+
+from flax import nnx
+
+from recallax.layers.base import MixerConfig, Site
+from recallax.layers.softmax import SoftmaxMixer
+from recallax.types import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlidingWindow(MixerConfig):
+    """Causal softmax attention over the last `window` tokens."""
+
+    window: int = 64
+    heads: int = 1
+    kv_heads: int | None = None
+    """Key/value heads shared by groups of query heads; None is one per query head."""
+    rotary_base: float | None = 10_000.0
+    """Base of the rotary embedding; None leaves positions out."""
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window is {self.window}; it must be at least 1, the token itself")
+
+    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> SoftmaxMixer:
+        return SoftmaxMixer(
+            d_model,
+            heads=self.heads,
+            kv_heads=self.kv_heads or self.heads,
+            window=self.window,
+            rotary_base=self.rotary_base,
+            depth=site.depth,
+            precision=precision,
+            rngs=rngs,
+        )

@@ -1,0 +1,73 @@
+"""The module behind full and sliding-window softmax attention: projections, rotary positions, the op, the cache."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from recallax.layers.base import RecurrentMixer
+from recallax.layers.continuation import divide_heads
+from recallax.layers.dense import Linear, residual_std
+from recallax.layers.rotary import rotary
+from recallax.pallas_kernels.window_attention import KVCache, window_attention, window_attention_step
+from recallax.types import Aux, Precision, SeqInfo, StepInfo
+
+
+class SoftmaxMixer(RecurrentMixer):
+    """y = W_o attention(W_q x, W_k x, W_v x); keys are cached after rotation."""
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        heads: int,
+        kv_heads: int,
+        window: int | None,
+        rotary_base: float | None,
+        depth: int,
+        precision: Precision,
+        rngs: nnx.Rngs,
+    ):
+        self.width = divide_heads("attention", d_model, heads)
+        divide_heads("attention's query heads over key/value heads", heads, kv_heads)
+        if rotary_base is not None and self.width % 2:
+            raise ValueError(f"a head is {self.width} wide; rotary positions need an even width (or rotary_base=None)")
+        self.heads, self.kv_heads, self.window, self.base = heads, kv_heads, window, rotary_base
+        self.dtype = precision.compute
+        kv_width = kv_heads * self.width
+        self.q = Linear(d_model, d_model, precision=precision, rngs=rngs)
+        self.k = Linear(d_model, kv_width, precision=precision, rngs=rngs)
+        self.v = Linear(d_model, kv_width, precision=precision, rngs=rngs)
+        self.out = Linear(
+            d_model, d_model, precision=precision, rngs=rngs, std=residual_std(depth), axes=("heads", "embed")
+        )
+
+    def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
+        q, k, v = self._project(x, jnp.asarray(seq.positions))
+        y, _ = window_attention(q, k, v, window=self.window, segments=jnp.asarray(seq.segments))
+        return self.out(y.reshape(x.shape)), {}
+
+    def init_state(self, batch: int, max_len: int) -> KVCache:
+        slots = max_len if self.window is None else min(self.window, max_len)
+        empty = jnp.zeros((batch, slots, self.kv_heads, self.width), self.dtype)
+        return KVCache(empty, empty)
+
+    def prefill(
+        self, x: Float[Array, "B T D"], seq: SeqInfo, state: KVCache
+    ) -> tuple[Float[Array, "B T D"], KVCache, Aux]:
+        positions, segments = jnp.asarray(seq.positions), jnp.asarray(seq.segments)
+        q, k, v = self._project(x, positions)
+        y, cache = window_attention(q, k, v, window=self.window, state=state, positions=positions, segments=segments)
+        assert cache is not None
+        return self.out(y.reshape(x.shape)), cache, {}
+
+    def step(self, x: Float[Array, "B D"], info: StepInfo, state: KVCache) -> tuple[Float[Array, "B D"], KVCache]:
+        position, active = jnp.asarray(info.position), jnp.asarray(info.active)
+        q, k, v = self._project(x[:, None], position[:, None])
+        y, state = window_attention_step(q[:, 0], k[:, 0], v[:, 0], state, position, active, window=self.window)
+        return self.out(y.reshape(x.shape)), state
+
+    def _project(self, x: Float[Array, "B T D"], positions: Array) -> tuple[Array, Array, Array]:
+        q, k, v = (part(x).reshape(*x.shape[:2], -1, self.width) for part in (self.q, self.k, self.v))
+        if self.base is not None:
+            q, k = rotary(q, positions, self.base), rotary(k, positions, self.base)
+        return q, k, v

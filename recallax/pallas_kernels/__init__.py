@@ -1,0 +1,1 @@
+"""Ops: one folder each, with validation and dispatch, a readable definition, and one file per implementation."""

@@ -1,0 +1,46 @@
+"""Documents within a row, and time split into chunks."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Shaped
+
+
+class Documents(NamedTuple):
+    """The documents of each row. Padding counts to the document before it, leading padding to the first one."""
+
+    index: Int[Array, "B T"]
+    """0 for the row's first document (the one an incoming state belongs to), then 1, 2, ... without gaps."""
+    valid: Bool[Array, "B T"]
+    """False at padding."""
+
+
+def documents(segments: Int[Array, "B T"]) -> Documents:
+    """Number the documents of each row. Segment ids need not be ordered; 0 is padding."""
+    valid = segments > 0
+    last = jax.lax.cummax(jnp.where(valid, jnp.arange(segments.shape[1]), -1), axis=1)
+    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    previous = jnp.take_along_axis(segments, jnp.maximum(before, 0), axis=1)
+    starts = valid & (before >= 0) & (segments != previous)
+    return Documents(jnp.cumsum(starts, axis=1), valid)
+
+
+def last_valid(docs: Documents) -> Int[Array, " B"]:
+    """Index of the last token of each row that is not padding; -1 in an empty row."""
+    time = jnp.arange(docs.valid.shape[1])
+    return jnp.max(jnp.where(docs.valid, time, -1), axis=1)
+
+
+def split_time(x: Shaped[Array, "B T ..."], chunk: int) -> Shaped[Array, "N B C ..."]:
+    """Cut time into chunks along a new leading axis, padding the end by repeating the last entry."""
+    pad = -x.shape[1] % chunk
+    if pad:
+        x = jnp.concatenate([x, jnp.repeat(x[:, -1:], pad, axis=1)], axis=1)
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def join_time(x: Shaped[Array, "N B C ..."], length: int) -> Shaped[Array, "B T ..."]:
+    """Undo `split_time`, dropping what it padded."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

@@ -1,0 +1,120 @@
+"""Linear attention in chunks: quadratic inside a chunk, a carried state between chunks.
+
+With L the cumulative log-decay of the chunk, s_ij = q_i.k_j and S the state at its start,
+
+    o_i = exp(L_i) S^T phi(q_i) + sum_{j<=i} exp(L_i - L_j) f(s_ij) v_j
+    S  <- exp(L_C) S + sum_j exp(L_C - L_j) phi(k_j) v_j^T
+
+where f(q.k) = phi(q).phi(k); plain linear attention has f and phi the identity, BASED a polynomial and its features,
+which are then built for the carried state only. Sums are float32; operands of products have the inputs' dtype.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from recallax.pallas_kernels.chunking import Documents, join_time, split_time
+
+
+class Kernel(NamedTuple):
+    """A similarity f(q.k) = phi(q).phi(k); both functions are applied in float32."""
+
+    score: Callable[[Array], Array]
+    features: Callable[[Array], Array]
+
+
+IDENTITY = Kernel(lambda s: s, lambda x: x)
+CHUNK = 128
+
+
+class _Chunk(NamedTuple):
+    q: Float[Array, "B C H K"]
+    k: Float[Array, "B C H K"]
+    v: Float[Array, "B C H V"]
+    decay: Float[Array, "B C H"] | None
+    docs: Documents
+
+
+class _Carry(NamedTuple):
+    state: Float[Array, "B H F V"] | None  # None: empty, so that a single chunk never builds its features of q
+    document: Int[Array, " B"]
+
+
+def linear_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H"] | None,
+    state: Float[Array, "B H F V"] | None,
+    docs: Documents,
+    *,
+    kernel: Kernel = IDENTITY,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
+    """The op's XLA form; `state` is float32 and has the width of the kernel's features; None is empty."""
+    length = q.shape[1]
+    if log_decay is not None:
+        log_decay = jnp.where(docs.valid[..., None], log_decay.astype(jnp.float32), 0)
+    carry = _Carry(state, jnp.zeros_like(docs.index[:, 0]))
+    whole = _Chunk(q, k, v, log_decay, docs)
+    if length <= chunk:
+        final, out = _chunk(kernel, carry, whole)
+        return out, final
+    if state is None:
+        width = jax.eval_shape(kernel.features, k).shape[-1]
+        carry = carry._replace(state=jnp.zeros((*k.shape[:1], k.shape[2], width, v.shape[-1]), jnp.float32))
+    # The end is padded with copies of the last token that are marked invalid: they neither decay nor write.
+    padded = jnp.pad(docs.valid, ((0, 0), (0, -length % chunk)))
+    chunks = jax.tree.map(lambda x: split_time(x, chunk), whole)
+    chunks = chunks._replace(docs=chunks.docs._replace(valid=split_time(padded, chunk)))
+    if chunks.decay is not None:
+        chunks = chunks._replace(decay=jnp.where(chunks.docs.valid[..., None], chunks.decay, 0))
+
+    @jax.checkpoint  # keep states, not scores, for the backward
+    def body(carry: _Carry, part: _Chunk) -> tuple[_Carry, Array]:
+        state, out = _chunk(kernel, carry, part)
+        return _Carry(state, part.docs.index[:, -1]), out
+
+    carry, out = jax.lax.scan(body, carry, chunks)
+    assert carry.state is not None
+    return join_time(out, length), carry.state
+
+
+def _chunk(kernel: Kernel, carry: _Carry, part: _Chunk) -> tuple[Float[Array, "B H F V"], Float[Array, "B C H V"]]:
+    q, k, v, decay, docs = part
+    dtype, length = v.dtype, q.shape[1]
+    own = docs.index == carry.document[:, None]  # tokens that the incoming state belongs to
+    last = docs.index[:, -1]
+    kept = docs.valid & (docs.index == last[:, None])  # tokens that the outgoing state holds
+    time = jnp.arange(length)
+    visible = (time[:, None] >= time) & (docs.index[:, :, None] == docs.index[:, None, :]) & docs.valid[:, None, :]
+
+    scores = kernel.score(_product("bihk,bjhk->bhij", q, k))
+    scores = jnp.where(visible[:, None], scores, 0)
+    from_state = own[..., None]
+    to_state = kept[..., None]
+    stay = (last == carry.document)[:, None]
+    if decay is not None:
+        total = jnp.cumsum(decay, axis=1)
+        gap = jnp.moveaxis(total, 1, 2)[..., :, None] - jnp.moveaxis(total, 1, 2)[..., None, :]
+        scores *= jnp.exp(jnp.where(visible[:, None], gap, 0))
+        # Outside its mask an exponent may overflow, and 0 times infinity would poison the gradient: mask it first.
+        from_state = from_state * jnp.exp(jnp.where(own[..., None], total, 0))
+        to_state = to_state * jnp.exp(jnp.where(kept[..., None], total[:, -1:] - total, 0))
+        stay = stay * jnp.exp(jnp.where((last == carry.document)[:, None], total[:, -1], 0))
+    features_k = kernel.features(k.astype(jnp.float32)) * to_state[..., None]
+    out = _product("bhij,bjhv->bihv", scores.astype(dtype), v)
+    state = _product("bjhf,bjhv->bhfv", features_k.astype(dtype), v)
+    if carry.state is not None:
+        features_q = kernel.features(q.astype(jnp.float32)) * from_state[..., None]
+        out += _product("bihf,bhfv->bihv", features_q.astype(dtype), carry.state.astype(dtype))
+        state += stay[..., None, None] * carry.state
+    return state, out.astype(dtype)
+
+
+def _product(spec: str, a: Array, b: Array) -> Array:
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, precision=exact)

@@ -1,0 +1,25 @@
+"""The definition of the short convolution: one token after another over a window of its last inputs."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from recallax.pallas_kernels.chunking import Documents
+
+
+def short_conv(
+    x: Float[Array, "B T D"], weight: Float[Array, "W D"], state: Float[Array, "B W-1 D"], docs: Documents
+) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
+    """y_t = sum_l weight[W-1-l] x_{t-l}; earlier documents and padding count as 0."""
+
+    def step(carry, token):
+        past, document = carry
+        x, index, valid = token
+        past = jnp.where((index == document)[:, None, None], past, 0)
+        window = jnp.concatenate([past, jnp.where(valid[:, None], x, 0)[:, None]], axis=1)
+        past = jnp.where(valid[:, None, None], window[:, 1:], past)
+        return (past, index), jnp.einsum("bwd,wd->bd", window, weight)
+
+    tokens = tuple(jnp.moveaxis(a, 1, 0) for a in (x, *docs))
+    (past, _), out = jax.lax.scan(step, (state, jnp.zeros_like(docs.index[:, 0])), tokens)
+    return jnp.moveaxis(out, 0, 1), past

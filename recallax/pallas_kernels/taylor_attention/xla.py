@@ -1,0 +1,24 @@
+"""BASED in chunks: the polynomial of the scores inside a chunk, features only for the carried state."""
+
+from collections.abc import Callable
+
+from jaxtyping import Array, Float
+
+from recallax.pallas_kernels.chunking import Documents
+from recallax.pallas_kernels.feature_maps import taylor_score
+from recallax.pallas_kernels.linear_attention import xla
+
+CHUNK = 256
+"""Longer than for plain linear attention: below it, scores over T keys cost less than F features per token."""
+
+
+def taylor_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    state: Float[Array, "B H F V"] | None,
+    docs: Documents,
+    features: Callable[[Array], Array],
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
+    """Unnormalised sums in v's dtype and the final state in float32."""
+    return xla.linear_attention(q, k, v, None, state, docs, kernel=xla.Kernel(taylor_score, features), chunk=CHUNK)

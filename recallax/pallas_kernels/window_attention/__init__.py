@@ -1,0 +1,80 @@
+"""Causal softmax attention, over all earlier tokens or over a sliding window of them, aware of documents.
+
+    y_i = sum_{i-w < j <= i} softmax_j(scale * q_i.k_j) v_j
+
+A window of w tokens includes the token itself. State: the keys and values of the last w tokens (`KVCache`).
+Grouped queries: H query heads share G key/value heads, G dividing H (Ainslie et al. 2023, arXiv 2305.13245).
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from recallax.pallas_kernels.chunking import documents
+from recallax.pallas_kernels.dispatch import choose, require
+from recallax.pallas_kernels.window_attention import xla
+from recallax.pallas_kernels.window_attention.cache import KVCache, extend, held_positions, write
+from recallax.pallas_kernels.window_attention.reference import attend
+
+__all__ = ["FORMS", "KVCache", "window_attention", "window_attention_step"]
+
+FORMS = {"reference": xla.dense, "xla": xla.blockwise}
+
+
+def window_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    *,
+    window: int | None = None,
+    state: KVCache | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H V"], KVCache | None]:
+    """Output in v's dtype and the cache after these tokens (None if there was none).
+
+    window: tokens that a query sees, itself included; None is all. positions: within the document, needed with a
+    state: the row's first position is the number of tokens already in its cache. segments: document ids, 0 is
+    padding. scale: K**-0.5 by default. Raises ValueError where shapes disagree or the cache is shorter than the window.
+    """
+    op = "window_attention"
+    b, t, h, width = q.shape
+    g = k.shape[2]
+    require(op, t >= 1, f"q has {t} tokens; it needs at least 1")
+    require(op, k.shape == (b, t, g, width), f"k has shape {k.shape}; it must be {(b, t, 'G', width)}")
+    require(op, v.shape[:3] == (b, t, g), f"v has shape {v.shape}; it must begin with {(b, t, g)}")
+    require(op, h % g == 0, f"{h} query heads cannot share {g} key/value heads; use a divisor of {h}")
+    require(op, window is None or window >= 1, f"window is {window}; it must be at least 1")
+    require(op, state is None or positions is not None, "a state needs positions")
+    if segments is None:
+        segments = jnp.ones((b, t), jnp.int32)
+    q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
+    form = choose(op, FORMS, implementation)
+    if state is None or positions is None:
+        return form(q, k, v, documents(segments), window, None, None).astype(v.dtype), None
+    out = form(q, k, v, documents(segments), window, state, positions)
+    return out.astype(v.dtype), extend(state, k, v, positions, segments)
+
+
+def window_attention_step(
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B G K"],
+    v: Float[Array, "B G V"],
+    state: KVCache,
+    position: Int[Array, " B"],
+    active: Bool[Array, " B"],
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B H V"], KVCache]:
+    """One token at `position`; inactive rows keep their cache and output 0."""
+    state = write(state, k, v, position, active)
+    held = held_positions(position + 1, state.k.shape[1])
+    visible = (held >= 0) & active[:, None]
+    if window is not None:
+        visible &= position[:, None] - held < window
+    keys, values = (jnp.where(visible[..., None, None], x, 0) for x in state)  # an empty slot may hold anything
+    q = q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
+    out = attend(q[:, None], keys, values, visible[:, None])[:, 0]
+    return jnp.where(active[:, None, None], out, 0).astype(v.dtype), state

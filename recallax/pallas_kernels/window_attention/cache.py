@@ -1,0 +1,72 @@
+"""The key/value cache: a ring buffer in which position p stands in slot p mod W.
+
+Full attention has a slot for every position. Which slots are filled follows from the number of tokens seen, so the
+state needs no bookkeeping of its own.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from recallax.pallas_kernels.chunking import documents, last_valid
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the last W tokens of a document."""
+
+    k: Float[Array, "B W G K"]
+    v: Float[Array, "B W G V"]
+
+
+def held_positions(seen: Int[Array, " B"], slots: int) -> Int[Array, "B W"]:
+    """The position that each slot holds after `seen` tokens of a document; negative where it is empty."""
+    newest = seen[:, None] - 1
+    return newest - (newest - jnp.arange(slots)) % slots
+
+
+def extend(
+    cache: KVCache,
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    positions: Int[Array, "B T"],
+    segments: Int[Array, "B T"],
+) -> KVCache:
+    """The cache after T further tokens: it holds the row's last document, continued if that is the cache's own.
+
+    Rows without any token keep their cache. Empty slots are zero.
+    """
+    docs = documents(segments)
+    last = jnp.maximum(last_valid(docs), 0)[:, None]
+    final = docs.index == jnp.take_along_axis(docs.index, last, axis=1)
+    first = jnp.argmax(final & docs.valid, axis=1, keepdims=True)
+    newest = jnp.take_along_axis(positions, last, axis=1)
+    begin = jnp.take_along_axis(positions, first, axis=1)
+    held = held_positions(newest[:, 0] + 1, cache.k.shape[1])
+    source = jnp.clip(first + held - begin, 0, k.shape[1] - 1)[..., None, None]
+    from_new = (held >= begin)[..., None, None]
+    from_old = ((held >= 0) & (held < begin))[..., None, None]
+    empty_row = ~docs.valid.any(axis=1)[:, None, None, None]
+
+    def merge(old: Array, new: Array) -> Array:
+        taken = jnp.take_along_axis(new, source, axis=1).astype(old.dtype)
+        return jnp.where(empty_row, old, jnp.where(from_new, taken, jnp.where(from_old, old, 0)))
+
+    return KVCache(merge(cache.k, k), merge(cache.v, v))
+
+
+def write(
+    cache: KVCache,
+    k: Float[Array, "B G K"],
+    v: Float[Array, "B G V"],
+    position: Int[Array, " B"],
+    active: Bool[Array, " B"],
+) -> KVCache:
+    """The cache after one further token of each active row."""
+    slots = cache.k.shape[1]
+    here = (jnp.arange(slots) == position[:, None] % slots) & active[:, None]
+
+    def merge(old: Array, new: Array) -> Array:
+        return jnp.where(here[..., None, None], new[:, None].astype(old.dtype), old)
+
+    return KVCache(merge(cache.k, k), merge(cache.v, v))

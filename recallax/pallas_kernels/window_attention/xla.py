@@ -1,0 +1,120 @@
+"""Softmax attention in XLA: all pairs at once, or block by block of queries so that memory is linear in time."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from recallax.pallas_kernels.chunking import Documents, join_time, split_time
+from recallax.pallas_kernels.window_attention import reference
+from recallax.pallas_kernels.window_attention.cache import KVCache, held_positions
+
+BLOCK = 256
+
+
+class _Past(NamedTuple):
+    """Cached keys as the first document's queries meet them; `held` is negative where a slot is empty."""
+
+    k: Float[Array, "B W G K"]
+    v: Float[Array, "B W G V"]
+    held: Int[Array, "B W"]
+    positions: Int[Array, "B T"]  # of the queries
+
+
+def dense(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    docs: Documents,
+    window: int | None,
+    cache: KVCache | None,
+    positions: Int[Array, "B T"] | None,
+) -> Float[Array, "B T H V"]:
+    """The definition over cached and new keys; q is scaled already."""
+    time = jnp.arange(q.shape[1])
+    visible = _visible(docs, docs, time, time, window)
+    return reference.attend(q, *_join(_past(cache, positions), k, v, visible, docs, window))
+
+
+def blockwise(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    docs: Documents,
+    window: int | None,
+    cache: KVCache | None,
+    positions: Int[Array, "B T"] | None,
+) -> Float[Array, "B T H V"]:
+    """The same; a block of queries meets only the keys that its window reaches, and scores are never kept."""
+    length, past = q.shape[1], _past(cache, positions)
+    if length <= BLOCK:
+        time = jnp.arange(length)
+        visible = _visible(docs, docs, time, time, window)
+        return _attend(q, *_join(past, k, v, visible, docs, window))
+    reach = length if window is None else min(length, window - 1 + BLOCK)  # keys that one block may see
+
+    @jax.checkpoint
+    def block(part: tuple[Int[Array, ""], Array, Documents, Array]) -> Array:
+        start, q, docs_q, positions = part
+        first = jnp.clip(start + BLOCK - reach, 0, length - reach)
+        keys, values, docs_k = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, first, reach, axis=1), (k, v, docs)
+        )
+        visible = _visible(docs_q, docs_k, start + jnp.arange(BLOCK), first + jnp.arange(reach), window)
+        here = None if past is None else past._replace(positions=positions)
+        return _attend(q, *_join(here, keys, values, visible, docs_q, window))
+
+    positions = docs.index if past is None else past.positions
+    cut = jax.tree.map(lambda x: split_time(x, BLOCK), (q, docs, positions))
+    return join_time(jax.lax.map(block, (jnp.arange(0, length, BLOCK), *cut)), length)
+
+
+def _visible(
+    docs_q: Documents, docs_k: Documents, time_q: Int[Array, " T"], time_k: Int[Array, " S"], window: int | None
+) -> Bool[Array, "B T S"]:
+    distance = time_q[:, None] - time_k
+    near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return near & (docs_q.index[:, :, None] == docs_k.index[:, None, :]) & docs_k.valid[:, None, :]
+
+
+def _past(cache: KVCache | None, positions: Int[Array, "B T"] | None) -> _Past | None:
+    if cache is None or positions is None:
+        return None
+    # Padding stands on the right, so a row's first position is the number of tokens already in its cache.
+    held = held_positions(positions[:, 0], cache.k.shape[1])
+    filled = (held >= 0)[..., None, None]  # an empty slot may hold anything, NaN included
+    return _Past(jnp.where(filled, cache.k, 0), jnp.where(filled, cache.v, 0), held, positions)
+
+
+def _join(
+    past: _Past | None, k: Array, v: Array, visible: Bool[Array, "B T S"], docs: Documents, window: int | None
+) -> tuple[Array, Array, Array]:
+    """Keys, values and mask with the cached keys before the new ones; they belong to the row's first document."""
+    if past is None:
+        return k, v, visible
+    old = (docs.index == 0)[:, :, None] & (past.held >= 0)[:, None, :]
+    if window is not None:
+        old &= past.positions[:, :, None] - past.held[:, None, :] < window
+    k = jnp.concatenate([past.k.astype(k.dtype), k], axis=1)
+    v = jnp.concatenate([past.v.astype(v.dtype), v], axis=1)
+    return k, v, jnp.concatenate([old, visible], axis=2)
+
+
+def _attend(
+    q: Float[Array, "B T H K"], k: Float[Array, "B S G K"], v: Float[Array, "B S G V"], visible: Bool[Array, "B T S"]
+) -> Float[Array, "B T H V"]:
+    """`reference.attend` with grouped heads kept together and products in the inputs' dtype; softmax in float32."""
+    b, t, h, width = q.shape
+    q = q.reshape(b, t, k.shape[2], -1, width)
+    exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32, precision=exact)
+    mask = visible[:, None, None]
+    scores = jnp.where(mask, scores, -1e30)  # finite: a row that sees nothing must not become NaN
+    weights = jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))), 0)
+    total = weights.sum(axis=-1)
+    out = jnp.einsum(
+        "bgrts,bsgv->btgrv", weights.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=exact
+    )
+    total = jnp.moveaxis(total, 3, 1)[..., None]
+    return (out / jnp.where(total > 0, total, 1)).reshape(b, t, h, -1)
