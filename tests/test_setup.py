@@ -1,0 +1,146 @@
+"""What `make setup` stands on: the search for a Python, and the pins."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CONSTRAINTS = ["constraints.txt", "constraints-jax-0.11.2.txt"]
+
+
+def stub(path: Path, script: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def python_stub(path: Path, version: str, kind: str = "cpython", venv: str = "venv") -> None:
+    """An executable that answers the search's probe as a Python of that version would."""
+    major, minor, _ = version.split(".")
+    stub(path, f"echo {major} {minor} {version} {kind} {venv} {path}")
+
+
+def shim_stub(path: Path) -> None:
+    """A pyenv shim of a version that is not active."""
+    stub(path, f'echo "pyenv: {path.name}: command not found" >&2; exit 127')
+
+
+def find_python(home: Path, *folders: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    path = ":".join(str(folder) for folder in folders)
+    return subprocess.run(
+        ["/bin/sh", str(ROOT / "scripts" / "find-python")],
+        env={"HOME": str(home), "PATH": path, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+def test_a_shim_that_fails_is_passed_over_for_a_sound_python_further_along(tmp_path: Path):
+    shims, sound = tmp_path / "shims", tmp_path / "bin"
+    shim_stub(shims / "python3.12")
+    python_stub(shims / "python3", "3.11.7")
+    python_stub(sound / "python3.12", "3.12.4")
+    found = find_python(tmp_path, shims, sound)
+    assert (found.returncode, found.stdout, found.stderr) == (0, f"{sound / 'python3.12'}\n", "")
+
+
+def test_the_oldest_that_will_do_wins_and_a_folder_may_have_spaces(tmp_path: Path):
+    folder = tmp_path / "my programs"
+    python_stub(folder / "python3.14", "3.14.0")
+    python_stub(folder / "python3.13", "3.13.1")
+    assert find_python(tmp_path, folder).stdout == f"{folder / 'python3.13'}\n"
+    python_stub(folder / "python", "3.12.0")
+    assert find_python(tmp_path, folder).stdout == f"{folder / 'python'}\n"
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["PYENV_ROOT", "home"])
+def test_pyenv_is_searched_behind_its_shims(tmp_path: Path, named: bool):
+    root = tmp_path / "elsewhere" if named else tmp_path / ".pyenv"
+    shim_stub(tmp_path / "shims" / "python3.12")
+    python_stub(root / "versions" / "3.9.18" / "bin" / "python", "3.9.18")
+    inner = root / "versions" / "3.12.1" / "bin" / "python"
+    python_stub(inner, "3.12.1")
+    env = {"PYENV_ROOT": str(root)} if named else {}
+    assert find_python(tmp_path, tmp_path / "shims", **env).stdout == f"{inner}\n"
+
+
+def test_uv_is_asked_last_and_makes_up_for_a_missing_ensurepip(tmp_path: Path):
+    folder, kept = tmp_path / "bin", tmp_path / "kept" / "python3.12"
+    python_stub(kept, "3.12.5", venv="no-venv")
+    stub(folder / "uv", f'for last; do :; done; [ "$last" = 3.12 ] && echo {kept}')
+    assert find_python(tmp_path, folder).stdout == f"{kept}\n"
+    turned_off = find_python(tmp_path, folder, UV="")
+    assert turned_off.returncode == 1 and "uv: is not installed, or turned off" in turned_off.stderr
+
+
+def test_when_none_will_do_the_error_says_what_was_tried_and_the_remedy(tmp_path: Path):
+    folder = tmp_path / "bin"
+    shim_stub(folder / "python3.12")
+    python_stub(folder / "python3.13", "3.13.2", venv="no-venv")
+    python_stub(folder / "python3.14", "3.14.0", kind="free-threaded")
+    python_stub(folder / "python3", "3.11.7")
+    stub(folder / "python", "echo Hello")
+    found = find_python(tmp_path, folder)
+    assert found.returncode == 1 and found.stdout == ""
+    for line in (
+        "error: no Python >= 3.12 that can make .venv. Tried:",
+        f"  {folder / 'python3.12'}: does not run (pyenv: python3.12: command not found)",
+        f"  {folder / 'python3.13'}: is 3.13.2, but cannot make a venv (no ensurepip: install python3.13-venv)",
+        f"  {folder / 'python3.14'}: is 3.14.0, but free-threaded: the wheels are for released CPython",
+        f"  {folder / 'python3'}: is 3.11.7, too old",
+        f"  {folder / 'python'}: is not a Python (Hello)",
+        "  uv: is not installed, or turned off",
+        "  pyenv install 3.12",
+    ):
+        assert line in found.stderr.splitlines()
+
+
+def test_a_named_python_is_the_only_one_tried(tmp_path: Path):
+    python_stub(tmp_path / "bin" / "python3.12", "3.12.4")
+    old = tmp_path / "old"
+    python_stub(old, "3.10.0")
+    found = find_python(tmp_path, tmp_path / "bin", PYTHON=str(old))
+    assert found.returncode == 1 and f"  {old}: is 3.10.0, too old" in found.stderr.splitlines()
+
+
+def test_a_real_python_answers_the_probe_and_a_venv_gives_its_base(tmp_path: Path):
+    found = find_python(tmp_path, PYTHON=sys.executable, UV=sys.executable)  # any uv: Debian's may lack ensurepip
+    assert found.returncode == 0, found.stderr
+    assert os.path.samefile(found.stdout.strip(), sys.executable)
+    assert not Path(found.stdout.strip()).is_relative_to(sys.prefix) or sys.prefix == sys.base_prefix
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / name).read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in lines), "exact pins and nothing else"
+    return {str(canonicalize_name(pin)): version for pin, version in (line.split("==") for line in lines)}
+
+
+@pytest.mark.parametrize("name", CONSTRAINTS)
+def test_every_direct_dependency_is_pinned_within_what_the_project_asks(name: str):
+    pinned = pins(name)
+    for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"], "pip", "setuptools>=77"]:
+        asked = Requirement(text)
+        assert asked.specifier.contains(pinned[canonicalize_name(asked.name)]), text
+    assert pinned["jaxlib"] == pinned["jax"]
+
+
+def test_the_oldest_jax_that_is_tested_is_the_oldest_that_is_allowed():
+    assert f"jax>={pins('constraints-jax-0.11.2.txt')['jax']}" in PROJECT["dependencies"]
+    assert "OLDEST_JAX := 0.11.2\n" in (ROOT / "Makefile").read_text()
+
+
+def test_the_preferred_python_is_the_one_the_pins_are_resolved_on():
+    preferred = (ROOT / ".python-version").read_text().strip()
+    assert PROJECT["requires-python"] == f">={preferred}"
+    assert f"oldest={preferred.removeprefix('3.')} " in (ROOT / "scripts" / "find-python").read_text()
