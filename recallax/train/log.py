@@ -1,0 +1,205 @@
+"""What a run reports: one JSON object per line, and TensorBoard beside it.
+
+`log.jsonl` is the ground truth; reports read nothing else. Every row has `kind`, `step`, `fingerprint` (of the
+config) and `seconds`, then its values. Numbers that JSON cannot hold are the strings "nan", "inf" and "-inf", so that
+`float(value)` reads every number. Only process 0 of a multi-process run writes.
+"""
+
+import importlib.metadata
+import json
+import math
+import operator
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from recallax import __version__
+from recallax.train.run_folder import write_atomic
+
+type Kind = Literal["run", "train", "eval", "event"]
+type Row = dict[str, Any]
+RESERVED = ("kind", "step", "fingerprint", "seconds")
+
+
+class LogError(RuntimeError):
+    """A log cannot be written, or what is in it is not a log."""
+
+
+class RunLog:
+    """Appends rows to a run's log; a context manager.
+
+    Opening repairs a last line that a kill has torn. `seconds` is monotonic time since the run's start, and goes on
+    from the last row where a run is resumed. Each row is one write to the operating system, so a kill tears at most
+    the last. Raises LogError when a row cannot be written.
+    """
+
+    def __init__(self, path: Path, fingerprint: str, *, tensorboard: Path | None = None, process_index: int = 0):
+        self.path = path
+        self._fingerprint = fingerprint
+        self._tensorboard = tensorboard
+        self._writer: Any = None
+        self._purge_step: int | None = None
+        self._writes = process_index == 0
+        self._start = time.monotonic()
+        if self._writes and path.exists():
+            self._replace(read_log(path))
+
+    def start(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write the "run" row: where the run starts or goes on, `environment()`, the commit, and `values`."""
+        if self._writes:
+            self.write("run", step, {**environment(), "commit": commit(), **values})
+
+    def write(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
+        """Append one row. Values are numbers (0-d arrays too), strings, booleans or None.
+
+        Numbers of "train" and "eval" rows go to TensorBoard as `train/<name>` and `<split>/<name>`.
+        Raises ValueError for a value named like one of the row's own fields.
+        """
+        if not self._writes:
+            return
+        if taken := [name for name in RESERVED if name in values]:
+            raise ValueError(f"a row has its own {', '.join(taken)}; rename these values")
+        seconds = round(time.monotonic() - self._start, 3)
+        row = {"kind": kind, "step": step, "fingerprint": self._fingerprint, "seconds": seconds}
+        row |= {name: _plain(value) for name, value in values.items()}
+        self._append((json.dumps(row, allow_nan=False) + "\n").encode())
+        if self._tensorboard is not None and kind in ("train", "eval"):
+            self._write_tensorboard(str(values.get("split", kind)), step, row)
+
+    def truncate(self, step: int) -> None:
+        """Drop the rows after `step`, the step a run resumes from, so that no step is reported twice.
+
+        TensorBoard's files cannot be cut; its reader is told to forget the same steps.
+        """
+        if self._writes and self.path.exists():
+            self._replace([row for row in read_log(self.path) if row["step"] <= step])
+            self._purge_step = step + 1
+
+    def close(self) -> None:
+        """Flush TensorBoard; the rows are already written. Closing twice does nothing."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _append(self, line: bytes) -> None:
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                written = file.write(line)
+        except OSError as error:
+            raise LogError(f"{self.path} cannot be written: {error}") from error
+        if written != len(line):
+            raise LogError(f"{self.path} took {written} of {len(line)} bytes of a row; the disk is probably full")
+
+    def _replace(self, rows: list[Row]) -> None:
+        try:
+            write_atomic(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        except OSError as error:
+            raise LogError(f"{self.path} cannot be written: {error}") from error
+        self._start = time.monotonic() - (float(rows[-1]["seconds"]) if rows else 0.0)
+
+    def _write_tensorboard(self, prefix: str, step: int, row: Row) -> None:
+        if self._writer is None:
+            from tensorboardX import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._tensorboard), purge_step=self._purge_step)
+        for name, value in row.items():
+            if name not in RESERVED and isinstance(value, int | float):
+                self._writer.add_scalar(f"{prefix}/{name}", value, step)
+
+
+def read_log(path: Path) -> list[Row]:
+    """The rows of a log, oldest first. A torn last line, which a kill may leave, is skipped.
+
+    Raises LogError if the file cannot be read or any other line is not a row, naming the line.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise LogError(f"{path} cannot be read: {error}") from error
+    while lines and not lines[-1]:
+        lines.pop()
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        row = _parse(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            raise LogError(f"{path} line {number} is not a row of a log: {line[:80]!r}; restore or remove the line")
+    return rows
+
+
+def environment() -> dict[str, str | int]:
+    """What besides the config can change a run's bits: versions, devices, cores, XLA's flags."""
+    import jax
+
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cpus": _cores(),
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+        "recallax": __version__,
+        "python": platform.python_version(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def commit() -> str | None:
+    """Git commit of recallax's source, with "+dirty" if tracked files differ; None outside git.
+
+    An installed copy inside somebody's repository is not taken for that repository's commit.
+    """
+    folder = Path(__file__).parent
+    try:
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
+        dirty = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        return _git(folder, "rev-parse", "HEAD") + ("+dirty" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+
+def _cores() -> int:
+    """Cores this process may use: pinning a run to fewer changes its bits, though the machine has more."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+def _plain(value: Any) -> str | int | float | bool | None:
+    if value is None or isinstance(value, str | bool):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def _parse(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or any(name not in row for name in RESERVED):
+        return None
+    return row if type(row["step"]) is int and isinstance(row["seconds"], int | float) else None
