@@ -1,0 +1,330 @@
+"""What a checkpoint and a run folder promise when files are damaged, disks are full and jobs collide."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recallax.config import Config
+from recallax.train.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
+from recallax.train.run_folder import RunFolder, RunFolderError, RunFolderWarning, folder_name, write_atomic
+
+# Where one array of several cannot be read, orbax closes its event loop under the reads that are still going on.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+class State(NamedTuple):
+    params: dict[str, jax.Array]
+    moments: tuple[jax.Array, ...]
+    key: jax.Array
+    step: jax.Array
+
+
+def state(step: int) -> State:
+    a, b, c = jax.random.split(jax.random.key(step), 3)
+    params = {"w": jax.random.normal(a, (16, 8)), "half": jax.random.normal(b, (7,), jnp.bfloat16)}
+    return State(params, (jax.random.normal(c, (300, 40)), jnp.float32(-0.0)), c, jnp.int32(step))
+
+
+def abstract(tree: Any) -> Any:
+    return jax.eval_shape(lambda: tree)
+
+
+def bits(tree: Any) -> list[tuple[str, bytes]]:
+    leaves = [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in jax.tree.leaves(tree)
+    ]
+    return [(str(x.dtype), np.asarray(x).tobytes()) for x in leaves]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with steps 10 and 20; tests damage copies of it."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with Checkpoints(folder) as checkpoints:
+        for step in (10, 20):
+            checkpoints.save(step, state(step), {"skipped": step})
+    return folder
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Iterator[Path]:
+    yield Path(shutil.copytree(saved, tmp_path / "checkpoints"))
+
+
+def test_round_trip_is_exact(saved: Path) -> None:
+    with Checkpoints(saved) as checkpoints:
+        restored = checkpoints.restore(abstract(state(0)))
+    assert restored is not None and restored.step == 20
+    assert bits(restored.state) == bits(state(20))
+    assert jax.tree.structure(restored.state) == jax.tree.structure(state(20))
+    assert restored.meta["skipped"] == 20 and restored.meta["environment"]["jax"] == jax.__version__
+
+
+def test_nothing_saved_is_none(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "new") as checkpoints:
+        assert checkpoints.restore(abstract(state(0))) is None and checkpoints.steps() == []
+
+
+FILES = (
+    "state/d/*",
+    "state/ocdbt.process_0/d/*",
+    "state/manifest.ocdbt",
+    "state/ocdbt.process_0/manifest.ocdbt",
+    "state/_METADATA",
+    "state/_sharding",
+    "state/array_metadatas/*",
+    "meta/metadata",
+    "_CHECKPOINT_METADATA",
+    "**/commit_success.txt",
+)
+"""The files of a step as patterns, because orbax names some of them at random."""
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    for place in range(len(data) // 2, len(data), 997):
+        data[place] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("fault", [truncate, empty, flip, Path.unlink])
+@pytest.mark.parametrize("pattern", FILES)
+def test_damage_never_yields_a_wrong_state(copy: Path, pattern: str, fault: Any) -> None:
+    paths = sorted((copy / "20").glob(pattern))
+    assert paths, "orbax has changed its layout: look at what a step consists of"
+    for path in paths:
+        fault(path)
+    with Checkpoints(copy) as checkpoints, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # whether a fault matters is orbax's affair: some are harmless
+        restored = checkpoints.restore(abstract(state(0)))
+        assert restored is not None and bits(restored.state) == bits(state(restored.step))
+        assert restored.step == restored.meta["skipped"] == restored.state.step
+        passed_over = [str(w.message) for w in caught if w.category is CheckpointWarning]
+        assert len(passed_over) == (restored.step == 10)
+        assert (copy / "quarantine/20").is_dir() == (restored.step == 10)
+        checkpoints.save(30, state(30), {})
+        assert checkpoints.steps()[-1] == 30
+
+
+def test_flipped_bits_in_the_arrays_are_seen(copy: Path) -> None:
+    """Every array file at many places: orbax alone restores all of these without complaint."""
+    with Checkpoints(copy) as checkpoints:
+        target = max((copy / "20/state").glob("**/d/*"), key=lambda path: path.stat().st_size)
+        sound = target.read_bytes()
+        for place in np.linspace(len(sound) // 4, len(sound) * 3 // 4, 12, dtype=int):
+            target.write_bytes(sound[:place] + bytes([sound[place] ^ 4]) + sound[place + 1 :])
+            with pytest.warns(CheckpointWarning, match=r"20 is damaged.*(checksum|DATA_LOSS|rror)"):
+                restored = checkpoints.restore(abstract(state(0)))
+            assert restored is not None and bits(restored.state) == bits(state(10))
+            (copy / "quarantine/20").rename(copy / "20")
+
+
+def test_altered_description_is_seen(copy: Path) -> None:
+    path = copy / "20/meta/metadata"
+    path.write_text(path.read_text().replace('"skipped": 20', '"skipped": 21').replace('"skipped":20', '"skipped":21'))
+    with Checkpoints(copy) as checkpoints, pytest.warns(CheckpointWarning, match="description"):
+        restored = checkpoints.restore(abstract(state(0)))
+    assert restored is not None and restored.meta["skipped"] == 10
+
+
+def test_all_damaged_is_an_error_and_changes_nothing(copy: Path) -> None:
+    for step in (10, 20):
+        for path in (copy / str(step)).glob("state/**/d/*"):
+            empty(path)
+    with Checkpoints(copy) as checkpoints:
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=r"(?s)checkpoints/20: .*checkpoints/10: .*scratch"):
+                checkpoints.restore(abstract(state(0)))
+        assert checkpoints.steps() == [10, 20]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s._replace(step=jnp.float32(0)), r"\.step: saved int32 \[\], wanted float32 \[\]"),
+        (lambda s: s._replace(params={**s.params, "w": jnp.zeros((8, 16))}), r"'w'\]: saved float32 \[16, 8\], wanted"),
+        (lambda s: s._replace(params={"w": s.params["w"]}), r"'half'\]: saved bfloat16 \[7\], wanted nothing"),
+        (lambda s: s._replace(moments=(*s.moments, s.step)), r"\[2\]: saved nothing, wanted int32"),
+        (lambda s: s._replace(key=jax.random.key(0, impl="rbg")), r"\.key: saved key<fry> \[\], wanted key<rbg>"),
+    ],
+    ids=["dtype", "shape", "less", "more", "key"],
+)
+def test_another_state_is_refused(saved: Path, change: Any, message: str) -> None:
+    with Checkpoints(saved) as checkpoints:
+        with pytest.raises(CheckpointError, match=message):
+            checkpoints.restore(abstract(change(state(0))))
+        assert checkpoints.steps() == [10, 20]
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in range(5):
+            checkpoints.save(step, state(step), {})
+        assert checkpoints.steps() == [3, 4]
+        shutil.rmtree(tmp_path / "4")
+        (tmp_path / "9").symlink_to(tmp_path / "3")
+        assert checkpoints.steps() == [3]
+        assert not (tmp_path / "trash").exists()
+
+
+def test_saving_what_orbax_skips_is_an_error(copy: Path) -> None:
+    with Checkpoints(copy) as checkpoints:
+        for step in (15, 20):
+            with pytest.raises(CheckpointError, match=rf"step {step} was not saved.*\[10, 20\]"):
+                checkpoints.save(step, state(step), {})
+        with pytest.raises(TypeError, match=r"state\['lr'\] is float"):
+            checkpoints.save(30, {"lr": 0.1}, {})
+        with pytest.raises(ValueError, match="JSON"):
+            checkpoints.save(30, state(30), {"loss": float("nan")})
+        assert checkpoints.steps() == [10, 20]
+
+
+def test_vanished_folder_is_an_error(copy: Path) -> None:
+    with Checkpoints(copy) as checkpoints:
+        copy.rename(copy.with_name("elsewhere"))
+        with pytest.raises(CheckpointError, match="vanished"):
+            checkpoints.save(30, state(30), {})
+    with pytest.raises(CheckpointError, match="cannot hold checkpoints"):
+        Checkpoints(copy.with_name("elsewhere") / "20/_CHECKPOINT_METADATA/below")
+
+
+def test_full_disk_is_an_error_of_that_save(copy: Path) -> None:
+    """A limit on the size of files stands in for a full disk."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with Checkpoints(copy) as checkpoints:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+            with pytest.raises(CheckpointError, match="step 30 was not saved"):
+                checkpoints.save(30, state(30), {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+        assert sorted(p.name for p in copy.iterdir()) == ["10", "20"]
+        checkpoints.save(30, state(30), {})
+        assert checkpoints.steps() == [20, 30]
+
+
+def test_other_circumstances_warn(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " ")
+    with Checkpoints(copy) as checkpoints, pytest.warns(CheckpointWarning, match="xla_flags"):
+        assert checkpoints.restore(abstract(state(0))) is not None
+
+
+def test_restores_onto_other_devices(tmp_path: Path) -> None:
+    """Saved sharded over four devices, restored onto two and onto one (a process of its own: this one has one)."""
+    script = """
+import sys, jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from recallax.train.checkpoint import Checkpoints
+def sharding(n): return NamedSharding(Mesh(np.array(jax.devices()[:n]), ("data",)), P("data"))
+x, k = jax.numpy.arange(24.0).reshape(8, 3), jax.random.split(jax.random.key(1), 8)
+put = lambda n: {"x": jax.device_put(x, sharding(n)), "k": jax.device_put(k, sharding(n))}
+with Checkpoints(sys.argv[1]) as c:
+    c.save(1, put(4), {})
+    for n in (4, 2, 1):
+        s = c.restore(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), put(n))).state
+        assert s["x"].sharding == sharding(n) and s["k"].sharding == sharding(n)
+        assert (s["x"] == x).all() and (jax.random.key_data(s["k"]) == jax.random.key_data(k)).all()
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", script, tmp_path], check=True, env=environment, timeout=60)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderProbe(Config):
+    width: int = 1
+    rate: float = 0.1
+
+
+def test_folder_is_created_and_opened_again(tmp_path: Path) -> None:
+    path = tmp_path / "runs" / folder_name("probe", FolderProbe())
+    for _ in range(2):
+        with RunFolder(path, FolderProbe()) as folder:
+            assert folder.checkpoints.is_dir() and json.loads(folder.config_file.read_text())["width"] == 1
+    assert sorted(p.name for p in path.iterdir()) == ["checkpoints", "config.json", "lock"]
+    RunFolder(tmp_path / "untouched", FolderProbe(), process_index=1).close()
+    assert not (tmp_path / "untouched").exists()
+
+
+def test_folder_of_another_config_is_refused(tmp_path: Path) -> None:
+    RunFolder(tmp_path, FolderProbe()).close()
+    with pytest.raises(RunFolderError, match=r"(?s)another config.*width: 1 -> 2"):
+        RunFolder(tmp_path, FolderProbe(width=2))
+    RunFolder(tmp_path, FolderProbe()).close()
+    (tmp_path / "config.json").write_text('{"schema": 1, "class": "Gone"}')
+    with pytest.raises(RunFolderError, match="Gone"):
+        RunFolder(tmp_path, FolderProbe())
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunFolderError, match="not JSON"):
+        RunFolder(tmp_path, FolderProbe())
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunFolderError, match="not a run"):
+        RunFolder(tmp_path, FolderProbe())
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        RunFolder(tmp_path / "thesis.tex" / "run", FolderProbe())
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_second_job_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path: Path) -> None:
+    """The holder is another process, killed without a chance to clean up."""
+    script = f"import fcntl, os, time; f = open({str(tmp_path / 'lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
+    script += "f.write('process 7 on elsewhere'); f.flush(); print(flush=True); time.sleep(60)"
+    RunFolder(tmp_path, FolderProbe()).close()
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline()
+        with pytest.raises(RunFolderError, match="in use by process 7 on elsewhere"):
+            RunFolder(tmp_path, FolderProbe())
+        holder.kill()
+    with pytest.warns(RunFolderWarning, match="process 7 on elsewhere"):
+        folder = RunFolder(tmp_path, FolderProbe())
+    with folder, pytest.raises(RunFolderError, match=f"in use by process {os.getpid()} on"):
+        RunFolder(tmp_path, FolderProbe())
+    RunFolder(tmp_path, FolderProbe()).close()
+
+
+def test_lock_is_not_written_through_a_link(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "run", FolderProbe()).close()
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "run/lock").unlink()
+    (tmp_path / "run/lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        RunFolder(tmp_path / "run", FolderProbe())
+    assert (tmp_path / "precious").read_text() == "text"
+
+
+@pytest.mark.parametrize("name", ["", "..", ".x", "a/b", "/a", "a b", "~", "a\0", "a\n", "‮x", "x" * 101, "a\\b"])
+def test_hostile_names_are_refused(name: str) -> None:
+    with pytest.raises(RunFolderError, match="cannot name a run"):
+        folder_name(name, FolderProbe())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(tmp_path / "a", "new \ud800")
+    assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
