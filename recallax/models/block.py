@@ -1,0 +1,90 @@
+"""One layer: a sequence mixer and a channel mixer, each normalised before and added to the residual stream.
+
+    r <- r + mixer(norm(r));   r <- r + channel(norm(r))
+
+The residual stream is float32; mixers work in the compute dtype.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from recallax.config import Config
+from recallax.layers import MixerConfig, RecurrentMixer, SequenceMixer, Site, SwiGLU
+from recallax.layers.base import State
+from recallax.layers.norm import RMSNorm
+from recallax.types import Aux, Mean, Precision, SeqInfo, StepInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block(Config):
+    """A named layer of a pattern."""
+
+    mixer: MixerConfig
+    channel: MixerConfig = SwiGLU()
+
+
+class BlockModule(nnx.Module):
+    """See the head of the file."""
+
+    def __init__(
+        self, config: Block, d_model: int, site: Site, *, dropout: float, precision: Precision, rngs: nnx.Rngs
+    ):
+        self.mixer = config.mixer.build(d_model, site, precision=precision, rngs=rngs)
+        self.channel = config.channel.build(d_model, site, precision=precision, rngs=rngs)
+        self.mixer_norm = RMSNorm(d_model, precision=precision)
+        self.channel_norm = RMSNorm(d_model, precision=precision)
+        self.dropout = dropout
+
+    def __call__(self, r: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
+        keys = None if seq.key is None else jax.random.split(seq.key, 4)
+        y, aux = self.mixer(self.mixer_norm(r), _with_key(seq, keys, 0))
+        r = r + self._drop(y, keys, 1)
+        y, more = self.channel(self.channel_norm(r), _with_key(seq, keys, 2))
+        return r + self._drop(y, keys, 3), add_aux(aux, more)
+
+    def init_state(self, batch: int, max_len: int) -> State:
+        return tuple(_recurrent(m).init_state(batch, max_len) for m in (self.mixer, self.channel))
+
+    def prefill(self, r: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
+        y, mixer, aux = _recurrent(self.mixer).prefill(self.mixer_norm(r), seq, state[0])
+        r = r + y.astype(r.dtype)
+        y, channel, more = _recurrent(self.channel).prefill(self.channel_norm(r), seq, state[1])
+        return r + y.astype(r.dtype), (mixer, channel), add_aux(aux, more)
+
+    def step(self, r: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
+        y, mixer = _recurrent(self.mixer).step(self.mixer_norm(r), info, state[0])
+        r = r + y.astype(r.dtype)
+        y, channel = _recurrent(self.channel).step(self.channel_norm(r), info, state[1])
+        return r + y.astype(r.dtype), (mixer, channel)
+
+    def _drop(self, y: Float[Array, "B T D"], keys: PRNGKeyArray | None, which: int) -> Float[Array, "B T D"]:
+        return drop(y.astype(jnp.float32), self.dropout, None if keys is None else keys[which])
+
+
+def drop(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
+    """Dropout: zero each element with probability `rate` and scale the rest up; the identity without a key."""
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def add_aux(a: Aux, b: Aux) -> Aux:
+    """Both sets of means; those of one name are pooled."""
+    pooled = {
+        name: Mean(a[name].total + b[name].total, a[name].weight + b[name].weight) for name in a.keys() & b.keys()
+    }
+    return {**a, **b, **pooled}
+
+
+def _with_key(seq: SeqInfo, keys: PRNGKeyArray | None, which: int) -> SeqInfo:
+    return seq if keys is None else seq._replace(key=keys[which])
+
+
+def _recurrent(mixer: SequenceMixer) -> RecurrentMixer:
+    if not isinstance(mixer, RecurrentMixer):
+        raise TypeError(f"{type(mixer).__name__} has no state, so a model that holds it cannot prefill or decode")
+    return mixer

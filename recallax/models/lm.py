@@ -1,0 +1,141 @@
+"""The language model: embedding, a stack of blocks by pattern, a last norm, a readout."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from recallax.config import Config, ConfigError
+from recallax.layers.base import State
+from recallax.layers.dense import parameter
+from recallax.layers.norm import RMSNorm
+from recallax.models.block import Block, drop
+from recallax.models.pattern import flatten, parse
+from recallax.models.readout import Readout, Tied
+from recallax.models.stack import Plan, Remat, Stack
+from recallax.types import Aux, Precision, SeqInfo, StepInfo, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMConfig(Config):
+    """A model as a pattern over named blocks (`recallax.models.pattern`)."""
+
+    d_model: int
+    pattern: str
+    blocks: dict[str, Block]
+    vocab_size: int | None = None
+    """None takes the task's."""
+    readout: Readout = Tied()
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of products; parameters, residual stream, recurrent states and sums over time are float32."""
+    dropout: float = 0.0
+    """On what each mixer adds to the residual stream."""
+    embed_dropout: float = 0.0
+    """On the embeddings."""
+    remat: Remat = "none"
+    """`block` recomputes each layer in the backward pass instead of keeping its activations."""
+
+    def __post_init__(self) -> None:
+        parse(self.pattern, list(self.blocks))
+        if self.d_model < 1:
+            raise ConfigError(f"d_model is {self.d_model}; it must be at least 1")
+        for name in ("dropout", "embed_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+
+    @property
+    def layers(self) -> list[str]:
+        """The block names layer by layer."""
+        return flatten(parse(self.pattern, list(self.blocks)))
+
+    def build(self, rngs: nnx.Rngs, vocab_size: int | None = None) -> "LM":
+        """The model; `vocab_size` is the task's, for configs that leave it open."""
+        vocab = self.vocab_size or vocab_size
+        if vocab is None:
+            raise ConfigError("vocab_size is None and no task gives it; set model.vocab_size")
+        if vocab_size is not None and vocab < vocab_size:
+            raise ConfigError(f"model.vocab_size is {vocab}; the task has {vocab_size} token ids")
+        return LM(self, vocab, rngs)
+
+
+class LM(nnx.Module):
+    """See the head of the file. Rows padded on the left are rolled to the right on entry and back at the end."""
+
+    def __init__(self, config: LMConfig, vocab_size: int, rngs: nnx.Rngs):
+        precision = Precision(compute=jnp.dtype(config.compute).type)
+        width = config.d_model
+        embedding = 0.02 * jax.random.normal(rngs.params(), (vocab_size, width), precision.param)
+        self.embedding = parameter(embedding, ("vocab", "embed"))
+        terms = parse(config.pattern, list(config.blocks))
+        depth = sum(term.layers for term in terms)
+        plan = Plan(config.blocks, width, depth, config.dropout, config.remat, precision, rngs.params())
+        self.stack = Stack(terms, plan, 0)
+        self.norm = RMSNorm(width, precision=precision)
+        self.readout = config.readout.build(width, vocab_size, precision=precision, rngs=rngs)
+        self.embed_dropout = config.embed_dropout
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], seq: SeqInfo, at: Int[Array, "B N"] | None = None
+    ) -> tuple[Float[Array, "B N V"], Aux]:
+        """Float32 logits at the row indices `at` (None: everywhere) and the modules' auxiliary means."""
+        tokens, seq, shift = _to_right_padding(tokens, seq)
+        r, aux = self.stack(self._embed(tokens, seq), seq, 0)
+        return self._read(r, seq, at, shift), aux
+
+    def init_state(self, batch: int, max_len: int) -> State:
+        """The empty state of `batch` rows that will see at most `max_len` tokens; its bytes are the model's memory."""
+        return self.stack.init_state(batch, max_len)
+
+    def prefill(
+        self, tokens: Int[Array, "B T"], seq: SeqInfo, state: State, at: Int[Array, "B N"] | None = None
+    ) -> tuple[Float[Array, "B N V"], State, Aux]:
+        """T >= 1 further tokens; `seq.positions` continue where the state's documents stand (0 starts afresh)."""
+        tokens, seq, shift = _to_right_padding(tokens, seq._replace(key=None))
+        r, state, aux = self.stack.prefill(self._embed(tokens, seq), seq, state)
+        return self._read(r, seq, at, shift), state, aux
+
+    def step(self, token: Int[Array, " B"], info: StepInfo, state: State) -> tuple[Float[Array, "B V"], State]:
+        """One further token of each active row: float32 logits and the new state."""
+        check(info)
+        r, state = self.stack.step(self.embedding[token].astype(jnp.float32), info, state)
+        hidden = self.norm(r)
+        at = jnp.asarray(info.position)[:, None]
+        return self.readout(hidden[:, None], self.embedding[...], hidden, at)[:, 0], state
+
+    def _embed(self, tokens: Int[Array, "B T"], seq: SeqInfo) -> Float[Array, "B T D"]:
+        x = self.embedding[tokens].astype(jnp.float32)
+        return x if seq.key is None else drop(x, self.embed_dropout, jax.random.fold_in(seq.key, 2**31 - 1))
+
+    def _read(
+        self, r: Float[Array, "B T D"], seq: SeqInfo, at: Int[Array, "B N"] | None, shift: Int[Array, " B"]
+    ) -> Float[Array, "B N V"]:
+        length = r.shape[1]
+        everywhere = jnp.arange(length)
+        if at is None:
+            back = (everywhere - shift[:, None]) % length
+            picked = jax.lax.cond(shift.any(), lambda: _rows(r, back), lambda: r)
+        else:
+            back = (jnp.asarray(at) - shift[:, None]) % length
+            picked = _rows(r, back)
+        last = jnp.max(jnp.where(jnp.asarray(seq.segments) > 0, everywhere, 0), axis=1, keepdims=True)
+        summary = self.norm(_rows(r, last)[:, 0])
+        positions = _rows(jnp.asarray(seq.positions), back)
+        return self.readout(self.norm(picked), self.embedding[...], summary, positions)
+
+
+def _to_right_padding(tokens: Int[Array, "B T"], seq: SeqInfo) -> tuple[Int[Array, "B T"], SeqInfo, Int[Array, " B"]]:
+    """Rotate each row left by its leading padding; also returns by how much."""
+    check(seq)
+    segments = jnp.asarray(seq.segments)
+    shift = jnp.argmax(segments > 0, axis=1)
+    source = (jnp.arange(segments.shape[1]) + shift[:, None]) % segments.shape[1]
+    rolled = [_rows(jnp.asarray(x), source) for x in (tokens, seq.positions, segments, seq.prefix)]
+    return rolled[0], SeqInfo(*rolled[1:], seq.key), shift
+
+
+def _rows[A: Array](x: A, index: Int[Array, "B N"]) -> A:
+    """x[b, index[b, n]] for every row b."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)

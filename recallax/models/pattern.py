@@ -1,0 +1,76 @@
+"""Layer patterns: a hybrid as a string over named blocks.
+
+    pattern := term+        term := (name | "(" pattern ")") ["*" n]
+
+`conv (based window conv*3)*5 conv` is a convolution, five periods of five layers, and a convolution. Every `*n` becomes
+one scan over stacked parameters; every occurrence of a name owns its weights.
+"""
+
+import re
+from typing import NamedTuple
+
+from recallax.config import ConfigError, nearest
+
+
+class Term(NamedTuple):
+    """A named block or a group of terms, `repeat` times in a row."""
+
+    body: "str | tuple[Term, ...]"
+    repeat: int
+
+    @property
+    def period(self) -> int:
+        """Layers in one repetition."""
+        return 1 if isinstance(self.body, str) else sum(term.layers for term in self.body)
+
+    @property
+    def layers(self) -> int:
+        """Layers in all repetitions."""
+        return self.period * self.repeat
+
+
+def parse(pattern: str, names: list[str]) -> tuple[Term, ...]:
+    """The terms of a pattern. Raises ConfigError for an empty pattern, bad syntax, or a name not among `names`."""
+    tokens = re.findall(r"[A-Za-z_]\w*|\d+|\S", pattern)
+    terms, rest = _terms(tokens, names, pattern)
+    if rest:
+        raise ConfigError(f"pattern {pattern!r} has an unexpected {rest[0]!r}")
+    return terms
+
+
+def flatten(terms: tuple[Term, ...]) -> list[str]:
+    """The block names layer by layer."""
+    return [
+        name
+        for term in terms
+        for _ in range(term.repeat)
+        for name in ([term.body] if isinstance(term.body, str) else flatten(term.body))
+    ]
+
+
+def _terms(tokens: list[str], names: list[str], pattern: str) -> tuple[tuple[Term, ...], list[str]]:
+    terms: list[Term] = []
+    while tokens and tokens[0] != ")":
+        head, tokens = tokens[0], tokens[1:]
+        if head == "(":
+            body, tokens = _terms(tokens, names, pattern)
+            if not tokens:
+                raise ConfigError(f"pattern {pattern!r} has a '(' that is never closed")
+            tokens = tokens[1:]
+        elif head in names:
+            body = head
+        elif re.fullmatch(r"[A-Za-z_]\w*", head):
+            raise ConfigError(
+                f"pattern {pattern!r} names the block {head!r}, which does not exist{nearest(head, names)}"
+            )
+        else:
+            raise ConfigError(f"pattern {pattern!r} has an unexpected {head!r}; a term is a name or '(' pattern ')'")
+        repeat = 1
+        if tokens[:1] == ["*"]:
+            if len(tokens) < 2 or not tokens[1].isdigit() or int(tokens[1]) < 1:
+                raise ConfigError(f"pattern {pattern!r} has a '*' without a count of at least 1 after it")
+            repeat, tokens = int(tokens[1]), tokens[2:]
+        terms.append(Term(body, repeat))
+    if not terms:
+        raise ConfigError(f"pattern {pattern!r} has an empty part; name at least one block of {', '.join(names)}")
+    return tuple(terms), tokens

@@ -1,0 +1,115 @@
+"""From the last hidden states to logits over the vocabulary, at the positions that are asked for."""
+
+import abc
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from recallax.config import Config
+from recallax.layers.dense import Linear, parameter
+from recallax.types import Precision
+
+
+class ReadoutModule(nnx.Module, abc.ABC):
+    """Logits are float32."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        hidden: Float[Array, "B N D"],
+        embedding: Float[Array, "V D"],
+        summary: Float[Array, "B D"],
+        at: Int[Array, "B N"],
+    ) -> Float[Array, "B N V"]:
+        """hidden: at the asked positions; summary: at each row's last token; at: the positions, in the document."""
+
+
+class Readout(Config, abc.ABC):
+    """How a model turns hidden states into logits."""
+
+    @abc.abstractmethod
+    def build(self, d_model: int, vocab_size: int, *, precision: Precision, rngs: nnx.Rngs) -> ReadoutModule:
+        """The module."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tied(Readout):
+    """Logits by the transposed embedding."""
+
+    def build(self, d_model: int, vocab_size: int, *, precision: Precision, rngs: nnx.Rngs) -> ReadoutModule:
+        return TiedModule()
+
+
+class TiedModule(ReadoutModule):
+    """h E^T."""
+
+    def __call__(self, hidden: Array, embedding: Array, summary: Array, at: Array) -> Float[Array, "B N V"]:
+        return _logits(hidden, embedding.astype(hidden.dtype).T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Untied(Readout):
+    """Logits by a matrix of their own."""
+
+    def build(self, d_model: int, vocab_size: int, *, precision: Precision, rngs: nnx.Rngs) -> ReadoutModule:
+        return UntiedModule(d_model, vocab_size, precision=precision, rngs=rngs)
+
+
+class UntiedModule(ReadoutModule):
+    """h W."""
+
+    def __init__(self, d_model: int, vocab_size: int, *, precision: Precision, rngs: nnx.Rngs):
+        kernel = 0.02 * jax.random.normal(rngs.params(), (d_model, vocab_size), precision.param)
+        self.kernel = parameter(kernel, ("embed", "vocab"))
+
+    def __call__(self, hidden: Array, embedding: Array, summary: Array, at: Array) -> Float[Array, "B N V"]:
+        return _logits(hidden, self.kernel[...].astype(hidden.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Autoencode(Readout):
+    """MAD's readout for compression: every token is rebuilt from the last token's hidden state and a position.
+
+    logits_t = W_2 gelu(W_1 (h_last + sinusoid(t))) (Poli et al. 2024, arXiv 2403.17844, appendix on MAD). It reads the
+    end of the row by design, so a model with it does not decode.
+    """
+
+    hidden: int = 128
+
+    def build(self, d_model: int, vocab_size: int, *, precision: Precision, rngs: nnx.Rngs) -> ReadoutModule:
+        return AutoencodeModule(self, d_model, vocab_size, precision=precision, rngs=rngs)
+
+
+class AutoencodeModule(ReadoutModule):
+    """See `Autoencode`."""
+
+    def __init__(self, config: Autoencode, d_model: int, vocab_size: int, *, precision: Precision, rngs: nnx.Rngs):
+        std = d_model**-0.5
+        self.inner = Linear(d_model, config.hidden, precision=precision, rngs=rngs, bias=True, std=std)
+        self.outer = Linear(
+            config.hidden,
+            vocab_size,
+            precision=precision,
+            rngs=rngs,
+            bias=True,
+            std=config.hidden**-0.5,
+            axes=(None, "vocab"),
+        )
+
+    def __call__(self, hidden: Array, embedding: Array, summary: Array, at: Array) -> Float[Array, "B N V"]:
+        x = summary[:, None].astype(jnp.float32) + _sinusoid(at, summary.shape[-1])
+        return self.outer(jax.nn.gelu(self.inner(x))).astype(jnp.float32)
+
+
+def _sinusoid(positions: Int[Array, "B N"], width: int) -> Float[Array, "B N D"]:
+    rate = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = positions[..., None].astype(jnp.float32) * rate
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)[..., :width]
+
+
+def _logits(hidden: Float[Array, "B N D"], kernel: Float[Array, "D V"]) -> Float[Array, "B N V"]:
+    exact = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32, precision=exact)

@@ -1,0 +1,152 @@
+"""A stack of blocks that mirrors a parsed pattern: every `*n` is one scan over stacked parameters and states.
+
+Layer i draws its parameters from `fold_in(key, i)` and its dropout from `fold_in(seq.key, i)` with i its absolute
+number, so how a pattern is spelled changes neither.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from recallax.layers import Site
+from recallax.layers.base import State, Statistic
+from recallax.models.block import Block, BlockModule, add_aux
+from recallax.models.pattern import Term
+from recallax.types import Aux, Mean, Precision, SeqInfo, StepInfo
+
+type Remat = Literal["none", "block"]
+type Index = int | Int[Array, ""]
+
+
+class Plan(NamedTuple):
+    """What every block of a model is built with."""
+
+    blocks: Mapping[str, Block]
+    d_model: int
+    depth: int
+    dropout: float
+    remat: Remat
+    precision: Precision
+    key: PRNGKeyArray
+
+
+class Stack(nnx.Module):
+    """Terms in a row. `start` is the absolute number of the first layer, at construction as in every call."""
+
+    def __init__(self, terms: tuple[Term, ...], plan: Plan, start: Index):
+        self.parts = nnx.List()
+        self.offsets: tuple[int, ...] = ()
+        offset = 0
+        for term in terms:
+            self.parts.append(_part(term, plan, start + offset))
+            self.offsets += (offset,)
+            offset += term.layers
+        self.remat = plan.remat
+
+    def __call__(self, r: Float[Array, "B T D"], seq: SeqInfo, start: Index) -> tuple[Float[Array, "B T D"], Aux]:
+        aux: Aux = {}
+        for part, offset in zip(self.parts, self.offsets, strict=True):
+            if isinstance(part, Repeat):
+                r, more = part(r, seq, start + offset)
+            else:
+                r, more = self._block(part, r, _seq_of_layer(seq, start + offset))
+            aux = add_aux(aux, more)
+        return r, aux
+
+    def _block(self, block: BlockModule, r: Array, seq: SeqInfo) -> tuple[Array, Aux]:
+        if self.remat == "none":
+            return block(r, seq)
+        graph, params, statistics = nnx.split(block, nnx.Param, Statistic)
+
+        @jax.checkpoint
+        def run(params: nnx.State, statistics: nnx.State, r: Array) -> tuple[Array, Aux, nnx.State]:
+            module = nnx.merge(graph, params, statistics)
+            r, aux = module(r, seq)
+            return r, aux, nnx.state(module, Statistic)
+
+        r, aux, statistics = run(params, statistics, r)
+        nnx.update(block, statistics)
+        return r, aux
+
+    def init_state(self, batch: int, max_len: int) -> State:
+        return tuple(part.init_state(batch, max_len) for part in self.parts)
+
+    def prefill(self, r: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
+        aux: Aux = {}
+        states = []
+        for part, old in zip(self.parts, state, strict=True):
+            r, new, more = part.prefill(r, seq, old)
+            states.append(new)
+            aux = add_aux(aux, more)
+        return r, tuple(states), aux
+
+    def step(self, r: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
+        states = []
+        for part, old in zip(self.parts, state, strict=True):
+            r, new = part.step(r, info, old)
+            states.append(new)
+        return r, tuple(states)
+
+
+class Repeat(nnx.Module):
+    """The same stack `count` times over parameters with a leading axis of that length."""
+
+    def __init__(self, term: Term, plan: Plan, start: Index):
+        self.count, self.period = term.repeat, term.period
+        terms = (Term(term.body, 1),) if isinstance(term.body, str) else term.body
+        starts = start + self.period * jnp.arange(self.count)
+        graph, _ = nnx.split(nnx.eval_shape(lambda: Stack(terms, plan, 0)))
+        self.body = nnx.merge(graph, jax.vmap(lambda s: nnx.split(Stack(terms, plan, s))[1])(starts))
+
+    def __call__(self, r: Float[Array, "B T D"], seq: SeqInfo, start: Index) -> tuple[Float[Array, "B T D"], Aux]:
+        graph, params, statistics = nnx.split(self.body, nnx.Param, Statistic)
+
+        def body(r: Array, part: tuple[nnx.State, nnx.State, Array]) -> tuple[Array, tuple[Aux, nnx.State]]:
+            params, statistics, first = part
+            stack = nnx.merge(graph, params, statistics)
+            r, aux = stack(r, seq, first)
+            return r, (aux, nnx.state(stack, Statistic))
+
+        starts = start + self.period * jnp.arange(self.count)
+        r, (aux, statistics) = jax.lax.scan(body, r, (params, statistics, starts))
+        nnx.update(self.body, statistics)
+        return r, _pool(aux)
+
+    def init_state(self, batch: int, max_len: int) -> State:
+        graph, weights = nnx.split(self.body)
+        return jax.vmap(lambda w: nnx.merge(graph, w).init_state(batch, max_len))(weights)
+
+    def prefill(self, r: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
+        graph, weights = nnx.split(self.body)
+
+        def body(r: Array, part: tuple[nnx.State, State]) -> tuple[Array, tuple[State, Aux]]:
+            r, state, aux = nnx.merge(graph, part[0]).prefill(r, seq, part[1])
+            return r, (state, aux)
+
+        r, (state, aux) = jax.lax.scan(body, r, (weights, state))
+        return r, state, _pool(aux)
+
+    def step(self, r: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
+        graph, weights = nnx.split(self.body)
+        return jax.lax.scan(lambda r, part: nnx.merge(graph, part[0]).step(r, info, part[1]), r, (weights, state))
+
+
+def _part(term: Term, plan: Plan, start: Index) -> BlockModule | Repeat:
+    if term.repeat > 1 or not isinstance(term.body, str):
+        return Repeat(term, plan, start)
+    rngs = nnx.Rngs(jax.random.fold_in(plan.key, start))
+    site = Site(start, plan.depth)
+    block = plan.blocks[term.body]
+    return BlockModule(block, plan.d_model, site, dropout=plan.dropout, precision=plan.precision, rngs=rngs)
+
+
+def _seq_of_layer(seq: SeqInfo, layer: Index) -> SeqInfo:
+    return seq if seq.key is None else seq._replace(key=jax.random.fold_in(seq.key, layer))
+
+
+def _pool(aux: Aux) -> Aux:
+    return {name: Mean(mean.total.sum(0), mean.weight.sum(0)) for name, mean in aux.items()}
