@@ -5,7 +5,30 @@ recallax. Valid and test batches label only what the task asks; their slices (le
 """
 
 from recallax.tasks.base import SPLITS, Split, Task
+from recallax.tasks.copying import Copying
+from recallax.tasks.induction import InductionHeads
+from recallax.tasks.mad import Compression, Memorization, SelectiveCopying
+from recallax.tasks.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from recallax.tasks.mqar import MQAR, ZOOLOGY_MIX, ZOOLOGY_TEST, Segment
 from recallax.tasks.set_disjointness import SetDisjointness
+from recallax.tasks.state_tracking import StateTracking
 
-__all__ = ["MQAR", "SPLITS", "ZOOLOGY_MIX", "ZOOLOGY_TEST", "Segment", "SetDisjointness", "Split", "Task"]
+__all__ = [
+    "MQAR",
+    "SPLITS",
+    "ZOOLOGY_MIX",
+    "ZOOLOGY_TEST",
+    "Compression",
+    "Copying",
+    "FuzzyRecall",
+    "InContextRecall",
+    "InductionHeads",
+    "Memorization",
+    "NoisyRecall",
+    "Segment",
+    "SelectiveCopying",
+    "SetDisjointness",
+    "Split",
+    "StateTracking",
+    "Task",
+]

@@ -69,7 +69,7 @@ class MQAR(Task):
     power: float = 0.01
     """Exponent of the slot distribution: near 0 queries crowd behind the context (about 1/s), 1 spreads them evenly."""
     filler: Filler = "disjoint"
-    """"zero" is the setting of Zoology's figure 2: id 0 in every place that is neither pair nor query."""
+    """What stands in every place that is neither pair nor query; "zero" (id 0) is the setting of Zoology's figure 2."""
     passes: int = 1
     """Times that the context is read before the queries; 2 is the form of JRT's repeated context."""
 

@@ -1,0 +1,97 @@
+"""Copy a string (Jelassi et al. 2024, Repeat After Me, section 3)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from recallax.config import ConfigError
+from recallax.tasks.base import Split, Task, largest_share, stream
+from recallax.types import Batch, whole_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copying(Task):
+    """`$ s | s .`: the next token of the second half, from `|` on.
+
+    s has independent uniform letters; `$`, `|` and `.` are the ids after the letters. From `|` on the targets are
+    the letters of s and then `.`, n + 1 of them for |s| = n, and their weights sum to 1 in each row. Train strings
+    have lengths uniform in `train_lengths`, mixed within a batch whose length fits the longest; a test batch has
+    one length. The closing `.` is only ever a target: tokens behind the second s are padding, filled with its id.
+
+    One string per row; the release packs several into 220 tokens.
+    """
+
+    alphabet: int = 26
+    train_lengths: tuple[int, int] = (5, 20)
+    """Shortest and longest string in train."""
+    test_lengths: tuple[int, ...] = (20, 40, 80, 160)
+    """String lengths in valid and test, taken in turn."""
+
+    def __post_init__(self) -> None:
+        shortest, longest = self.train_lengths
+        if not 1 <= shortest <= longest or not self.test_lengths or min(self.test_lengths) < 1:
+            raise ConfigError(
+                f"Copying.train_lengths is {self.train_lengths} and test_lengths {self.test_lengths}; they must be "
+                "(shortest, longest) and a list, with lengths of at least 1"
+            )
+        if self.alphabet < 2:
+            raise ConfigError(f"Copying.alphabet is {self.alphabet}; it must be at least 2")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.alphabet + 3
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Buckets of string lengths: "n20" holds what has at most 20 letters and fits no smaller bucket."""
+        return tuple(f"n{n}" for n in self._buckets)
+
+    def lengths(self, split: Split) -> tuple[int, ...]:
+        return tuple(sorted({2 * n + 2 for n in self._longest(split)}))
+
+    def max_targets(self, split: Split, length: int) -> int:
+        return length // 2
+
+    def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
+        rng = stream(seed, split, index, "copy")
+        longest = self._longest(split)[index % len(self._longest(split))]
+        shortest = self.train_lengths[0] if split == "train" else longest
+        n = rng.integers(shortest, longest + 1, size=(size, 1))
+        letters = rng.integers(self.alphabet, size=(size, longest))
+        length = 2 * longest + 2
+
+        start, bar, stop = self.alphabet + np.arange(3)
+        t = np.broadcast_to(np.arange(length), (size, length))
+        again = (t > n + 1) & (t < 2 * n + 2)
+        letter = np.take_along_axis(letters, np.clip(np.where(again, t - n - 2, t - 1), 0, longest - 1), axis=1)
+        tokens = np.where((t <= n) | again, letter, stop)
+        tokens[:, 0] = start
+        np.put_along_axis(tokens, n + 1, bar, axis=1)
+
+        asked = (t >= n + 1) & (t < 2 * n + 2)
+        targets = np.zeros((size, length), np.int32)
+        targets[:, :-1], targets[:, -1] = tokens[:, 1:], stop
+        weights = np.where(asked, 1 / (n + 1), 0).astype(np.float32)
+        group = np.broadcast_to(np.searchsorted(self._buckets, n), (size, length)).astype(np.int32)
+        seq = whole_rows(size, length)._replace(segments=(t < 2 * n + 2).astype(np.int32))
+        return Batch(tokens.astype(np.int32), targets * asked, weights, np.zeros_like(group), group, seq)
+
+    def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """The string between `$` and `|`, then `.`, from `|` on."""
+        answers = np.zeros_like(tokens)
+        for row, answer in zip(tokens.tolist(), answers, strict=True):
+            n = row.index(self.alphabet + 1) - 1
+            answer[n + 1 : 2 * n + 2] = [*row[1 : n + 1], self.alphabet + 2]
+        return answers
+
+    def chance(self) -> float:
+        """The most frequent letter of the string, averaged over the test lengths."""
+        return float(np.mean([largest_share(n, self.alphabet) * n / (n + 1) for n in self.test_lengths]))
+
+    @property
+    def _buckets(self) -> tuple[int, ...]:
+        return tuple(sorted({self.train_lengths[1], *self.test_lengths}))
+
+    def _longest(self, split: Split) -> tuple[int, ...]:
+        return (self.train_lengths[1],) if split == "train" else self.test_lengths

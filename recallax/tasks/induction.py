@@ -1,0 +1,75 @@
+"""Induction heads with one cue (Gu and Dao 2023, Mamba, section 4.1.2)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int
+
+from recallax.config import ConfigError
+from recallax.tasks.base import Split, Task, stream
+from recallax.types import Batch, whole_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class InductionHeads(Task):
+    """Recall the token that followed the cue, when the cue comes back at the end.
+
+    Rows are uniform tokens below `symbols`; the cue, id `symbols`, stands at one uniform place 0..L - 3 and at the
+    last position, the only labelled one, whose target is the token behind the first cue. Tests extend the length:
+    what has to be remembered stays one token.
+    """
+
+    symbols: int = 16
+    length: int = 256
+    """Length of the train rows."""
+    test_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
+    """Lengths in valid and test, taken in turn; the paper goes on to 2^20."""
+
+    def __post_init__(self) -> None:
+        if not self.test_lengths or min(self.length, *self.test_lengths) < 3:
+            raise ConfigError(
+                f"InductionHeads.length is {self.length} and test_lengths {self.test_lengths}; there must be a test "
+                "length and each must be at least 3 (cue, token, cue)"
+            )
+        if self.symbols < 2:
+            raise ConfigError(f"InductionHeads.symbols is {self.symbols}; it must be at least 2")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.symbols + 1
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return tuple(f"L{n}" for n in self._all_lengths)
+
+    def lengths(self, split: Split) -> tuple[int, ...]:
+        return (self.length,) if split == "train" else tuple(sorted(set(self.test_lengths)))
+
+    def max_targets(self, split: Split, length: int) -> int:
+        return 1
+
+    def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
+        rng = stream(seed, split, index, "induct")
+        length = self.length if split == "train" else self.test_lengths[index % len(self.test_lengths)]
+        tokens = rng.integers(self.symbols, size=(size, length), dtype=np.int32)
+        row, cue = np.arange(size), rng.integers(length - 2, size=size)
+        tokens[row, cue] = tokens[:, -1] = self.symbols
+        targets, weights = np.zeros((size, length), np.int32), np.zeros((size, length), np.float32)
+        targets[:, -1], weights[:, -1] = tokens[row, cue + 1], 1
+        group = np.full((size, length), self._all_lengths.index(length), np.int32)
+        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length))
+
+    def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """The token behind the first cue, at the last position."""
+        answers = np.zeros_like(tokens)
+        first = (tokens == self.symbols).argmax(axis=1)
+        answers[:, -1] = tokens[np.arange(len(tokens)), first + 1]
+        return answers
+
+    def chance(self) -> float:
+        """A symbol at random."""
+        return 1 / self.symbols
+
+    @property
+    def _all_lengths(self) -> tuple[int, ...]:
+        return tuple(sorted({self.length, *self.test_lengths}))

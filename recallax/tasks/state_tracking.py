@@ -1,0 +1,113 @@
+"""Word problems of finite groups (Merrill et al. 2024, The Illusion of State; Grazzi et al. 2025 for parity)."""
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Int
+
+from recallax.config import ConfigError, nearest
+from recallax.tasks.base import Split, Task, stream
+from recallax.types import Batch, whole_rows
+
+Group = Literal["parity", "S3", "A5", "Z60", "S5"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateTracking(Task):
+    """Name the product of all group elements read so far, at every position.
+
+    Tokens are uniform elements of the group and the target at t is the product of tokens 0..t, the earliest acting
+    first. Elements are permutations numbered in lexicographic order, so id 0 is the identity; Z60 are the rotations
+    of 60 points and parity those of 2, where ids are residues and the product is their sum.
+
+    Every prefix is a shorter example of its own, so train rows have one length; test rows are longer. Groups are
+    buckets of positions ("t33_64": the 33rd to the 64th), since accuracy falls with the distance from the start.
+    A row's weights sum to 1. S5 and A5 are the groups that a fixed depth of diagonal recurrences cannot track.
+    """
+
+    group: Group = "S5"
+    length: int = 32
+    """Length of the train rows."""
+    test_lengths: tuple[int, ...] = (32, 64, 128, 256)
+    """Lengths in valid and test, taken in turn."""
+
+    def __post_init__(self) -> None:
+        if self.group not in get_args(Group):
+            raise ConfigError(f"StateTracking.group is {self.group!r}{nearest(self.group, list(get_args(Group)))}")
+        if not self.test_lengths or min(self.length, *self.test_lengths) < 1:
+            raise ConfigError(
+                f"StateTracking.length is {self.length} and test_lengths {self.test_lengths}; there must be a test "
+                "length and each must be at least 1"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return len(elements(self.group))
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return tuple(f"t{a + 1}_{b}" for a, b in itertools.pairwise((0, *self._edges)))
+
+    def lengths(self, split: Split) -> tuple[int, ...]:
+        return (self.length,) if split == "train" else tuple(sorted(set(self.test_lengths)))
+
+    def max_targets(self, split: Split, length: int) -> int:
+        return length
+
+    def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
+        rng = stream(seed, split, index, "state")
+        length = self.length if split == "train" else self.test_lengths[index % len(self.test_lengths)]
+        tokens = rng.integers(self.vocab_size, size=(size, length), dtype=np.int32)
+        table, targets = products(self.group), tokens.copy()
+        for t in range(1, length):
+            targets[:, t] = table[targets[:, t - 1], tokens[:, t]]
+        weights = np.full((size, length), 1 / length, np.float32)
+        bucket = np.searchsorted(self._edges, np.arange(1, length + 1))
+        group = np.broadcast_to(bucket, (size, length)).astype(np.int32)
+        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length))
+
+    def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """Moves the points themselves, without the multiplication table."""
+        permutations = elements(self.group)
+        number = {tuple(p): i for i, p in enumerate(permutations.tolist())}
+        answers = np.zeros_like(tokens)
+        for row, answer in zip(tokens, answers, strict=True):
+            points = np.arange(permutations.shape[1])
+            for t, token in enumerate(row):
+                points = permutations[token][points]
+                answer[t] = number[tuple(points.tolist())]
+        return answers
+
+    def chance(self) -> float:
+        """An element at random: products with a uniform factor are uniform."""
+        return 1 / self.vocab_size
+
+    @property
+    def _edges(self) -> tuple[int, ...]:
+        return tuple(sorted({self.length, *self.test_lengths}))
+
+
+@cache
+def elements(group: Group) -> Int[np.ndarray, "G N"]:
+    """The group's permutations p (point i goes to p[i]) in lexicographic order."""
+    degree = int(group[1:]) if group != "parity" else 2
+    if group in ("parity", "Z60"):
+        return np.add.outer(np.arange(degree), np.arange(degree)) % degree
+    found = np.array(list(itertools.permutations(range(degree))))
+    if group.startswith("S"):
+        return found
+    first, second = np.triu_indices(degree, 1)
+    inversions = (found[:, first] > found[:, second]).sum(axis=1)
+    return found[inversions % 2 == 0]
+
+
+@cache
+def products(group: Group) -> Int[np.ndarray, "G G"]:
+    """The multiplication table: entry [a, b] is "a, then b"."""
+    permutations = elements(group)
+    number = {p.tobytes(): i for i, p in enumerate(permutations)}
+    size = len(permutations)
+    return np.array([number[b[a].tobytes()] for a in permutations for b in permutations], np.int32).reshape(size, size)
