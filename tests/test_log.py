@@ -1,0 +1,157 @@
+"""What a log promises: strict JSON, no torn line, no step twice."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recallax.train.log import LogError, RunLog, commit, environment, read_log
+from recallax.train.progress import LiveProgress, PlainProgress, progress
+
+
+def refuse(constant: str) -> float:
+    raise AssertionError(f"{constant} is not JSON")
+
+
+def test_rows_are_strict_json_and_keep_their_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    values = {"a": jnp.float32(0.5), "b": np.int64(3), "c": math.nan, "d": -math.inf, "e": None, "split": "test"}
+    with RunLog(path, "f00d") as log:
+        log.start(0, {"state_bytes": 7})
+        log.write("eval", 10, values)
+    run, row = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert run["kind"] == "run" and run["state_bytes"] == 7 and run.items() >= environment().items()
+    assert {k: row[k] for k in ("kind", "step", "fingerprint", "a", "b", "e", "split")} == {
+        "kind": "eval", "step": 10, "fingerprint": "f00d", "a": 0.5, "b": 3, "e": None, "split": "test",
+    }  # fmt: skip
+    assert isinstance(row["b"], int) and math.isnan(float(row["c"])) and float(row["d"]) == -math.inf
+    assert read_log(path) == [run, row]
+
+
+def test_a_row_keeps_its_own_fields(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "log.jsonl", "f") as log, pytest.raises(ValueError, match="step"):
+        log.write("train", 1, {"step": 2})
+
+
+def test_torn_last_line_is_skipped_and_repaired(tmp_path: Path) -> None:
+    """A kill may cut the last row at any byte."""
+    path = tmp_path / "log.jsonl"
+    with RunLog(path, "f") as log:
+        log.write("train", 1, {"loss": 1.0})
+        log.write("train", 2, {"loss": 2.0})
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for cut in range(first, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        assert [row["step"] for row in read_log(path)] == [1]
+        with RunLog(path, "f") as log:
+            log.write("train", 2, {"loss": 3.0})
+        assert [row["loss"] for row in read_log(path)] == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("line", [b'{"kind": "tr', b"[]", b'{"kind": "train"}', b"", b"\xff\x00"])
+def test_torn_middle_line_is_an_error(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "log.jsonl"
+    with RunLog(path, "f") as log:
+        log.write("train", 1, {})
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    with pytest.raises(LogError, match="line 1 is not a row"):
+        read_log(path)
+    with pytest.raises(LogError, match="line 1 is not a row"):
+        RunLog(path, "f")
+
+
+def test_truncate_drops_what_comes_again(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with RunLog(path, "f") as log:
+        for step in range(5):
+            log.write("train", step, {})
+    path.write_text(path.read_text().replace('"seconds": 0.', '"seconds": 100.'))
+    with RunLog(path, "f") as log:
+        log.truncate(2)
+        for step in (3, 4):
+            log.write("train", step, {})
+    rows = read_log(path)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[-1]["seconds"] >= rows[0]["seconds"] >= 100, "seconds must not go backwards in a resumed run"
+
+
+def test_tensorboard_has_the_numbers(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "log.jsonl", "f", tensorboard=tmp_path / "tb") as log:
+        log.start(0, {})
+        log.write("train", 1, {"loss": 1.5, "bad": math.nan})
+        log.write("eval", 1, {"split": "valid", "accuracy": 0.25})
+    (events,) = (tmp_path / "tb").iterdir()
+    data = events.read_bytes()
+    assert b"train/loss" in data and b"valid/accuracy" in data and b"bad" not in data and b"cpus" not in data
+
+
+def test_only_process_0_writes(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "log.jsonl", "f", tensorboard=tmp_path / "tb", process_index=1) as log:
+        log.start(0, {})
+        log.write("train", 1, {"loss": 1.0})
+        log.truncate(0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_log_is_an_error(tmp_path: Path) -> None:
+    with RunLog(tmp_path / "gone" / "log.jsonl", "f") as log, pytest.raises(LogError, match="cannot be written"):
+        log.write("train", 1, {})
+    with pytest.raises(LogError, match="cannot be read"):
+        read_log(tmp_path / "absent")
+    with RunLog(tmp_path / "full", "f") as log, pytest.raises(LogError, match="No space left"):
+        (tmp_path / "full").symlink_to("/dev/full")
+        log.write("train", 1, {})
+
+
+def test_commit_is_that_of_the_source() -> None:
+    found = commit()
+    assert found is None or (len(found.removesuffix("+dirty")) == 40)
+
+
+def test_commit_without_git_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert commit() is None
+
+
+def test_plain_progress_is_lines_without_control_characters() -> None:
+    out = io.StringIO()
+    with progress(100, out) as display:
+        assert isinstance(display, PlainProgress)
+        display.compiling("step\x1b[31m\r")
+        display.update(50, {"loss": 1.25, "accuracy": 0.5, "x\x1b]0;evil\x07": math.nan}, 1234567.0)
+        display.note("saved\nstep 50")
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 3 and all(c.isprintable() for line in lines for c in line)
+    assert "compiling step" in lines[0]
+    assert all(part in lines[1] for part in ("50/100", "loss 1.25", "accuracy 0.5", "1.23M tokens/s", "left"))
+
+
+def test_live_progress_shows_the_same() -> None:
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=160, color_system=None)
+    with LiveProgress(100, console) as display:
+        display.compiling("the first step")
+        display.update(50, {"loss": 1.25, "[red]accuracy": 0.5}, 1234.0)
+        display.note("saved [bold]step[/bold] 50 \x1b]0;evil\x07")
+    text = out.getvalue()
+    for part in ("compiling the first step", "50/100", "loss 1.25", "[red]accuracy 0.5", "1.23k tokens/s"):
+        assert part in text
+    assert "saved [bold]step[/bold] 50" in text and "\x1b]0;" not in text and "\x07" not in text
+
+
+def test_importing_is_quick() -> None:
+    """The heavy packages are imported where they are used."""
+    modules = "recallax.train.log, recallax.train.progress, recallax.train.report, recallax.train.run_folder"
+    script = f"import sys, {modules}; print(*{{'jax', 'rich', 'matplotlib', 'tensorboardX'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.strip() == ""
