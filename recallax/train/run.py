@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-
 import recallax.layers
 import recallax.tasks  # noqa: F401  reading a config from JSON needs every config class to be known
 from recallax.config import Config, ConfigError

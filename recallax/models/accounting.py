@@ -1,0 +1,69 @@
+"""What a model costs, counted from the model itself: parameters, bytes of state, FLOPs.
+
+Nothing is estimated by formula: parameters and states are the shapes that the code would allocate, FLOPs are the
+matrix products of the traced program.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from recallax.models.lm import LM, LMConfig
+from recallax.types import whole_rows
+
+
+def abstract_model(config: LMConfig, vocab_size: int | None = None) -> LM:
+    """The model with shapes in place of arrays; costs no memory."""
+    return nnx.eval_shape(lambda: config.build(nnx.Rngs(0), vocab_size))
+
+
+def parameters(config: LMConfig, vocab_size: int | None = None) -> int:
+    """Number of trainable numbers."""
+    params = nnx.split(abstract_model(config, vocab_size), nnx.Param, ...)[1]
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def state_bytes(config: LMConfig, context: int, vocab_size: int | None = None) -> int:
+    """Bytes that one sequence of `context` tokens leaves in the model's state, over all layers."""
+    state = jax.eval_shape(lambda: config.build(nnx.Rngs(0), vocab_size).init_state(1, context))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def forward_flops(config: LMConfig, length: int, vocab_size: int | None = None, labelled: int | None = None) -> int:
+    """FLOPs of the matrix products of one forward pass over one row; logits at `labelled` positions (None: all).
+
+    A training step costs three times as much by convention. Element-wise work is not counted.
+    """
+    at = None if labelled is None or labelled >= length else jnp.zeros((1, labelled), jnp.int32)
+
+    def forward(params, rest):
+        seq = jax.tree.map(jnp.asarray, whole_rows(1, length))
+        return nnx.merge(graph, params, rest)(jnp.zeros((1, length), jnp.int32), seq, at)
+
+    graph, params, rest = nnx.split(abstract_model(config, vocab_size), nnx.Param, ...)
+    return _flops(jax.make_jaxpr(forward)(params, rest).jaxpr)
+
+
+def _flops(jaxpr) -> int:
+    total = 0
+    for eqn in jaxpr.eqns:
+        name, inner = eqn.primitive.name, [_flops(sub) for sub in _inner(eqn.params)]
+        if name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+        elif name == "scan":
+            total += eqn.params["length"] * sum(inner)
+        elif name == "cond":
+            total += max(inner)
+        else:
+            total += sum(inner)
+    return total
+
+
+def _inner(params: dict) -> list:
+    """The programs inside an equation, wherever its parameters hold them."""
+    values = [v for p in params.values() for v in (p if isinstance(p, list | tuple) else [p])]
+    opened = [getattr(v, "jaxpr", v) for v in values]
+    return [v for v in opened if hasattr(v, "eqns")]

@@ -1,0 +1,71 @@
+"""Evaluation: exact weighted means over a split, overall and per group."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
+
+from recallax.tasks.base import Split, Task
+from recallax.train.mesh import place
+from recallax.train.step import labelled, negative_log_likelihood, predict
+from recallax.types import Batch
+
+
+class Sums(NamedTuple):
+    """Weighted sums over one batch, per group."""
+
+    loss: Float[Array, " groups"]
+    correct: Float[Array, " groups"]
+    weight: Float[Array, " groups"]
+
+
+type Evaluator = Callable[[dict, dict, Batch], Sums]
+
+
+def make_evaluator(graph: nnx.GraphDef, task: Task, split: Split) -> Evaluator:
+    """The compiled sums of a batch; one compilation per length."""
+
+    @jax.jit
+    def sums(params: dict, statistics: dict, batch: Batch) -> Sums:
+        at, targets, weights, _, group = labelled(task, split, batch)
+        logits, _, _ = predict(graph, params, statistics, batch, at, None)
+        loss = weights * negative_log_likelihood(logits, targets)
+        correct = weights * (jnp.argmax(logits, axis=-1) == targets)
+        per_group = [jnp.zeros(len(task.groups)).at[group.ravel()].add(x.ravel()) for x in (loss, correct, weights)]
+        return Sums(*per_group)
+
+    return sums
+
+
+def evaluate(
+    evaluator: Evaluator,
+    params: dict,
+    statistics: dict,
+    task: Task,
+    split: Split,
+    *,
+    seed: int,
+    batches: int,
+    batch_size: int,
+    sharding: NamedSharding,
+) -> dict[str, float]:
+    """`loss`, `accuracy`, and `group/<name>` accuracies over the first `batches` of a split; sums are float64."""
+    total = np.zeros((3, len(task.groups)))
+    pending: list[Sums] = []
+    for index in range(batches):
+        batch = place(task.batch(seed, split, index, batch_size), sharding)
+        pending.append(evaluator(params, statistics, batch))
+    for sums in jax.device_get(pending):
+        total += np.array(sums, np.float64)
+    loss, correct, weight = total
+    seen = {name: c / w for name, c, w in zip(task.groups, correct, weight, strict=True) if w > 0}
+    return {
+        "loss": float(loss.sum() / weight.sum()),
+        "accuracy": float(correct.sum() / weight.sum()),
+        **{f"group/{name}": float(value) for name, value in seen.items()},
+    }

@@ -1,0 +1,227 @@
+"""Training as one linear story: folder, program, resume or start, steps, test."""
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from recallax.config import fingerprint, to_json
+from recallax.models import accounting
+from recallax.train.checkpoint import Checkpoints
+from recallax.train.log import RunLog
+from recallax.train.profile import Profile, peak_flops, step_flops
+from recallax.train.program import Program
+from recallax.train.progress import Progress, progress
+from recallax.train.run import RunConfig
+from recallax.train.run_folder import RunFolder
+from recallax.train.step import MAX_STREAK, StepReport, TrainState
+from recallax.types import Batch
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop."""
+
+
+def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) -> dict[str, float]:
+    """Train in `folder`, going on where a run there stopped; returns the metrics of the test split.
+
+    Raises what the checks of folder, checkpoint and config raise; NonFiniteError; Interrupted after SIGINT or SIGTERM.
+    """
+    process = jax.process_index()
+    with (
+        RunFolder(folder, config, process_index=process) as run,
+        Checkpoints(run.checkpoints, config.train.keep) as checkpoints,
+        RunLog(run.log_file, fingerprint(config), tensorboard=run.tensorboard, process_index=process) as log,
+        progress(config.train.steps) as display,
+        _Signals() as signals,
+    ):
+        display.compiling("the initial state")
+        program = Program(config)
+        restored = checkpoints.restore(program.abstract)
+        state: TrainState = restored.state if restored else program.initial()
+        start = int(state.step)
+        log.truncate(start if restored else -1)
+        log.start(start, describe(config, name))
+        if restored:
+            display.note(f"resuming at step {start} of {config.train.steps}")
+
+        def save(state: TrainState) -> None:
+            if int(state.step) not in checkpoints.steps():
+                meta = {"config": to_json(config), "fingerprint": fingerprint(config)}
+                checkpoints.save(int(state.step), state, meta)
+
+        meter = _Meter(program, log, display, folder if profile else None)
+        display.compiling("the training step")
+        for index, batch in _prefetch(program, start, config.train.steps):
+            meter.before(index - start)
+            state, report = program.step(state, batch)
+            meter.add(report, batch)
+            done = index + 1
+            if done % config.train.log_every == 0 or done == config.train.steps:
+                meter.write(done, state)
+            if done % config.evaluate.every == 0 and done < config.train.steps:
+                _evaluate(program, state, "valid", log, display)
+                meter.restart()
+            if done % config.train.save_every == 0 or done == config.train.steps:
+                save(state)
+                meter.restart()
+            if signals.stop(done):
+                save(state)
+                log.write("event", done, {"event": "interrupted"})
+                raise Interrupted(f"stopped at step {done}; the same command goes on from there")
+        meter.close()
+        _evaluate(program, state, "valid", log, display)
+        return _evaluate(program, state, "test", log, display)
+
+
+def describe(config: RunConfig, name: str) -> dict[str, Any]:
+    """What a run's first row says of its config: name, parameters, bytes of state at the task's longest length."""
+    vocab, task = config.task.vocab_size, config.task
+    longest = max(task.lengths("test"))
+    return {
+        "name": name,
+        "parameters": accounting.parameters(config.model, vocab),
+        "state_bytes": accounting.state_bytes(config.model, longest, vocab),
+        "context": longest,
+        "chance": task.chance(),
+        "oracle": 1.0,
+    }
+
+
+def restore(folder: Path, config: RunConfig) -> tuple[Program, TrainState]:
+    """A run's program and its newest checkpoint. Raises FileNotFoundError if it has none."""
+    program = Program(config)
+    with Checkpoints(folder / "checkpoints", config.train.keep) as checkpoints:
+        restored = checkpoints.restore(program.abstract)
+    if restored is None:
+        raise FileNotFoundError(f"{folder} has no checkpoint yet; train it first")
+    return program, restored.state
+
+
+def _evaluate(program: Program, state: TrainState, split: str, log: RunLog, display: Progress) -> dict[str, float]:
+    assert split in ("valid", "test")
+    metrics = program.evaluate(state, split)
+    log.write("eval", int(state.step), {"split": split, **metrics})
+    display.note(f"{split}  accuracy {metrics['accuracy']:.4f}  loss {metrics['loss']:.4f}")
+    return metrics
+
+
+def _prefetch(program: Program, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+    """Train batches in order; the next one is made while the device works on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(program.batch, start)
+        for index in range(start, stop):
+            batch = pending.result()
+            if index + 1 < stop:
+                pending = pool.submit(program.batch, index + 1)
+            yield index, batch
+
+
+class _Meter:
+    """Collects what steps report, without waiting for the device until a row is due."""
+
+    def __init__(self, program: Program, log: RunLog, display: Progress, trace: Path | None):
+        self._program, self._log, self._display = program, log, display
+        self._profile = None if trace is None else Profile(trace / "profile")
+        self._peak = None if trace is None else peak_flops()
+        self.restart()
+        self._reports: list[StepReport] = []
+
+    def restart(self) -> None:
+        """Start the clock anew, so that evaluation and saving do not count as training."""
+        self._tokens = self._flops = self._timed = 0
+        self._clock = time.monotonic()
+
+    def before(self, step: int) -> None:
+        if self._profile is not None:
+            self._profile.at(step)
+
+    def add(self, report: StepReport, batch: Batch) -> None:
+        self._reports.append(report)
+        self._tokens += batch.tokens.size
+        if self._peak is not None:
+            self._flops += step_flops(self._program.config, batch.tokens.shape[1])
+
+    def write(self, step: int, state: TrainState) -> None:
+        """One row for the steps since the last; raises NonFiniteError if the state is frozen."""
+        reports: list[StepReport] = jax.device_get(self._reports)
+        seconds = max(time.monotonic() - self._clock, 1e-9)
+        self._reports = []
+        good = [r for r in reports if r.finite.all()]
+        values: dict[str, Any] = {"learning_rate": float(self._program.learning_rate(step - 1))}
+        if good:
+            values["loss"] = np.mean([r.loss for r in good])
+            values["accuracy"] = sum(r.accuracy.total for r in good) / sum(r.accuracy.weight for r in good)
+            values["gradient_norm"] = np.mean([r.gradient_norm for r in good])
+            for name in good[0].terms:
+                total, weight = (sum(r.terms[name][i] for r in good) for i in (0, 1))
+                values[f"term/{name}"] = total / weight
+        speed = self._tokens / seconds
+        values |= {"tokens_per_second": speed, "skipped": int(state.skipped)}
+        if self._peak is not None:
+            peak, source = self._peak
+            values |= {"flops_utilisation": self._flops / seconds / peak, "peak_flops": peak, "peak_source": source}
+        self._log.write("train", step, values)
+        shown = {name: float(values[name]) for name in ("loss", "accuracy") if name in values}
+        if self._peak is not None:
+            shown["mfu"] = values["flops_utilisation"]
+        self._display.update(step, shown, speed)
+        if len(good) < len(reports):
+            self._display.note(f"{len(reports) - len(good)} steps were skipped: {self._first_bad(reports)}")
+        if int(state.streak) >= MAX_STREAK:
+            bad = self._first_bad(reports)
+            self._log.write("event", step, {"event": "non-finite", "leaf": bad})
+            raise NonFiniteError(
+                f"{MAX_STREAK} steps in a row were not finite, up to step {step}: {bad}; the parameters are those "
+                f"before them. Lower optim.lr, raise optim.warmup, or look at the batches"
+            )
+        self.restart()
+
+    def close(self) -> None:
+        if self._profile is not None:
+            self._profile.close()
+
+    def _first_bad(self, reports: list[StepReport]) -> str:
+        names = [f"the gradient of {name}" for name in self._program.leaf_names]
+        bad = next((r.finite for r in reports if not r.finite.all()), None)
+        if bad is None:
+            return "the streak began before this row"
+        return names[int(np.argmin(bad))] if not bad[:-1].all() else "the loss"
+
+
+class _Signals:
+    """Turns SIGINT and SIGTERM into a question that the loop asks after every step; a second signal ends at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._old: dict[int, Any] = {}
+
+    def stop(self, step: int) -> bool:
+        """Whether to save and stop now; all processes of a run get the same answer for the same step."""
+        if jax.process_count() == 1:
+            return self._asked
+        return bool(multihost_utils.process_allgather(np.asarray(self._asked)).any())
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        signal.signal(number, self._old[number])

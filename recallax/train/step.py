@@ -1,0 +1,157 @@
+"""One optimizer step as one compiled function, closed over the task's terms and their coefficients.
+
+The loss is a sum over named terms of coefficient times a weighted mean over the whole batch, whatever the number of
+microbatches and devices. A step with a non-finite loss or gradient changes nothing but its counters.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from recallax.layers.base import Statistic
+from recallax.tasks.base import Split, Task
+from recallax.train.run import RunConfig
+from recallax.types import Batch, Mean
+
+MAX_STREAK = 10
+"""Non-finite steps in a row after which the state freezes; the loop then stops the run."""
+
+
+class TrainState(NamedTuple):
+    """Everything that a checkpoint holds."""
+
+    step: Int[Array, ""]
+    """Optimizer steps taken or skipped, which is also the position in the data."""
+    params: dict
+    statistics: dict
+    """Variables that are not trained by gradient."""
+    optimizer: optax.OptState
+    key: PRNGKeyArray
+    """Dropout and masks of step i draw from `fold_in(key, i)`."""
+    skipped: Int[Array, ""]
+    streak: Int[Array, ""]
+    """Skipped steps in a row."""
+
+
+class StepReport(NamedTuple):
+    """What a step tells about itself."""
+
+    loss: Float[Array, ""]
+    terms: dict[str, Mean]
+    accuracy: Mean
+    gradient_norm: Float[Array, ""]
+    finite: Array
+    """Per leaf of the gradient, in `jax.tree` order; the last entry is the loss."""
+
+
+class Labelled(NamedTuple):
+    """The positions of a batch that carry weight, N per row."""
+
+    at: Int[Array, "B N"] | None
+    targets: Int[Array, "B N"]
+    weights: Float[Array, "B N"]
+    term: Int[Array, "B N"]
+    group: Int[Array, "B N"]
+
+
+def labelled(task: Task, split: Split, batch: Batch) -> Labelled:
+    """Pick the labelled positions where a row has few of them, so that logits are computed only there."""
+    length = batch.tokens.shape[1]
+    most = task.max_targets(split, length)
+    fields = (batch.targets, batch.weights, batch.term, batch.group)
+    if most >= length:
+        return Labelled(None, *fields)
+    _, at = jax.lax.top_k((batch.weights > 0).astype(jnp.int32), most)  # ties keep their order
+    return Labelled(at, *(jnp.take_along_axis(x, at, axis=1) for x in fields))
+
+
+def predict(
+    graph: nnx.GraphDef, params: dict, statistics: dict, batch: Batch, at: Array | None, key: PRNGKeyArray | None
+) -> tuple[Float[Array, "B N V"], dict[str, Mean], dict]:
+    """Logits at the asked positions, auxiliary means, and the statistics after this batch."""
+    model = nnx.merge(graph, params, statistics)
+    logits, aux = model(batch.tokens, batch.seq._replace(key=key), at)
+    return logits, aux, nnx.to_pure_dict(nnx.state(model, Statistic))
+
+
+def negative_log_likelihood(logits: Float[Array, "B N V"], targets: Int[Array, "B N"]) -> Float[Array, "B N"]:
+    """-log softmax(logits)[target], in nats."""
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def make_step(
+    config: RunConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
+    """The step function, to be compiled with its state donated."""
+    task, parts = config.task, config.train.accumulate
+
+    def objective(params: dict, statistics: dict, batch: Batch, key: PRNGKeyArray, totals: dict[str, Array]):
+        at, targets, weights, term, _ = labelled(task, "train", batch)
+        logits, aux, statistics = predict(graph, params, statistics, batch, at, key)
+        loss = weights * negative_log_likelihood(logits, targets)
+        means = {name: Mean(jnp.sum(jnp.where(term == i, loss, 0)), totals[name]) for i, name in enumerate(task.terms)}
+        # A module's mean is taken per microbatch: its weight may depend on the parameters.
+        means |= {name: Mean(mean.total / jnp.maximum(mean.weight, 1e-9) / parts, 1.0) for name, mean in aux.items()}
+        scalar = sum(
+            config.train.loss_weights.get(name, 1.0) * mean.total / mean.weight for name, mean in means.items()
+        )
+        correct = jnp.sum(weights * (jnp.argmax(logits, axis=-1) == targets))
+        return scalar, (means, Mean(correct, jnp.sum(weights)), statistics)
+
+    def gradient(state: TrainState, batch: Batch):
+        """Gradient and report of the whole batch, microbatch by microbatch."""
+        totals = {
+            name: jnp.maximum(jnp.sum(jnp.where(batch.term == i, batch.weights, 0)), 1e-9)
+            for i, name in enumerate(task.terms)
+        }
+        key = jax.random.fold_in(state.key, state.step)
+        grad = jax.value_and_grad(objective, has_aux=True)
+        if parts == 1:
+            (loss, (means, accuracy, statistics)), grads = grad(state.params, state.statistics, batch, key, totals)
+            return loss, means, accuracy, statistics, grads
+
+        def body(carry, part):
+            statistics, sums = carry
+            index, batch = part
+            out, grads = grad(state.params, statistics, batch, jax.random.fold_in(key, index), totals)
+            loss, (means, accuracy, statistics) = out
+            new = (loss, {name: mean.total for name, mean in means.items()}, accuracy, grads)
+            return (statistics, jax.tree.map(jnp.add, sums, new)), {name: mean.weight for name, mean in means.items()}
+
+        # Rows are dealt out in turn, so that every device keeps an equal share of each microbatch.
+        split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+        first = jax.tree.map(lambda x: x[0], split)
+        shapes = jax.eval_shape(lambda: grad(state.params, state.statistics, first, key, totals))
+        (loss, (means, accuracy, _)), grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        zeros = (loss, {name: mean.total for name, mean in means.items()}, accuracy, grads)
+        (statistics, sums), weights = jax.lax.scan(body, (state.statistics, zeros), (jnp.arange(parts), split))
+        loss, terms, accuracy, grads = sums
+        return loss, {n: Mean(t, weights[n][0]) for n, t in terms.items()}, accuracy, statistics, grads
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
+        loss, terms, accuracy, statistics, grads = gradient(state, batch)
+        updates, moments = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in [*jax.tree.leaves(grads), loss]])
+        accept = finite.all() & (state.streak < MAX_STREAK)
+        # Selected, never multiplied: zero times NaN is NaN.
+        new, old = (params, statistics, moments), (state.params, state.statistics, state.optimizer)
+        params, statistics, moments = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
+        after = TrainState(
+            step=state.step + 1,
+            params=params,
+            statistics=statistics,
+            optimizer=moments,
+            key=state.key,
+            skipped=state.skipped + ~accept,
+            streak=jnp.where(accept, 0, state.streak + 1),
+        )
+        return after, StepReport(loss, terms, accuracy, optax.global_norm(grads), finite)
+
+    return step
