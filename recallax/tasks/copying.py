@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Int
 
 from recallax.config import ConfigError
-from recallax.tasks.base import Split, Task, largest_share, stream
+from recallax.tasks.base import Split, Task, commonest_token, stream
 from recallax.types import Batch, whole_rows
 
 
@@ -86,8 +86,8 @@ class Copying(Task):
         return answers
 
     def chance(self) -> float:
-        """The most frequent letter of the string, averaged over the test lengths."""
-        return float(np.mean([largest_share(n, self.alphabet) * n / (n + 1) for n in self.test_lengths]))
+        """The commonest letter of the string."""
+        return commonest_token(self, 0, self.alphabet - 1)
 
     @property
     def _buckets(self) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int
 
 from recallax.config import ConfigError
-from recallax.tasks.base import Split, Task, largest_share, stream
+from recallax.tasks.base import Split, Task, commonest_token, stream
 from recallax.types import Batch, whole_rows
 
 
@@ -76,8 +76,8 @@ class SelectiveCopying(Task):
         return answers
 
     def chance(self) -> float:
-        """The most frequent content token of the row."""
-        return largest_share(self.content, self.vocab_size - 2)
+        """The commonest content token of the row."""
+        return commonest_token(self, 0, self.vocab_size - 3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +125,8 @@ class Compression(Task):
         return tokens.copy()
 
     def chance(self) -> float:
-        """The most frequent token of the row."""
-        return largest_share(self.length - 1, self.vocab_size - 1)
+        """The commonest token of the row."""
+        return commonest_token(self, 0, self.vocab_size - 2)
 
 
 @dataclass(frozen=True, kw_only=True)

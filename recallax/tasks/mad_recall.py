@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from recallax.config import ConfigError
-from recallax.tasks.base import Split, Task, largest_share, stream
+from recallax.tasks.base import Split, Task, commonest_token, stream
 from recallax.tasks.distinct import distinct, first_occurrence
 from recallax.types import Batch, whole_rows
 
@@ -116,8 +116,8 @@ class InContextRecall(_Recall):
         return _first_values(tokens)
 
     def chance(self) -> float:
-        """The value that most keys of the row share, were all keys shown."""
-        return largest_share(self.vocab_size // 2, self.vocab_size - self.vocab_size // 2)
+        """The commonest value of the row: several keys may share it."""
+        return commonest_token(self, self.vocab_size // 2, self.vocab_size - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +152,9 @@ class NoisyRecall(_Recall):
         return _first_values(tokens)
 
     def chance(self) -> float:
-        """The value that most keys of the row share, were all keys shown."""
+        """The commonest value of the row: several keys may share it."""
         content = self.vocab_size - self.noise_vocab
-        return largest_share(content // 2, content - content // 2)
+        return commonest_token(self, content // 2, content - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,8 +230,8 @@ class FuzzyRecall(_Recall):
         return answers
 
     def chance(self) -> float:
-        """A value token at random."""
-        return 1 / (self.vocab_size - 1 - self._num_keys)
+        """The commonest value token of the row."""
+        return commonest_token(self, self._num_keys, self.vocab_size - 2)
 
     @property
     def _num_keys(self) -> int:

@@ -22,7 +22,7 @@ class SetDisjointness(Task):
     """Name the common token of a short and a long set, read one after the other.
 
     A row is `[1] A [2] B [3]` with |A| + |B| + 3 tokens. Neither set repeats a token and they share exactly one,
-    which is the target at `[3]`, the only labelled position.
+    which is the target at `[3]`, the only labelled position. It is also the only token that stands twice.
 
     A model that reads once must remember the first set, so the gap between the orders ("short_first_..." against
     "long_first_..." groups) measures what causality costs; one that reads twice has none.

@@ -1,0 +1,539 @@
+"""Every task against the same battery, then what is peculiar to one.
+
+`RECALLAX_WRITE_GOLDEN=1 pytest tests/test_tasks.py -k golden` rewrites the golden rows.
+"""
+
+import itertools
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recallax import tasks
+from recallax.config import Config, ConfigError, from_json, to_json
+from recallax.tasks import MQAR, SPLITS, Segment, Split, Task
+from recallax.tasks.base import commonest_token
+from recallax.tasks.distinct import distinct, first_occurrence
+from recallax.tasks.mqar import slot_order
+from recallax.tasks.state_tracking import products
+from recallax.types import Batch, check
+
+GOLDEN = Path(__file__).parent / "golden" / "tasks.json"
+MIX = (Segment(length=32, pairs=2, rows=3), Segment(length=32, pairs=6), Segment(length=48, pairs=4))
+
+CASES: dict[str, Task] = {
+    "mqar": MQAR(vocab_size=64, mixture=MIX, test_mixture=(*MIX[1:], Segment(length=64, pairs=16))),
+    "mqar_zoology": MQAR.single(length=32, pairs=4, vocab_size=64, filler="zoology"),
+    "mqar_zero": MQAR.single(length=32, pairs=8, vocab_size=64, filler="zero", test=((32, 8), (64, 8))),
+    "mqar_twice": MQAR(vocab_size=64, mixture=MIX[:1], test_mixture=(Segment(length=36, pairs=6),), passes=2),
+    "mqar_full_vocabulary": MQAR.single(length=32, pairs=7, vocab_size=16),
+    "in_context_recall": tasks.InContextRecall(length=32),
+    "noisy_recall": tasks.NoisyRecall(length=32, noise=0.6),
+    "fuzzy_recall": tasks.FuzzyRecall(length=48, vocab_size=12),
+    "selective_copying": tasks.SelectiveCopying(length=40, content=8),
+    "compression": tasks.Compression(),
+    "memorization": tasks.Memorization(length=16),
+    "copying": tasks.Copying(train_lengths=(8, 16), test_lengths=(12, 30)),
+    "induction": tasks.InductionHeads(length=64, test_lengths=(32, 64, 128)),
+    "set_disjointness": tasks.SetDisjointness(vocab_size=64, pairs=((2, 8), (4, 4)), test_pairs=((2, 8), (4, 20))),
+    **{
+        f"state_tracking_{g}": tasks.StateTracking(group=g, length=40, test_lengths=(40, 64))
+        for g in ("parity", "S3", "A5", "Z60", "S5")
+    },
+}
+CASES["set_disjointness_long_first"] = tasks.SetDisjointness(
+    vocab_size=64, pairs=((4, 8),), test_pairs=((3, 9),), order="long_first"
+)
+ALL = pytest.mark.parametrize("task", [pytest.param(task, id=name) for name, task in CASES.items()])
+
+
+def batches(task: Task, split: Split, count: int = 8, size: int = 6, seed: int = 0) -> list[Batch]:
+    return [task.batch(seed, split, index, size) for index in range(count)]
+
+
+def accuracy(answers: np.ndarray, batch: Batch) -> float:
+    return float(np.sum((answers == batch.targets) * batch.weights) / np.sum(batch.weights))
+
+
+# ---- every task
+
+
+def test_cases_cover_every_exported_task():
+    exported = {v for v in vars(tasks).values() if isinstance(v, type) and issubclass(v, Task) and v is not Task}
+    assert {type(task) for task in CASES.values()} == exported
+
+
+@ALL
+def test_batch_is_a_pure_function_of_its_arguments(task):
+    def leaves(*arguments) -> list[np.ndarray]:
+        batch = task.batch(*arguments)
+        return [*batch[:-1], *batch.seq[:-1]]
+
+    first = leaves(0, "train", 1, 5)
+    leaves(3, "test", 7, 2)
+    assert all(np.array_equal(a, b) for a, b in zip(first, leaves(0, "train", 1, 5), strict=True))
+    for other in ((1, "train", 1, 5), (0, "valid", 1, 5), (0, "test", 1, 5), (0, "train", 2, 5)):
+        assert not np.array_equal(first[0], leaves(*other)[0]), other
+
+
+@ALL
+def test_no_array_of_a_batch_aliases_another(task):
+    batch = task.batch(0, "test", 0, 2)
+    assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(batch[:-1], 2))
+    assert all(a.flags.writeable for a in batch[:-1])
+
+
+@ALL
+@pytest.mark.parametrize("split", SPLITS)
+def test_shapes_dtypes_and_ranges(task, split):
+    for batch in batches(task, split):
+        check(batch)
+        check(batch.seq)
+        assert [a.dtype.name for a in batch[:-1]] == ["int32", "int32", "float32", "int32", "int32"]
+        assert [a.dtype.name for a in batch.seq[:-1]] == ["int32", "int32", "bool"]
+        assert batch.tokens.shape[0] == 6 and batch.tokens.shape[1] in task.lengths(split)
+        for ids, below in ((batch.tokens, task.vocab_size), (batch.targets, task.vocab_size)):
+            assert ids.min() >= 0 and ids.max() < below
+        assert batch.group.min() >= 0 and batch.group.max() < len(task.groups)
+        assert batch.term.min() >= 0 and batch.term.max() < len(task.terms)
+        assert batch.weights.min() >= 0 and np.all(batch.weights.sum(axis=1) > 0)
+
+
+@ALL
+@pytest.mark.parametrize("split", SPLITS)
+def test_padding_stands_on_the_right_and_weighs_nothing(task, split):
+    for batch in batches(task, split):
+        real = batch.seq.segments == 1
+        assert np.all(np.diff(batch.seq.segments, axis=1) <= 0) and np.all(real[:, 0])
+        assert not np.any(batch.weights[~real])
+        assert np.array_equal(batch.seq.positions[0], np.arange(batch.tokens.shape[1]))
+
+
+@ALL
+@pytest.mark.parametrize("split", ["valid", "test"])
+def test_oracle_is_always_right(task, split):
+    for batch in batches(task, split, count=12, size=16):
+        before = batch.tokens.copy()
+        assert accuracy(task.solve(batch.tokens), batch) == 1.0
+        assert np.array_equal(before, batch.tokens)
+
+
+@ALL
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_length_and_group_occurs_and_targets_stay_within_their_bound(task, split):
+    most: Counter[int] = Counter()
+    groups: set[int] = set()
+    for batch in batches(task, split, count=40):
+        length, labelled = batch.tokens.shape[1], batch.weights > 0
+        most[length] = max(most[length], int(labelled.sum(axis=1).max()))
+        groups |= set(batch.group[labelled].tolist())
+    assert sorted(most) == list(task.lengths(split)) == sorted(set(task.lengths(split)))
+    recall = isinstance(task, tasks.InContextRecall | tasks.NoisyRecall | tasks.FuzzyRecall)
+    for length, count in most.items():
+        bound = task.max_targets(split, length)
+        # A recall row with every answer labelled repeats one key throughout: legal, and too rare to be seen.
+        assert count <= bound if recall else count == bound
+    if split == "test" and not recall:
+        trained = {int(g) for b in batches(task, "train", count=40) for g in np.unique(b.group[b.weights > 0])}
+        assert groups | trained == set(range(len(task.groups)))
+    if split == "test" and recall:
+        assert groups == {task.groups.index("recall")}
+
+
+@ALL
+def test_train_and_test_rows_never_coincide(task):
+    if isinstance(task, tasks.Memorization):
+        pytest.skip("the same keys are asked in every split by definition")
+    rows = {s: {row.tobytes() for b in batches(task, s, 40, 16) for row in b.tokens} for s in SPLITS}
+    assert not rows["train"] & rows["test"] and not rows["train"] & rows["valid"] and not rows["valid"] & rows["test"]
+    assert len(rows["train"]) == 40 * 16
+
+
+@ALL
+def test_no_shortcut_beats_chance(task):
+    """Answers that never look at the question: a constant, the token before, the row's commonest token."""
+    trained = [b.targets[(b.weights > 0) & (b.group == b.group.max())] for b in batches(task, "train", 24)]
+    constant = np.bincount(np.concatenate(trained)).argmax()
+    scores = {"constant": [], "token before": [], "commonest token": []}
+    for batch in batches(task, "test", count=24, size=48):
+        commonest = np.array([np.bincount(row).argmax() for row in batch.tokens])[:, None]
+        scores["constant"].append(accuracy(np.full_like(batch.targets, constant), batch))
+        scores["token before"].append(accuracy(np.roll(batch.tokens, 1, axis=1), batch))
+        scores["commonest token"].append(accuracy(np.broadcast_to(commonest, batch.targets.shape), batch))
+    if isinstance(task, tasks.SetDisjointness):
+        assert np.mean(scores.pop("commonest token")) == 1.0  # the shared token is the one that stands twice
+    assert 0 < task.chance() < 1
+    for name, found in scores.items():
+        assert np.mean(found) < task.chance() + 0.03, name
+
+
+@pytest.mark.parametrize(
+    ("task", "answers", "values"),
+    [(CASES["selective_copying"], 8, 14), (CASES["compression"], 31, 15), (tasks.Copying(test_lengths=(12,)), 12, 26)],
+)
+def test_commonest_token_scores_its_largest_share(task, answers, values):
+    draws = np.random.default_rng(0).integers(values, size=(4000, answers))
+    share = np.mean([np.bincount(row).max() for row in draws]) / answers
+    if isinstance(task, tasks.Copying):
+        share *= 12 / 13  # the closing "." is no letter
+    assert task.chance() == pytest.approx(share, rel=0.03)
+
+
+def test_chance_of_mqar_and_set_disjointness():
+    assert MQAR.single(length=64, pairs=4, test=((64, 4), (64, 8))).chance() == pytest.approx(3 / 16)
+    assert tasks.SetDisjointness(test_pairs=((1, 4), (4, 8))).chance() == pytest.approx(5 / 8)
+    task = CASES["mqar_zero"]
+    assert commonest_token(task, task.vocab_size // 2, task.vocab_size - 1) == pytest.approx(task.chance())
+
+
+@ALL
+def test_config_survives_json(task):
+    assert from_json(to_json(task), Task) == task
+
+
+@ALL
+def test_an_index_far_away_costs_nothing(task):
+    assert task.batch(2**40, "train", 2**50, 2).tokens.shape[0] == 2
+
+
+@pytest.mark.parametrize(("seed", "index"), [(-1, 0), (0, -1)])
+def test_negative_stream_positions_are_refused(seed, index):
+    with pytest.raises(ValueError, match="at least 0"):
+        CASES["mqar"].batch(seed, "train", index, 2)
+
+
+def test_golden_rows():
+    found = {
+        f"{name}.{split}": {k: getattr(batch, k)[0].tolist() for k in ("tokens", "targets", "group")}
+        | {"labelled": np.flatnonzero(batch.weights[0]).tolist()}
+        for name, task in CASES.items()
+        for split in ("train", "test")
+        for batch in [task.batch(0, split, 0, 2)]
+    }
+    if os.environ.get("RECALLAX_WRITE_GOLDEN"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text("{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in found.items()) + "\n}\n")
+    expected = json.loads(GOLDEN.read_text())
+    assert found.keys() == expected.keys()
+    for name, row in found.items():
+        assert row == expected[name], name
+
+
+# ---- errors
+
+REFUSED = [
+    (lambda: MQAR.single(length=32, pairs=9), r"length 32 cannot hold 9 pairs.*36"),
+    (lambda: MQAR(mixture=(Segment(length=64, pairs=16),), passes=2), r"read 2 times.*96"),
+    (lambda: MQAR.single(length=33, pairs=4), "even length"),
+    (lambda: MQAR.single(length=32, pairs=0), "pairs >= 1"),
+    (lambda: MQAR.single(length=32, pairs=8, vocab_size=17), "vocab_size must be at least 18"),
+    (lambda: MQAR(mixture=()), "at least one segment"),
+    (lambda: MQAR(mixture=(Segment(length=32, pairs=2, rows=0),)), "rows >= 1"),
+    (lambda: MQAR(power=0.0), "above 0"),
+    (lambda: MQAR(passes=0), "at least 1"),
+    (lambda: MQAR(filler="zology"), "did you mean 'zoology'"),  # type: ignore[arg-type]
+    (lambda: CASES["mqar"].max_targets("train", 64), r"does not occur in train.*\(32, 48\)"),
+    (lambda: tasks.SetDisjointness(pairs=((8, 4),)), "short <= long"),
+    (lambda: tasks.SetDisjointness(pairs=()), "at least one"),
+    (lambda: tasks.SetDisjointness(vocab_size=64), "at least 83"),
+    (lambda: tasks.SetDisjointness(order="short"), "did you mean 'short_first'"),  # type: ignore[arg-type]
+    (lambda: tasks.InContextRecall(length=31), "even"),
+    (lambda: tasks.InContextRecall(vocab_size=1), "at least 2"),
+    (lambda: tasks.NoisyRecall(noise=1.0), r"\[0, 1\)"),
+    (lambda: tasks.NoisyRecall(vocab_size=16), "0 ids"),
+    (lambda: tasks.FuzzyRecall(length=11), "12"),
+    (lambda: tasks.FuzzyRecall(vocab_size=6), "at least 7"),
+    (lambda: tasks.SelectiveCopying(length=32), "33"),
+    (lambda: tasks.Compression(length=1), "at least 2"),
+    (lambda: tasks.Memorization(length=15), "even"),
+    (lambda: tasks.Copying(train_lengths=(5, 4)), "shortest, longest"),
+    (lambda: tasks.InductionHeads(test_lengths=(2,)), "at least 3"),
+    (lambda: tasks.StateTracking(group="S6"), "did you mean 'S"),  # type: ignore[arg-type]
+    (lambda: tasks.StateTracking(test_lengths=()), "test length"),
+    (lambda: distinct(np.random.default_rng(0), 2, 5, 4), "cannot draw 5"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED)
+def test_what_cannot_be_built_says_why(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_config_errors_are_config_errors():
+    with pytest.raises(ConfigError):
+        MQAR.single(length=32, pairs=9)
+    assert issubclass(Task, Config)
+
+
+# ---- draws
+
+
+@pytest.mark.parametrize(("count", "pool"), [(2, 3), (2, 9), (3, 16)])  # by permutation, and by redrawing
+def test_distinct_draws_are_uniform_over_ordered_tuples(count, pool):
+    rows = 40_000
+    drawn = distinct(np.random.default_rng(0), rows, count, pool)
+    tuples = list(itertools.permutations(range(pool), count))
+    seen = Counter(map(tuple, drawn.tolist()))
+    assert set(seen) == set(tuples)
+    expected = rows / len(tuples)
+    chi2 = sum((n - expected) ** 2 / expected for n in seen.values())
+    assert abs(chi2 - (len(tuples) - 1)) < 5 * np.sqrt(2 * len(tuples))
+
+
+def test_first_occurrence():
+    ids = np.array([[5, 3, 5, 5, 3, 0], [1, 1, 1, 2, 3, 2]])
+    assert first_occurrence(ids).tolist() == [[0, 1, 0, 0, 1, 5], [0, 0, 0, 3, 4, 3]]
+
+
+# ---- MQAR
+
+
+@pytest.mark.parametrize("power", [0.01, 0.5, 1.0])
+def test_slots_follow_the_power_law_without_replacement(power):
+    """The first two draws against their analytic distribution: p(i) p(j) / (1 - p(i))."""
+    slots, rows = 6, 60_000
+    drawn = slot_order(np.random.default_rng(0), rows, 2, slots, power)
+    p = np.arange(1, slots + 1) ** (power - 1)
+    p /= p.sum()
+    analytic = np.outer(p, p) / (1 - p)[:, None]
+    np.fill_diagonal(analytic, 0)
+    assert analytic.sum() == pytest.approx(1)
+    found = np.zeros((slots, slots))
+    np.add.at(found, (drawn[:, 0], drawn[:, 1]), 1 / rows)
+    deviation = np.abs(found - analytic) / np.sqrt(np.maximum(analytic, 1e-9) / rows)
+    assert np.all(found[analytic == 0] == 0) and deviation[analytic > 0].max() < 4.5
+
+
+def test_full_rows_use_every_slot_in_power_law_order():
+    batch = MQAR.single(length=16, pairs=4, vocab_size=32).batch(0, "train", 0, 4000)
+    keys, queries = batch.tokens[:, 0:8:2], batch.tokens[:, 8::2]
+    assert np.array_equal(np.sort(keys, axis=1), np.sort(queries, axis=1))
+    # Order is aligned with the context: the first key takes the first slot with p(1) = 1 / (1 + 1/2 + 1/3 + 1/4).
+    assert np.mean(queries[:, 0] == keys[:, 0]) == pytest.approx(0.48, abs=0.03)
+    assert np.mean(queries[:, 0] == keys[:, 3]) < 0.1
+
+
+@pytest.mark.parametrize("filler", ["disjoint", "zoology", "zero"])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_mqar_rows_are_what_the_definition_says(filler, passes):
+    pairs, length, vocab = 6, 48, 64
+    segment = Segment(length=length, pairs=pairs)
+    task = MQAR(vocab_size=vocab, mixture=(segment,), test_mixture=(segment,), filler=filler, passes=passes)
+    batch = task.batch(0, "train", 0, 64)
+    start = 2 * pairs * passes
+    for tokens, targets, weights in zip(batch.tokens, batch.targets, batch.weights, strict=True):
+        keys, values = tokens[0 : 2 * pairs : 2], tokens[1 : 2 * pairs : 2]
+        assert len(set(keys)) == pairs and keys.min() >= 1 and keys.max() < vocab // 2
+        assert len(set(values)) == pairs and values.min() >= vocab // 2
+        assert np.array_equal(tokens[:start], np.tile(tokens[: 2 * pairs], passes))
+        asked = np.flatnonzero(weights)
+        assert len(asked) == pairs and asked.min() >= start and np.all(asked % 2 == 0)
+        assert sorted(tokens[asked]) == sorted(keys)
+        pair = dict(zip(keys.tolist(), values.tolist(), strict=True))
+        assert [pair[k] for k in tokens[asked].tolist()] == targets[asked].tolist()
+        assert np.allclose(weights[asked], 1 / pairs) and not targets[weights == 0].any()
+        rest = np.delete(tokens[start:], asked - start)
+        if filler == "disjoint":
+            assert not set(rest) & set(keys)
+        if filler == "zero":
+            assert not rest.any()
+
+
+def test_disjoint_filler_is_uniform_over_the_other_ids():
+    pairs, vocab = 3, 12
+    batch = MQAR.single(length=256, pairs=pairs, vocab_size=vocab).batch(0, "train", 0, 400)
+    asked = batch.weights > 0
+    share = np.zeros(vocab)
+    for tokens, ask in zip(batch.tokens, asked, strict=True):
+        free = np.setdiff1d(np.arange(vocab), tokens[0 : 2 * pairs : 2])
+        rest = tokens[2 * pairs :][~ask[2 * pairs :]]
+        counts = np.bincount(rest, minlength=vocab)
+        assert counts[free].sum() == len(rest)
+        share[: len(free)] += counts[free] / len(rest) / len(batch.tokens)
+    assert np.allclose(share[: vocab - pairs], 1 / (vocab - pairs), atol=0.003)
+
+
+def nearest_pair(tokens: np.ndarray) -> np.ndarray:
+    """An ideal induction head: the token behind the latest earlier occurrence."""
+    answers = np.zeros_like(tokens)
+    for row, answer in zip(tokens.tolist(), answers, strict=True):
+        following: dict[int, int] = {}
+        for t, token in enumerate(row):
+            answer[t] = following.get(token, 0)
+            if t + 1 < len(row):
+                following[token] = row[t + 1]
+    return answers
+
+
+def test_only_the_published_filler_misleads_an_induction_head():
+    length, pairs, vocab = 64, 4, 64
+    score, collided = {}, 0.0
+    for filler in ("disjoint", "zero", "zoology"):
+        batch = MQAR.single(length=length, pairs=pairs, vocab_size=vocab, filler=filler).batch(0, "test", 0, 2000)
+        score[filler] = accuracy(nearest_pair(np.asarray(batch.tokens)), batch)
+        if filler == "zoology":
+            collided = np.mean([any(np.isin(r[8:][w[8:] == 0], r[0:8:2])) for r, w in zip(*batch[0:3:2], strict=True)])
+    assert score["disjoint"] == score["zero"] == 1.0
+    # Rows of 52 filler ids hold one of 4 keys among 64 ids at a rate of 1 - (60/64)^52; a query is misled if its key
+    # stands in front of it.
+    assert collided == pytest.approx(1 - (1 - pairs / vocab) ** (length - 4 * pairs + pairs), abs=0.03)
+    assert 1 - (length - 2 * pairs) / vocab < score["zoology"] < 0.95
+
+
+def test_train_slices_are_drawn_by_their_rows_and_test_slices_take_turns():
+    task = CASES["mqar"]
+    drawn = Counter(task.groups[task.batch(0, "train", i, 1).group[0, 0]] for i in range(1000))
+    assert set(drawn) == {"L32_K2", "L32_K6", "L48_K4"}
+    assert drawn["L32_K2"] == pytest.approx(600, abs=60) and drawn["L32_K6"] == pytest.approx(200, abs=50)
+    for split in ("valid", "test"):
+        turns = [task.groups[task.batch(0, split, i, 1).group[0, 0]] for i in range(6)]
+        assert turns == ["L32_K6", "L48_K4", "L64_K16"] * 2
+
+
+def test_window_reach_reproduces_the_published_sliding_window_curve():
+    """Accuracy of sliding windows in Based's figure 2 is the share of queries whose value lies within the window."""
+    published = {8: 0.060, 16: 0.144, 32: 0.315, 64: 0.514, 128: 0.655, 256: 0.796, 512: 0.936, 1024: 1.0}
+    task, reach = MQAR(), {w: [] for w in published}
+    for index in range(7):
+        batch = task.batch(0, "test", index, 24)
+        for tokens, weights in zip(batch.tokens, batch.weights, strict=True):
+            asked = np.flatnonzero(weights)
+            place = {key: t for t, key in enumerate(tokens[: 2 * len(asked)].tolist())}
+            distance = np.array([t - place[k] - 1 for t, k in zip(asked, tokens[asked].tolist(), strict=True)])
+            for window, hits in reach.items():
+                hits.append(np.mean(distance < window))
+    assert {w: np.mean(hits) for w, hits in reach.items()} == pytest.approx(published, abs=0.02)
+
+
+# ---- MAD
+
+
+@pytest.mark.parametrize("name", ["in_context_recall", "noisy_recall", "fuzzy_recall"])
+def test_recall_trains_on_next_tokens_and_tests_on_answers(name):
+    task = CASES[name]
+    train = task.batch(0, "train", 0, 16)
+    real = train.seq.segments == 1
+    assert np.array_equal(train.weights[:, :-1] > 0, real[:, 1:]) and not train.weights[:, -1].any()
+    assert np.array_equal(train.targets[:, :-1][real[:, 1:]], train.tokens[:, 1:][real[:, 1:]])
+    test = task.batch(0, "test", 0, 16)
+    assert 0 < (test.weights > 0).sum() < 0.6 * (train.weights > 0).sum()
+    # The last answer is the last real token of the row.
+    last = test.seq.segments.sum(axis=1) - 2
+    assert np.all(test.weights[np.arange(16), last] == 1)
+
+
+def test_recall_asks_at_each_repeat_and_nowhere_else():
+    for name in ("in_context_recall", "noisy_recall"):
+        for batch in batches(CASES[name], "test"):
+            for row, weights in zip(batch.tokens.tolist(), batch.weights, strict=True):
+                keys = row[::2]
+                repeats = [2 * i for i, k in enumerate(keys) if k in keys[:i] and k < 8]
+                assert np.flatnonzero(weights).tolist() == repeats
+
+
+def test_noise_rate_and_ids():
+    task = tasks.NoisyRecall(length=256, noise=0.4)
+    tokens = task.batch(0, "train", 0, 100).tokens.reshape(100, -1, 2)
+    noisy = tokens >= 16
+    assert np.array_equal(noisy[..., 0], noisy[..., 1]) and tokens[noisy].max() == 31
+    assert noisy.mean() == pytest.approx(0.4 * 126.6 / 128, abs=0.02)
+
+
+def test_fuzzy_keys_are_full_width_where_they_are_asked():
+    task = tasks.FuzzyRecall()
+    widths: dict[Split, Counter] = {"train": Counter(), "test": Counter()}
+    for split, count in widths.items():
+        for batch in batches(task, split):
+            for row, real in zip(batch.tokens, batch.seq.segments, strict=True):
+                runs = [
+                    (is_key, list(run)) for is_key, run in itertools.groupby(row[real == 1].tolist(), lambda x: x < 7)
+                ]
+                assert all(len(run) == len(set(run)) for _, run in runs) and max(row[real == 1]) < 15
+                count.update((is_key, len(run)) for is_key, run in runs)
+    assert (
+        {n for is_key, n in widths["train"] if is_key}
+        == {n for is_key, n in widths["train"] if not is_key}
+        == {1, 2, 3}
+    )
+    assert {n for is_key, n in widths["test"] if is_key} == {3}
+    assert {n for is_key, n in widths["test"] if not is_key} == {1, 2, 3}
+
+
+def test_selective_copying_puts_blanks_in_every_gap():
+    task = tasks.SelectiveCopying(length=64, content=8)
+    tokens = task.batch(0, "train", 0, 500).tokens
+    body, tail = tokens[:, :55], tokens[:, 55:]
+    assert np.all(tail[:, 0] == 15) and np.all(tail[:, 1:] == 14)
+    filled = body < 14
+    assert np.all(filled.sum(axis=1) == 8)
+    before, after = filled.argmax(axis=1), filled[:, ::-1].argmax(axis=1)
+    assert before.mean() == pytest.approx(47 / 9, abs=0.5) and after.mean() == pytest.approx(47 / 9, abs=0.5)
+
+
+def test_memorization_table_is_one_to_one_and_the_tasks_own():
+    task = tasks.Memorization()
+    assert len(set(task.table.tolist())) == len(task.table) == 127
+    assert task.table.min() >= 127 and task.table.max() < 255
+    assert not np.array_equal(task.table, tasks.Memorization(table_seed=1).table)
+
+
+# ---- the others
+
+
+def test_set_disjointness_shares_one_token_and_balances_orders():
+    task = tasks.SetDisjointness(vocab_size=64, pairs=((3, 9),), test_pairs=((3, 9), (4, 4)))
+    place, orders = Counter(), Counter()
+    for batch in batches(task, "test", count=8, size=101):
+        for row, target, group in zip(batch.tokens.tolist(), batch.targets[:, -1], batch.group[:, -1], strict=True):
+            cut = row.index(2)
+            first, second = row[1:cut], row[cut + 1 : -1]
+            assert row[0] == 1 and row[-1] == 3 and min(first + second) >= 4
+            assert len(set(first)) == len(first) and len(set(second)) == len(second)
+            assert set(first) & set(second) == {int(target)}
+            short, long = min(len(first), len(second)), max(len(first), len(second))
+            name = task.groups[group]
+            assert name.endswith(f"{short}_{long}")
+            assert short == long or name.startswith("short_first" if len(first) < len(second) else "long_first")
+            orders[name] += 1
+            if name == "short_first_3_9":
+                place[first.index(target), second.index(target)] += 1
+    assert orders["short_first_3_9"] == orders["long_first_3_9"] == 202
+    assert len(place) == 27 and max(place.values()) < 25
+
+
+def test_copying_mixes_lengths_in_train_only():
+    task = tasks.Copying()
+    train = task.batch(0, "train", 0, 400)
+    n = (train.seq.segments.sum(axis=1) - 2) // 2
+    assert set(n.tolist()) == set(range(5, 21)) and np.allclose(train.weights.sum(axis=1), 1)
+    assert [set(b.seq.segments.sum(axis=1).tolist()) for b in batches(task, "test", 4)] == [{42}, {82}, {162}, {322}]
+
+
+def test_the_induction_cue_stands_anywhere_before_the_answer():
+    batch = tasks.InductionHeads(length=8).batch(0, "train", 0, 2000)
+    assert np.all((batch.tokens == 16).sum(axis=1) == 2) and np.all(batch.tokens[:, -1] == 16)
+    cues = Counter((batch.tokens == 16).argmax(axis=1).tolist())
+    assert set(cues) == set(range(6)) and min(cues.values()) > 250
+
+
+@pytest.mark.parametrize(("group", "size", "abelian"), [("S3", 6, False), ("A5", 60, False), ("Z60", 60, True)])
+def test_state_tracking_groups_are_groups(group, size, abelian):
+    table = products(group)
+    everything = set(range(size))
+    assert all(set(row) == everything for row in table.tolist()) and all(set(c) == everything for c in table.T.tolist())
+    assert np.array_equal(table[0], np.arange(size)) and np.array_equal(table[:, 0], np.arange(size))
+    assert np.array_equal(table[table], table[np.arange(size)[:, None, None], table])  # (ab)c = a(bc)
+    assert np.array_equal(table, table.T) is abelian
+
+
+def test_state_tracking_products_by_hand():
+    """S3 in lexicographic order: 1 swaps points 1 and 2, 2 swaps 0 and 1. First 1, then 2, sends 0 to 1 to 2 to 0."""
+    assert products("S3")[1, 2] == 3 and products("S3")[2, 1] == 4
+    parity = tasks.StateTracking(group="parity").batch(0, "train", 0, 8)
+    assert np.array_equal(parity.targets, np.cumsum(parity.tokens, axis=1) % 2)
+    cyclic = tasks.StateTracking(group="Z60").batch(0, "train", 0, 8)
+    assert np.array_equal(cyclic.targets, np.cumsum(cyclic.tokens, axis=1) % 60)
