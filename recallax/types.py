@@ -9,9 +9,10 @@ from typing import NamedTuple, get_args, get_type_hints
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-type DType = jnp.dtype | type
+type DType = DTypeLike
 AnyArray = Array | np.ndarray
 
 

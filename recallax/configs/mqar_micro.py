@@ -1,6 +1,6 @@
 """How does BASED do at the smallest MQAR that still separates mixers?
 
-Vocabulary 64, length 32, 4 and 8 pairs, d 32: the size at which learning-rate grids run (`experiments/recall_frontier`).
+Vocabulary 64, length 32, 4 and 8 pairs, d 32: the size of the learning-rate grids in `experiments/recall_frontier`.
 Expected: accuracy above .95 at the rate chosen there. Cost: about 20 seconds on two CPU cores.
 
     recallax train mqar_micro

@@ -44,7 +44,8 @@ class BasedMixer(RecurrentMixer):
     """See the head of the file."""
 
     def __init__(self, config: Based, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
-        self.heads, self.features = config.heads, config.features
+        self.heads = config.heads
+        self.features: Features = config.features
         self.width, self.values = config.feature_dim, divide_heads("based", d_model, config.heads)
         self.q = Linear(d_model, self.heads * self.width, precision=precision, rngs=rngs)
         self.k = Linear(d_model, self.heads * self.width, precision=precision, rngs=rngs)

@@ -10,12 +10,12 @@ from recallax.types import SeqInfo, StepInfo
 
 def continued(state: State, seq: SeqInfo) -> State:
     """The state that a prefill starts from: zero in rows whose first token has position 0."""
-    return zero_rows(state, seq.positions[:, 0] == 0)
+    return zero_rows(state, jnp.asarray(seq.positions)[:, 0] == 0)
 
 
 def started(state: State, info: StepInfo) -> State:
     """The state that a step starts from: zero in active rows at position 0."""
-    return zero_rows(state, info.active & (info.position == 0))
+    return zero_rows(state, jnp.asarray(info.active) & (jnp.asarray(info.position) == 0))
 
 
 def zero_rows(state: State, rows: Bool[Array, " B"]) -> State:

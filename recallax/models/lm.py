@@ -132,10 +132,12 @@ def _to_right_padding(tokens: Int[Array, "B T"], seq: SeqInfo) -> tuple[Int[Arra
     segments = jnp.asarray(seq.segments)
     shift = jnp.argmax(segments > 0, axis=1)
     source = (jnp.arange(segments.shape[1]) + shift[:, None]) % segments.shape[1]
-    rolled = [_rows(jnp.asarray(x), source) for x in (tokens, seq.positions, segments, seq.prefix)]
-    return rolled[0], SeqInfo(*rolled[1:], seq.key), shift
+    tokens, positions, segments, prefix = (
+        _rows(jnp.asarray(x), source) for x in (tokens, seq.positions, segments, seq.prefix)
+    )
+    return tokens, SeqInfo(positions, segments, prefix, seq.key), shift
 
 
-def _rows[A: Array](x: A, index: Int[Array, "B N"]) -> A:
+def _rows(x: Array, index: Int[Array, "B N"]) -> Array:
     """x[b, index[b, n]] for every row b."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)

@@ -159,7 +159,7 @@ class _Meter:
         seconds = max(time.monotonic() - self._clock, 1e-9)
         self._reports = []
         good = [r for r in reports if r.finite.all()]
-        values: dict[str, Any] = {"learning_rate": float(self._program.learning_rate(step - 1))}
+        values: dict[str, Any] = {"learning_rate": float(np.asarray(self._program.learning_rate(step - 1)))}
         if good:
             values["loss"] = np.mean([r.loss for r in good])
             values["accuracy"] = sum(r.accuracy.total for r in good) / sum(r.accuracy.weight for r in good)

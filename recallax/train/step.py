@@ -63,10 +63,10 @@ def labelled(task: Task, split: Split, batch: Batch) -> Labelled:
     """Pick the labelled positions where a row has few of them, so that logits are computed only there."""
     length = batch.tokens.shape[1]
     most = task.max_targets(split, length)
-    fields = (batch.targets, batch.weights, batch.term, batch.group)
+    fields = [jnp.asarray(x) for x in (batch.targets, batch.weights, batch.term, batch.group)]
     if most >= length:
         return Labelled(None, *fields)
-    _, at = jax.lax.top_k((batch.weights > 0).astype(jnp.int32), most)  # ties keep their order
+    _, at = jax.lax.top_k((fields[1] > 0).astype(jnp.int32), most)  # ties keep their order
     return Labelled(at, *(jnp.take_along_axis(x, at, axis=1) for x in fields))
 
 
@@ -97,7 +97,9 @@ def make_step(
         loss = weights * negative_log_likelihood(logits, targets)
         means = {name: Mean(jnp.sum(jnp.where(term == i, loss, 0)), totals[name]) for i, name in enumerate(task.terms)}
         # A module's mean is taken per microbatch: its weight may depend on the parameters.
-        means |= {name: Mean(mean.total / jnp.maximum(mean.weight, 1e-9) / parts, 1.0) for name, mean in aux.items()}
+        means |= {
+            name: Mean(mean.total / jnp.maximum(mean.weight, 1e-9) / parts, jnp.ones(())) for name, mean in aux.items()
+        }
         scalar = sum(
             config.train.loss_weights.get(name, 1.0) * mean.total / mean.weight for name, mean in means.items()
         )

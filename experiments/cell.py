@@ -1,0 +1,57 @@
+"""One trained config of a sweep, and the row it leaves."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recallax.config import fingerprint
+from recallax.models import accounting
+from recallax.train.log import commit, environment
+from recallax.train.program import Program
+from recallax.train.run import RunConfig
+
+type Row = dict[str, Any]
+type Stage = Callable[[list[Row]], list["Cell"]]
+"""Cells to train, given the rows of the stages before."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A config, and what the report calls it."""
+
+    labels: Mapping[str, str | int | float]
+    config: RunConfig
+
+
+def measure(cell: Cell) -> Row:
+    """Train a cell from scratch, without a folder or checkpoints, and evaluate it on valid and test."""
+    import time
+
+    begin = time.monotonic()
+    config, program = cell.config, Program(cell.config)
+    state = program.initial()
+    for index in range(config.train.steps):
+        state, _ = program.step(state, program.batch(index))
+    vocab, context = config.task.vocab_size, max(config.task.lengths("test"))
+    host = environment()
+    return {
+        **cell.labels,
+        "config": fingerprint(config),
+        "valid": program.evaluate(state, "valid"),
+        "test": program.evaluate(state, "test"),
+        "skipped": int(state.skipped),
+        "chance": config.task.chance(),
+        "parameters": accounting.parameters(config.model, vocab),
+        "state_bytes": accounting.state_bytes(config.model, context, vocab),
+        "seconds": round(time.monotonic() - begin, 1),
+        **{name: host[name] for name in ("device", "cpus", "jax")},
+        "commit": commit(),
+    }
+
+
+def best(rows: list[Row], stage: str, **labels: str | int | float) -> Row:
+    """The row of a stage with these labels whose accuracy on the valid split is highest."""
+    found = [r for r in rows if r["stage"] == stage and all(r[k] == v for k, v in labels.items())]
+    if not found:
+        raise ValueError(f"no row of stage {stage!r} has {labels}; run the sweep first")
+    return max(found, key=lambda r: r["valid"]["accuracy"])

@@ -1,0 +1,89 @@
+"""Accuracy against bytes of state: ten mixers on `mqar_micro`, then the best of them at a larger size.
+
+Stages: a grid of six learning rates with one seed; the rate that is best on valid with two other seeds; the same rate
+at vocabulary 256, length 64, 8 pairs, width 64.
+"""
+
+import dataclasses
+
+from experiments.cell import Cell, Row, Stage, best
+from recallax.configs import mqar_micro
+from recallax.layers import Attention, BaseConv, Based, Identity, LinearAttention, MixerConfig, SlidingWindow
+from recallax.models import Block, LMConfig
+from recallax.tasks import MQAR
+from recallax.tasks.mqar import Segment
+from recallax.train.run import AdamW, Evaluate, RunConfig, Train
+
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+MIXERS: dict[str, MixerConfig] = {
+    "based 4": Based(feature_dim=4),
+    "based 8": Based(feature_dim=8),
+    "based 16": Based(feature_dim=16),
+    "linear elu": LinearAttention(feature_map="elu"),
+    "linear identity": LinearAttention(feature_map="identity"),
+    "window 4": SlidingWindow(window=4, rotary_base=None),
+    "window 8": SlidingWindow(window=8, rotary_base=None),
+    "window 16": SlidingWindow(window=16, rotary_base=None),
+    "window 24": SlidingWindow(window=24, rotary_base=None),
+    "attention": Attention(rotary_base=None),
+}
+SMALL = ("attention", "based 16", "based 8", "linear elu")
+
+
+def model(mixer: MixerConfig, d_model: int) -> LMConfig:
+    """Zoology's hybrid: a short convolution, then the mixer; no positions, no channel mixing."""
+    blocks = {
+        "conv": Block(mixer=BaseConv(width=3), channel=Identity()),
+        "mixer": Block(mixer=mixer, channel=Identity()),
+    }
+    return LMConfig(d_model=d_model, pattern="conv mixer", blocks=blocks)
+
+
+def micro(name: str, rate: float, seed: int) -> RunConfig:
+    config = mqar_micro.get_config()
+    return dataclasses.replace(
+        config,
+        model=model(MIXERS[name], 32),
+        optim=AdamW(lr=rate),
+        train=dataclasses.replace(config.train, seed=seed, data_seed=seed),
+    )
+
+
+def small(name: str, rate: float, seed: int) -> RunConfig:
+    slices = (Segment(length=64, pairs=8),)
+    return RunConfig(
+        task=MQAR(vocab_size=256, mixture=slices, test_mixture=slices),
+        model=model(MIXERS[name], 64),
+        optim=AdamW(lr=rate),
+        train=Train(steps=2000, batch_size=64, seed=seed, data_seed=seed),
+        evaluate=Evaluate(batches=16),
+    )
+
+
+def grid(rows: list[Row]) -> list[Cell]:
+    return [
+        Cell({"stage": "grid", "mixer": name, "lr": rate, "seed": 0}, micro(name, rate, 0))
+        for name in MIXERS
+        for rate in RATES
+    ]
+
+
+def seeds(rows: list[Row]) -> list[Cell]:
+    rates = {name: best(rows, "grid", mixer=name)["lr"] for name in MIXERS}
+    return [
+        Cell({"stage": "seeds", "mixer": name, "lr": rate, "seed": seed}, micro(name, rate, seed))
+        for name, rate in rates.items()
+        for seed in (1, 2)
+    ]
+
+
+def larger(rows: list[Row]) -> list[Cell]:
+    rates = {name: best(rows, "grid", mixer=name)["lr"] for name in SMALL}
+    return [
+        Cell({"stage": "small", "mixer": name, "lr": rate, "seed": seed}, small(name, rate, seed))
+        for name, rate in rates.items()
+        for seed in (1, 2)
+    ]
+
+
+STAGES: tuple[Stage, ...] = (grid, seeds, larger)
