@@ -124,8 +124,8 @@ def test_damage_never_yields_a_wrong_state(copy: Path, pattern: str, fault: Any)
         passed_over = [str(w.message) for w in caught if w.category is CheckpointWarning]
         assert len(passed_over) == (restored.step == 10)
         assert (copy / "quarantine/20").is_dir() == (restored.step == 10)
-        checkpoints.save(30, state(30), {})
-        assert checkpoints.steps()[-1] == 30
+        checkpoints.save(restored.step + 10, state(30), {})
+        assert checkpoints.steps() == [restored.step, restored.step + 10]
 
 
 def test_flipped_bits_in_the_arrays_are_seen(copy: Path) -> None:
@@ -187,6 +187,18 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
         (tmp_path / "9").symlink_to(tmp_path / "3")
         assert checkpoints.steps() == [3]
         assert not (tmp_path / "trash").exists()
+
+
+def test_a_step_leaves_the_list_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the job were killed before it could delete anything."""
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state(1), {})
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+            checkpoints.save(2, state(2), {})
+        assert checkpoints.steps() == [2] and (tmp_path / "trash/1/state").is_dir()
+        checkpoints.save(3, state(3), {})
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["3"]
 
 
 def test_saving_what_orbax_skips_is_an_error(copy: Path) -> None:

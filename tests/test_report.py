@@ -189,7 +189,7 @@ def test_the_harmless_check_sees_harm() -> None:
     """The assertions above are worth something only if they fail on what they look for."""
     policy = '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'">'
     assert_harmless(policy)
-    harms: list[Any] = [
+    harms = [
         "<script>",
         "<p onclick=x>",
         "<p style='//x'>",

@@ -73,7 +73,7 @@ class Checkpoints:
         if not self.directory.is_dir():  # orbax would make a new one, and the older steps would be forgotten
             raise CheckpointError(f"step {step} was not saved: {self.directory} has vanished; bring it back")
         try:
-            self._manager.reload()  # its cached list of steps can be wrong after a failure
+            self._manager.reload()  # its cached list of steps is wrong after a failure or a quarantine
             saved = self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=record))
         except Exception as error:  # orbax and tensorstore raise nearly every type
             self._remove_temporary(step)
@@ -170,7 +170,6 @@ class Checkpoints:
                 source.rename(target)
         if damaged:
             _all_processes(True)  # nobody lists the folder before process 0 is done
-            self._manager.reload()
 
     def _remove_temporary(self, step: int) -> None:
         """What a failed save leaves would keep a full disk full."""

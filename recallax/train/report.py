@@ -133,10 +133,12 @@ def _by_group(runs: list[Run]) -> Table:
 def _differences(runs: list[Run]) -> Table:
     """Rows of config paths whose values differ between the runs, one column per run."""
     paths = sorted({path for run in runs for path in run.config})
-    header: list[Cell] = ["field", *(run.label for run in runs)]
-    table: Table = [header]
-    table += [[path, *(run.config.get(path, "(absent)") for run in runs)] for path in paths]
-    return [row for i, row in enumerate(table) if i == 0 or len(set(row[1:])) > 1]
+    table: Table = [["field", *(run.label for run in runs)]]
+    for path in paths:
+        values = [run.config.get(path, "(absent)") for run in runs]
+        if len(set(values)) > 1:
+            table.append([path, *values])
+    return table
 
 
 def _page(runs: list[Run], summary: Table, groups: Table) -> str:
