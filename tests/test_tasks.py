@@ -443,6 +443,11 @@ def test_noise_rate_and_ids():
     assert noisy.mean() == pytest.approx(0.4 * 126.6 / 128, abs=0.02)
 
 
+def test_noise_spares_a_pair_to_ask_for():
+    tokens = tasks.NoisyRecall(length=6, noise=0.99).batch(0, "test", 0, 200).tokens
+    assert np.all((tokens[:, :4] < 16).any(axis=1)) and (tokens[:, :4] < 16).all(axis=1).mean() < 0.1
+
+
 def test_fuzzy_keys_are_full_width_where_they_are_asked():
     task = tasks.FuzzyRecall()
     widths: dict[Split, Counter] = {"train": Counter(), "test": Counter()}
@@ -508,7 +513,8 @@ def test_set_disjointness_shares_one_token_and_balances_orders():
 def test_copying_mixes_lengths_in_train_only():
     task = tasks.Copying()
     train = task.batch(0, "train", 0, 400)
-    n = (train.seq.segments.sum(axis=1) - 2) // 2
+    n = (train.weights > 0).sum(axis=1) - 1
+    assert np.array_equal(train.seq.segments.sum(axis=1), 2 * n + 2)
     assert set(n.tolist()) == set(range(5, 21)) and np.allclose(train.weights.sum(axis=1), 1)
     assert [set(b.seq.segments.sum(axis=1).tolist()) for b in batches(task, "test", 4)] == [{42}, {82}, {162}, {322}]
 
@@ -528,6 +534,12 @@ def test_state_tracking_groups_are_groups(group, size, abelian):
     assert np.array_equal(table[0], np.arange(size)) and np.array_equal(table[:, 0], np.arange(size))
     assert np.array_equal(table[table], table[np.arange(size)[:, None, None], table])  # (ab)c = a(bc)
     assert np.array_equal(table, table.T) is abelian
+
+
+def test_state_tracking_groups_are_ranges_of_positions():
+    task = tasks.StateTracking(length=3, test_lengths=(5, 8))
+    assert task.groups == ("t1_3", "t4_5", "t6_8")
+    assert task.batch(0, "test", 1, 1).group.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2]]
 
 
 def test_state_tracking_products_by_hand():
