@@ -11,7 +11,7 @@ import hashlib
 import json
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAliasType, Union, get_args, get_origin, get_type_hints
 
 SCHEMA = 1
 
@@ -87,6 +87,8 @@ def _encode(value: Any) -> Any:
 
 
 def _decode(value: Any, hint: Any, path: str) -> Any:
+    if isinstance(hint, TypeAliasType):
+        return _decode(value, hint.__value__, path)
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value

@@ -57,4 +57,4 @@ class MixerConfig(Config, abc.ABC):
 
     @abc.abstractmethod
     def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> SequenceMixer:
-        """The module for width `d_model`; raises ValueError where the sizes do not fit."""
+        """The module for width `d_model`; raises ConfigError where the sizes do not fit."""

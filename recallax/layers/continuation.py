@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from recallax.config import ConfigError
 from recallax.layers.base import State
 from recallax.types import SeqInfo, StepInfo
 
@@ -24,8 +25,8 @@ def zero_rows(state: State, rows: Bool[Array, " B"]) -> State:
 
 
 def divide_heads(what: str, width: int, heads: int) -> int:
-    """Width of one head. Raises ValueError unless `heads` divides `width`."""
+    """Width of one head. Raises ConfigError unless `heads` divides `width`."""
     if heads < 1 or width % heads:
         divisors = ", ".join(str(n) for n in range(1, width + 1) if width % n == 0)
-        raise ValueError(f"{what}: {width} channels cannot be split into {heads} heads; use one of {divisors}")
+        raise ConfigError(f"{what}: {width} channels cannot be split into {heads} heads; use one of {divisors}")
     return width // heads

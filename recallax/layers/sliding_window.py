@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from flax import nnx
 
+from recallax.config import ConfigError
 from recallax.layers.base import MixerConfig, Site
 from recallax.layers.softmax import SoftmaxMixer
 from recallax.types import Precision
@@ -27,7 +28,7 @@ class SlidingWindow(MixerConfig):
 
     def __post_init__(self) -> None:
         if self.window < 1:
-            raise ValueError(f"window is {self.window}; it must be at least 1, the token itself")
+            raise ConfigError(f"window is {self.window}; it must be at least 1, the token itself")
 
     def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> SoftmaxMixer:
         return SoftmaxMixer(

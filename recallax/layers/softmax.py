@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from recallax.config import ConfigError
 from recallax.layers.base import RecurrentMixer
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, residual_std
@@ -30,7 +31,7 @@ class SoftmaxMixer(RecurrentMixer):
         self.width = divide_heads("attention", d_model, heads)
         divide_heads("attention's query heads over key/value heads", heads, kv_heads)
         if rotary_base is not None and self.width % 2:
-            raise ValueError(f"a head is {self.width} wide; rotary positions need an even width (or rotary_base=None)")
+            raise ConfigError(f"a head is {self.width} wide; rotary positions need an even width (or rotary_base=None)")
         self.heads, self.kv_heads, self.window, self.base = heads, kv_heads, window, rotary_base
         self.dtype = precision.compute
         kv_width = kv_heads * self.width

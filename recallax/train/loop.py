@@ -12,15 +12,16 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from recallax.config import fingerprint, to_json
+from recallax.config import fingerprint, from_json, to_json
 from recallax.models import accounting
+from recallax.tasks.base import Split
 from recallax.train.checkpoint import Checkpoints
 from recallax.train.log import RunLog
 from recallax.train.profile import Profile, peak_flops, step_flops
 from recallax.train.program import Program
 from recallax.train.progress import Progress, progress
 from recallax.train.run import RunConfig
-from recallax.train.run_folder import RunFolder
+from recallax.train.run_folder import RunFolder, RunFolderError, read_config
 from recallax.train.step import MAX_STREAK, StepReport, TrainState
 from recallax.types import Batch
 
@@ -99,18 +100,18 @@ def describe(config: RunConfig, name: str) -> dict[str, Any]:
     }
 
 
-def restore(folder: Path, config: RunConfig) -> tuple[Program, TrainState]:
-    """A run's program and its newest checkpoint. Raises FileNotFoundError if it has none."""
+def evaluate_run(folder: Path, split: Split, batches: int | None = None) -> dict[str, float]:
+    """Metrics of a run's newest checkpoint. Raises RunFolderError or CheckpointError if there is none to evaluate."""
+    config = from_json(read_config(folder), RunConfig)
     program = Program(config)
     with Checkpoints(folder / "checkpoints", config.train.keep) as checkpoints:
         restored = checkpoints.restore(program.abstract)
     if restored is None:
-        raise FileNotFoundError(f"{folder} has no checkpoint yet; train it first")
-    return program, restored.state
+        raise RunFolderError(f"{folder} has no checkpoint yet; train it first")
+    return {"step": restored.step, **program.evaluate(restored.state, split, batches)}
 
 
-def _evaluate(program: Program, state: TrainState, split: str, log: RunLog, display: Progress) -> dict[str, float]:
-    assert split in ("valid", "test")
+def _evaluate(program: Program, state: TrainState, split: Split, log: RunLog, display: Progress) -> dict[str, float]:
     metrics = program.evaluate(state, split)
     log.write("eval", int(state.step), {"split": split, **metrics})
     display.note(f"{split}  accuracy {metrics['accuracy']:.4f}  loss {metrics['loss']:.4f}")

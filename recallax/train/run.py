@@ -1,6 +1,6 @@
 """One run as a value: everything that decides its numbers, and nothing else."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import recallax.layers
 import recallax.tasks  # noqa: F401  reading a config from JSON needs every config class to be known
@@ -81,3 +81,14 @@ class RunConfig(Config):
     optim: AdamW = AdamW()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+
+
+def tiny(config: RunConfig, *, task: Task | None = None, model: LMConfig | None = None) -> RunConfig:
+    """The same run cut to seconds: four steps of eight rows, on a smaller task or model where one is given."""
+    return RunConfig(
+        task=task or config.task,
+        model=model or config.model,
+        optim=config.optim,
+        train=replace(config.train, steps=4, batch_size=8, log_every=2, save_every=2),
+        evaluate=Evaluate(every=2, batches=2, batch_size=4),
+    )

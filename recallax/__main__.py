@@ -1,0 +1,195 @@
+"""The command line: `recallax list | show | train | eval | report`.
+
+Only what a command needs is imported: `--help` and `list` read the configs' docstrings and import no JAX.
+"""
+
+import ast
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from recallax import __version__
+from recallax.config import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from recallax.train.run import RunConfig
+
+CONFIGS = Path(__file__).parent / "configs"
+PREEMPTED = 75
+"""Exit status of a run that was asked to stop and can go on (EX_TEMPFAIL: try again)."""
+
+USAGE = f"""recallax {__version__}: sequence models that recall well with little memory
+
+  recallax list                        the configs there are
+  recallax show CONFIG [overrides]     what a config resolves to, its parameters, state bytes and FLOPs
+  recallax train CONFIG [overrides]    train it, or go on where its run stopped
+  recallax eval RUN                    evaluate a run's newest checkpoint
+  recallax report RUN...               one HTML page, a CSV and a Markdown table about runs
+
+`recallax COMMAND --help` says more; `recallax train CONFIG --help` lists everything that can be overridden.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit status: 0, 1 for a failed run, 2 for wrong input, 75 for a run that can go on."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        return _fail(f"there is no command {name!r}{nearest(name, list(COMMANDS))}", 2)
+    return COMMANDS[name](rest)
+
+
+def config_names() -> dict[str, str]:
+    """Every config by name, with the first line of its docstring."""
+    files = sorted(path for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+    return {path.stem: (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0] for path in files}
+
+
+def load(name: str) -> "RunConfig":
+    """The config of that name. Raises ConfigError with the nearest name."""
+    known = list(config_names())
+    if name not in known:
+        raise ConfigError(f"there is no config {name!r}{nearest(name, known)}")
+    return importlib.import_module(f"recallax.configs.{name}").get_config()
+
+
+def _list(arguments: list[str]) -> int:
+    if arguments:
+        print("usage: recallax list\n\nThe configs there are, with the question each one asks.")
+        return 0 if arguments[0] in ("-h", "--help") else 2
+    names = config_names()
+    width = max(map(len, names))
+    for name, line in names.items():
+        print(f"{name:{width}}  {line}")
+    return 0
+
+
+def _show(arguments: list[str]) -> int:
+    def run(name: str) -> int:
+        import tyro
+
+        from recallax.train.show import show
+
+        config = tyro.cli(type(load(name)), default=load(name), args=arguments[1:], prog=f"recallax show {name}")
+        print(show(name, config))
+        return 0
+
+    return _with_config("show", arguments, run)
+
+
+def _train(arguments: list[str]) -> int:
+    def run(name: str) -> int:
+        import tyro
+
+        from recallax.train.distributed import Distributed
+        from recallax.train.loop import Interrupted, NonFiniteError, train
+        from recallax.train.run import RunConfig
+        from recallax.train.run_folder import folder_name
+
+        @dataclass(frozen=True, kw_only=True)
+        class Train:
+            config: Annotated[RunConfig, tyro.conf.arg(name="")]
+            run: Path | None = None
+            """Folder of the run; runs/CONFIG-FINGERPRINT by default. An unfinished run there is continued."""
+            profile: bool = False
+            """Trace a few steps into the run's folder and report the model FLOPs utilisation."""
+            distributed: Distributed = field(default_factory=Distributed)
+
+        parsed = tyro.cli(Train, default=Train(config=load(name)), args=arguments[1:], prog=f"recallax train {name}")
+        parsed.distributed.start()
+        folder = parsed.run or Path("runs") / folder_name(name, parsed.config)
+        try:
+            train(parsed.config, folder, name=name, profile=parsed.profile)
+        except Interrupted as stop:
+            print(f"recallax: {stop}", file=sys.stderr)
+            return PREEMPTED
+        except NonFiniteError as error:
+            return _fail(str(error), 1)
+        print(f"run: {folder}\nreport: recallax report {folder}")
+        return 0
+
+    return _with_config("train", arguments, run)
+
+
+def _eval(arguments: list[str]) -> int:
+    import tyro
+
+    from recallax.train.loop import evaluate_run
+
+    def evaluate(
+        run: tyro.conf.Positional[Path], split: Literal["valid", "test"] = "test", batches: int | None = None
+    ) -> int:
+        """Evaluate a run's newest checkpoint.
+
+        Args:
+            run: Folder of the run.
+            split: Which stream of the task.
+            batches: Batches to read; the config's number by default.
+        """
+        for name, value in evaluate_run(run, split, batches).items():
+            print(f"{name:24} {value:.4f}")
+        return 0
+
+    return _guarded(lambda: tyro.cli(evaluate, args=arguments, prog="recallax eval"))
+
+
+def _report(arguments: list[str]) -> int:
+    import tyro
+
+    from recallax.train.report import write_report
+
+    def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> int:
+        """Write one self-contained HTML page about one or more runs, a CSV and a Markdown table beside it.
+
+        Args:
+            runs: Folders of the runs.
+            out: The HTML file.
+        """
+        write_report(list(runs), out)
+        print(f"report: {out}")
+        return 0
+
+    return _guarded(lambda: tyro.cli(report, args=arguments, prog="recallax report"))
+
+
+def _with_config(command: str, arguments: list[str], run: Callable[[str], int]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        print(f"usage: recallax {command} CONFIG [overrides]\n\nconfigs: {', '.join(config_names())}")
+        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    return _guarded(lambda: run(arguments[0]))
+
+
+def _guarded(run: Callable[[], int]) -> int:
+    """Turn the errors that a user can cause into one line; anything else is a defect and keeps its traceback."""
+    from recallax.train.errors import USER_ERRORS
+
+    try:
+        return run()
+    except USER_ERRORS as error:
+        return _fail(str(error), 2)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"recallax: {message}", file=sys.stderr)
+    return status
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "list": _list,
+    "show": _show,
+    "train": _train,
+    "eval": _eval,
+    "report": _report,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Does attention find the token after the last occurrence of a special one, at other lengths?
+
+Train length 256, test lengths 64 to 1024 (Gu & Dao 2023, Mamba, arXiv 2312.00752, section 4.1.2). Expected: exact up
+to about twice the trained length. Cost: minutes on a GPU.
+
+    recallax train induction_attention
+"""
+
+from recallax.layers import Attention, GatedConv, SwiGLU
+from recallax.models import Block, LMConfig
+from recallax.tasks import InductionHeads
+from recallax.train.run import AdamW, RunConfig, Train, tiny
+
+
+def model(d_model: int) -> LMConfig:
+    blocks = {
+        "conv": Block(mixer=GatedConv(width=4, expand=1), channel=SwiGLU()),
+        "mixer": Block(mixer=Attention(heads=4), channel=SwiGLU()),
+    }
+    return LMConfig(d_model=d_model, pattern="(conv mixer)*2", blocks=blocks)
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        task=InductionHeads(), model=model(128), optim=AdamW(lr=1e-3), train=Train(steps=10_000, batch_size=128)
+    )
+
+
+def get_tiny() -> RunConfig:
+    return tiny(get_config(), task=InductionHeads(length=16, test_lengths=(8, 16)), model=model(16))

@@ -1,0 +1,30 @@
+"""How much of a sequence can a model put into its last hidden state? MAD's compression.
+
+Vocabulary 16, length 32, rebuilt by a readout of its own from the last token (Poli et al. 2024, arXiv 2403.17844).
+Expected: 40 to 50 %, as the published tables. Cost: minutes on a GPU.
+
+    recallax train mad_compression_linear
+"""
+
+from recallax.layers import GatedConv, LinearAttention, SwiGLU
+from recallax.models import Autoencode, Block, LMConfig
+from recallax.tasks import Compression
+from recallax.train.run import AdamW, RunConfig, Train, tiny
+
+
+def model(d_model: int) -> LMConfig:
+    blocks = {
+        "conv": Block(mixer=GatedConv(width=4, expand=1), channel=SwiGLU()),
+        "mixer": Block(mixer=LinearAttention(feature_map="identity", heads=4), channel=SwiGLU()),
+    }
+    return LMConfig(d_model=d_model, pattern="(conv mixer)*2", blocks=blocks, readout=Autoencode())
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        task=Compression(), model=model(128), optim=AdamW(lr=1e-3), train=Train(steps=10_000, batch_size=128)
+    )
+
+
+def get_tiny() -> RunConfig:
+    return tiny(get_config(), task=Compression(vocab_size=8, length=8), model=model(16))

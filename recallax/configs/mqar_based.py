@@ -1,0 +1,28 @@
+"""How much of MQAR's standard mixture does BASED with 16-wide queries and keys recall?
+
+Width 64. Expected: mean test accuracy .91 over the seven slices (BASED, arXiv 2402.18668, figure 2; .72 at
+feature_dim 8 and .97 at 24), best of learning rates 1e-3, 3.2e-3, 1e-2, 3.2e-2. Cost: minutes on one H100.
+
+    recallax train mqar_based
+"""
+
+from recallax.layers import Based
+from recallax.models.zoology import zoology
+from recallax.tasks import MQAR, Segment
+from recallax.train.run import AdamW, Evaluate, RunConfig, Train, tiny
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        task=MQAR(filler="zoology"),
+        model=zoology(Based(feature_dim=16), 64),
+        optim=AdamW(lr=3e-3),
+        train=Train(steps=22_600, batch_size=256, save_every=2000),
+        evaluate=Evaluate(every=1000, batches=28, batch_size=32),
+    )
+
+
+def get_tiny() -> RunConfig:
+    slices = (Segment(length=16, pairs=2), Segment(length=24, pairs=4))
+    task = MQAR(vocab_size=32, mixture=slices, test_mixture=slices, filler="zoology")
+    return tiny(get_config(), task=task, model=zoology(Based(feature_dim=4), 16))

@@ -1,0 +1,22 @@
+"""The two-layer hybrid of Zoology's recall experiments: a short gated convolution, then the mixer under test.
+
+No position embeddings, an identity channel mixer (r <- r + norm(r)), tied embeddings.
+Source: Arora et al. 2023 (Zoology, arXiv 2312.04927), section 4, and the experiments of BASED (arXiv 2402.18668),
+figure 2. Differences: RMSNorm where they use LayerNorm; their dropout of .1 on embeddings and attention is left out.
+"""
+
+from recallax.layers import BaseConv, Identity, MixerConfig
+from recallax.models.block import Block
+from recallax.models.lm import LMConfig
+
+
+def zoology(mixer: MixerConfig, d_model: int) -> LMConfig:
+    """`conv mixer` at the given width."""
+    return LMConfig(
+        d_model=d_model,
+        pattern="conv mixer",
+        blocks={
+            "conv": Block(mixer=BaseConv(width=3), channel=Identity()),
+            "mixer": Block(mixer=mixer, channel=Identity()),
+        },
+    )

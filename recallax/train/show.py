@@ -1,0 +1,42 @@
+"""`recallax show`: what a config resolves to and what its model costs."""
+
+import json
+
+from recallax.config import fingerprint, to_json
+from recallax.models import accounting
+from recallax.train.run import RunConfig
+
+CONTEXTS = (256, 1024, 4096, 16_384)
+"""Tokens at which state bytes are given besides the task's own lengths."""
+
+
+def show(name: str, config: RunConfig) -> str:
+    """The resolved value, parameters, state bytes against context, and forward FLOPs per token, as text."""
+    task, model = config.task, config.model
+    vocab, longest = task.vocab_size, max(task.lengths("test"))
+    contexts = sorted({*task.lengths("test"), *CONTEXTS})
+    flops = accounting.forward_flops(model, longest, vocab) / longest
+    labelled = accounting.forward_flops(model, longest, vocab, task.max_targets("test", longest)) / longest
+    lines = [
+        f"{name}  (fingerprint {fingerprint(config)})",
+        json.dumps(to_json(config), indent=2),
+        "",
+        f"layers            {len(model.layers)}: {' '.join(_runs(model.layers))}",
+        f"parameters        {accounting.parameters(model, vocab):,}",
+        f"forward FLOPs     {flops:,.0f} per token at {longest} tokens, matrix products only",
+        f"                  {labelled:,.0f} with logits at labelled positions only, as in training and evaluation",
+        "",
+        f"{'context':>12}  {'state bytes':>14}",
+    ]
+    return "\n".join(lines + [f"{c:>12,}  {accounting.state_bytes(model, c, vocab):>14,}" for c in contexts])
+
+
+def _runs(names: list[str]) -> list[str]:
+    """Neighbours of one name as `name*n`."""
+    runs: list[list[str]] = []
+    for name in names:
+        if runs and runs[-1][0] == name:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return [run[0] if len(run) == 1 else f"{run[0]}*{len(run)}" for run in runs]
