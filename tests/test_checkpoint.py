@@ -276,6 +276,7 @@ def test_folder_is_created_and_opened_again(tmp_path: Path) -> None:
         with RunFolder(path, FolderProbe()) as folder:
             assert folder.checkpoints.is_dir() and json.loads(folder.config_file.read_text())["width"] == 1
     assert sorted(p.name for p in path.iterdir()) == ["checkpoints", "config.json", "lock"]
+    assert (path / "lock").read_text() == "", "a job that ended properly leaves no name behind"
     RunFolder(tmp_path / "untouched", FolderProbe(), process_index=1).close()
     assert not (tmp_path / "untouched").exists()
 

@@ -4,6 +4,8 @@ import io
 import json
 import math
 import os
+import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +93,37 @@ def test_tensorboard_has_the_numbers(tmp_path: Path) -> None:
     (events,) = (tmp_path / "tb").iterdir()
     data = events.read_bytes()
     assert b"train/loss" in data and b"valid/accuracy" in data and b"bad" not in data and b"cpus" not in data
+
+
+def test_tensorboard_forgets_what_comes_again(tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
+    with RunLog(tmp_path / "log.jsonl", "f", tensorboard=tmp_path / "tb") as log:
+        log.start(0, {})
+        log.truncate(7)
+        log.write("train", 8, {"loss": 1.5})
+    (path,) = (tmp_path / "tb").iterdir()
+    data, events = path.read_bytes(), []
+    while data:  # a record: length in 8 bytes, 4 of checksum, the event, 4 of checksum
+        size = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    assert [e.step for e in events if e.session_log.status == SessionLog.START] == [8]
+
+
+def test_a_row_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for a disk that fills up in the middle of a row."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with RunLog(tmp_path / "log.jsonl", "f") as log:
+        log.write("train", 1, {})
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "log.jsonl").stat().st_size + 10, limits[1]))
+            with pytest.raises(LogError, match="took 10 of"):
+                log.write("train", 2, {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            signal.signal(signal.SIGXFSZ, handler)
+    assert [row["step"] for row in read_log(tmp_path / "log.jsonl")] == [1]
 
 
 def test_only_process_0_writes(tmp_path: Path) -> None:

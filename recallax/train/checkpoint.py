@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -172,9 +173,13 @@ class Checkpoints:
             _all_processes(True)  # nobody lists the folder before process 0 is done
 
     def _remove_temporary(self, step: int) -> None:
-        """What a failed save leaves would keep a full disk full."""
-        for path in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+        """What a failed save leaves would keep a full disk full; orbax may still be writing some of it."""
+        for _ in range(40):
+            for path in self.directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.05)
+            if not any(self.directory.glob(f"{step}.orbax-checkpoint-tmp*")):
+                return
 
 
 def _manager(directory: Path, keep: int) -> Any:
