@@ -1,7 +1,7 @@
 """Multi-query associative recall (Arora et al. 2024, Zoology, section 4; Based, figure 2)."""
 
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Int
@@ -94,7 +94,7 @@ class MQAR(Task):
         test: tuple[tuple[int, int], ...] = (),
         vocab_size: int = 8192,
         filler: Filler = "disjoint",
-    ) -> Self:
+    ) -> "MQAR":
         """One train slice; `test` lists (length, pairs) slices, the train slice itself if empty.
 
         Zoology's figure 2 is `filler="zero"` at (64, 4), (128, 8), (256, 16) or (512, 64), one model each.
