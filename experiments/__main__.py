@@ -51,7 +51,7 @@ def run(cells: list[Cell], folder: Path, workers: int) -> int:
     print(f"{folder.name}: {len(todo)} of {len(cells)} cells to measure", flush=True)
     failed = 0
     os.environ |= {"PJRT_NPROC": "1", "NPROC": "1", "OMP_NUM_THREADS": "1"}  # read by the workers when they import jax
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=8) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(measure, cell): cell for cell in todo}
         for done, future in enumerate(as_completed(futures), 1):
             labels = dict(futures[future].labels)
