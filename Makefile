@@ -45,7 +45,6 @@ demo: setup ## train two small models, evaluate them, and write a report
 	$(bin)/recallax train demo_based --run runs/demo/based
 	$(bin)/recallax train demo_window --run runs/demo/window
 	$(bin)/recallax report runs/demo/based runs/demo/window --out runs/demo/report.html
-	@echo "The report: $(CURDIR)/runs/demo/report.html"
 
 format: setup ## let ruff format the code and mend what it can
 	$(bin)/ruff format .
