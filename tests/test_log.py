@@ -154,14 +154,13 @@ def test_commit_without_git_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert commit() is None
 
 
-def test_plain_progress_is_lines_without_control_characters() -> None:
-    out = io.StringIO()
-    with progress(100, out) as display:
+def test_plain_progress_is_lines_without_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(100) as display:
         assert isinstance(display, PlainProgress)
         display.compiling("step\x1b[31m\r")
         display.update(50, {"loss": 1.25, "accuracy": 0.5, "x\x1b]0;evil\x07": math.nan}, 1234567.0)
         display.note("saved\nstep 50")
-    lines = out.getvalue().splitlines()
+    lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all(c.isprintable() for line in lines for c in line)
     assert "compiling step" in lines[0]
     assert all(part in lines[1] for part in ("50/100", "loss 1.25", "accuracy 0.5", "1.23M tokens/s", "left"))

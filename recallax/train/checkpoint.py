@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,15 +49,19 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints of a run.
+    """The newest `keep` checkpoints of a run; with `keep=None` for reading only, also while a job is writing there.
+
+    A reader changes nothing in the folder: it passes over damaged steps where they lie. A writer must hold the
+    run's lock, because it removes what looks like an interrupted save.
 
     Saving is synchronous: when `save` returns, the step is on disk, and a full disk is an error of that save and not
     of a later one. With several processes all of them make every call, on a folder that they share; checksums then
     cover the leaves that each process can see whole (replicated or its own), not arrays sharded between processes.
     """
 
-    def __init__(self, directory: Path | str, keep: int = 2) -> None:
+    def __init__(self, directory: Path | str, keep: int | None = 2) -> None:
         self.directory = Path(directory).absolute()
+        self._writes = keep is not None
         self._manager = _manager(self.directory, keep)
 
     def save(self, step: int, state: Tree, meta: Mapping[str, Any]) -> None:
@@ -122,7 +126,7 @@ class Checkpoints:
         """Let go of orbax's threads."""
         self._manager.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(
@@ -164,8 +168,9 @@ class Checkpoints:
     def _quarantine(self, damaged: Mapping[int, str]) -> None:
         for step, cause in damaged.items():
             source, target = self.directory / str(step), self.directory / "quarantine" / str(step)
-            warnings.warn(f"{source} is damaged and was moved to {target}: {cause}", CheckpointWarning, stacklevel=3)
-            if jax.process_index() == 0:
+            fate = f"moved to {target}" if self._writes else "passed over"
+            warnings.warn(f"{source} is damaged and was {fate}: {cause}", CheckpointWarning, stacklevel=3)
+            if self._writes and jax.process_index() == 0:
                 target.parent.mkdir(exist_ok=True)
                 shutil.rmtree(target, ignore_errors=True)  # the same step, damaged in an earlier life of the run
                 source.rename(target)
@@ -182,15 +187,18 @@ class Checkpoints:
                 return
 
 
-def _manager(directory: Path, keep: int) -> Any:
+def _manager(directory: Path, keep: int | None) -> Any:
     import orbax.checkpoint as ocp
 
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep,
-        todelete_subdir="trash",  # deleting in place can be killed half-way and leave half a step that is listed
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=False,
-    )
+    if keep is None and not directory.is_dir():
+        raise CheckpointError(f"{directory} is not there, so it has no checkpoints to read")
+    writing: dict[str, Any] = {
+        "max_to_keep": keep,
+        "todelete_subdir": "trash",  # deleting in place can be killed half-way and leave half a step that is listed
+        "cleanup_tmp_directories": True,
+    }
+    reading: dict[str, Any] = {"read_only": True, "create": False}
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **(reading if keep is None else writing))
     try:
         return ocp.CheckpointManager(directory, options=options)
     except Exception as error:  # orbax raises nearly every type

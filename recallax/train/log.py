@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from recallax import __version__
 from recallax.train.run_folder import write_atomic
@@ -86,7 +86,7 @@ class RunLog:
             self._writer.close()
             self._writer = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(

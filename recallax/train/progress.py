@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
+type Console = Any
+"""rich's, which is imported only for a terminal."""
 
 
 class Progress(abc.ABC):
@@ -24,7 +24,7 @@ class Progress(abc.ABC):
         """Say that something is being compiled; the next `update` ends it."""
 
     @abc.abstractmethod
-    def update(self, step: int, metrics: Mapping[str, float], tokens_per_second: float) -> None:
+    def update(self, step: int, metrics: Mapping[str, int | float], tokens_per_second: int | float) -> None:
         """Show the run after `step` optimizer steps."""
 
     @abc.abstractmethod
@@ -35,7 +35,7 @@ class Progress(abc.ABC):
     def close(self) -> None:
         """End the display; what it showed last stays. Closing twice does nothing."""
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(
@@ -44,32 +44,30 @@ class Progress(abc.ABC):
         self.close()
 
 
-def progress(steps: int, stream: TextIO | None = None) -> Progress:
-    """The display that suits `stream` (standard output by default): live on a terminal, lines elsewhere."""
-    out = stream or sys.stdout
-    if not out.isatty():
-        return PlainProgress(steps, out)
-    from rich.console import Console
+def progress(steps: int) -> Progress:
+    """The display that suits standard output: live on a terminal, lines elsewhere."""
+    if not sys.stdout.isatty():
+        return PlainProgress(steps)
+    import rich
 
-    return LiveProgress(steps, Console(file=out))
+    return LiveProgress(steps, rich.get_console())
 
 
 class PlainProgress(Progress):
     """One line per call."""
 
-    def __init__(self, steps: int, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, steps: int) -> None:
         self._clock = _Clock(steps)
 
     def compiling(self, what: str) -> None:
         self.note(f"compiling {what}")
 
-    def update(self, step: int, metrics: Mapping[str, float], tokens_per_second: float) -> None:
+    def update(self, step: int, metrics: Mapping[str, int | float], tokens_per_second: int | float) -> None:
         left = self._clock.left(step)
         self.note(f"step {step}/{self._clock.steps}  {_numbers(metrics, tokens_per_second)}  {left} left")
 
     def note(self, text: str) -> None:
-        print(printable(text), file=self._stream, flush=True)
+        print(printable(text), flush=True)
 
     def close(self) -> None:
         pass
@@ -78,7 +76,7 @@ class PlainProgress(Progress):
 class LiveProgress(Progress):
     """A bar that stays at the bottom; notes scroll above it."""
 
-    def __init__(self, steps: int, console: "Console") -> None:
+    def __init__(self, steps: int, console: Console) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
@@ -92,7 +90,7 @@ class LiveProgress(Progress):
     def compiling(self, what: str) -> None:
         self._bar.update(self._task, status=printable(f"compiling {what}"), refresh=True)
 
-    def update(self, step: int, metrics: Mapping[str, float], tokens_per_second: float) -> None:
+    def update(self, step: int, metrics: Mapping[str, int | float], tokens_per_second: int | float) -> None:
         status, left = printable(_numbers(metrics, tokens_per_second)), f"{self._clock.left(step)} left"
         self._bar.update(self._task, completed=step, status=status, left=left, refresh=True)
 
@@ -125,12 +123,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _numbers(metrics: Mapping[str, float], tokens_per_second: float) -> str:
+def _numbers(metrics: Mapping[str, int | float], tokens_per_second: int | float) -> str:
     shown = [f"{name} {float(value):.4g}" for name, value in metrics.items()]
     return "  ".join([*shown, f"{_short(tokens_per_second)} tokens/s"])
 
 
-def _short(number: float) -> str:
+def _short(number: int | float) -> str:
     """Three digits and a suffix: 1.23k, 45.6M."""
     if not math.isfinite(number) or number < 1000:
         return f"{number:.3g}"

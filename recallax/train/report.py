@@ -13,19 +13,18 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recallax.train.log import Row, read_log
 from recallax.train.progress import printable
 from recallax.train.run_folder import read_config, write_atomic
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 type Cell = str | int | float | None
 type Table = list[list[Cell]]
-type Curve = list[tuple[float, float]]
+type Curve = list[tuple[int, int | float]]
 """(step, value) pairs."""
+type Figure = Any
+"""matplotlib's, which is imported only to draw one."""
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's colours, which the colour-blind can tell apart; after seven runs the line style changes too."""
@@ -200,7 +199,7 @@ def _markdown(table: Table) -> str:
     return line(shown[0]) + line(["---"] * len(shown[0])) + "".join(line(row) for row in shown[1:])
 
 
-def _figure(caption: str, height: float, draw: "Callable[[Figure], None]") -> str:
+def _figure(caption: str, height: float, draw: Callable[[Figure], None]) -> str:
     """The drawing as inlined SVG: 9 inches wide, `height` inches high."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -224,7 +223,7 @@ def _figure(caption: str, height: float, draw: "Callable[[Figure], None]") -> st
     return f"<figure>{svg}<figcaption>{html.escape(caption, quote=True)}</figcaption></figure>"
 
 
-def _draw_curves(figure: "Figure", runs: list[Run]) -> None:
+def _draw_curves(figure: Figure, runs: list[Run]) -> None:
     panels = (
         ("training loss (nats)", [run.train_loss for run in runs]),
         ("valid accuracy (fraction)", [run.valid_accuracy for run in runs]),
@@ -247,7 +246,7 @@ def _draw_curves(figure: "Figure", runs: list[Run]) -> None:
     figure.legend(once.values(), once.keys(), loc="outside lower center", ncols=4)
 
 
-def _draw_groups(figure: "Figure", runs: list[Run], groups: Table) -> None:
+def _draw_groups(figure: Figure, runs: list[Run], groups: Table) -> None:
     ax = figure.subplots()
     names = [_plain(str(name)) for name in groups[0][1:]]
     tested = [(i, run, row) for i, (run, row) in enumerate(zip(runs, groups[1:], strict=True)) if run.test]
@@ -264,7 +263,7 @@ def _draw_groups(figure: "Figure", runs: list[Run], groups: Table) -> None:
         figure.legend(loc="outside lower center", ncols=4)
 
 
-def _draw_memory(figure: "Figure", runs: list[Run]) -> None:
+def _draw_memory(figure: Figure, runs: list[Run]) -> None:
     ax = figure.subplots()
     points = {i: place for i, run in enumerate(runs) if (place := _place(run)) is not None}
     sizes = [size for size, _ in points.values()]
@@ -305,7 +304,7 @@ def _beside(places: dict[int, tuple[float, float]], labels: list[str]) -> dict[i
 def _place(run: Run) -> tuple[float, float] | None:
     """State bytes and test accuracy, if the run has both."""
     size, accuracy = _number(run.about.get("state_bytes")), _number((run.test or {}).get("accuracy"))
-    return (size, accuracy) if size is not None and size > 0 and accuracy is not None else None
+    return (float(size), float(accuracy)) if size is not None and size > 0 and accuracy is not None else None
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, str]]:

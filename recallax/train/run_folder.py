@@ -15,7 +15,7 @@ import socket
 import warnings
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from recallax.config import Config, ConfigError, diff, fingerprint, from_json, to_json
 
@@ -108,7 +108,7 @@ class RunFolder:
             os.close(self._lock)
             self._lock = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(
