@@ -8,7 +8,9 @@ that recallax has imported, never by an import string, so that a file cannot run
 import dataclasses
 import difflib
 import hashlib
+import inspect
 import json
+import math
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAliasType, Union, get_args, get_origin, get_type_hints
@@ -38,6 +40,8 @@ def to_json(config: Config) -> dict[str, Any]:
 
 def from_json[C: Config](data: Mapping[str, Any], expected: type[C]) -> C:
     """The config that `to_json` wrote. Raises ConfigError naming the path of what does not fit."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"a config is {data!r}; it must be an object with a 'schema' and a 'class'")
     if data.get("schema") != SCHEMA:
         raise ConfigError(f"schema is {data.get('schema')!r}; this version of recallax reads schema {SCHEMA}")
     return _decode({k: v for k, v in data.items() if k != "schema"}, expected, "config")
@@ -75,12 +79,17 @@ def classes() -> dict[str, type[Config]]:
 def _encode(value: Any) -> Any:
     match value:
         case Config():
-            fields = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}  # type: ignore[arg-type]
+            hints = get_type_hints(type(value))
+            pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))  # type: ignore[arg-type]
+            # 1 and 1.0 are equal configs, so they must not have two fingerprints
+            fields = {n: float(v) if hints[n] is float and type(v) is int else _encode(v) for n, v in pairs}
             return {"class": type(value).__name__, **fields}
         case Mapping():
             return {str(k): _encode(v) for k, v in value.items()}
         case list() | tuple():
             return [_encode(v) for v in value]
+        case float() if not math.isfinite(value):
+            raise ConfigError(f"a config holds {value}; its numbers must be finite")
         case None | bool() | int() | float() | str():
             return value
     raise ConfigError(f"a config holds {value!r} of type {type(value).__name__}; it must be plain data")
@@ -109,7 +118,7 @@ def _decode(value: Any, hint: Any, path: str) -> Any:
         return tuple(_decode(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, items, strict=True)))
     if origin in (dict, Mapping) and isinstance(value, dict):
         return {k: _decode(v, args[1], f"{path}.{k}") for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return float(value)
     if not isinstance(hint, type) or type(value) is not hint:
         raise ConfigError(f"{path} is {value!r}; it must be of type {getattr(hint, '__name__', hint)}")
@@ -119,15 +128,27 @@ def _decode(value: Any, hint: Any, path: str) -> Any:
 def _decode_class(value: Any, expected: type[Config], path: str) -> Any:
     if not isinstance(value, dict) or "class" not in value:
         raise ConfigError(f"{path} is {value!r}; it must be an object with a 'class'")
-    known = {name: cls for name, cls in classes().items() if issubclass(cls, expected)}
-    cls = known.get(value["class"])
+    known = {name: cls for name, cls in classes().items() if issubclass(cls, expected) and _complete(cls)}
+    cls = known.get(str(value["class"]))
     if cls is None:
         raise ConfigError(f"{path} has class {value['class']!r}{nearest(str(value['class']), list(known))}")
     hints, data = get_type_hints(cls), {k: v for k, v in value.items() if k != "class"}
     fields = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in data.keys() - fields:
         raise ConfigError(f"{path} has no field {key!r}{nearest(key, sorted(fields))}")
+    required = {f.name for f in dataclasses.fields(cls) if f.init and _no_default(f)}  # type: ignore[arg-type]
+    for key in sorted(required - data.keys()):
+        raise ConfigError(f"{path} lacks the field {key!r}, which {cls.__name__} must have")
     return cls(**{k: _decode(v, hints[k], f"{path}.{k}") for k, v in data.items()})
+
+
+def _complete(cls: type[Config]) -> bool:
+    """Whether it is a config and not a base class of some."""
+    return dataclasses.is_dataclass(cls) and not inspect.isabstract(cls)
+
+
+def _no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, str]]:

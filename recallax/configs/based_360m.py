@@ -27,9 +27,9 @@ def get_config() -> RunConfig:
 def get_tiny() -> RunConfig:
     slices = (Segment(length=16, pairs=2),)
     blocks = {
-        "conv": Block(mixer=GatedConv(width=3), channel=SwiGLU(expand=2)),
-        "based": Block(mixer=Based(feature_dim=4, heads=2), channel=SwiGLU(expand=2)),
-        "window": Block(mixer=SlidingWindow(window=5, heads=2), channel=SwiGLU(expand=2)),
+        "conv": Block(mixer=GatedConv(width=3), channel=SwiGLU(expand=2.0)),
+        "based": Block(mixer=Based(feature_dim=4, heads=2), channel=SwiGLU(expand=2.0)),
+        "window": Block(mixer=SlidingWindow(window=5, heads=2), channel=SwiGLU(expand=2.0)),
     }
     model = LMConfig(
         d_model=16, pattern="conv (based window conv*3)*2 conv", blocks=blocks, remat="block", compute="bfloat16"

@@ -43,7 +43,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
         exact = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
         y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype), precision=exact)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
 
 
 def residual_std(depth: int) -> float:

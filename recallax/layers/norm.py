@@ -23,4 +23,5 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale * self.scale[...].astype(jnp.float32)).astype(self.dtype)
+        gain = jnp.broadcast_to(self.scale[...].astype(jnp.float32), x.shape)
+        return (wide * scale * gain).astype(self.dtype)

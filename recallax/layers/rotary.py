@@ -11,7 +11,7 @@ def rotary(x: Float[Array, "B T H K"], positions: Int[Array, "B T"], base: float
     """
     half = x.shape[-1] // 2
     rate = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[..., None].astype(jnp.float32) * rate
-    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    angle = positions[:, :, None, None].astype(jnp.float32) * rate[None, None, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1).astype(x.dtype)

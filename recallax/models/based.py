@@ -25,7 +25,7 @@ def based_1b3() -> LMConfig:
 
 def _based(d_model: int, pattern: str) -> LMConfig:
     def block(mixer: MixerConfig) -> Block:
-        return Block(mixer=mixer, channel=SwiGLU(expand=2, multiple_of=256))
+        return Block(mixer=mixer, channel=SwiGLU(expand=2.0, multiple_of=256))
 
     return LMConfig(
         d_model=d_model,

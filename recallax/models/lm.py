@@ -113,7 +113,7 @@ class LM(nnx.Module):
         self, r: Float[Array, "B T D"], seq: SeqInfo, at: Int[Array, "B N"] | None, shift: Int[Array, " B"]
     ) -> Float[Array, "B N V"]:
         length = r.shape[1]
-        everywhere = jnp.arange(length)
+        everywhere = jnp.arange(length)[None]
         if at is None:
             back = (everywhere - shift[:, None]) % length
             picked = jax.lax.cond(shift.any(), lambda: _rows(r, back), lambda: r)
@@ -131,7 +131,7 @@ def _to_right_padding(tokens: Int[Array, "B T"], seq: SeqInfo) -> tuple[Int[Arra
     check(seq)
     segments = jnp.asarray(seq.segments)
     shift = jnp.argmax(segments > 0, axis=1)
-    source = (jnp.arange(segments.shape[1]) + shift[:, None]) % segments.shape[1]
+    source = (jnp.arange(segments.shape[1])[None] + shift[:, None]) % segments.shape[1]
     tokens, positions, segments, prefix = (
         _rows(jnp.asarray(x), source) for x in (tokens, seq.positions, segments, seq.prefix)
     )

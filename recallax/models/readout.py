@@ -106,7 +106,7 @@ class AutoencodeModule(ReadoutModule):
 
 def _sinusoid(positions: Int[Array, "B N"], width: int) -> Float[Array, "B N D"]:
     rate = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = positions[..., None].astype(jnp.float32) * rate
+    angle = positions[..., None].astype(jnp.float32) * rate[None, None]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)[..., :width]
 
 

@@ -4,7 +4,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int, Shaped
+
+
+def accumulator(dtype: DTypeLike) -> DTypeLike:
+    """The dtype in which sums over time are taken: float32, or float64 for the tests' oracles."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 class Documents(NamedTuple):
@@ -19,7 +25,7 @@ class Documents(NamedTuple):
 def documents(segments: Int[Array, "B T"]) -> Documents:
     """Number the documents of each row. Segment ids need not be ordered; 0 is padding."""
     valid = segments > 0
-    last = jax.lax.cummax(jnp.where(valid, jnp.arange(segments.shape[1]), -1), axis=1)
+    last = jax.lax.cummax(jnp.where(valid, jnp.arange(segments.shape[1])[None], -1), axis=1)
     before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     previous = jnp.take_along_axis(segments, jnp.maximum(before, 0), axis=1)
     starts = valid & (before >= 0) & (segments != previous)
@@ -28,7 +34,7 @@ def documents(segments: Int[Array, "B T"]) -> Documents:
 
 def last_valid(docs: Documents) -> Int[Array, " B"]:
     """Index of the last token of each row that is not padding; -1 in an empty row."""
-    time = jnp.arange(docs.valid.shape[1])
+    time = jnp.arange(docs.valid.shape[1])[None]
     return jnp.max(jnp.where(docs.valid, time, -1), axis=1)
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import Documents
+from recallax.pallas_kernels.chunking import Documents, accumulator
 
 
 def linear_attention(
@@ -25,9 +25,9 @@ def linear_attention(
         state = jnp.where(valid[:, None, None, None], new, kept)
         return (state, index), jnp.einsum("bhk,bhkv->bhv", q, state)
 
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    log_decay = jnp.zeros(q.shape[:3]) if log_decay is None else log_decay
-    state = jnp.zeros((*q.shape[:1], *q.shape[2:], v.shape[-1])) if state is None else state
+    wide = accumulator(q.dtype)
+    log_decay = jnp.zeros(q.shape[:3], wide) if log_decay is None else log_decay
+    state = jnp.zeros((*q.shape[:1], *q.shape[2:], v.shape[-1]), wide) if state is None else state
     tokens = tuple(jnp.moveaxis(x.astype(wide), 1, 0) for x in (q, k, v, log_decay))
     tokens += tuple(jnp.moveaxis(x, 1, 0) for x in docs)
     first = (state.astype(wide), jnp.zeros_like(docs.index[:, 0]))

@@ -50,11 +50,23 @@ def linear_attention(
     log_decay: Float[Array, "B T H"] | None,
     state: Float[Array, "B H F V"] | None,
     docs: Documents,
-    *,
-    kernel: Kernel = IDENTITY,
-    chunk: int = CHUNK,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
-    """The op's XLA form; `state` is float32 and has the width of the kernel's features; None is empty."""
+    """The op's XLA form; `state` is float32; None is empty."""
+    return chunked(q, k, v, log_decay, state, docs, kernel=IDENTITY, chunk=CHUNK)
+
+
+def chunked(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H"] | None,
+    state: Float[Array, "B H F V"] | None,
+    docs: Documents,
+    *,
+    kernel: Kernel,
+    chunk: int,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
+    """The same for any kernel; the state has the width of its features."""
     length = q.shape[1]
     if log_decay is not None:
         log_decay = jnp.where(docs.valid[..., None], log_decay.astype(jnp.float32), 0)
@@ -90,18 +102,19 @@ def _chunk(kernel: Kernel, carry: _Carry, part: _Chunk) -> tuple[Float[Array, "B
     last = docs.index[:, -1]
     kept = docs.valid & (docs.index == last[:, None])  # tokens that the outgoing state holds
     time = jnp.arange(length)
-    visible = (time[:, None] >= time) & (docs.index[:, :, None] == docs.index[:, None, :]) & docs.valid[:, None, :]
+    past = time[:, None] >= time[None]
+    visible = past[None] & (docs.index[:, :, None] == docs.index[:, None, :]) & docs.valid[:, None, :]
 
     scores = kernel.score(_product("bihk,bjhk->bhij", q, k))
     scores = jnp.where(visible[:, None], scores, 0)
-    from_state = own[..., None]
-    to_state = kept[..., None]
-    stay = (last == carry.document)[:, None]
+    from_state = own[..., None].astype(jnp.float32)
+    to_state = kept[..., None].astype(jnp.float32)
+    stay = (last == carry.document)[:, None].astype(jnp.float32)
     if decay is not None:
         total = jnp.cumsum(decay, axis=1)
         gap = jnp.moveaxis(total, 1, 2)[..., :, None] - jnp.moveaxis(total, 1, 2)[..., None, :]
-        scores *= jnp.exp(jnp.where(visible[:, None], gap, 0))
         # Outside its mask an exponent may overflow, and 0 times infinity would poison the gradient: mask it first.
+        scores *= jnp.exp(jnp.where(visible[:, None], gap, 0))
         from_state = from_state * jnp.exp(jnp.where(own[..., None], total, 0))
         to_state = to_state * jnp.exp(jnp.where(kept[..., None], total[:, -1:] - total, 0))
         stay = stay * jnp.exp(jnp.where((last == carry.document)[:, None], total[:, -1], 0))

@@ -39,7 +39,7 @@ def short_conv(
     if segments is None:
         segments = jnp.ones((b, t), jnp.int32)
     out, state = choose(op, FORMS, implementation)(x, weight.astype(x.dtype), state, documents(segments))
-    return (out if bias is None else out + bias.astype(x.dtype)), state
+    return (out if bias is None else out + bias.astype(x.dtype)[None, None]), state
 
 
 def short_conv_step(
@@ -53,5 +53,5 @@ def short_conv_step(
     """One token; inactive rows keep their state and output 0."""
     window = jnp.concatenate([state, x[:, None]], axis=1)
     out = jnp.einsum("bwd,wd->bd", window, weight.astype(x.dtype))
-    out = out if bias is None else out + bias.astype(x.dtype)
+    out = out if bias is None else out + bias.astype(x.dtype)[None]
     return jnp.where(active[:, None], out, 0), jnp.where(active[:, None, None], window[:, 1:], state)

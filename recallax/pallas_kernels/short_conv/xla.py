@@ -17,9 +17,9 @@ def short_conv(
     for lag in range(past + 1):
         start = past - lag
         same = index[:, start : start + length] == docs.index
-        out += weight[past - lag] * jnp.where(same[..., None], inputs[:, start : start + length], 0)
+        out += weight[past - lag][None, None] * jnp.where(same[..., None], inputs[:, start : start + length], 0)
     last = last_valid(docs) + past  # in the joined sequence; an empty row keeps the state
-    taps = last[:, None] - past + 1 + jnp.arange(past)
+    taps = last[:, None] - past + 1 + jnp.arange(past)[None]
     owner = jnp.take_along_axis(index, last[:, None], axis=1)
     final = jnp.take_along_axis(inputs, taps[..., None], axis=1)
     return out, jnp.where((jnp.take_along_axis(index, taps, axis=1) == owner)[..., None], final, 0)

@@ -94,5 +94,5 @@ def taylor_attention_step(
 
 
 def _normalise(sums: Float[Array, "... W"]) -> Float[Array, "... V"]:
-    total = sums[..., -1:].astype(jnp.float32)
+    total = sums[..., -1:]
     return sums[..., :-1] / jnp.where(total > 0, total, 1)  # padding that saw no token divides by 1

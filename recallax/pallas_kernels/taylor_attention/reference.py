@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import Documents
+from recallax.pallas_kernels.chunking import Documents, accumulator
 from recallax.pallas_kernels.linear_attention import reference
 
 
@@ -18,6 +17,6 @@ def taylor_attention(
     features: Callable[[Array], Array],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """Unnormalised sums phi(q_i) . sum_{j<=i} phi(k_j) v_j^T and the final state, in float32 or wider."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = accumulator(q.dtype)
     phi_q, phi_k = features(q.astype(wide)), features(k.astype(wide))
     return reference.linear_attention(phi_q, phi_k, v.astype(wide), None, state, docs)

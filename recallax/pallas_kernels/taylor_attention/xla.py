@@ -21,4 +21,4 @@ def taylor_attention(
     features: Callable[[Array], Array],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """Unnormalised sums in v's dtype and the final state in float32."""
-    return xla.linear_attention(q, k, v, None, state, docs, kernel=xla.Kernel(taylor_score, features), chunk=CHUNK)
+    return xla.chunked(q, k, v, None, state, docs, kernel=xla.Kernel(taylor_score, features), chunk=CHUNK)

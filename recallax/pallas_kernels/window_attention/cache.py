@@ -22,7 +22,7 @@ class KVCache(NamedTuple):
 def held_positions(seen: Int[Array, " B"], slots: int) -> Int[Array, "B W"]:
     """The position that each slot holds after `seen` tokens of a document; negative where it is empty."""
     newest = seen[:, None] - 1
-    return newest - (newest - jnp.arange(slots)) % slots
+    return newest - (newest - jnp.arange(slots)[None]) % slots
 
 
 def extend(
@@ -64,7 +64,7 @@ def write(
 ) -> KVCache:
     """The cache after one further token of each active row."""
     slots = cache.k.shape[1]
-    here = (jnp.arange(slots) == position[:, None] % slots) & active[:, None]
+    here = (jnp.arange(slots)[None] == position[:, None] % slots) & active[:, None]
 
     def merge(old: Array, new: Array) -> Array:
         return jnp.where(here[..., None, None], new[:, None].astype(old.dtype), old)

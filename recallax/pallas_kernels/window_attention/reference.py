@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from recallax.pallas_kernels.chunking import accumulator
+
 
 def attend(
     q: Float[Array, "B T H K"],
@@ -12,11 +14,11 @@ def attend(
     visible: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H V"]:
     """y_i = sum_j softmax_j(q_i.k_j over visible j) v_j; 0 where nothing is visible. Head h reads group h // (H/G)."""
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = accumulator(q.dtype)
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x.astype(wide), groups, axis=2) for x in (k, v))
     scores = jnp.einsum("bthk,bshk->bhts", q.astype(wide), k)
     scores = jnp.where(visible[:, None], scores, -jnp.inf)
     any_visible = visible.any(axis=-1)[:, None, :, None]
-    weights = jax.nn.softmax(jnp.where(any_visible, scores, 0), axis=-1) * visible[:, None]
+    weights = jnp.where(visible[:, None], jax.nn.softmax(jnp.where(any_visible, scores, 0), axis=-1), 0)
     return jnp.einsum("bhts,bshv->bthv", weights, v)

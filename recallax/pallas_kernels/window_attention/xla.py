@@ -73,7 +73,7 @@ def blockwise(
 def _visible(
     docs_q: Documents, docs_k: Documents, time_q: Int[Array, " T"], time_k: Int[Array, " S"], window: int | None
 ) -> Bool[Array, "B T S"]:
-    distance = time_q[:, None] - time_k
+    distance = time_q[None, :, None] - time_k[None, None]
     near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     return near & (docs_q.index[:, :, None] == docs_k.index[:, None, :]) & docs_k.valid[:, None, :]
 

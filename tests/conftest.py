@@ -1,0 +1,14 @@
+"""Shape checking is on in tests: every jaxtyping annotation of recallax is checked at every call."""
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("recallax", "beartype.beartype")
+
+
+@pytest.fixture
+def strict():
+    """No silent promotion of dtypes or ranks, as in the code that computes: ops, layers, models."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield

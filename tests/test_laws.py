@@ -1,0 +1,336 @@
+"""The laws of DESIGN: every mixer that appears in any config obeys them, with no test written for it by hand."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from recallax.__main__ import config_names
+from recallax.layers import MixerConfig, RecurrentMixer, Site
+from recallax.models import LM, LMConfig, accounting
+from recallax.pallas_kernels.linear_attention import xla as linear_xla
+from recallax.pallas_kernels.taylor_attention import xla as taylor_xla
+from recallax.pallas_kernels.window_attention import xla as window_xla
+from recallax.types import Precision, SeqInfo, StepInfo
+
+pytestmark = pytest.mark.usefixtures("strict", "short_chunks")
+
+WIDTH, LENGTH = 16, 11
+TOLERANCE = 2e-5
+BF16_TOLERANCE = 0.04
+"""Of bfloat16 against float32, relative to the largest output: a few units of its 8-bit mantissa."""
+
+
+def tiny_models() -> dict[str, LMConfig]:
+    return {name: importlib.import_module(f"recallax.configs.{name}").get_tiny().model for name in config_names()}
+
+
+def mixers() -> list[MixerConfig]:
+    """Every sequence and channel mixer of every config, once."""
+    blocks = [block for model in tiny_models().values() for block in model.blocks.values()]
+    return list(dict.fromkeys(mixer for block in blocks for mixer in (block.mixer, block.channel)))
+
+
+def label(config: MixerConfig) -> str:
+    values = [getattr(config, f.name) for f in dataclasses.fields(config)]  # type: ignore[arg-type]
+    return "-".join([type(config).__name__, *map(str, values)])
+
+
+each_mixer = pytest.mark.parametrize("config", mixers(), ids=label)
+each_model = pytest.mark.parametrize("name", tiny_models())
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """Chunks and blocks of 4, so that a row of 11 tokens crosses their boundaries at odd places."""
+    monkeypatch.setattr(linear_xla, "CHUNK", 4)
+    monkeypatch.setattr(taylor_xla, "CHUNK", 4)
+    monkeypatch.setattr(window_xla, "BLOCK", 4)
+
+
+class Compiled(NamedTuple):
+    """A mixer's three verbs as compiled functions."""
+
+    call: Callable
+    prefill: Callable
+    step: Callable
+    walk: Callable
+    init_state: Callable
+
+
+def build(config: MixerConfig, compute=jnp.float32) -> Compiled:
+    module = config.build(WIDTH, Site(1, 4), precision=Precision(compute=compute), rngs=nnx.Rngs(7))
+    assert isinstance(module, RecurrentMixer)
+    # Projections start at 0.02; at that size every mixer is nearly the identity and the laws would see little.
+    graph, params = nnx.split(module)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(3), max(len(leaves), 1))
+    leaves = [x + 0.4 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=False)]
+    mixer = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+
+    def walk(x: jax.Array, seq: SeqInfo, state):
+        """Outputs and final state of one step per token; padding is inactive."""
+
+        def body(state, token):
+            x, position, segment = token
+            y, state = mixer.step(x, StepInfo(position, segment > 0), state)
+            return state, y
+
+        tokens = tuple(jnp.moveaxis(a, 1, 0) for a in (x, seq.positions, seq.segments))
+        state, y = jax.lax.scan(body, state, tokens)
+        return jnp.moveaxis(y, 0, 1), state
+
+    # Fresh functions: a jit of the bound method would share its cache between mixers that compare equal.
+    return Compiled(
+        jax.jit(lambda x, seq: mixer(x, seq)),
+        jax.jit(lambda x, seq, state: mixer.prefill(x, seq, state)),
+        jax.jit(lambda x, info, state: mixer.step(x, info, state)),
+        jax.jit(walk),
+        mixer.init_state,
+    )
+
+
+def noise(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def rows(*documents: list[int], length: int = LENGTH) -> SeqInfo:
+    """One row per list of document lengths, packed in order; the rest of the row is padding."""
+    positions, segments = np.zeros((2, len(documents), length), np.int32)
+    for row, lengths in enumerate(documents):
+        start = 0
+        for number, size in enumerate(lengths, 1):
+            positions[row, start : start + size] = np.arange(size)
+            segments[row, start : start + size] = number
+            start += size
+    return SeqInfo(jnp.array(positions), jnp.array(segments), jnp.zeros(positions.shape, bool))
+
+
+PACKED = rows([LENGTH], [4, 1, 5], [6], [1, 3])
+
+
+def part(seq: SeqInfo, where: slice) -> SeqInfo:
+    return SeqInfo(*(x[:, where] for x in seq[:3]))
+
+
+def close(a, b, tolerance: float = TOLERANCE, where=None) -> None:
+    """Every leaf within `tolerance` of the larger one's size."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        if where is not None:
+            x, y = x[np.asarray(where)], y[np.asarray(where)]
+        assert np.isfinite(x).all() and np.isfinite(y).all()
+        assert np.abs(x - y).max(initial=0) <= tolerance * max(1.0, np.abs(y).max(initial=0))
+
+
+@each_mixer
+def test_prefill_may_be_cut_anywhere(config):
+    mixer, x = build(config), noise(0, 4, LENGTH, WIDTH)
+    valid = PACKED.segments > 0
+    whole, _ = mixer.call(x, PACKED)
+    full, state, _ = mixer.prefill(x, PACKED, mixer.init_state(4, LENGTH))
+    close(full, whole, where=valid)
+
+    def at(cut):
+        """Both parts as rows of full length: the first padded from the cut on, the second rolled to the left."""
+        time = jnp.arange(LENGTH)[None]
+        first = PACKED._replace(segments=jnp.where(time < cut, PACKED.segments, 0))
+        source = (time + cut) % LENGTH
+        later = SeqInfo(*(jnp.take_along_axis(a, jnp.broadcast_to(source, a.shape), axis=1) for a in PACKED[:3]))
+        later = later._replace(segments=jnp.where(time < LENGTH - cut, later.segments, 0))
+        a, middle, _ = mixer.prefill(x, first, mixer.init_state(4, LENGTH))
+        b, final, _ = mixer.prefill(jnp.take(x, source[0], axis=1), later, middle)
+        return jnp.where((time < cut)[..., None], a, jnp.roll(b, cut, axis=1)), final
+
+    every, finals = jax.jit(jax.vmap(at))(jnp.arange(1, LENGTH))
+    for cut in range(1, LENGTH):
+        close(every[cut - 1], whole, where=valid)
+        close(jax.tree.map(lambda leaf, cut=cut: leaf[cut - 1], finals), state)
+    for cut in (1, 4, 6):  # the same in rows of their own length
+        a, middle, _ = mixer.prefill(x[:, :cut], part(PACKED, slice(0, cut)), mixer.init_state(4, LENGTH))
+        b, final, _ = mixer.prefill(x[:, cut:], part(PACKED, slice(cut, None)), middle)
+        close(jnp.concatenate([a, b], axis=1), whole, where=valid)
+        close(final, state)
+
+
+@each_mixer
+def test_steps_equal_the_call(config):
+    mixer, x = build(config), noise(1, 4, LENGTH, WIDTH)
+    whole, _ = mixer.call(x, PACKED)
+    _, state, _ = mixer.prefill(x, PACKED, mixer.init_state(4, LENGTH))
+    y, walked = mixer.walk(x, PACKED, mixer.init_state(4, LENGTH))
+    valid = PACKED.segments > 0
+    close(y, whole, where=valid)
+    close(walked, state)
+    assert not np.asarray(y)[~np.asarray(valid)].any()
+
+
+@each_mixer
+def test_state_keeps_its_form_and_inactive_rows_keep_theirs_bit_for_bit(config):
+    mixer, x = build(config), noise(2, 4, LENGTH, WIDTH)
+    empty = mixer.init_state(4, LENGTH)
+    _, state, _ = mixer.prefill(x, PACKED, empty)
+    active = jnp.array([True, False, True, False])
+    y, after = mixer.step(x[:, 0], StepInfo(jnp.array([3, 9, 0, 0]), active), state)
+    for old in (empty, state):
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), old) == jax.tree.map(lambda a: (a.shape, a.dtype), after)
+    assert not np.asarray(y)[~np.asarray(active)].any()
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(np.asarray(old)[[1, 3]], np.asarray(new)[[1, 3]])
+
+
+@each_mixer
+def test_a_state_full_of_garbage_is_forgotten_at_position_0(config):
+    mixer, x = build(config), noise(3, 2, 4, WIDTH)
+    fresh, dirty = (jax.tree.map(lambda a, v=v: jnp.full_like(a, v), mixer.init_state(2, LENGTH)) for v in (0, jnp.nan))
+    seq = rows([4], [2, 2], length=4)
+    close(mixer.prefill(x, seq, dirty)[:2], mixer.prefill(x, seq, fresh)[:2])
+    first = StepInfo(jnp.zeros(2, jnp.int32), jnp.ones(2, bool))
+    close(mixer.step(x[:, 0], first, dirty)[0], mixer.step(x[:, 0], first, fresh)[0])
+
+
+@each_mixer
+def test_the_future_has_no_gradient_and_no_influence(config):
+    mixer = build(config)
+    seq = rows([LENGTH], [4, 7])
+    later, now = np.arange(LENGTH) > np.arange(LENGTH)[:, None], np.eye(LENGTH, dtype=bool)
+
+    @jax.jit
+    def gradients(x, weights):
+        """d y[:, t] / d x[:, s] as [t, s, B, D], one time step of the output at a time."""
+        _, pull = jax.vjp(lambda x: mixer.call(x, seq)[0], x)
+        return jnp.moveaxis(jax.vmap(pull)(jnp.eye(LENGTH)[:, None, :, None] * weights[None])[0], 2, 1)
+
+    @jax.jit
+    def outputs(x, other):
+        """Outputs with everything after t replaced, for every t."""
+        cut = (jnp.arange(LENGTH)[None] > jnp.arange(LENGTH)[:, None])[:, None, :, None]
+        return jax.lax.map(lambda x: mixer.call(x, seq)[0], jnp.where(cut, other[None], x[None]))
+
+    for seed in range(3):
+        x, weights = noise(seed, 2, LENGTH, WIDTH), noise(seed + 10, 2, LENGTH, WIDTH)
+        slopes = np.asarray(gradients(x, weights))
+        assert not slopes[later].any()
+        assert slopes[now].any()  # the law could fail
+        y = np.asarray(outputs(x, 30 * noise(seed + 20, 2, LENGTH, WIDTH)))
+        for t in range(LENGTH):
+            np.testing.assert_array_equal(y[t, :, : t + 1], y[-1, :, : t + 1])
+
+
+@each_mixer
+def test_packed_documents_equal_documents_alone(config):
+    mixer, x = build(config), noise(4, 1, LENGTH, WIDTH)
+    sizes = [4, 1, 5]
+    packed, _ = mixer.call(x, rows(sizes))
+    start = 0
+    for size in sizes:
+        alone, _ = mixer.call(x[:, start : start + size], rows([size], length=size))
+        close(packed[:, start : start + size], alone)
+        start += size
+
+
+@each_mixer
+def test_padding_changes_nothing(config):
+    mixer, x = build(config), noise(5, 2, LENGTH, WIDTH)
+    short, long = rows([6], [2, 4], length=6), rows([6], [2, 4])
+    y, state, _ = mixer.prefill(x[:, :6], short, mixer.init_state(2, LENGTH))
+    padded, padded_state, _ = mixer.prefill(x, long, mixer.init_state(2, LENGTH))
+    close(padded[:, :6], y)
+    close(padded_state, state)
+    close(mixer.call(x, long)[0][:, :6], y)
+    # A row of nothing but padding leaves its state alone.
+    nothing = SeqInfo(jnp.full((2, 3), 6, jnp.int32), jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3), bool))
+    close(mixer.prefill(x[:, :3], nothing, state)[1], state, tolerance=0)
+
+
+@each_mixer
+def test_rows_never_meet(config):
+    mixer, x = build(config), noise(6, 3, LENGTH, WIDTH)
+    seq = rows([LENGTH], [4, 7], [8])
+    y = np.asarray(mixer.call(x, seq)[0])
+    slope = jax.jit(jax.grad(lambda x, row: (mixer.call(x, seq)[0][row] ** 2).sum()))
+    for row in range(3):
+        others = np.arange(3) != row
+        assert not np.asarray(slope(x, row))[others].any()
+        changed = x.at[row].set(30 * noise(7, LENGTH, WIDTH))
+        np.testing.assert_array_equal(np.asarray(mixer.call(changed, seq)[0])[others], y[others])
+
+
+@each_mixer
+def test_bfloat16_stays_near_float32_also_after_hundreds_of_steps(config):
+    """In a bfloat16 state a count stops at 256, so the walk goes beyond."""
+    length = 330
+    exact, rounded = build(config), build(config, jnp.bfloat16)
+    x = 0.5 * noise(8, 1, length, WIDTH)
+    seq = rows([length], length=length)
+    y = exact.call(x, seq)[0]
+    low = rounded.call(x.astype(jnp.bfloat16), seq)[0]
+    assert low.dtype == jnp.bfloat16 and y.dtype == jnp.float32
+    walked, _ = rounded.walk(x.astype(jnp.bfloat16), seq, rounded.init_state(1, length))
+    assert walked.dtype == jnp.bfloat16
+    size = float(jnp.abs(y).max())
+    for part_of in (slice(0, 200), slice(280, length)):
+        for other in (low, walked):
+            error = np.abs(np.asarray(other, np.float32) - np.asarray(y))[:, part_of].max()
+            assert error <= BF16_TOLERANCE * size, (part_of, error / size)
+
+
+@each_model
+def test_a_model_can_be_cut_stepped_and_padded_on_either_side(name):
+    config = tiny_models()[name]
+    vocab = config.vocab_size or 32
+    module: LM = config.build(nnx.Rngs(0), vocab)
+    graph, weights = nnx.split(module)
+    call = jax.jit(lambda tokens, seq, at: nnx.merge(graph, weights)(tokens, seq, at))
+    prefill = jax.jit(lambda tokens, seq, state: nnx.merge(graph, weights).prefill(tokens, seq, state))
+    step = jax.jit(lambda token, info, state: nnx.merge(graph, weights).step(token, info, state))
+    tokens = jax.random.randint(jax.random.key(1), (2, LENGTH), 0, vocab)
+    if name == "mad_compression_linear":
+        pytest.skip("its readout reads the end of the row by design")
+    tolerance = TOLERANCE if config.compute == "float32" else BF16_TOLERANCE
+    seq = rows([LENGTH], [4, 7])
+    whole, _ = call(tokens, seq, None)
+    assert whole.dtype == jnp.float32
+
+    cut = 5
+    a, state, _ = prefill(tokens[:, :cut], part(seq, slice(0, cut)), module.init_state(2, LENGTH))
+    logits = [a]
+    for t in range(cut, LENGTH):
+        out, state = step(tokens[:, t], StepInfo(seq.positions[:, t], jnp.ones(2, bool)), state)
+        logits.append(out[:, None])
+    close(jnp.concatenate(logits, axis=1), whole, tolerance)
+
+    left = jnp.pad(tokens, ((0, 0), (3, 0)))
+    seq_left = SeqInfo(*(jnp.pad(x, ((0, 0), (3, 0))) for x in seq[:3]))
+    close(call(left, seq_left, None)[0][:, 3:], whole, tolerance)
+    at = jnp.array([[4, 13], [3, 9]])
+    picked = jnp.take_along_axis(whole, at[..., None] - 3, axis=1)
+    close(call(left, seq_left, at)[0], picked, tolerance)
+    _, one, _ = prefill(tokens, seq, module.init_state(2, LENGTH))
+    _, other, _ = prefill(left, seq_left, module.init_state(2, LENGTH))
+    close(other, one, tolerance)
+
+
+@each_model
+def test_reported_bytes_are_the_bytes_of_a_real_state(name):
+    config = tiny_models()[name]
+    state = config.build(nnx.Rngs(0), config.vocab_size or 32).init_state(1, LENGTH)
+    real = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
+    assert accounting.state_bytes(config, LENGTH, config.vocab_size or 32) == real
+
+
+def test_every_family_of_configs_is_met():
+    """The laws find mixers through the configs: a mixer that no config holds would be missed."""
+    met = {type(config) for config in mixers()}
+    assert met >= set(_leaves(MixerConfig))
+
+
+def _leaves(cls: type) -> list[type]:
+    return [c for sub in cls.__subclasses__() if sub.__module__.startswith("recallax") for c in (sub, *_leaves(sub))]
