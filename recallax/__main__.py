@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 CONFIGS = Path(__file__).parent / "configs"
 PREEMPTED = 75
 """Exit status of a run that was asked to stop and can go on (EX_TEMPFAIL: try again)."""
+INTERRUPTED = 130
+"""Exit status of what Ctrl-C stopped at once: nothing was there to save yet, or it came a second time."""
 
 USAGE = f"""recallax {__version__}: sequence models that recall well with little memory
 
@@ -123,8 +125,6 @@ def _train(arguments: list[str]) -> int:
 def _eval(arguments: list[str]) -> int:
     import tyro
 
-    from recallax.train.loop import evaluate_run
-
     def evaluate(
         run: tyro.conf.Positional[Path], split: Literal["valid", "test"] = "test", batches: int | None = None
     ) -> int:
@@ -135,6 +135,8 @@ def _eval(arguments: list[str]) -> int:
             split: Which stream of the task.
             batches: Batches to read; the config's number by default.
         """
+        from recallax.train.loop import evaluate_run
+
         for name, value in evaluate_run(run, split, batches).items():
             print(f"{name:24} {value:.4f}")
         return 0
@@ -145,8 +147,6 @@ def _eval(arguments: list[str]) -> int:
 def _report(arguments: list[str]) -> int:
     import tyro
 
-    from recallax.train.report import write_report
-
     def report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("report.html")) -> int:
         """Write one self-contained HTML page about one or more runs, a CSV and a Markdown table beside it.
 
@@ -154,6 +154,8 @@ def _report(arguments: list[str]) -> int:
             runs: Folders of the runs.
             out: The HTML file.
         """
+        from recallax.train.report import write_report
+
         write_report(list(runs), out)
         print(f"report: {out}")
         return 0
@@ -170,12 +172,18 @@ def _with_config(command: str, arguments: list[str], run: Callable[[str], int]) 
 
 def _guarded(run: Callable[[], int]) -> int:
     """Turn the errors that a user can cause into one line; anything else is a defect and keeps its traceback."""
-    from recallax.train.errors import USER_ERRORS
-
     try:
         return run()
-    except USER_ERRORS as error:
+    except KeyboardInterrupt:
+        return _fail("stopped at once", INTERRUPTED)
+    except ConfigError as error:
         return _fail(str(error), 2)
+    except Exception as error:
+        from recallax.train.errors import USER_ERRORS
+
+        if isinstance(error, USER_ERRORS):
+            return _fail(str(error), 2)
+        raise
 
 
 def _fail(message: str, status: int) -> int:

@@ -40,8 +40,6 @@ def to_json(config: Config) -> dict[str, Any]:
 
 def from_json[C: Config](data: Mapping[str, Any], expected: type[C]) -> C:
     """The config that `to_json` wrote. Raises ConfigError naming the path of what does not fit."""
-    if not isinstance(data, Mapping):
-        raise ConfigError(f"a config is {data!r}; it must be an object with a 'schema' and a 'class'")
     if data.get("schema") != SCHEMA:
         raise ConfigError(f"schema is {data.get('schema')!r}; this version of recallax reads schema {SCHEMA}")
     return _decode({k: v for k, v in data.items() if k != "schema"}, expected, "config")

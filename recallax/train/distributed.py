@@ -27,7 +27,14 @@ class Distributed(Config):
         if self.coordinator == "auto":
             jax.distributed.initialize()
             return
-        host = self.coordinator.rsplit(":", 1)[0]
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ConfigError(f"distributed.coordinator is {self.coordinator!r}; it must be HOST:PORT or auto")
+        if self.processes is None or self.process is None or not 0 <= self.process < self.processes:
+            raise ConfigError(
+                f"distributed.process is {self.process} of distributed.processes {self.processes}; with a coordinator "
+                f"both must be given, and the processes are numbered from 0"
+            )
         bind = self.coordinator if host in ("127.0.0.1", "localhost") else None  # loopback is not opened to the network
         jax.distributed.initialize(
             self.coordinator, self.processes, self.process, coordinator_bind_address=bind if self.process == 0 else None

@@ -1,6 +1,7 @@
 """Evaluation: exact weighted means over a split, overall and per group."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -27,10 +28,10 @@ class Sums(NamedTuple):
 type Evaluator = Callable[[dict, dict, Batch], Sums]
 
 
-def make_evaluator(graph: nnx.GraphDef, task: Task, split: Split) -> Evaluator:
-    """The compiled sums of a batch; one compilation per length."""
+def make_evaluator(graph: nnx.GraphDef, task: Task, split: Split, whole: NamedSharding) -> Evaluator:
+    """The compiled sums of a batch, whole on every device; one compilation per length."""
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=whole)
     def sums(params: dict, statistics: dict, batch: Batch) -> Sums:
         at, targets, weights, _, group = labelled(task, split, batch)
         logits, _, _ = predict(graph, params, statistics, batch, at, None)

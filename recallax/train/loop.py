@@ -4,19 +4,20 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from recallax.config import fingerprint, from_json, to_json
+from recallax.config import ConfigError, fingerprint, from_json, to_json
 from recallax.models import accounting
 from recallax.tasks.base import Split
 from recallax.train.checkpoint import Checkpoints
-from recallax.train.log import RunLog
+from recallax.train.log import RunLog, read_log
 from recallax.train.profile import Profile, peak_flops, step_flops
 from recallax.train.program import Program
 from recallax.train.progress import Progress, progress
@@ -40,20 +41,22 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
     Raises what the checks of folder, checkpoint and config raise; NonFiniteError; Interrupted after SIGINT or SIGTERM.
     """
     process = jax.process_index()
+    program = Program(config)  # first: a config that cannot run claims no folder
     with (
-        RunFolder(folder, config, process_index=process) as run,
+        _open(folder, config, process) as run,
         Checkpoints(run.checkpoints, config.train.keep) as checkpoints,
         RunLog(run.log_file, fingerprint(config), tensorboard=run.tensorboard, process_index=process) as log,
         progress(config.train.steps) as display,
         _Signals() as signals,
+        ExitStack() as stack,
     ):
         display.compiling("the initial state")
-        program = Program(config)
         restored = checkpoints.restore(program.abstract)
         state: TrainState = restored.state if restored else program.initial()
         start = int(state.step)
         log.truncate(start if restored else -1)
         log.start(start, describe(config, name))
+        logged = _evaluations(run.log_file) if process == 0 else set()
         if restored:
             display.note(f"resuming at step {start} of {config.train.steps}")
 
@@ -62,7 +65,9 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
                 meta = {"config": to_json(config), "fingerprint": fingerprint(config)}
                 checkpoints.save(int(state.step), state, meta)
 
-        meter = _Meter(program, log, display, folder if profile else None)
+        trace = Profile(folder / "profile", config.train.steps - start) if profile else None
+        meter = _Meter(program, log, display, trace)
+        stack.callback(meter.close)
         display.compiling("the training step")
         for index, batch in _prefetch(program, start, config.train.steps):
             meter.before(index - start)
@@ -72,7 +77,7 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
             if done % config.train.log_every == 0 or done == config.train.steps:
                 meter.write(done, state)
             if done % config.evaluate.every == 0 and done < config.train.steps:
-                _evaluate(program, state, "valid", log, display)
+                _evaluate(program, state, "valid", log, logged, display)
                 meter.restart()
             if done % config.train.save_every == 0 or done == config.train.steps:
                 save(state)
@@ -82,8 +87,8 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
                 log.write("event", done, {"event": "interrupted"})
                 raise Interrupted(f"stopped at step {done}; the same command goes on from there")
         meter.close()
-        _evaluate(program, state, "valid", log, display)
-        return _evaluate(program, state, "test", log, display)
+        _evaluate(program, state, "valid", log, logged, display)
+        return _evaluate(program, state, "test", log, logged, display)
 
 
 def describe(config: RunConfig, name: str) -> dict[str, Any]:
@@ -101,19 +106,47 @@ def describe(config: RunConfig, name: str) -> dict[str, Any]:
 
 
 def evaluate_run(folder: Path, split: Split, batches: int | None = None) -> dict[str, float]:
-    """Metrics of a run's newest checkpoint. Raises RunFolderError or CheckpointError if there is none to evaluate."""
+    """Metrics of a run's newest checkpoint, which may still be training; nothing in its folder is touched.
+
+    Raises RunFolderError, CheckpointError or ConfigError if there is nothing to evaluate.
+    """
+    if batches is not None and batches < 1:
+        raise ConfigError(f"batches is {batches}; it must be at least 1")
     config = from_json(read_config(folder), RunConfig)
     program = Program(config)
-    with Checkpoints(folder / "checkpoints", config.train.keep) as checkpoints:
+    with Checkpoints(folder / "checkpoints", keep=None) as checkpoints:
         restored = checkpoints.restore(program.abstract)
     if restored is None:
         raise RunFolderError(f"{folder} has no checkpoint yet; train it first")
     return {"step": restored.step, **program.evaluate(restored.state, split, batches)}
 
 
-def _evaluate(program: Program, state: TrainState, split: Split, log: RunLog, display: Progress) -> dict[str, float]:
-    metrics = program.evaluate(state, split)
-    log.write("eval", int(state.step), {"split": split, **metrics})
+def _open(folder: Path, config: RunConfig, process: int) -> RunFolder:
+    """Process 0 opens the folder; where it refuses, the others stop with it instead of waiting for it."""
+    run, error = None, RunFolderError(f"process 0 refused the folder {folder}; its message says why")
+    try:
+        run = RunFolder(folder, config, process_index=process)
+    except RunFolderError as refusal:
+        error = refusal
+    refused = run is None
+    if jax.process_count() > 1:
+        refused = bool(multihost_utils.process_allgather(np.asarray(refused)).any())
+    if run is None or refused:
+        raise error
+    return run
+
+
+def _evaluations(log_file: Path) -> set[tuple[int, str]]:
+    """Step and split of the evaluations that are in the log: those at a run's end come after its last checkpoint."""
+    return {(row["step"], row["split"]) for row in read_log(log_file) if row["kind"] == "eval"}
+
+
+def _evaluate(
+    program: Program, state: TrainState, split: Split, log: RunLog, logged: set[tuple[int, str]], display: Progress
+) -> dict[str, float]:
+    metrics, step = program.evaluate(state, split), int(state.step)
+    if (step, split) not in logged:
+        log.write("eval", step, {"split": split, **metrics})
     display.note(f"{split}  accuracy {metrics['accuracy']:.4f}  loss {metrics['loss']:.4f}")
     return metrics
 
@@ -132,10 +165,10 @@ def _prefetch(program: Program, start: int, stop: int) -> Iterator[tuple[int, Ba
 class _Meter:
     """Collects what steps report, without waiting for the device until a row is due."""
 
-    def __init__(self, program: Program, log: RunLog, display: Progress, trace: Path | None):
+    def __init__(self, program: Program, log: RunLog, display: Progress, profile: Profile | None):
         self._program, self._log, self._display = program, log, display
-        self._profile = None if trace is None else Profile(trace / "profile")
-        self._peak = None if trace is None else peak_flops()
+        self._profile = profile
+        self._peak = None if profile is None else peak_flops()
         self.restart()
         self._reports: list[StepReport] = []
 
@@ -160,7 +193,7 @@ class _Meter:
         seconds = max(time.monotonic() - self._clock, 1e-9)
         self._reports = []
         good = [r for r in reports if r.finite.all()]
-        values: dict[str, Any] = {"learning_rate": float(np.asarray(self._program.learning_rate(step - 1)))}
+        values: dict[str, Any] = {"learning_rate": self._rate(step, state)}
         if good:
             values["loss"] = np.mean([r.loss for r in good])
             values["accuracy"] = sum(r.accuracy.total for r in good) / sum(r.accuracy.weight for r in good)
@@ -181,7 +214,7 @@ class _Meter:
         if len(good) < len(reports):
             self._display.note(f"{len(reports) - len(good)} steps were skipped: {self._first_bad(reports)}")
         if int(state.streak) >= MAX_STREAK:
-            bad = self._first_bad(reports)
+            bad = self._bad_parameter(state) or self._first_bad(reports)
             self._log.write("event", step, {"event": "non-finite", "leaf": bad})
             raise NonFiniteError(
                 f"{MAX_STREAK} steps in a row were not finite, up to step {step}: {bad}; the parameters are those "
@@ -194,11 +227,21 @@ class _Meter:
             self._profile.close()
 
     def _first_bad(self, reports: list[StepReport]) -> str:
-        names = [f"the gradient of {name}" for name in self._program.leaf_names]
         bad = next((r.finite for r in reports if not r.finite.all()), None)
         if bad is None:
             return "the streak began before this row"
-        return names[int(np.argmin(bad))] if not bad[:-1].all() else "the loss"
+        leaves = [f"the gradient or update of {name}" for name in self._program.leaf_names]
+        first = [*leaves, "the loss", "the norm of the gradient"][int(np.argmin(bad))]
+        return first if bad[len(leaves)] else f"the loss, and {first}" if not bad[:-2].all() else "the loss"
+
+    def _bad_parameter(self, state: TrainState) -> str | None:
+        """Steps keep parameters finite; one that is not was so from the start, and makes every gradient non-finite."""
+        leaves = zip(self._program.leaf_names, jax.tree.leaves(state.params), strict=True)
+        return next((f"the parameter {name}" for name, leaf in leaves if not np.isfinite(leaf).all()), None)
+
+    def _rate(self, step: int, state: TrainState) -> float:
+        """Learning rate of the last step: the schedule counts the steps that were taken, not those skipped."""
+        return float(np.asarray(self._program.learning_rate(max(step - 1 - int(state.skipped), 0))))
 
 
 class _Signals:
@@ -214,7 +257,7 @@ class _Signals:
             return self._asked
         return bool(multihost_utils.process_allgather(np.asarray(self._asked)).any())
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "_Signals":
         for number in (signal.SIGINT, signal.SIGTERM):
             self._old[number] = signal.signal(number, self._ask)
         return self

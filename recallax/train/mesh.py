@@ -11,13 +11,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from recallax.config import ConfigError
-from recallax.train.run import Train
+from recallax.train.run import RunConfig
 from recallax.types import Batch
 
 
-def make_mesh(train: Train) -> Mesh:
+def make_mesh(config: RunConfig) -> Mesh:
     """The mesh that a config asks for. Raises ConfigError where devices or rows cannot be divided so."""
-    available = jax.device_count()
+    train, available = config.train, jax.device_count()
     data = train.data or available // train.fsdp
     used = data * train.fsdp
     if not 1 <= used <= available or (jax.process_count() > 1 and used != available):
@@ -25,9 +25,15 @@ def make_mesh(train: Train) -> Mesh:
             f"train.data {train.data} x train.fsdp {train.fsdp} does not fit {available} devices; "
             f"data = 0 takes what fsdp leaves, and several processes use all devices"
         )
-    rows = train.batch_size // train.accumulate
-    if rows % used:
-        raise ConfigError(f"{rows} rows per microbatch cannot be spread over {used} devices; use a multiple")
+    rows = {
+        "train.batch_size / train.accumulate": train.batch_size // train.accumulate,
+        "evaluate.batch_size": config.evaluate.batch_size,
+    }
+    for name, count in rows.items():
+        if count % used:
+            raise ConfigError(
+                f"{name} is {count} rows, which {used} devices cannot share; make it a multiple of {used}"
+            )
     devices = np.array(jax.devices()[:used]).reshape(data, train.fsdp)
     return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 

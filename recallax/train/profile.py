@@ -20,7 +20,7 @@ PEAK_FLOPS = {
 }
 """Dense bfloat16 FLOP/s by the vendors' data sheets, by the start of jax's name of the device; longest match wins."""
 FIRST, LAST = 10, 20
-"""Steps of a run that are traced: after compilation and the first checkpoint of caches."""
+"""Steps of a run that are traced, after compilation; the last step of a run that is too short for that."""
 
 
 def step_flops(config: RunConfig, length: int) -> float:
@@ -51,15 +51,16 @@ def peak_flops() -> tuple[float, str]:
 
 
 class Profile:
-    """Traces steps FIRST to LAST into a folder; call `at` before every step and `close` at the end."""
+    """Traces steps FIRST to LAST of `steps` into a folder; call `at` before every step and `close` at the end."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, steps: int):
         self._folder = folder
+        self._first = min(FIRST, steps - 1)
         self._tracing = False
 
     def at(self, step: int) -> None:
         """Start or stop the trace when it is time; counts steps of this process from 0."""
-        if step == FIRST:
+        if step == self._first:
             jax.profiler.start_trace(str(self._folder))
             self._tracing = True
         elif step == LAST:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from recallax.layers.base import Statistic
 from recallax.models import accounting
@@ -20,8 +21,9 @@ class Program:
 
     def __init__(self, config: RunConfig):
         self.config = config
-        self.mesh = make_mesh(config.train)
+        self.mesh = make_mesh(config)
         self.rows = batch_sharding(self.mesh)
+        self._whole = NamedSharding(self.mesh, PartitionSpec())
         self.learning_rate = schedule(config)
         model = accounting.abstract_model(config.model, config.task.vocab_size)
         self.graph, params, _ = nnx.split(model, nnx.Param, Statistic)
@@ -38,7 +40,7 @@ class Program:
         self._step = jax.jit(
             make_step(config, self.graph, self._optimizer),
             in_shardings=(self._shardings, self.rows),
-            out_shardings=(self._shardings, None),
+            out_shardings=(self._shardings, self._whole),  # every process reads the whole report
             donate_argnums=0,
         )
         self._evaluators: dict[Split, Evaluator] = {}
@@ -59,7 +61,7 @@ class Program:
     def evaluate(self, state: TrainState, split: Split, batches: int | None = None) -> dict[str, float]:
         """Exact weighted means over the first batches of a split (`RunConfig.evaluate` says how many)."""
         if split not in self._evaluators:
-            self._evaluators[split] = make_evaluator(self.graph, self.config.task, split)
+            self._evaluators[split] = make_evaluator(self.graph, self.config.task, split, self._whole)
         return evaluate(
             self._evaluators[split],
             state.params,

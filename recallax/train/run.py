@@ -1,5 +1,7 @@
 """One run as a value: everything that decides its numbers, and nothing else."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import recallax.layers
@@ -7,6 +9,12 @@ import recallax.tasks  # noqa: F401  reading a config from JSON needs every conf
 from recallax.config import Config, ConfigError
 from recallax.models.lm import LMConfig
 from recallax.tasks.base import Task
+
+
+def _require(owner: str, config: Config, names: str, holds: Callable[[float], bool], rule: str) -> None:
+    for name in names.split():
+        if not holds(getattr(config, name)):
+            raise ConfigError(f"{owner}.{name} is {getattr(config, name)}; it must be {rule}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +34,12 @@ class AdamW(Config):
     """Rate at the last step as a fraction of the peak."""
     clip: float = 1.0
     """Largest global norm of the gradient."""
+
+    def __post_init__(self) -> None:
+        _require("optim", self, "lr weight_decay", lambda x: 0 <= x < math.inf, "at least 0 and finite")
+        _require("optim", self, "eps clip", lambda x: 0 < x < math.inf, "above 0 and finite")
+        _require("optim", self, "b1 b2", lambda x: 0 <= x < 1, "at least 0 and below 1")
+        _require("optim", self, "warmup final", lambda x: 0 <= x <= 1, "a fraction from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +67,10 @@ class Train(Config):
     """Devices over which parameters and optimizer state are sharded."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "fsdp"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        positive = "steps batch_size accumulate log_every save_every keep fsdp"
+        _require("train", self, positive, lambda x: x >= 1, "at least 1")
+        _require("train", self, "data", lambda x: x >= 0, "at least 0")
+        _require("train", self, "seed data_seed", lambda x: 0 <= x < 2**32, "at least 0 and below 2**32")
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"train.batch_size {self.batch_size} is not a multiple of train.accumulate {self.accumulate}"
@@ -70,6 +85,9 @@ class Evaluate(Config):
     """Steps between evaluations on the valid split; the test split is read once, at the end."""
     batches: int = 16
     batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        _require("evaluate", self, "every batches batch_size", lambda x: x >= 1, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

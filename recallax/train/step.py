@@ -1,7 +1,7 @@
 """One optimizer step as one compiled function, closed over the task's terms and their coefficients.
 
 The loss is a sum over named terms of coefficient times a weighted mean over the whole batch, whatever the number of
-microbatches and devices. A step with a non-finite loss or gradient changes nothing but its counters.
+microbatches and devices. A step with a non-finite loss, gradient or update changes nothing but its counters.
 """
 
 from collections.abc import Callable
@@ -46,7 +46,7 @@ class StepReport(NamedTuple):
     accuracy: Mean
     gradient_norm: Float[Array, ""]
     finite: Array
-    """Per leaf of the gradient, in `jax.tree` order; the last entry is the loss."""
+    """Per leaf, in `jax.tree` order, whether gradient and update are; then the loss, then the gradient's norm."""
 
 
 class Labelled(NamedTuple):
@@ -140,7 +140,10 @@ def make_step(
         loss, terms, accuracy, statistics, grads = gradient(state, batch)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in [*jax.tree.leaves(grads), loss]])
+        norm = optax.global_norm(grads)
+        pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True)
+        leaves = [jnp.isfinite(grad).all() & jnp.isfinite(leaf).all() for grad, leaf in pairs]
+        finite = jnp.stack([*leaves, jnp.isfinite(loss), jnp.isfinite(norm)])
         accept = finite.all() & (state.streak < MAX_STREAK)
         # Selected, never multiplied: zero times NaN is NaN.
         new, old = (params, statistics, moments), (state.params, state.statistics, state.optimizer)
@@ -154,6 +157,6 @@ def make_step(
             skipped=state.skipped + ~accept,
             streak=jnp.where(accept, 0, state.streak + 1),
         )
-        return after, StepReport(loss, terms, accuracy, optax.global_norm(grads), finite)
+        return after, StepReport(loss, terms, accuracy, norm, finite)
 
     return step

@@ -1,0 +1,46 @@
+"""Rewrite `first_step.json`, what the first steps of every config's tiny form give: `python -m tests.golden`.
+
+Do so when a change is meant to change them, and say in the commit why it does.
+"""
+
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import optax
+
+from recallax.__main__ import config_names
+from recallax.train.program import Program
+
+FILE = Path(__file__).with_name("first_step.json")
+REWRITE = "python -m tests.golden"
+
+
+def first_step(name: str) -> dict[str, float]:
+    """Loss, accuracy and gradient norm of the first step; the norm of all parameters after it and after the second.
+
+    The warm-up starts from a rate of 0, so only the second step moves the parameters.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)  # XLA's, which would take longer than they save
+    program = Program(importlib.import_module(f"recallax.configs.{name}").get_tiny())
+    state = program.initial()
+    state, report = program.step(state, program.batch(0))
+    norm = float(optax.global_norm(state.params))
+    state, _ = program.step(state, program.batch(1))
+    report = jax.device_get(report)
+    return {
+        "loss": float(report.loss),
+        "accuracy": float(report.accuracy.total / report.accuracy.weight),
+        "gradient_norm": float(report.gradient_norm),
+        "parameter_norm": norm,
+        "parameter_norm_after_two": float(optax.global_norm(state.params)),
+    }
+
+
+if __name__ == "__main__":
+    rows = {}
+    for config in config_names():
+        rows[config] = first_step(config)
+        print(config, rows[config], flush=True)
+    FILE.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,0 +1,198 @@
+"""Configs as values: they survive JSON, differ when they differ, and a file that is wrong says where."""
+
+import copy
+import gc
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from recallax.__main__ import config_names
+from recallax.config import SCHEMA, Config, ConfigError, classes, diff, fingerprint, from_json, to_json
+from recallax.train.run import AdamW, Evaluate, RunConfig, Train
+
+NAMES = list(config_names())
+
+
+def config(name: str = "mqar_micro") -> RunConfig:
+    return importlib.import_module(f"recallax.configs.{name}").get_config()
+
+
+@pytest.mark.parametrize("form", ["get_config", "get_tiny"])
+@pytest.mark.parametrize("name", NAMES)
+def test_json_round_trip(name: str, form: str) -> None:
+    value = getattr(importlib.import_module(f"recallax.configs.{name}"), form)()
+    text = json.dumps(to_json(value), allow_nan=False)
+    back = from_json(json.loads(text), RunConfig)
+    assert back == value and type(back) is type(value)
+    assert json.dumps(to_json(back)) == text
+    assert fingerprint(back) == fingerprint(value) and diff(back, value) == []
+
+
+def test_no_two_configs_share_a_fingerprint() -> None:
+    modules = [importlib.import_module(f"recallax.configs.{name}") for name in NAMES]
+    prints = [fingerprint(form()) for module in modules for form in (module.get_config, module.get_tiny)]
+    assert len(set(prints)) == len(prints)
+
+
+def test_a_fingerprint_is_stable_and_blind_to_order() -> None:
+    data = to_json(config())
+    data["model"]["blocks"] = dict(reversed(data["model"]["blocks"].items()))
+    assert fingerprint(from_json(data, RunConfig)) == fingerprint(config())
+    assert fingerprint(AdamW(lr=0.5)) == "4dba6872fa"  # changes only with the schema or a field of AdamW
+
+
+def leaves(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    if not isinstance(value, dict | list):
+        yield path
+        return
+    for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from leaves(item, (*path, key))
+
+
+def changed(data: dict, path: tuple) -> RunConfig | None:
+    """The config with another value at one leaf: the first of some that is valid."""
+    old = data
+    for key in path:
+        old = old[key]
+    others = [old * 2, old + 2, old / 2, old + 1] if isinstance(old, int | float) else ["zoology", "bfloat16", "block"]
+    for other in others:
+        new = copy.deepcopy(data)
+        target = new
+        for key in path[:-1]:
+            target = target[key]
+        target[path[-1]] = type(old)(other) if isinstance(old, int | float) else other
+        try:
+            value = from_json(new, RunConfig)
+        except ConfigError:
+            continue
+        if value != from_json(data, RunConfig):
+            return value
+    return None
+
+
+def test_every_changed_leaf_changes_the_fingerprint() -> None:
+    data = to_json(config())
+    changes = {path: changed(data, path) for path in leaves(data) if path[-1] not in ("schema", "class")}
+    valid = {path: value for path, value in changes.items() if value is not None}
+    assert len(valid) > 30  # not: the pattern, the vocabulary that may be None
+    assert len({fingerprint(value) for value in (config(), *valid.values())}) == len(valid) + 1
+    for path, value in valid.items():
+        (line,) = diff(config(), value)
+        keys = [key for key in path if isinstance(key, str)]
+        assert line.startswith(".".join(keys[:2])) and " -> " in line
+
+
+def test_equal_numbers_have_one_fingerprint() -> None:
+    # As a config file may write it; set behind the constructor, whose types are checked in tests.
+    whole, fraction = AdamW(lr=2.0), AdamW(lr=1.0)
+    object.__setattr__(whole, "lr", 1)
+    assert whole == fraction and fingerprint(whole) == fingerprint(fraction) and diff(whole, fraction) == []
+    assert diff(fraction, AdamW(lr=2.0)) == ["lr: 1.0 -> 2.0"]
+
+
+def test_a_difference_names_what_is_only_on_one_side() -> None:
+    assert diff(Train(), Train(loss_weights={"a": 0.5})) == ["loss_weights.a: (absent) -> 0.5"]
+    other = config("mqar_attention").model.blocks["mixer"].mixer
+    assert 'class: "AdamW" -> "Attention"' in diff(AdamW(), other)
+
+
+def edit(*path: Any, to: Any) -> dict:
+    data = to_json(config())
+    target: Any = data
+    for key in path[:-1]:
+        target = target[key]
+    if to is None:
+        del target[path[-1]]
+    else:
+        target[path[-1]] = to
+    return json.loads(json.dumps(data))
+
+
+MIXER = ("model", "blocks", "mixer", "mixer")
+WRONG = {
+    "unknown field": (edit("optim", "lrr", to=1.0), ["config.optim", "'lrr'", "did you mean 'lr'"]),
+    "unknown class": (edit(*MIXER, "class", to="Basd"), ["config.model.blocks.mixer.mixer", "did you mean 'Based'"]),
+    "class of another kind": (edit(*MIXER, "class", to="AdamW"), ["'AdamW'", "Based"]),
+    "no class": (edit(*MIXER, "class", to=None), ["config.model.blocks.mixer.mixer", "'class'"]),
+    "not an object": (edit("optim", to=3), ["config.optim is 3", "object"]),
+    "missing field": (edit("model", "d_model", to=None), ["config.model", "'d_model'", "LMConfig"]),
+    "text for a number": (edit("optim", "lr", to="3e-3"), ["config.optim.lr is '3e-3'", "float"]),
+    "fraction for a count": (edit("train", "steps", to=2.5), ["config.train.steps is 2.5", "int"]),
+    "truth for a number": (edit("optim", "lr", to=True), ["config.optim.lr is True", "float"]),
+    "truth for a count": (edit("train", "steps", to=True), ["config.train.steps is True", "int"]),
+    "a number beyond floats": (edit("optim", "lr", to=10**400), ["config.optim.lr", "float"]),
+    "list for an object": (edit("model", "blocks", to=[1]), ["config.model.blocks is [1]", "dict"]),
+    "unknown choice": (edit("model", "compute", to="bfloat61"), ["config.model.compute", "did you mean 'bfloat16'"]),
+    "broken rule": (edit("train", "steps", to=0), ["train.steps is 0", "at least 1"]),
+    "other schema": (edit("schema", to=SCHEMA + 1), [f"schema is {SCHEMA + 1}", f"reads schema {SCHEMA}"]),
+    "no schema": (edit("schema", to=None), ["schema is None"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_file_says_where(case: str) -> None:
+    data, parts = WRONG[case]
+    with pytest.raises(ConfigError) as error:
+        from_json(data, RunConfig)
+    for part in parts:
+        assert part in str(error.value)
+
+
+HOSTILE = [
+    "os.system",
+    "builtins.eval",
+    "__class__",
+    "Config",
+    "MixerConfig",
+    "Task",
+    "../x",
+    "",
+    5,
+    None,
+    ["MQAR"],
+    {},
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("expected", [RunConfig, Config])
+def test_a_class_is_only_ever_a_complete_config(name: Any, expected: type[Config]) -> None:
+    with pytest.raises(ConfigError, match="has class"):
+        from_json({"schema": SCHEMA, "class": name}, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_are_finite(value: float) -> None:
+    with pytest.raises(ConfigError, match=str(value)):
+        fingerprint(Train(loss_weights={"next_token": value}))
+    with pytest.raises(ConfigError, match=r"optim\.lr is"):
+        AdamW(lr=value)
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "fsdp"])
+def test_counts_are_positive(name: str) -> None:
+    for value in (0, -1):
+        with pytest.raises(ConfigError, match=f"train.{name} is {value}; it must be at least 1"):
+            replace(Train(), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["every", "batches", "batch_size"])
+def test_an_evaluation_is_not_empty(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"evaluate.{name} is 0; it must be at least 1"):
+        replace(Evaluate(), **{name: 0})
+
+
+def test_names_of_config_classes_are_unique() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class AdamW(Config):
+        lr: float = 1.0
+
+    with pytest.raises(ConfigError, match="two config classes are named AdamW"):
+        classes()
+    del AdamW
+    gc.collect()
+    assert "AdamW" in classes()
