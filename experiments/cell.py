@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recallax.config import fingerprint
-from recallax.models import accounting
+from recallax.models import LMConfig, accounting
 from recallax.train.log import commit, environment
 from recallax.train.program import Program
 from recallax.train.run import RunConfig
@@ -42,11 +42,19 @@ def measure(cell: Cell) -> Row:
         "skipped": int(state.skipped),
         "chance": config.task.chance(),
         "parameters": accounting.parameters(config.model, vocab),
-        "state_bytes": accounting.state_bytes(config.model, context, vocab),
+        "state_bytes": _state_bytes(config.model, context, vocab),
         "seconds": round(time.monotonic() - begin, 1),
         **{name: host[name] for name in ("device", "cpus", "jax")},
         "commit": commit(),
     }
+
+
+def _state_bytes(model: LMConfig, context: int, vocab: int) -> int | None:
+    """None for a model that has no state to speak of, such as a non-causal control."""
+    try:
+        return accounting.state_bytes(model, context, vocab)
+    except TypeError:
+        return None
 
 
 def best(rows: list[Row], stage: str, **labels: str | int | float) -> Row:

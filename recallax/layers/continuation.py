@@ -10,8 +10,8 @@ from recallax.types import SeqInfo, StepInfo
 
 
 def continued(state: State, seq: SeqInfo) -> State:
-    """The state that a prefill starts from: zero in rows whose first token has position 0."""
-    return zero_rows(state, jnp.asarray(seq.positions)[:, 0] == 0)
+    """The state that a prefill starts from: zero in rows whose first token has position 0, kept in empty rows."""
+    return zero_rows(state, (jnp.asarray(seq.positions)[:, 0] == 0) & (jnp.asarray(seq.segments)[:, 0] > 0))
 
 
 def started(state: State, info: StepInfo) -> State:

@@ -1,0 +1,52 @@
+"""Does a causal model with a small state depend on which of two sets comes first?
+
+Sets of 4 and 16 out of 60 ids, both orders in training. BASED with d' = 2, 4, 8 and, as control, the same model with
+every token seeing the whole row. Stages: three learning rates with one seed, then the best on valid with two others.
+"""
+
+from experiments.cell import Cell, Row, Stage, best
+from experiments.set_disjointness.noncausal import NonCausalBased
+from recallax.layers import BaseConv, Based, MixerConfig, SwiGLU
+from recallax.models import Block, LMConfig
+from recallax.tasks import SetDisjointness
+from recallax.train.run import AdamW, Evaluate, RunConfig, Train
+
+RATES = (2e-3, 4e-3, 8e-3)
+MIXERS: dict[str, MixerConfig] = {
+    **{f"causal {width}": Based(feature_dim=width, heads=2) for width in (2, 4, 8)},
+    **{f"control {width}": NonCausalBased(feature_dim=width, heads=2) for width in (2, 4, 8)},
+}
+
+
+def config(name: str, rate: float, seed: int) -> RunConfig:
+    blocks = {
+        "conv": Block(mixer=BaseConv(width=3), channel=SwiGLU(expand=2.0)),
+        "mixer": Block(mixer=MIXERS[name], channel=SwiGLU(expand=2.0)),
+    }
+    return RunConfig(
+        task=SetDisjointness(vocab_size=64, pairs=((4, 16),), test_pairs=((4, 16),)),
+        model=LMConfig(d_model=48, pattern="(conv mixer)*2", blocks=blocks),
+        optim=AdamW(lr=rate),
+        train=Train(steps=2500, batch_size=64, seed=seed, data_seed=seed),
+        evaluate=Evaluate(batches=32),
+    )
+
+
+def grid(rows: list[Row]) -> list[Cell]:
+    return [
+        Cell({"stage": "grid", "mixer": name, "lr": rate, "seed": 0}, config(name, rate, 0))
+        for name in MIXERS
+        for rate in RATES
+    ]
+
+
+def seeds(rows: list[Row]) -> list[Cell]:
+    rates = {name: best(rows, "grid", mixer=name)["lr"] for name in MIXERS}
+    return [
+        Cell({"stage": "seeds", "mixer": name, "lr": rate, "seed": seed}, config(name, rate, seed))
+        for name, rate in rates.items()
+        for seed in (1, 2)
+    ]
+
+
+STAGES: tuple[Stage, ...] = (grid, seeds)
