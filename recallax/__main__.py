@@ -77,11 +77,12 @@ def _list(arguments: list[str]) -> int:
 
 def _show(arguments: list[str]) -> int:
     def run(name: str) -> int:
+        config = load(name)
         import tyro
 
         from recallax.train.show import show
 
-        config = tyro.cli(type(load(name)), default=load(name), args=arguments[1:], prog=f"recallax show {name}")
+        config = tyro.cli(type(config), default=config, args=arguments[1:], prog=f"recallax show {name}")
         print(show(name, config))
         return 0
 
@@ -90,6 +91,7 @@ def _show(arguments: list[str]) -> int:
 
 def _train(arguments: list[str]) -> int:
     def run(name: str) -> int:
+        config = load(name)
         import tyro
 
         from recallax.train.distributed import Distributed
@@ -106,7 +108,7 @@ def _train(arguments: list[str]) -> int:
             """Trace a few steps into the run's folder and report the model FLOPs utilisation."""
             distributed: Distributed = field(default_factory=Distributed)
 
-        parsed = tyro.cli(Train, default=Train(config=load(name)), args=arguments[1:], prog=f"recallax train {name}")
+        parsed = tyro.cli(Train, default=Train(config=config), args=arguments[1:], prog=f"recallax train {name}")
         parsed.distributed.start()
         folder = parsed.run or Path("runs") / folder_name(name, parsed.config)
         try:

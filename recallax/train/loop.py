@@ -118,7 +118,7 @@ def evaluate_run(folder: Path, split: Split, batches: int | None = None) -> dict
         restored = checkpoints.restore(program.abstract)
     if restored is None:
         raise RunFolderError(f"{folder} has no checkpoint yet; train it first")
-    return {"step": restored.step, **program.evaluate(restored.state, split, batches)}
+    return {"step": float(restored.step), **program.evaluate(restored.state, split, batches)}
 
 
 def _open(folder: Path, config: RunConfig, process: int) -> RunFolder:

@@ -140,7 +140,7 @@ def make_step(
         loss, terms, accuracy, statistics, grads = gradient(state, batch)
         updates, moments = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True)
         leaves = [jnp.isfinite(grad).all() & jnp.isfinite(leaf).all() for grad, leaf in pairs]
         finite = jnp.stack([*leaves, jnp.isfinite(loss), jnp.isfinite(norm)])

@@ -26,7 +26,7 @@ def first_step(name: str) -> dict[str, float]:
     program = Program(importlib.import_module(f"recallax.configs.{name}").get_tiny())
     state = program.initial()
     state, report = program.step(state, program.batch(0))
-    norm = float(optax.global_norm(state.params))
+    norm = float(optax.tree.norm(state.params))
     state, _ = program.step(state, program.batch(1))
     report = jax.device_get(report)
     return {
@@ -34,7 +34,7 @@ def first_step(name: str) -> dict[str, float]:
         "accuracy": float(report.accuracy.total / report.accuracy.weight),
         "gradient_norm": float(report.gradient_norm),
         "parameter_norm": norm,
-        "parameter_norm_after_two": float(optax.global_norm(state.params)),
+        "parameter_norm_after_two": float(optax.tree.norm(state.params)),
     }
 
 

@@ -1,0 +1,344 @@
+"""The command line: what it refuses and how, what it costs to ask for help, and runs that are stopped and go on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from recallax.__main__ import config_names, main
+
+RECALLAX = [sys.executable, "-m", "recallax"]
+RUN = {
+    "steps": 400,
+    "batch-size": 16,
+    "log-every": 10,
+    "save-every": 50,
+}
+ARGUMENTS = ["mqar_micro", *(f"--train.{name}={value}" for name, value in RUN.items()), "--evaluate.batches=2"]
+ARGUMENTS += ["--evaluate.every=100", "--model.dropout=0.1"]
+
+
+def environment(**more: str) -> dict[str, str]:
+    quick = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return {**os.environ, **quick, **more}
+
+
+# Wrong input: status 2, and a message that says what, its value, the rule and the remedy
+
+
+def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of a command that must end with status 2; any other exception would be a traceback."""
+    try:
+        status = main(list(arguments))
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert status == 2, f"status {status}: {out}{err}"
+    return " ".join((out + err).replace("│", " ").split())
+
+
+WRONG = {
+    "mqar_mikro": ["no config 'mqar_mikro'", "did you mean 'mqar_micro'", "parity_attention"],
+    "mqar_micro --optim.lrr 1": ["--optim.lrr", "--optim.lr FLOAT"],
+    "mqar_micro --train.step 1": ["--train.step", "--train.steps"],
+    "mqar_micro --optim.lr fast": ["--optim.lr", "'fast'", "float"],
+    "mqar_micro --train.steps 2.5": ["--train.steps", "2.5", "int"],
+    "mqar_micro --optim.lr nan": ["optim.lr is nan", "at least 0 and finite"],
+    "mqar_micro --optim.lr inf": ["optim.lr is inf", "at least 0 and finite"],
+    "mqar_micro --optim.b2 1": ["optim.b2 is 1.0", "below 1"],
+    "mqar_micro --optim.warmup 5": ["optim.warmup is 5.0", "fraction from 0 to 1"],
+    "mqar_micro --optim.clip 0": ["optim.clip is 0.0", "above 0"],
+    "mqar_micro --train.steps 0": ["train.steps is 0", "at least 1"],
+    "mqar_micro --train.data-seed -1": ["train.data_seed is -1", "at least 0"],
+    "mqar_micro --train.accumulate 3": ["train.batch_size 64", "multiple", "train.accumulate 3"],
+    "mqar_micro --evaluate.every 0": ["evaluate.every is 0", "at least 1"],
+    "mqar_micro --evaluate.batches 0": ["evaluate.batches is 0", "at least 1"],
+    "mqar_micro --model.dropout 1": ["dropout is 1.0", "below 1"],
+    "mqar_micro --model.compute float61": ["--model.compute", "float61", "bfloat16"],
+    "mqar_micro --model.pattern=": ["pattern ''", "empty", "conv, mixer"],
+    "mqar_micro --model.pattern=conv*0": ["pattern 'conv*0'", "'*'", "at least 1"],
+    "mqar_micro --model.pattern=conv:mixr": ["unexpected ':'", "a term is a name"],
+    "mqar_micro --model.pattern=mixr": ["names the block 'mixr'", "did you mean 'mixer'"],
+    "mqar_micro --task.mixture.1.pairs 9": [
+        "length 32",
+        "9 pairs",
+        "2 K passes + 2 K = 36",
+        "lengthen it or lower pairs",
+    ],
+    "mqar_micro --model.vocab-size 3": ["model.vocab_size is 3", "the task has 64"],
+    "parity_attention --model.d-model 62": ["62 channels", "4 heads", "use one of 1, 2, 31, 62"],
+    "mqar_micro --train.fsdp 3": ["train.fsdp 3", "does not fit", "devices"],
+    "mqar_micro --distributed.process 0": ["distributed.coordinator", "HOST:PORT"],
+    "mqar_micro --distributed.coordinator here": ["distributed.coordinator is 'here'", "HOST:PORT"],
+    "mqar_micro --distributed.coordinator 127.0.0.1:1": ["distributed.processes None", "both must be given"],
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_wrong_input_is_refused(
+    arguments: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = refuse(capsys, "train", *arguments.split())
+    for part in WRONG[arguments]:
+        assert part in message, message
+    assert list(tmp_path.iterdir()) == [], "what is refused must not claim a folder"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("trian", ["no command 'trian'", "did you mean 'train'"]),
+        ("eval nowhere", ["nowhere is not a run's folder"]),
+        ("eval . --batches -1", ["batches is -1", "at least 1"]),
+        ("eval . --split tset", ["tset", "'valid', 'test'"]),
+        ("report nowhere", ["nowhere"]),
+        ("show mqar_mikro", ["did you mean 'mqar_micro'"]),
+        ("train", ["usage: recallax train CONFIG", "mqar_micro"]),
+        ("train ../../etc/passwd", ["no config '../../etc/passwd'"]),
+        ("list everything", ["usage: recallax list"]),
+    ],
+)
+def test_wrong_commands_are_refused(arguments: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    message = refuse(capsys, *arguments.split())
+    for part in parts:
+        assert part in message, message
+
+
+# Help without jax
+
+
+def test_help_and_list_import_no_jax() -> None:
+    script = """
+import sys
+sys.modules["jax"] = sys.modules["flax"] = sys.modules["orbax"] = None  # importing them fails
+from recallax.__main__ import main
+for command in sys.argv[1:]:
+    try:
+        print(command, "->", main(command.split()))
+    except SystemExit as stop:
+        print(command, "->", stop.code)
+"""
+    commands = ["", "--help", "help", "--version", "list", "list --help", "nothing", "show --help", "train --help"]
+    commands += ["train", "train nothing", "show nothing", "eval --help", "report --help", "eval"]
+    command = [sys.executable, "-c", script, *commands]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
+    assert done.returncode == 0, done.stderr
+    statuses = dict(line.split(" -> ") for line in done.stdout.splitlines() if " -> " in line)
+    helps = {c: "0" for c in commands if "help" in c or c in ("--version", "list")}
+    assert {c: statuses[c] for c in commands} == {c: helps.get(c, "2") for c in commands}
+    for name, line in config_names().items():
+        assert f"{name} " in done.stdout and line in done.stdout and line
+
+
+def test_show_says_what_a_config_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "mqar_micro", "--model.d-model", "16"]) == 0
+    out = capsys.readouterr().out
+    assert '"d_model": 16' in out and "fingerprint" in out
+    for line in ("parameters", "forward FLOPs", "layers            2: conv mixer", "1,024"):
+        assert line in out
+
+
+# Runs that are stopped
+
+
+class Stopped(NamedTuple):
+    """How one life of a run ended."""
+
+    status: int
+    step: int
+    """The newest checkpoint after it."""
+    rows: list[dict[str, Any]]
+    err: str
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    command = [*RECALLAX, "train", *ARGUMENTS, "--run", str(folder), *more]
+    with open(folder.with_suffix(".err"), "w") as err:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=err, text=True, env=environment())
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    try:
+        lines = (folder / "log.jsonl").read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Until it holds or the process ends."""
+    deadline = time.monotonic() + 120
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline, "the run makes no progress"
+        time.sleep(0.005)
+
+
+def life(folder: Path, number: signal.Signals | None = None, after: int = 0) -> Stopped:
+    """Start or continue the run; send the signal once it has logged a step beyond `after`."""
+    process = start(folder)
+    if number is not None:
+        wait_for(lambda: any(row["step"] >= after for row in read(folder) if row["kind"] == "train"), process)
+        process.send_signal(number)
+    status = process.wait(120)
+    steps = [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()]
+    return Stopped(status, max(steps, default=0), read(folder), folder.with_suffix(".err").read_text())
+
+
+def checksums(folder: Path, step: int) -> dict[str, Any]:
+    """Of the leaves of a checkpoint, as it was saved."""
+    return json.loads((folder / "checkpoints" / str(step) / "meta" / "metadata").read_text())["body"]["leaves"]
+
+
+def metrics(rows: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:
+    """Evaluations by step and split; none may occur twice."""
+    found = [row for row in rows if row["kind"] == "eval"]
+    values = {(row["step"], row["split"]): {k: v for k, v in row.items() if k != "seconds"} for row in found}
+    assert len(values) == len(found)
+    return values
+
+
+def assert_no_step_twice(rows: list[dict[str, Any]]) -> None:
+    steps = [row["step"] for row in rows if row["kind"] == "train"]
+    assert steps == sorted(set(steps))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert life(folder).status == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Stopped]]:
+    """One run, stopped by SIGTERM and by SIGINT, its newest checkpoint damaged, killed, and let finish."""
+    folder = tmp_path_factory.mktemp("lives") / "run"
+    rng = random.Random(0)
+    ends = {"SIGTERM": life(folder, signal.SIGTERM, rng.randint(60, 120))}
+    ends["SIGINT"] = life(folder, signal.SIGINT, ends["SIGTERM"].step + rng.randint(10, 60))
+    damaged = folder / "checkpoints" / str(ends["SIGINT"].step) / "state" / "d"
+    for path in damaged.iterdir():
+        os.truncate(path, path.stat().st_size // 2)
+    ends["SIGKILL"] = life(folder, signal.SIGKILL, ends["SIGINT"].step + rng.randint(20, 80))
+    ends["finished"] = life(folder)
+    return folder, ends
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_stopped_run_saves_where_it_stands(lives: tuple[Path, dict[str, Stopped]], name: str) -> None:
+    end = lives[1][name]
+    assert end.status == 75, end.err
+    assert f"stopped at step {end.step}; the same command goes on from there" in end.err
+    assert "Traceback" not in end.err
+    assert end.rows[-1]["event"] == "interrupted" and end.rows[-1]["step"] == end.step < RUN["steps"]
+
+
+def test_a_damaged_checkpoint_is_named_and_passed_over(lives: tuple[Path, dict[str, Stopped]]) -> None:
+    folder, ends = lives
+    assert ends["SIGKILL"].status == -signal.SIGKILL
+    step = ends["SIGINT"].step
+    assert "CheckpointWarning" in ends["SIGKILL"].err
+    assert f"{folder}/checkpoints/{step} is damaged and was moved to" in ends["SIGKILL"].err
+    assert (folder / "checkpoints" / "quarantine" / str(step)).is_dir()
+    started = [row["step"] for row in ends["SIGKILL"].rows if row["kind"] == "run"][-1]
+    assert ends["SIGTERM"].step <= started < step
+
+
+def test_a_stopped_run_ends_as_one_that_never_stopped(
+    lives: tuple[Path, dict[str, Stopped]], uninterrupted: Path
+) -> None:
+    folder, ends = lives
+    assert ends["finished"].status == 0, ends["finished"].err
+    assert checksums(folder, RUN["steps"]) == checksums(uninterrupted, RUN["steps"])
+    rows = read(folder)
+    assert_no_step_twice(rows)
+    assert metrics(rows) == metrics(read(uninterrupted))
+    assert [row["step"] for row in rows if row["kind"] == "train"][-1] == RUN["steps"]
+
+
+def test_rows_name_config_device_and_commit(uninterrupted: Path) -> None:
+    rows = read(uninterrupted)
+    (begin,) = [row for row in rows if row["kind"] == "run"]
+    assert begin["device"] == "cpu" and "commit" in begin and begin["name"] == "mqar_micro"
+    assert all(row["fingerprint"] == begin["fingerprint"] and row["seconds"] >= 0 for row in rows)
+
+
+def test_a_folder_belongs_to_one_config(
+    uninterrupted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["train", *ARGUMENTS, "--run", str(uninterrupted), "--optim.lr", "0.5", "--task.power", "1"]
+    message = refuse(capsys, *arguments)
+    assert f"{uninterrupted} belongs to a run of another config" in message
+    assert "optim.lr: 0.01 -> 0.5" in message and "task.power: 0.01 -> 1.0" in message
+    assert "choose a new folder" in message
+
+
+def test_a_folder_serves_one_job(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from recallax.config import from_json
+    from recallax.train.run import RunConfig
+    from recallax.train.run_folder import RunFolder, read_config
+
+    config = from_json(read_config(uninterrupted), RunConfig)
+    with RunFolder(tmp_path / "run", config):
+        message = refuse(capsys, "train", *ARGUMENTS, "--run", str(tmp_path / "run"))
+    assert f"is in use by process {os.getpid()}" in message and "choose another folder" in message
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    message = refuse(capsys, "train", *ARGUMENTS, "--run", str(tmp_path / "file" / "run"))
+    assert f"{tmp_path}/file/run cannot be written" in message and "choose another folder" in message
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    message = refuse(capsys, "train", *ARGUMENTS, "--run", str(tmp_path / "full"))
+    assert "is not empty and holds no config.json" in message and "choose a new folder" in message
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_eval_reads_a_run(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted((p, p.stat().st_mtime_ns) for p in uninterrupted.rglob("*"))
+    assert main(["eval", str(uninterrupted)]) == 0
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    wanted = metrics(read(uninterrupted))[RUN["steps"], "test"]
+    assert float(shown["step"]) == RUN["steps"]
+    assert float(shown["accuracy"]) == pytest.approx(wanted["accuracy"], abs=1e-4)
+    assert sorted((p, p.stat().st_mtime_ns) for p in uninterrupted.rglob("*")) == before
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
+    """The second one comes while the first still waits for the step that is being compiled."""
+    folder = tmp_path / "run"
+    process = start(folder)
+    wait_for(lambda: (folder / "log.jsonl").exists() and bool(read(folder)), process)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) in (-signal.SIGTERM, 75)  # 75 where the step was quicker than the second signal
+    assert "Traceback" not in folder.with_suffix(".err").read_text()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(4))
+def test_kills_at_random_moments_change_nothing(tmp_path: Path, uninterrupted: Path, seed: int) -> None:
+    """Five kills at random times, also during start, compilation, saving and evaluation."""
+    rng, folder = random.Random(seed), tmp_path / "run"
+    for _ in range(5):
+        process = start(folder)
+        deadline = time.monotonic() + rng.uniform(1, 12)
+        wait_for(lambda deadline=deadline: time.monotonic() > deadline, process)
+        process.kill()
+        process.wait()
+    end = life(folder)
+    assert end.status == 0, end.err
+    assert checksums(folder, RUN["steps"]) == checksums(uninterrupted, RUN["steps"])
+    assert_no_step_twice(end.rows)
+    assert metrics(end.rows) == metrics(read(uninterrupted))
