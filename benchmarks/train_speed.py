@@ -8,12 +8,14 @@ PATH is a Python that has torch and numpy; the environment variable TORCH_PYTHON
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
@@ -70,7 +72,7 @@ def agree(name: str, ours: Answer, theirs: Answer) -> float:
     return worst
 
 
-def measure(python: str, setting: str, mixer: str, threads: int, rounds: int, steps: int) -> Iterator[Row]:
+def measure(python: str, setting: str, mixer: str, threads: int, rounds: int, steps: int) -> list[Row]:
     """Rows of one model at one size: a row per mode of the opponent."""
     vocab_size, length, pairs = SETTINGS[setting]
     total = CHECKED + (rounds + 1) * steps
@@ -78,28 +80,28 @@ def measure(python: str, setting: str, mixer: str, threads: int, rounds: int, st
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         job.write(folder)
+        workers: dict[str, Worker] = {}
 
-        def start(name: str, *command: str) -> Worker:
-            worker = Worker(name, (*command[:1], "-m", *command[1:]), threads, folder)
-            stack.callback(worker.close)
-            return worker
+        def start(name: str, *command: str) -> None:
+            workers[name] = Worker(name, command, threads, folder)
+            stack.callback(workers[name].close)
 
-        ours = start("recallax", sys.executable, "benchmarks.recallax_mqar", str(folder))
-        opponents = {mode: start(mode, python, "benchmarks.torch_mqar", str(folder), mode) for mode in MODES}
-        first = ours.steps(CHECKED)
-        checks = {mode: opponent.steps(CHECKED) for mode, opponent in opponents.items()}
-        differences = {mode: agree(mode, first, answer) for mode, answer in checks.items()}
-        load = os.getloadavg()[0]
-        blocks: dict[str, list[list[float]]] = {name: [] for name in ("recallax", *MODES)}
-        for turn in range(rounds + 1):  # the first round is warm-up
-            for name, worker in {"recallax": ours, **opponents}.items():
-                seconds = worker.steps(steps).seconds
-                if turn:
-                    blocks[name].append(seconds)
+        start("recallax", sys.executable, "-m", "benchmarks.recallax_mqar", str(folder))
         for mode in MODES:
-            pairs_of_blocks = zip(blocks["recallax"], blocks[mode], strict=True)
-            ratios = [statistics.median(b) / statistics.median(a) for a, b in pairs_of_blocks]
-            yield {
+            start(mode, python, "-m", "benchmarks.torch_mqar", str(folder), mode)
+        first = {name: worker.steps(CHECKED) for name, worker in workers.items()}
+        differences = {mode: agree(mode, first["recallax"], first[mode]) for mode in MODES}
+        for worker in workers.values():
+            worker.steps(steps)
+        begin, busy = time.perf_counter(), _busy_seconds()
+        turns = [{name: worker.steps(steps) for name, worker in workers.items()} for _ in range(rounds)]
+        own = sum(sum(answer.cpu_seconds) for turn in turns for answer in turn.values())
+        others = (_busy_seconds() - busy - own) / (time.perf_counter() - begin)
+    rows = []
+    for mode in MODES:
+        ratios = [_median(turn[mode]) / _median(turn["recallax"]) for turn in turns]
+        rows.append(
+            {
                 "setting": setting,
                 "mixer": mixer,
                 "threads": threads,
@@ -111,27 +113,45 @@ def measure(python: str, setting: str, mixer: str, threads: int, rounds: int, st
                 "batch_size": job.batch_size,
                 "rounds": rounds,
                 "steps": steps,
-                "recallax": _summary(blocks["recallax"], first, job),
-                "torch": _summary(blocks[mode], checks[mode], job),
+                "recallax": _summary([turn["recallax"] for turn in turns], first["recallax"], job),
+                "torch": _summary([turn[mode] for turn in turns], first[mode], job),
                 "ratio": round(statistics.median(ratios), 3),
                 "ratios": [round(min(ratios), 3), round(max(ratios), 3)],
                 "difference": float(f"{differences[mode]:.1e}"),
-                "load": round(load, 2),
+                "other_cores": round(others, 2),
                 "device": _processor(),
                 "cpus": os.cpu_count(),
-                "versions": {**ours.versions, **opponents[mode].versions},
+                "versions": {**workers["recallax"].versions, **workers[mode].versions},
             }
+        )
+    return rows
 
 
-def _summary(blocks: Sequence[Sequence[float]], first: Answer, job: Job) -> dict[str, float]:
-    seconds = [x for block in blocks for x in block]
+def _median(answer: Answer) -> float:
+    return statistics.median(answer.seconds)
+
+
+def _summary(turns: Sequence[Answer], first: Answer, job: Job) -> dict[str, float]:
+    seconds = [x for turn in turns for x in turn.seconds]
+    cpu_seconds = [x for turn in turns for x in turn.cpu_seconds]
     median = statistics.median(seconds)
     return {
         "min_ms": round(1e3 * min(seconds), 3),
         "median_ms": round(1e3 * median, 3),
+        "cpu_median_ms": round(1e3 * statistics.median(cpu_seconds), 3),
         "tokens_per_second": round(job.batch_size * job.length / median),
         "first_step_s": round(first.seconds[0], 2),
     }
+
+
+def _busy_seconds() -> float:
+    """What all processes together have used of all cores, so that rows can say how much was not ours; Linux only."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return math.nan
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _processor() -> str:
@@ -146,16 +166,16 @@ def _processor() -> str:
 def report(rows: Sequence[Row]) -> str:
     """The newest row of each setting, mixer, number of threads and mode, as a Markdown table."""
     newest = {(r["setting"], r["mixer"], r["threads"], r["mode"]): r for r in rows}
-    head = "size | model | threads | opponent | recallax ms | torch ms | recallax tokens/s | torch ÷ recallax | rounds"
-    lines = [f"| {head} |", "|---|---|--:|---|--:|--:|--:|--:|--:|"]
+    head = "size | model | threads | opponent | recallax ms | torch ms | tokens/s | torch ÷ recallax | by turns | other cores"
+    lines = [f"| {head} |", "|---|---|--:|---|--:|--:|--:|--:|--:|--:|"]
     for key in product(SETTINGS, MIXERS, (2, 1), MODES):
         if key not in newest:
             continue
         row = newest[key]
-        ours, theirs = ([f"{row[side][k]:.1f}" for k in ("min_ms", "median_ms")] for side in ("recallax", "torch"))
+        ours, theirs = (f"{row[side]['min_ms']:.1f} / {row[side]['median_ms']:.1f}" for side in ("recallax", "torch"))
         low, high = row["ratios"]
-        cells = (*key, " / ".join(ours), " / ".join(theirs), f"{row['recallax']['tokens_per_second']:,}")
-        lines.append("| " + " | ".join(map(str, (*cells, f"**{row['ratio']:.2f}**", f"{low:.2f}–{high:.2f}"))) + " |")
+        cells = (*key, ours, theirs, f"{row['recallax']['tokens_per_second']:,}", f"**{row['ratio']:.2f}**")
+        lines.append("| " + " | ".join(map(str, (*cells, f"{low:.2f}–{high:.2f}", row["other_cores"]))) + " |")
     return "\n".join(lines)
 
 

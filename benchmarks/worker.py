@@ -38,6 +38,17 @@ class Job:
         return cls(**json.loads((folder / "job.json").read_text()))
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a worker says of some steps."""
+
+    seconds: list[float]
+    cpu_seconds: list[float]
+    """Of all its threads: what it would take on one idle core, where it has one thread."""
+    losses: list[float]
+    norms: list[float]
+
+
 class Trainer(ABC):
     """One side's model, optimizer and batches."""
 
@@ -56,28 +67,21 @@ def serve(trainer: Trainer, versions: dict[str, str]) -> None:
     print(json.dumps(versions), file=pipe, flush=True)
     done = 0
     for line in sys.stdin:
-        seconds, results = [], []
+        seconds, cpu_seconds, results = [], [], []
         for index in range(done, done + json.loads(line)["steps"]):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             result = trainer.step(index)
             seconds.append(time.perf_counter() - start)
+            cpu_seconds.append(time.process_time() - cpu_start)
             results.append(trainer.read(result))
         done += len(seconds)
         losses, norms = zip(*results, strict=True)
-        print(json.dumps({"seconds": seconds, "losses": losses, "norms": norms}), file=pipe, flush=True)
+        answer = Answer(seconds, cpu_seconds, list(losses), list(norms))
+        print(json.dumps(asdict(answer)), file=pipe, flush=True)
 
 
 class WorkerError(RuntimeError):
     """A worker ended before it answered."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What `serve` says of some steps."""
-
-    seconds: list[float]
-    losses: list[float]
-    norms: list[float]
 
 
 class Worker:
