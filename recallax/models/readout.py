@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from recallax.config import Config
 from recallax.layers.dense import Linear, parameter
+from recallax.pallas_kernels.product import product
 from recallax.types import Precision
 
 
@@ -47,7 +48,7 @@ class TiedModule(ReadoutModule):
     """h E^T."""
 
     def __call__(self, hidden: Array, embedding: Array, summary: Array, at: Array) -> Float[Array, "B N V"]:
-        return _logits(hidden, embedding.astype(hidden.dtype).T)
+        return product("bnd,vd->bnv", hidden, embedding.astype(hidden.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ class UntiedModule(ReadoutModule):
         self.kernel = parameter(kernel, ("embed", "vocab"))
 
     def __call__(self, hidden: Array, embedding: Array, summary: Array, at: Array) -> Float[Array, "B N V"]:
-        return _logits(hidden, self.kernel[...].astype(hidden.dtype))
+        return product("bnd,dv->bnv", hidden, self.kernel[...].astype(hidden.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +109,3 @@ def _sinusoid(positions: Int[Array, "B N"], width: int) -> Float[Array, "B N D"]
     rate = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angle = positions[..., None].astype(jnp.float32) * rate[None, None]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)[..., :width]
-
-
-def _logits(hidden: Float[Array, "B N D"], kernel: Float[Array, "D V"]) -> Float[Array, "B N V"]:
-    exact = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32, precision=exact)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from recallax.pallas_kernels.chunking import Documents, join_time, split_time
+from recallax.pallas_kernels.product import product
 
 
 class Kernel(NamedTuple):
@@ -105,7 +106,7 @@ def _chunk(kernel: Kernel, carry: _Carry, part: _Chunk) -> tuple[Float[Array, "B
     past = time[:, None] >= time[None]
     visible = past[None] & (docs.index[:, :, None] == docs.index[:, None, :]) & docs.valid[:, None, :]
 
-    scores = kernel.score(_product("bihk,bjhk->bhij", q, k))
+    scores = kernel.score(product("bihk,bjhk->bhij", q, k))
     scores = jnp.where(visible[:, None], scores, 0)
     from_state = own[..., None].astype(jnp.float32)
     to_state = kept[..., None].astype(jnp.float32)
@@ -119,15 +120,10 @@ def _chunk(kernel: Kernel, carry: _Carry, part: _Chunk) -> tuple[Float[Array, "B
         to_state = to_state * jnp.exp(jnp.where(kept[..., None], total[:, -1:] - total, 0))
         stay = stay * jnp.exp(jnp.where((last == carry.document)[:, None], total[:, -1], 0))
     features_k = kernel.features(k.astype(jnp.float32)) * to_state[..., None]
-    out = _product("bhij,bjhv->bihv", scores.astype(dtype), v)
-    state = _product("bjhf,bjhv->bhfv", features_k.astype(dtype), v)
+    out = product("bhij,bjhv->bihv", scores.astype(dtype), v)
+    state = product("bjhf,bjhv->bhfv", features_k.astype(dtype), v)
     if carry.state is not None:
         features_q = kernel.features(q.astype(jnp.float32)) * from_state[..., None]
-        out += _product("bihf,bhfv->bihv", features_q.astype(dtype), carry.state.astype(dtype))
+        out += product("bihf,bhfv->bihv", features_q.astype(dtype), carry.state.astype(dtype))
         state += stay[..., None, None] * carry.state
     return state, out.astype(dtype)
-
-
-def _product(spec: str, a: Array, b: Array) -> Array:
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, precision=exact)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import Documents, join_time, split_time
+from recallax.pallas_kernels.product import product
 from recallax.pallas_kernels.window_attention import reference
 from recallax.pallas_kernels.window_attention.cache import KVCache, held_positions
 
@@ -107,14 +108,9 @@ def _attend(
     """`reference.attend` with grouped heads kept together and products in the inputs' dtype; softmax in float32."""
     b, t, h, width = q.shape
     q = q.reshape(b, t, k.shape[2], -1, width)
-    exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    scores = jnp.einsum("btgrk,bsgk->bgrts", q, k, preferred_element_type=jnp.float32, precision=exact)
     mask = visible[:, None, None]
-    scores = jnp.where(mask, scores, -1e30)  # finite: a row that sees nothing must not become NaN
+    scores = jnp.where(mask, product("btgrk,bsgk->bgrts", q, k), -1e30)  # finite: to see nothing must not make NaN
     weights = jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))), 0)
-    total = weights.sum(axis=-1)
-    out = jnp.einsum(
-        "bgrts,bsgv->btgrv", weights.astype(v.dtype), v, preferred_element_type=jnp.float32, precision=exact
-    )
-    total = jnp.moveaxis(total, 3, 1)[..., None]
+    total = jnp.moveaxis(weights.sum(axis=-1), 3, 1)[..., None]
+    out = product("bgrts,bsgv->btgrv", weights.astype(v.dtype), v)
     return (out / jnp.where(total > 0, total, 1)).reshape(b, t, h, -1)
