@@ -25,4 +25,3 @@ def main(rows: list[Row], folder: Path) -> None:
     axes.set(xlabel="window (tokens)", ylabel="test accuracy", ylim=(0, 1.02), title="MQAR, length 64, 8 pairs")
     axes.legend(frameon=False)
     figure.savefig(folder / "reach.svg")
-    figure.savefig(folder / "reach.png", dpi=110)
