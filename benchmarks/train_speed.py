@@ -32,6 +32,11 @@ MODES = ("eager", "compile")
 CHECKED = 8
 """Steps that both sides take first: they compile, and must agree."""
 
+COLUMNS = (
+    *("size", "model", "threads", "opponent", "recallax ms", "torch ms", "recallax tokens/s"),
+    *("torch ÷ recallax", "by turns", "other cores"),
+)
+
 type Row = dict[str, Any]
 
 
@@ -166,8 +171,7 @@ def _processor() -> str:
 def report(rows: Sequence[Row]) -> str:
     """The newest row of each setting, mixer, number of threads and mode, as a Markdown table."""
     newest = {(r["setting"], r["mixer"], r["threads"], r["mode"]): r for r in rows}
-    head = "size | model | threads | opponent | recallax ms | torch ms | tokens/s | torch ÷ recallax | by turns | other cores"
-    lines = [f"| {head} |", "|---|---|--:|---|--:|--:|--:|--:|--:|--:|"]
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|---|---|--:|---|--:|--:|--:|--:|--:|--:|"]
     for key in product(SETTINGS, MIXERS, (2, 1), MODES):
         if key not in newest:
             continue
