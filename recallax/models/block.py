@@ -61,7 +61,7 @@ class BlockModule(nnx.Module):
         y, channel = _recurrent(self.channel).step(self.channel_norm(r), info, state[1])
         return r + y.astype(r.dtype), (mixer, channel)
 
-    def _drop(self, y: Float[Array, "B T D"], keys: PRNGKeyArray | None, which: int) -> Float[Array, "B T D"]:
+    def _drop(self, y: Float[Array, "B T D"], keys: Array | None, which: int) -> Float[Array, "B T D"]:
         return drop(y.astype(jnp.float32), self.dropout, None if keys is None else keys[which])
 
 
@@ -80,7 +80,7 @@ def add_aux(a: Aux, b: Aux) -> Aux:
     return {**a, **b, **pooled}
 
 
-def _with_key(seq: SeqInfo, keys: PRNGKeyArray | None, which: int) -> SeqInfo:
+def _with_key(seq: SeqInfo, keys: Array | None, which: int) -> SeqInfo:
     return seq if keys is None else seq._replace(key=keys[which])
 
 

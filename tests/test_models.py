@@ -1,0 +1,194 @@
+"""Patterns, stacks, readouts and accounting."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from recallax.config import ConfigError
+from recallax.layers import Attention, BaseConv, Based, Identity, MixerConfig, SlidingWindow, SwiGLU
+from recallax.layers.base import Statistic
+from recallax.layers.stateless import StatelessMixer
+from recallax.models import Autoencode, Block, LMConfig, Untied, accounting, based
+from recallax.models.pattern import flatten, parse
+from recallax.types import Mean, SeqInfo, whole_rows
+
+BLOCKS = {
+    "a": Block(mixer=Based(feature_dim=4), channel=SwiGLU(expand=2.0)),
+    "b": Block(mixer=SlidingWindow(window=3)),
+    "c": Block(mixer=BaseConv(), channel=Identity()),
+}
+TOKENS = jax.random.randint(jax.random.key(0), (2, 9), 0, 20)
+
+
+def model(pattern: str, blocks=BLOCKS, **changes):
+    return LMConfig(d_model=8, vocab_size=20, pattern=pattern, blocks=blocks, **changes)
+
+
+def test_patterns_read_as_written():
+    names = ["conv", "based", "window"]
+    layers = flatten(parse("conv (based window conv*3)*5 conv", names))
+    assert len(layers) == 27 and layers[1::5][:5] == ["based"] * 5
+    assert flatten(parse("((conv*2 based)*2)*2", names)) == ["conv", "conv", "based"] * 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("", "empty part"),
+        ("conv ()", "empty part"),
+        ("conv bsed", "'bsed'.*did you mean 'based'"),
+        ("(conv", "never closed"),
+        ("conv)", "unexpected '\\)'"),
+        ("conv*0", "count of at least 1"),
+        ("conv*", "count of at least 1"),
+        ("3", "unexpected '3'"),
+    ],
+)
+def test_bad_patterns_are_named(pattern, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(pattern, ["conv", "based"])
+
+
+@pytest.mark.parametrize(
+    ("config", "millions", "layers"), [(based.based_360m, 362.6, 27), (based.based_1b3, 1349.5, 36)]
+)
+def test_published_sizes_cost_nothing_to_count(config, millions, layers):
+    assert accounting.parameters(config()) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert len(config().layers) == layers
+    assert [i for i, name in enumerate(config().layers) if name == "based"][:3] == [1, 6, 11]
+
+
+def test_how_a_pattern_is_spelled_changes_nothing():
+    spelled = model("c (a b)*2 a*2").build(nnx.Rngs(0))
+    flat = model("c a b a b a a").build(nnx.Rngs(0))
+    seq = whole_rows(2, 9)._replace(key=jax.random.key(5))
+    for config_a, config_b in ((spelled, flat),):
+        np.testing.assert_allclose(config_a(TOKENS, seq)[0], config_b(TOKENS, seq)[0], atol=1e-6)
+
+
+def test_dropout_does_not_depend_on_the_spelling_and_is_off_without_a_key():
+    seq = whole_rows(2, 9)
+    keyed = seq._replace(key=jax.random.key(5))
+    spelled, flat = (model(p, dropout=0.3, embed_dropout=0.2).build(nnx.Rngs(0)) for p in ("(a b)*2", "a b a b"))
+    np.testing.assert_allclose(spelled(TOKENS, keyed)[0], flat(TOKENS, keyed)[0], atol=1e-6)
+    assert np.abs(spelled(TOKENS, keyed)[0] - spelled(TOKENS, seq)[0]).max() > 1e-3
+    plain = model("(a b)*2").build(nnx.Rngs(0))
+    np.testing.assert_array_equal(spelled(TOKENS, seq)[0], plain(TOKENS, seq)[0])
+
+
+def test_remat_changes_memory_and_not_numbers():
+    def loss_and_slopes(remat):
+        graph, params = nnx.split(model("c (a b)*2", remat=remat).build(nnx.Rngs(0)))
+        loss = jax.jit(jax.value_and_grad(lambda p: nnx.merge(graph, p)(TOKENS, whole_rows(2, 9))[0].var()))
+        return loss(params)
+
+    for a, b in zip(*(jax.tree.leaves(loss_and_slopes(r)) for r in ("none", "block")), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_a_longer_repeat_is_the_same_program():
+    """Compile time follows the size of the program, which must not grow with depth."""
+
+    def size(pattern):
+        graph, params = nnx.split(accounting.abstract_model(model(pattern)))
+        run = jax.make_jaxpr(lambda p: nnx.merge(graph, p)(TOKENS, whole_rows(2, 9))[0])
+        return len(str(run(params)).splitlines())
+
+    assert size("(a b)*40") <= size("(a b)*2") + 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counter(MixerConfig):
+    """Counts its calls in a statistic and reports an auxiliary mean."""
+
+    def build(self, d_model, site, *, precision, rngs):
+        return CounterMixer()
+
+
+class CounterMixer(StatelessMixer):
+    """See `Counter`."""
+
+    def __init__(self):
+        self.calls = Statistic(jnp.zeros(()))
+
+    def apply(self, x):
+        return x
+
+    def __call__(self, x, seq: SeqInfo):
+        self.calls[...] = self.calls[...] + 1
+        return x, {"size": Mean((x**2).sum(), jnp.asarray(float(x.size)))}
+
+
+@pytest.mark.parametrize("remat", ["none", "block"])
+def test_statistics_and_auxiliary_means_come_out_of_a_scan(remat):
+    built = model("n*3", {"n": Block(mixer=Counter(), channel=Identity())}, remat=remat).build(nnx.Rngs(0))
+    _, aux = built(TOKENS, whole_rows(2, 9))
+    assert float(aux["size"].weight) == 3 * 2 * 9 * 8
+    (calls,) = jax.tree.leaves(nnx.state(built, Statistic))
+    np.testing.assert_array_equal(calls, [1, 1, 1])
+
+
+def test_a_model_with_a_stateless_sequence_mixer_cannot_decode():
+    from experiments.set_disjointness.noncausal import NonCausalBased
+
+    built = model("n", {"n": Block(mixer=NonCausalBased(feature_dim=4))}).build(nnx.Rngs(0))
+    with pytest.raises(TypeError, match="NonCausalBasedMixer has no state"):
+        built.init_state(1, 4)
+
+
+def test_logits_at_positions_are_those_of_the_whole_row():
+    for readout in (Untied(), Autoencode(hidden=8)):
+        built = model("c a", readout=readout).build(nnx.Rngs(0))
+        whole, _ = built(TOKENS, whole_rows(2, 9))
+        at = jnp.array([[1, 8], [0, 5]])
+        np.testing.assert_allclose(
+            built(TOKENS, whole_rows(2, 9), at)[0], jnp.take_along_axis(whole, at[..., None], axis=1), atol=1e-6
+        )
+
+
+def test_flops_are_those_of_the_matrix_products():
+    config = model("w", {"w": Block(mixer=Attention(), channel=Identity())})
+    length, width, vocab = 9, 8, 20
+    projections, scores, readout = 4 * width * width, 2 * length * width, width * vocab
+    assert accounting.forward_flops(config, length) == 2 * length * (projections + scores + readout)
+    repeated = model("w*7", {"w": Block(mixer=Attention(), channel=Identity())})
+    assert accounting.forward_flops(repeated, length) == 2 * length * (7 * (projections + scores) + readout)
+    few = accounting.forward_flops(config, length, labelled=2)
+    assert few == 2 * length * (projections + scores) + 2 * 2 * readout
+
+
+def test_state_bytes_follow_the_definition():
+    def bytes_of(mixer, context):
+        return accounting.state_bytes(model("m", {"m": Block(mixer=mixer, channel=Identity())}), context)
+
+    assert bytes_of(Attention(heads=2, kv_heads=1), 100) == 2 * 100 * 4 * 4
+    assert bytes_of(SlidingWindow(window=16), 100) == bytes_of(SlidingWindow(window=16), 10_000) == 2 * 16 * 8 * 4
+    assert bytes_of(SlidingWindow(window=16), 5) == 2 * 5 * 8 * 4
+    assert bytes_of(Based(feature_dim=16), 100) == 153 * (8 + 1) * 4
+    assert bytes_of(Based(feature_dim=16, features="full"), 100) == 273 * (8 + 1) * 4
+    assert bytes_of(BaseConv(width=3), 100) == 2 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Attention(heads=3), "8 channels cannot be split into 3 heads; use one of 1, 2, 4, 8"),
+        (Based(heads=5), "cannot be split into 5 heads"),
+        (Attention(heads=8), "even width"),
+        (Attention(heads=4, kv_heads=3), "cannot be split into 3"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(config, message):
+    with pytest.raises(ConfigError, match=message):
+        model("m", {"m": Block(mixer=config)}).build(nnx.Rngs(0))
+
+
+def test_a_vocabulary_smaller_than_the_tasks_is_refused():
+    with pytest.raises(ConfigError, match="the task has 30 token ids"):
+        model("a").build(nnx.Rngs(0), vocab_size=30)
+    with pytest.raises(ConfigError, match=r"set model\.vocab_size"):
+        LMConfig(d_model=8, pattern="a", blocks=BLOCKS).build(nnx.Rngs(0))
