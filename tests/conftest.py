@@ -9,6 +9,11 @@ install_import_hook("recallax", "beartype.beartype")
 
 @pytest.fixture
 def strict():
-    """No silent promotion of dtypes or ranks, as in the code that computes: ops, layers, models."""
+    """No silent promotion of dtypes or ranks, as in the code that computes: ops, layers, models.
+
+    Compiled without optimisation, since these tests compile far longer than they run.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(window_xla, "BLOCK", 16)
 
 
-def draw(case: Case, groups: int | None = None) -> dict[str, np.ndarray]:
+def draw(case: Case, groups: int | None = None) -> dict[str, Any]:
     """Inputs in float64 for two rows."""
     rng = np.random.default_rng(hash(case.length) + case.width)
     shape = (2, case.length, case.heads, case.width)
@@ -83,6 +84,11 @@ def draw(case: Case, groups: int | None = None) -> dict[str, np.ndarray]:
         "extreme": -rng.choice([0.0, 1e-4, 40.0], size=shape[:3], p=[0.5, 0.3, 0.2]),
     }
     return inputs | ({"log_decay": gates[case.decay]} if case.decay else {})
+
+
+def single(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs in float32."""
+    return {name: jnp.asarray(x, jnp.float32) for name, x in inputs.items()}
 
 
 def segments(case: Case) -> jnp.ndarray:
@@ -105,7 +111,7 @@ def per_block(x: np.ndarray, y: np.ndarray) -> float:
     return worst
 
 
-def compare(op: Callable, case: Case, inputs: dict[str, np.ndarray], state, dtype: str, form: str) -> None:
+def compare(op: Callable, case: Case, inputs: dict[str, Any], state, dtype: str, form: str) -> None:
     """Values, final state and all gradients of `op(inputs, state, form)` against its definition in float64."""
     valid = np.asarray(segments(case) > 0)[:, :, None, None]
     rng = np.random.default_rng(9)
@@ -166,7 +172,7 @@ def test_taylor_attention(case, dtype, features):
     with jax.enable_x64(True):
         phi = np.asarray(expand(jnp.asarray(past)))
     v = np.random.default_rng(7).normal(size=(2, 7, case.heads, case.values))
-    state = TaylorState(np.einsum("bthf,bthv->bhfv", phi, v), phi.sum(axis=1))
+    state: Any = TaylorState(*map(jnp.asarray, (np.einsum("bthf,bthv->bhfv", phi, v), phi.sum(axis=1))))
     assert state.z.shape[-1] == state_width(case.width, features)
 
     def op(inputs, state, form):
@@ -184,7 +190,8 @@ def test_window_attention(case, dtype, window):
     # As many cached tokens as a window holds, behind a row that continues at position 50.
     slots = 50 + case.length if window is None else window
     rng = np.random.default_rng(8)
-    cache = KVCache(rng.normal(size=(2, slots, 1, case.width)), rng.normal(size=(2, slots, 1, case.values)))
+    sizes = ((2, slots, 1, case.width), (2, slots, 1, case.values))
+    cache = KVCache(*(jnp.asarray(rng.normal(size=size)) for size in sizes))
     positions = positions_of(case, 50)
 
     def op(inputs, state, form):
@@ -235,7 +242,7 @@ def test_long_rows_cross_many_real_chunks(monkeypatch):
     monkeypatch.undo()
     case = Case(601, width=6, documents=(300, 301), heads=1)
     inputs, ids = draw(case), segments(case)
-    low = {name: jnp.asarray(x, jnp.float32) for name, x in inputs.items()}
+    low = single(inputs)
     for op in (linear_attention, taylor_attention):
         a, b = (op(**low, segments=ids, implementation=form)[0] for form in ("reference", "xla"))
         assert per_block(np.asarray(a), np.asarray(b)) <= 2e-4, op.__name__
@@ -254,7 +261,7 @@ def test_the_two_taylor_expansions_and_the_polynomial_are_one_kernel():
 
 
 def test_linear_attention_without_decay_is_masked_attention_without_softmax():
-    inputs = {name: jnp.asarray(x, jnp.float32) for name, x in draw(Case(40)).items()}
+    inputs = single(draw(Case(40)))
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     scores = jnp.tril(jnp.einsum("bihk,bjhk->bhij", q, k) * 8**-0.5)
     np.testing.assert_allclose(linear_attention(q, k, v)[0], jnp.einsum("bhij,bjhv->bihv", scores, v), atol=2e-5)
@@ -262,16 +269,17 @@ def test_linear_attention_without_decay_is_masked_attention_without_softmax():
 
 def test_unwritten_cache_may_hold_nan():
     case = Case(5, heads=1)
-    inputs = {name: jnp.asarray(x, jnp.float32) for name, x in draw(case).items()}
+    inputs = single(draw(case))
     nan = KVCache(*(jnp.full((2, 9, 1, 8), jnp.nan) for _ in range(2)))
     positions = jnp.tile(jnp.arange(5)[None], (2, 1))
     want, _ = window_attention(**inputs, window=9)
     got, cache = window_attention(**inputs, window=9, state=nan, positions=positions)
+    assert cache is not None
     np.testing.assert_allclose(got, want, atol=1e-6)
-    token = {name: x[:, 0] for name, x in inputs.items()}
-    where = {"position": jnp.full(2, 5), "active": jnp.ones(2, bool)}
+    token: dict[str, Any] = {name: x[:, 0] for name, x in inputs.items()}
+    where: dict[str, Any] = {"position": jnp.full(2, 5), "active": jnp.ones(2, bool)}
     assert np.isfinite(window_attention_step(**token, state=cache, **where, window=9)[0]).all()
-    fresh = {"position": jnp.zeros(2, jnp.int32), "active": jnp.ones(2, bool)}
+    fresh: dict[str, Any] = {"position": jnp.zeros(2, jnp.int32), "active": jnp.ones(2, bool)}
     assert np.isfinite(window_attention_step(**token, state=nan, **fresh, window=9)[0]).all()
 
 
@@ -285,7 +293,7 @@ def test_unwritten_cache_may_hold_nan():
     ],
 )
 def test_bad_input_is_named(change, message):
-    inputs = {name: jnp.asarray(x, jnp.float32) for name, x in draw(Case(4)).items()}
+    inputs = single(draw(Case(4)))
     with pytest.raises(ValueError, match=message):
         unchecked(linear_attention)(**(inputs | change))
 
@@ -299,7 +307,7 @@ def unchecked(function: Callable) -> Callable:
 
 def test_a_step_of_linear_attention_with_decay_follows_the_recurrence():
     case = Case(6, decay="token")
-    inputs = {name: jnp.asarray(x, jnp.float32) for name, x in draw(case).items()}
+    inputs = single(draw(case))
     want, final = linear_attention(**inputs)
     state = jnp.zeros_like(final)
     for t in range(6):

@@ -21,4 +21,4 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config())
+    return tiny(get_config(), model=zoology(Based(feature_dim=4, heads=2), 16))

@@ -23,4 +23,4 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config())
+    return tiny(get_config(), model=zoology(SlidingWindow(window=5, rotary_base=None), 16))

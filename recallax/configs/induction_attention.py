@@ -14,7 +14,7 @@ from recallax.train.run import AdamW, RunConfig, Train, tiny
 
 def model(d_model: int) -> LMConfig:
     blocks = {
-        "conv": Block(mixer=GatedConv(width=4, expand=1), channel=SwiGLU()),
+        "conv": Block(mixer=GatedConv(width=3), channel=SwiGLU()),
         "mixer": Block(mixer=Attention(heads=4), channel=SwiGLU()),
     }
     return LMConfig(d_model=d_model, pattern="(conv mixer)*2", blocks=blocks)

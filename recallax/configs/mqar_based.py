@@ -25,4 +25,4 @@ def get_config() -> RunConfig:
 def get_tiny() -> RunConfig:
     slices = (Segment(length=16, pairs=2), Segment(length=24, pairs=4))
     task = MQAR(vocab_size=32, mixture=slices, test_mixture=slices, filler="zoology")
-    return tiny(get_config(), task=task, model=zoology(Based(feature_dim=4), 16))
+    return tiny(get_config(), task=task, model=zoology(Based(feature_dim=4, heads=2), 16))
