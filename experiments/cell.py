@@ -1,6 +1,6 @@
 """One trained config of a sweep, and the row it leaves."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,3 +63,29 @@ def best(rows: list[Row], stage: str, **labels: str | int | float) -> Row:
     if not found:
         raise ValueError(f"no row of stage {stage!r} has {labels}; run the sweep first")
     return max(found, key=lambda r: r["valid"]["accuracy"])
+
+
+def rates_then_seeds(
+    names: Iterable[str], rates: Iterable[float], config: Callable[[str, float, int], RunConfig]
+) -> tuple[Stage, Stage]:
+    """Two stages: every mixer at every rate with seed 0, then the rate that is best on valid with seeds 1 and 2."""
+
+    def grid(rows: list[Row]) -> list[Cell]:
+        return [_cell("grid", name, rate, 0, config) for name in names for rate in rates]
+
+    def seeds(rows: list[Row]) -> list[Cell]:
+        return at_best_rate("seeds", names, config, rows)
+
+    return grid, seeds
+
+
+def at_best_rate(
+    stage: str, names: Iterable[str], config: Callable[[str, float, int], RunConfig], rows: list[Row]
+) -> list[Cell]:
+    """Seeds 1 and 2 of each mixer, at the rate that its grid found best on valid."""
+    chosen = {name: best(rows, "grid", mixer=name)["lr"] for name in names}
+    return [_cell(stage, name, rate, seed, config) for name, rate in chosen.items() for seed in (1, 2)]
+
+
+def _cell(stage: str, name: str, rate: float, seed: int, config: Callable[[str, float, int], RunConfig]) -> Cell:
+    return Cell({"stage": stage, "mixer": name, "lr": rate, "seed": seed}, config(name, rate, seed))

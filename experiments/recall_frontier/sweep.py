@@ -6,7 +6,7 @@ at vocabulary 256, length 64, 8 pairs, width 64.
 
 import dataclasses
 
-from experiments.cell import Cell, Row, Stage, best
+from experiments.cell import Cell, Row, Stage, at_best_rate, rates_then_seeds
 from recallax.configs import mqar_micro
 from recallax.layers import Attention, Based, LinearAttention, MixerConfig, SlidingWindow
 from recallax.models.zoology import zoology
@@ -50,30 +50,8 @@ def small(name: str, rate: float, seed: int) -> RunConfig:
     )
 
 
-def grid(rows: list[Row]) -> list[Cell]:
-    return [
-        Cell({"stage": "grid", "mixer": name, "lr": rate, "seed": 0}, micro(name, rate, 0))
-        for name in MIXERS
-        for rate in RATES
-    ]
-
-
-def seeds(rows: list[Row]) -> list[Cell]:
-    rates = {name: best(rows, "grid", mixer=name)["lr"] for name in MIXERS}
-    return [
-        Cell({"stage": "seeds", "mixer": name, "lr": rate, "seed": seed}, micro(name, rate, seed))
-        for name, rate in rates.items()
-        for seed in (1, 2)
-    ]
-
-
 def larger(rows: list[Row]) -> list[Cell]:
-    rates = {name: best(rows, "grid", mixer=name)["lr"] for name in SMALL}
-    return [
-        Cell({"stage": "small", "mixer": name, "lr": rate, "seed": seed}, small(name, rate, seed))
-        for name, rate in rates.items()
-        for seed in (1, 2)
-    ]
+    return at_best_rate("small", SMALL, small, rows)
 
 
-STAGES: tuple[Stage, ...] = (grid, seeds, larger)
+STAGES: tuple[Stage, ...] = (*rates_then_seeds(MIXERS, RATES, micro), larger)

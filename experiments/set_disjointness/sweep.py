@@ -4,7 +4,7 @@ Sets of 4 and 16 out of 60 ids, both orders in training. BASED with d' = 2 and 4
 every token seeing the whole row. Stages: three learning rates with one seed, then the best on valid with two others.
 """
 
-from experiments.cell import Cell, Row, Stage, best
+from experiments.cell import Stage, rates_then_seeds
 from experiments.set_disjointness.noncausal import NonCausalBased
 from recallax.layers import BaseConv, Based, MixerConfig, SwiGLU
 from recallax.models import Block, LMConfig
@@ -32,21 +32,4 @@ def config(name: str, rate: float, seed: int) -> RunConfig:
     )
 
 
-def grid(rows: list[Row]) -> list[Cell]:
-    return [
-        Cell({"stage": "grid", "mixer": name, "lr": rate, "seed": 0}, config(name, rate, 0))
-        for name in MIXERS
-        for rate in RATES
-    ]
-
-
-def seeds(rows: list[Row]) -> list[Cell]:
-    rates = {name: best(rows, "grid", mixer=name)["lr"] for name in MIXERS}
-    return [
-        Cell({"stage": "seeds", "mixer": name, "lr": rate, "seed": seed}, config(name, rate, seed))
-        for name, rate in rates.items()
-        for seed in (1, 2)
-    ]
-
-
-STAGES: tuple[Stage, ...] = (grid, seeds)
+STAGES: tuple[Stage, ...] = rates_then_seeds(MIXERS, RATES, config)

@@ -6,32 +6,46 @@ nothing published on this task; the counts of `recallax show` are tested. Cost: 
     recallax show based_360m
 """
 
-from recallax.layers import Based, GatedConv, SlidingWindow, SwiGLU
+from recallax.layers import Based, GatedConv, MixerConfig, SlidingWindow, SwiGLU
 from recallax.models import Block, LMConfig
 from recallax.models.based import VOCAB, based_360m
 from recallax.tasks import MQAR, Segment
 from recallax.train.run import AdamW, Evaluate, RunConfig, Train, tiny
 
 
-def get_config() -> RunConfig:
+def language_model_size(model: LMConfig) -> RunConfig:
+    """A model on MQAR with the vocabulary, length, rows and optimizer of the published pretraining."""
     slices = (Segment(length=2048, pairs=256),)
     return RunConfig(
         task=MQAR(vocab_size=VOCAB, mixture=slices, test_mixture=slices),
-        model=based_360m(),
+        model=model,
         optim=AdamW(lr=8e-4, warmup=0.01),
         train=Train(steps=20_000, batch_size=256, accumulate=8, save_every=1000),
         evaluate=Evaluate(every=1000, batches=4, batch_size=32),
     )
 
 
-def get_tiny() -> RunConfig:
+def tiny_stack(config: RunConfig, model: LMConfig) -> RunConfig:
     slices = (Segment(length=16, pairs=2),)
-    blocks = {
-        "conv": Block(mixer=GatedConv(width=3), channel=SwiGLU(expand=2.0)),
-        "based": Block(mixer=Based(feature_dim=4, heads=2), channel=SwiGLU(expand=2.0)),
-        "window": Block(mixer=SlidingWindow(window=5, heads=2), channel=SwiGLU(expand=2.0)),
+    return tiny(config, task=MQAR(vocab_size=32, mixture=slices, test_mixture=slices), model=model)
+
+
+def tiny_blocks() -> dict[str, Block]:
+    def block(mixer: MixerConfig) -> Block:
+        return Block(mixer=mixer, channel=SwiGLU(expand=2.0))
+
+    return {
+        "conv": block(GatedConv(width=3)),
+        "based": block(Based(feature_dim=4, heads=2)),
+        "window": block(SlidingWindow(window=5, heads=2)),
     }
-    model = LMConfig(
-        d_model=16, pattern="conv (based window conv*3)*2 conv", blocks=blocks, remat="block", compute="bfloat16"
-    )
-    return tiny(get_config(), task=MQAR(vocab_size=32, mixture=slices, test_mixture=slices), model=model)
+
+
+def get_config() -> RunConfig:
+    return language_model_size(based_360m())
+
+
+def get_tiny() -> RunConfig:
+    pattern = "conv (based window conv*3)*2 conv"
+    model = LMConfig(d_model=16, pattern=pattern, blocks=tiny_blocks(), remat="block", compute="bfloat16")
+    return tiny_stack(get_config(), model)

@@ -6,23 +6,19 @@ lengths, falling beyond them. Cost: minutes on a GPU.
     recallax train copying_linear
 """
 
-from recallax.layers import GatedConv, LinearAttention, SwiGLU
-from recallax.models import Block, LMConfig
+from recallax.layers import LinearAttention
+from recallax.models.hybrid import hybrid
 from recallax.tasks import Copying
 from recallax.train.run import AdamW, RunConfig, Train, tiny
 
-
-def model(d_model: int) -> LMConfig:
-    blocks = {
-        "conv": Block(mixer=GatedConv(width=3), channel=SwiGLU()),
-        "mixer": Block(mixer=LinearAttention(feature_map="relu", heads=2), channel=SwiGLU()),
-    }
-    return LMConfig(d_model=d_model, pattern="(conv mixer)*2", blocks=blocks)
+MIXER = LinearAttention(feature_map="relu", heads=2)
 
 
 def get_config() -> RunConfig:
-    return RunConfig(task=Copying(), model=model(128), optim=AdamW(lr=1e-3), train=Train(steps=10_000, batch_size=128))
+    return RunConfig(
+        task=Copying(), model=hybrid(MIXER, 128), optim=AdamW(lr=1e-3), train=Train(steps=10_000, batch_size=128)
+    )
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), task=Copying(train_lengths=(2, 4), test_lengths=(4, 6)), model=model(16))
+    return tiny(get_config(), task=Copying(train_lengths=(2, 4), test_lengths=(4, 6)), model=hybrid(MIXER, 16))

@@ -6,25 +6,23 @@ Expected: 40 to 50 %, as the published tables. Cost: minutes on a GPU.
     recallax train mad_compression_linear
 """
 
-from recallax.layers import GatedConv, LinearAttention, SwiGLU
-from recallax.models import Autoencode, Block, LMConfig
+from recallax.layers import LinearAttention
+from recallax.models import Autoencode
+from recallax.models.hybrid import hybrid
 from recallax.tasks import Compression
 from recallax.train.run import AdamW, RunConfig, Train, tiny
 
-
-def model(d_model: int) -> LMConfig:
-    blocks = {
-        "conv": Block(mixer=GatedConv(width=3), channel=SwiGLU()),
-        "mixer": Block(mixer=LinearAttention(feature_map="identity", heads=2), channel=SwiGLU()),
-    }
-    return LMConfig(d_model=d_model, pattern="(conv mixer)*2", blocks=blocks, readout=Autoencode())
+MIXER = LinearAttention(feature_map="identity", heads=2)
 
 
 def get_config() -> RunConfig:
     return RunConfig(
-        task=Compression(), model=model(128), optim=AdamW(lr=1e-3), train=Train(steps=10_000, batch_size=128)
+        task=Compression(),
+        model=hybrid(MIXER, 128, Autoencode()),
+        optim=AdamW(lr=1e-3),
+        train=Train(steps=10_000, batch_size=128),
     )
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), task=Compression(vocab_size=8, length=8), model=model(16))
+    return tiny(get_config(), task=Compression(vocab_size=8, length=8), model=hybrid(MIXER, 16, Autoencode()))

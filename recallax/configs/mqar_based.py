@@ -7,22 +7,33 @@ feature_dim 8 and .97 at 24), best of learning rates 1e-3, 3.2e-3, 1e-2, 3.2e-2.
 """
 
 from recallax.layers import Based
+from recallax.models import LMConfig
 from recallax.models.zoology import zoology
 from recallax.tasks import MQAR, Segment
 from recallax.train.run import AdamW, Evaluate, RunConfig, Train, tiny
 
 
-def get_config() -> RunConfig:
+def standard(model: LMConfig) -> RunConfig:
+    """A model on the standard mixture, with its published number of steps and rows."""
     return RunConfig(
         task=MQAR(filler="zoology"),
-        model=zoology(Based(feature_dim=16), 64),
+        model=model,
         optim=AdamW(lr=3e-3),
         train=Train(steps=22_600, batch_size=256, save_every=2000),
         evaluate=Evaluate(every=1000, batches=28, batch_size=32),
     )
 
 
-def get_tiny() -> RunConfig:
+def standard_tiny(model: LMConfig) -> RunConfig:
     slices = (Segment(length=16, pairs=2), Segment(length=24, pairs=4))
-    task = MQAR(vocab_size=32, mixture=slices, test_mixture=slices, filler="zoology")
-    return tiny(get_config(), task=task, model=zoology(Based(feature_dim=4, heads=2), 16))
+    return tiny(
+        standard(model), task=MQAR(vocab_size=32, mixture=slices, test_mixture=slices, filler="zoology"), model=model
+    )
+
+
+def get_config() -> RunConfig:
+    return standard(zoology(Based(feature_dim=16), 64))
+
+
+def get_tiny() -> RunConfig:
+    return standard_tiny(zoology(Based(feature_dim=4, heads=2), 16))

@@ -6,28 +6,24 @@ takes a transition with negative eigenvalues (Grazzi et al. 2024, arXiv 2411.125
     recallax train parity_attention
 """
 
-from recallax.layers import Attention, GatedConv, SwiGLU
-from recallax.models import Block, LMConfig
+from recallax.layers import Attention
+from recallax.models.hybrid import hybrid
 from recallax.tasks import StateTracking
 from recallax.train.run import AdamW, RunConfig, Train, tiny
 
-
-def model(d_model: int) -> LMConfig:
-    blocks = {
-        "conv": Block(mixer=GatedConv(width=3), channel=SwiGLU()),
-        "mixer": Block(mixer=Attention(heads=4), channel=SwiGLU()),
-    }
-    return LMConfig(d_model=d_model, pattern="(conv mixer)*2", blocks=blocks)
+MIXER = Attention(heads=4)
 
 
 def get_config() -> RunConfig:
     return RunConfig(
         task=StateTracking(group="parity"),
-        model=model(128),
+        model=hybrid(MIXER, 128),
         optim=AdamW(lr=1e-3),
         train=Train(steps=10_000, batch_size=128),
     )
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), task=StateTracking(group="parity", length=8, test_lengths=(8, 12)), model=model(16))
+    return tiny(
+        get_config(), task=StateTracking(group="parity", length=8, test_lengths=(8, 12)), model=hybrid(MIXER, 16)
+    )

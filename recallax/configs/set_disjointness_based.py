@@ -6,27 +6,26 @@ The published sizes (Arora et al. 2024, JRT, arXiv 2407.05483, section 3). Expec
     recallax train set_disjointness_based
 """
 
-from recallax.layers import Based, GatedConv, SwiGLU
-from recallax.models import Block, LMConfig
+from recallax.layers import Based
+from recallax.models.hybrid import hybrid
 from recallax.tasks import SetDisjointness
 from recallax.train.run import AdamW, RunConfig, Train, tiny
 
-
-def model(d_model: int) -> LMConfig:
-    blocks = {
-        "conv": Block(mixer=GatedConv(width=3), channel=SwiGLU()),
-        "mixer": Block(mixer=Based(feature_dim=4, heads=2), channel=SwiGLU()),
-    }
-    return LMConfig(d_model=d_model, pattern="(conv mixer)*2", blocks=blocks)
+MIXER = Based(feature_dim=4, heads=2)
 
 
 def get_config() -> RunConfig:
     return RunConfig(
-        task=SetDisjointness(), model=model(128), optim=AdamW(lr=8e-4), train=Train(steps=40_000, batch_size=128)
+        task=SetDisjointness(),
+        model=hybrid(MIXER, 128),
+        optim=AdamW(lr=8e-4),
+        train=Train(steps=40_000, batch_size=128),
     )
 
 
 def get_tiny() -> RunConfig:
     return tiny(
-        get_config(), task=SetDisjointness(vocab_size=32, pairs=((2, 6),), test_pairs=((2, 6),)), model=model(16)
+        get_config(),
+        task=SetDisjointness(vocab_size=32, pairs=((2, 6),), test_pairs=((2, 6),)),
+        model=hybrid(MIXER, 16),
     )
