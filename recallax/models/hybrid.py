@@ -1,4 +1,4 @@
-"""A small general hybrid for tasks beyond MQAR: a gated convolution, then the mixer under test, twice; SwiGLU everywhere."""
+"""A small hybrid for tasks beyond MQAR: a gated convolution and the mixer under test, twice, with SwiGLU."""
 
 from recallax.layers import GatedConv, MixerConfig, SwiGLU
 from recallax.models.block import Block
