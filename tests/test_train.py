@@ -16,7 +16,7 @@ from flax import nnx
 from golden.__main__ import FILE, REWRITE, first_step, tolerance
 
 from recallax.__main__ import config_names, main
-from recallax.config import fingerprint
+from recallax.config import ConfigError, fingerprint
 from recallax.layers import Attention, GatedConv, Identity, LinearAttention, SwiGLU
 from recallax.layers.base import Statistic
 from recallax.layers.dense import parameter
@@ -221,6 +221,11 @@ def test_loss_weights_scale_the_terms(program: Program) -> None:
     assert_close(other.loss, report.loss / 4, 1e-6)
     assert_close(other.gradient_norm, report.gradient_norm / 4, 1e-5)
     assert_close(other.terms, report.terms, 1e-6)
+
+
+def test_a_loss_weight_of_no_term_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'next_tokn'; did you mean 'next_token'"):
+        run(compiled(vary(train={"loss_weights": {"next_tokn": 0.25}})), [0])
 
 
 def test_bfloat16_computes_and_float32_keeps(program: Program) -> None:

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from recallax.config import ConfigError, nearest
 from recallax.layers.base import Statistic
 from recallax.tasks.base import Split, Task
 from recallax.train.run import RunConfig
@@ -100,6 +101,8 @@ def make_step(
         means |= {
             name: Mean(mean.total / jnp.maximum(mean.weight, 1e-9) / parts, jnp.ones(())) for name, mean in aux.items()
         }
+        for name in config.train.loss_weights.keys() - means.keys():
+            raise ConfigError(f"train.loss_weights names the term {name!r}{nearest(name, list(means))}")
         scalar = sum(
             config.train.loss_weights.get(name, 1.0) * mean.total / mean.weight for name, mean in means.items()
         )
