@@ -1,7 +1,7 @@
 """Does a causal model with a small state depend on which of two sets comes first?
 
-Sets of 2 and 8 out of 28 ids, both orders in training. BASED with d' = 4 and 8 and, as control, the same model with
-every token seeing the whole row. Stages: three learning rates with one seed, then the best on valid with two others.
+Sets of 2 and 8 out of 28 ids, both orders in training. BASED with d' = 1, 2 and 4 and, as control, the same model
+with every token seeing the whole row. Stages: three learning rates with one seed, then the best on valid with two others.
 """
 
 from experiments.cell import Stage, rates_then_seeds
@@ -13,8 +13,8 @@ from recallax.train.run import AdamW, Evaluate, RunConfig, Train
 
 RATES = (2e-3, 4e-3, 8e-3)
 MIXERS: dict[str, MixerConfig] = {
-    **{f"causal {width}": Based(feature_dim=width, heads=2) for width in (4, 8)},
-    **{f"control {width}": NonCausalBased(feature_dim=width, heads=2) for width in (4, 8)},
+    **{f"causal {width}": Based(feature_dim=width, heads=2) for width in (1, 2, 4)},
+    **{f"control {width}": NonCausalBased(feature_dim=width, heads=2) for width in (2, 4)},
 }
 
 
