@@ -196,7 +196,10 @@ def test_window_attention(case, dtype, window):
 
     def op(inputs, state, form):
         state = KVCache(*(x.astype(inputs["k"].dtype) for x in state))
-        where = {"positions": jnp.asarray(positions, int), "segments": segments(case)}  # int is 64 bits in the oracle
+        where: dict[str, Any] = {
+            "positions": jnp.asarray(positions, int),
+            "segments": segments(case),
+        }  # int is 64 bits in the oracle
         return window_attention(**inputs, window=window, state=state, **where, implementation=form)
 
     compare(op, case, inputs, cache, dtype, "xla")

@@ -1,7 +1,8 @@
 """Does a causal model with a small state depend on which of two sets comes first?
 
 Sets of 2 and 8 out of 28 ids, both orders in training. BASED with d' = 1, 2 and 4 and, as control, the same model
-with every token seeing the whole row. Stages: three learning rates with one seed, then the best on valid with two others.
+with every token seeing the whole row. Stages: three learning rates with one seed, then the best on valid with two
+others.
 """
 
 from experiments.cell import Stage, rates_then_seeds
