@@ -5,7 +5,7 @@ from pathlib import Path
 from experiments.cell import Row, best
 from experiments.set_disjointness.sweep import MIXERS
 
-SHORT, LONG = "group/short_first_2_8", "group/long_first_2_8"
+SHORT, LONG = "group/short_first_4_16", "group/long_first_4_16"
 
 
 def main(rows: list[Row], folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Does a causal model with a small state depend on which of two sets comes first?
 
-Sets of 2 and 8 out of 28 ids, both orders in training. BASED with d' = 1, 2 and 4 and, as control, the same model
-with every token seeing the whole row. Stages: three learning rates with one seed, then the best on valid with two
+Sets of 4 and 16 out of 60 ids, both orders in training. BASED with d' = 2 and 4 and, as control, d' = 8 with every
+token seeing the whole row. Stages: three learning rates with one seed, then the best on valid with two
 others.
 """
 
@@ -14,8 +14,8 @@ from recallax.train.run import AdamW, Evaluate, RunConfig, Train
 
 RATES = (2e-3, 4e-3, 8e-3)
 MIXERS: dict[str, MixerConfig] = {
-    **{f"causal {width}": Based(feature_dim=width, heads=2) for width in (1, 2, 4)},
-    **{f"control {width}": NonCausalBased(feature_dim=width, heads=2) for width in (2, 4)},
+    **{f"causal {width}": Based(feature_dim=width, heads=2) for width in (2, 4)},
+    **{f"control {width}": NonCausalBased(feature_dim=width, heads=2) for width in (8,)},
 }
 
 
@@ -25,10 +25,10 @@ def config(name: str, rate: float, seed: int) -> RunConfig:
         "mixer": Block(mixer=MIXERS[name], channel=SwiGLU(expand=2.0)),
     }
     return RunConfig(
-        task=SetDisjointness(vocab_size=32, pairs=((2, 8),), test_pairs=((2, 8),)),
+        task=SetDisjointness(vocab_size=64, pairs=((4, 16),), test_pairs=((4, 16),)),
         model=LMConfig(d_model=48, pattern="(conv mixer)*2", blocks=blocks),
         optim=AdamW(lr=rate),
-        train=Train(steps=2500, batch_size=64, seed=seed, data_seed=seed),
+        train=Train(steps=3000, batch_size=64, seed=seed, data_seed=seed),
         evaluate=Evaluate(batches=32),
     )
 
