@@ -82,8 +82,12 @@ def predict(
 
 def negative_log_likelihood(logits: Float[Array, "B N V"], targets: Int[Array, "B N"]) -> Float[Array, "B N"]:
     """-log softmax(logits)[target], in nats."""
-    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - picked
+    return jax.nn.logsumexp(logits, axis=-1) - logit_of(logits, targets)
+
+
+def logit_of(logits: Float[Array, "B N V"], targets: Int[Array, "B N"]) -> Float[Array, "B N"]:
+    """logits[target]."""
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
 
 def make_step(
@@ -106,7 +110,9 @@ def make_step(
         scalar = sum(
             config.train.loss_weights.get(name, 1.0) * mean.total / mean.weight for name, mean in means.items()
         )
-        correct = jnp.sum(weights * (jnp.argmax(logits, axis=-1) == targets))
+        # Equal to the largest logit: the softmax has found it already, and an arg-max would read them all again.
+        right = logit_of(logits, targets) >= logits.max(axis=-1)
+        correct = jnp.sum(jnp.where(right, weights, 0))
         return scalar, (means, Mean(correct, jnp.sum(weights)), statistics)
 
     def gradient(state: TrainState, batch: Batch):
