@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 
 from recallax.pallas_kernels import feature_maps
+from recallax.pallas_kernels.delta_rule import delta_rule, delta_rule_step
+from recallax.pallas_kernels.delta_rule import xla as delta_xla
 from recallax.pallas_kernels.linear_attention import linear_attention, linear_attention_step
 from recallax.pallas_kernels.linear_attention import xla as linear_xla
+from recallax.pallas_kernels.selective_scan import selective_scan, selective_scan_step
+from recallax.pallas_kernels.selective_scan import xla as selective_xla
 from recallax.pallas_kernels.short_conv import short_conv
 from recallax.pallas_kernels.taylor_attention import TaylorState, state_width, taylor_attention
 from recallax.pallas_kernels.taylor_attention import xla as taylor_xla
+from recallax.pallas_kernels.triangular import unit_lower_inverse
 from recallax.pallas_kernels.window_attention import KVCache, window_attention, window_attention_step
 from recallax.pallas_kernels.window_attention import xla as window_xla
 
@@ -23,6 +28,11 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 TOLERANCE = {"float32": 3e-5, "bfloat16": 0.03}
 """Largest error relative to the largest output of a head in a block of 64 tokens."""
+
+
+FORMS = ("reference", "xla")
+FLOAT32 = ("log_decay", "erase", "write", "rate", "a")
+"""Inputs that are float32 whatever the activations are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +46,9 @@ class Case:
     correlation: float = 0.0
     """Share of every key that is the same for all tokens."""
     decay: str | None = None
-    """"constant" per head, "token", or "extreme": mixtures of no decay and of total forgetting."""
+    """"constant" per head, "token", "channel"; "extreme" (per channel): mixtures of none and of total forgetting."""
+    beta: float = 1.0
+    """Largest strength of erasing and writing."""
     documents: tuple[int, ...] = ()
     """Lengths of the documents in the first row; the second row is one document."""
     padded: int = 0
@@ -53,12 +65,17 @@ CASES = {
     "constant decay": Case(67, decay="constant"),
     "token decay": Case(67, decay="token"),
     "extreme decay": Case(67, decay="extreme"),
+    "channel decay": Case(67, decay="channel", values=6),
+    "extreme channel decay": Case(67, decay="extreme channel"),
+    "negative eigenvalues": Case(67, beta=2.0),
+    "correlated .9, negative eigenvalues, channel decay": Case(67, correlation=0.9, beta=2.0, decay="channel"),
     "packed": Case(67, documents=(1, 15, 1, 1, 20, 29)),
     "packed, decay, padding": Case(67, decay="token", documents=(16, 1, 33), padded=17),
+    "packed, channel decay, padding": Case(67, decay="channel", documents=(16, 1, 33), padded=17),
 }
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 each_dtype = pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
-FEW = ("odd", "packed, decay, padding")
+FEW = ("odd", "packed, decay, padding", "packed, channel decay, padding")
 few_cases = pytest.mark.parametrize("case", [CASES[name] for name in FEW], ids=FEW)
 
 
@@ -66,6 +83,8 @@ few_cases = pytest.mark.parametrize("case", [CASES[name] for name in FEW], ids=F
 def short_chunks(monkeypatch):
     monkeypatch.setattr(linear_xla, "CHUNK", 16)
     monkeypatch.setattr(taylor_xla, "CHUNK", 16)
+    monkeypatch.setattr(delta_xla, "CHUNK", 32)  # two blocks of the triangular inverse
+    monkeypatch.setattr(selective_xla, "CHUNK", 16)
     monkeypatch.setattr(window_xla, "BLOCK", 16)
 
 
@@ -82,6 +101,8 @@ def draw(case: Case, groups: int | None = None) -> dict[str, Any]:
         "constant": -np.abs(rng.normal(size=(case.heads,))),
         "token": -np.abs(rng.normal(size=shape[:3])),
         "extreme": -rng.choice([0.0, 1e-4, 40.0], size=shape[:3], p=[0.5, 0.3, 0.2]),
+        "channel": -np.abs(rng.normal(size=shape)),
+        "extreme channel": -rng.choice([0.0, 1e-4, 40.0, 1e4], size=shape, p=[0.5, 0.3, 0.1, 0.1]),
     }
     return inputs | ({"log_decay": gates[case.decay]} if case.decay else {})
 
@@ -132,7 +153,7 @@ def compare(op: Callable, case: Case, inputs: dict[str, Any], state, dtype: str,
         wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (inputs, state))
         expected, slopes = jax.tree.map(np.asarray, results("reference", *wide, cotangents))
     narrow = jax.tree.map(lambda x: jnp.asarray(x, dtype), inputs)
-    narrow = {name: x.astype(jnp.float32) if name == "log_decay" else x for name, x in narrow.items()}
+    narrow = {name: x.astype(jnp.float32) if name in FLOAT32 else x for name, x in narrow.items()}
     held = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), state)
     cotangents = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), cotangents)
     (out, final), gradients = results(form, narrow, held, cotangents)
@@ -159,6 +180,56 @@ def test_linear_attention(case, dtype):
         return linear_attention(**inputs, state=state, segments=segments(case), implementation=form)
 
     compare(op, case, inputs, state, dtype, "xla")
+
+
+def delta_inputs(case: Case, erase: str = "token") -> dict[str, Any]:
+    """Unit keys of one head for two value heads, strengths up to `case.beta` (its upper half where that is 2)."""
+    inputs = draw(case)
+    rng = np.random.default_rng(11)
+    shape = (2, case.length, case.heads, case.width)
+    q, k = (inputs[name][:, :, :1] for name in ("q", "k"))
+    k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+    low = case.beta - 1
+    strength = rng.uniform(low, case.beta, size=shape if erase == "channel" else shape[:3])
+    return inputs | {"q": q, "k": k, "erase": strength, "write": rng.uniform(low, case.beta, size=shape[:3])}
+
+
+@each_case
+@each_dtype
+@pytest.mark.parametrize("erase", ["token", pytest.param("channel", marks=pytest.mark.full)])
+def test_delta_rule(case, dtype, erase):
+    inputs = delta_inputs(case, erase)
+    state = np.random.default_rng(5).normal(size=(2, case.heads, case.width, case.values))
+
+    def op(inputs, state, form):
+        return delta_rule(**inputs, state=state, segments=segments(case), implementation=form)
+
+    compare(op, case, inputs, state, dtype, "xla")
+
+
+def scan_inputs(case: Case, states: int | None) -> dict[str, Any]:
+    """As of a Mamba-1 with `states` per channel; None: the bare element-wise recurrence."""
+    rng = np.random.default_rng(12)
+    shape = (2, case.length, 5)
+    rate = np.abs(rng.normal(size=shape))
+    if case.decay and "extreme" in case.decay:
+        rate = rng.choice([0.0, 1e-4, 40.0, 1e4], size=shape)
+    if states is None:
+        return {"x": rng.normal(size=shape), "rate": -rate}
+    b, c = rng.normal(size=(2, 2, case.length, states))
+    return {"x": rng.normal(size=shape), "rate": rate, "a": -rng.uniform(0.1, 4, size=(5, states)), "b": b, "c": c}
+
+
+@each_case
+@each_dtype
+@pytest.mark.parametrize("states", [3, pytest.param(None, marks=pytest.mark.full)])
+def test_selective_scan(case, dtype, states):
+    def op(inputs, state, form):
+        out, state = selective_scan(**inputs, state=state, segments=segments(case), implementation=form)
+        return out[:, :, None], state  # as if of one head
+
+    state = np.random.default_rng(5).normal(size=(2, 5, states or 1))
+    compare(op, case, scan_inputs(case, states), state, dtype, "xla")
 
 
 @each_case
@@ -218,6 +289,8 @@ def positions_of(case: Case, seen: int) -> np.ndarray:
 def test_bfloat16(case):
     """The part of the sweep over dtypes that stays in the gate."""
     test_linear_attention(case, "bfloat16")
+    test_delta_rule(case, "bfloat16", "channel")
+    test_selective_scan(case, "bfloat16", None)
     test_taylor_attention(case, "bfloat16", "symmetric")
     test_window_attention(case, "bfloat16", 5)
 
@@ -247,10 +320,20 @@ def test_long_rows_cross_many_real_chunks(monkeypatch):
     inputs, ids = draw(case), segments(case)
     low = single(inputs)
     for op in (linear_attention, taylor_attention):
-        a, b = (op(**low, segments=ids, implementation=form)[0] for form in ("reference", "xla"))
+        a, b = (op(**low, segments=ids, implementation=form)[0] for form in FORMS)
         assert per_block(np.asarray(a), np.asarray(b)) <= 2e-4, op.__name__
+    unit = low | {"k": low["k"] / jnp.linalg.norm(low["k"], axis=-1, keepdims=True)}
+    strength = jnp.full(low["k"].shape[:3], 0.9)
+    a, b = (delta_rule(**unit, erase=strength, write=strength, segments=ids, implementation=f)[0] for f in FORMS)
+    assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
+    channel = low | {"log_decay": -jnp.abs(low["q"])}
+    a, b = (linear_attention(**channel, segments=ids, implementation=form)[0] for form in FORMS)
+    assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
+    scan = single(scan_inputs(case, 3))
+    a, b = (selective_scan(**scan, segments=ids, implementation=form)[0] for form in FORMS)
+    assert per_block(np.asarray(a)[:, :, None], np.asarray(b)[:, :, None]) <= 2e-5
     for window in (None, 70):
-        a, b = (window_attention(**low, window=window, segments=ids, implementation=f)[0] for f in ("reference", "xla"))
+        a, b = (window_attention(**low, window=window, segments=ids, implementation=f)[0] for f in FORMS)
         assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
 
 
@@ -318,3 +401,84 @@ def test_a_step_of_linear_attention_with_decay_follows_the_recurrence():
         out, state = linear_attention_step(**token, state=state, active=jnp.ones(2, bool))
         np.testing.assert_allclose(out, want[:, t], atol=1e-5)
     np.testing.assert_allclose(state, final, atol=1e-5)
+
+
+def test_a_step_of_the_delta_rule_follows_the_recurrence():
+    inputs = single(delta_inputs(Case(6, decay="channel", beta=2.0), "channel"))
+    want, final = delta_rule(**inputs)
+    state = jnp.zeros_like(final)
+    for t in range(6):
+        token = {name: x[:, t] for name, x in inputs.items()}
+        out, state = delta_rule_step(**token, state=state, active=jnp.ones(2, bool))
+        np.testing.assert_allclose(out, want[:, t], atol=1e-5)
+    np.testing.assert_allclose(state, final, atol=1e-5)
+
+
+@pytest.mark.parametrize("states", [None, 3])
+def test_a_step_of_the_selective_scan_follows_the_recurrence(states):
+    inputs = single(scan_inputs(Case(6), states))
+    want, final = selective_scan(**inputs)
+    state = jnp.zeros_like(final)
+    for t in range(6):
+        token = {name: x if name == "a" else x[:, t] for name, x in inputs.items()}
+        out, state = selective_scan_step(**token, state=state, active=jnp.ones(2, bool))
+        np.testing.assert_allclose(out, want[:, t], atol=1e-5)
+    np.testing.assert_allclose(state, final, atol=1e-5)
+
+
+def test_members_of_the_family_are_each_other_where_a_gate_is_trivial():
+    inputs = single(delta_inputs(Case(67, heads=1)))
+    beta, plain = inputs["erase"], {name: inputs[name] for name in ("q", "k", "v")}
+    token = -jnp.abs(jax.random.normal(jax.random.key(0), beta.shape))
+    channel = jnp.broadcast_to(token[..., None], inputs["k"].shape)
+    delta = functools.partial(delta_rule, **plain, write=beta)
+    none = jnp.zeros_like(beta)
+    written = plain | {"v": plain["v"] * beta[..., None]}
+    wide = jnp.broadcast_to(beta[..., None], inputs["k"].shape)
+    pairs = {
+        "KDA with one gate for all channels is Gated DeltaNet": (
+            delta(erase=beta, log_decay=channel),
+            delta(erase=beta, log_decay=token),
+        ),
+        "Gated DeltaNet without a gate is DeltaNet": (delta(erase=beta, log_decay=none), delta(erase=beta)),
+        "nothing erased is simple GLA": (
+            delta(erase=none, log_decay=token),
+            linear_attention(**written, log_decay=token),
+        ),
+        "nothing erased per channel is GLA": (
+            delta(erase=none, log_decay=channel * wide),
+            linear_attention(**written, log_decay=channel * wide),
+        ),
+        "erasing per channel at one strength is KDA": (
+            delta(erase=wide, log_decay=channel * wide),
+            delta(erase=beta, log_decay=channel * wide),
+        ),
+        "GLA with one gate for all channels is simple GLA": (
+            linear_attention(**plain, log_decay=channel),
+            linear_attention(**plain, log_decay=token),
+        ),
+        "simple GLA with a constant gate is RetNet": (
+            linear_attention(**plain, log_decay=jnp.full_like(token, -0.3)),
+            linear_attention(**plain, log_decay=jnp.full(1, -0.3)),
+        ),
+    }
+    for name, (one, other) in pairs.items():
+        for a, b in zip(one, other, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(("correlation", "beta"), [(0.0, 1.0), (0.5, 1.0), (0.9, 1.0), (0.9, 2.0), (0.99, 2.0)])
+@pytest.mark.parametrize("size", [1, 13, 64, 128])
+def test_the_triangular_inverse_is_exact_for_correlated_keys(size, correlation, beta):
+    rng = np.random.default_rng(0)
+    k = np.sqrt(1 - correlation) * rng.normal(size=(3, size, 128)) + np.sqrt(correlation) * rng.normal(size=128)
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    strength = rng.uniform(beta - 1, beta, size=(3, size, 1))
+    a = np.asarray(np.tril(strength * np.einsum("bik,bjk->bij", k, k), -1), np.float32)
+    want = np.linalg.inv(np.eye(size) + a.astype(np.float64))
+    got, pull = jax.vjp(unit_lower_inverse, jnp.asarray(a))
+    assert np.linalg.norm(np.asarray(got) - want) <= 3e-6 * np.linalg.norm(want)
+    slope = rng.normal(size=a.shape)
+    slopes = np.tril(-np.einsum("bji,bjk,blk->bil", want, slope, want), -1)
+    (back,) = pull(jnp.asarray(slope, jnp.float32))
+    np.testing.assert_allclose(back, slopes, atol=3e-5 * max(1e-3, np.abs(slopes).max(initial=0)))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 def accumulator(dtype: DTypeLike) -> DTypeLike:
@@ -36,6 +36,36 @@ def last_valid(docs: Documents) -> Int[Array, " B"]:
     """Index of the last token of each row that is not padding; -1 in an empty row."""
     time = jnp.arange(docs.valid.shape[1])[None]
     return jnp.max(jnp.where(docs.valid, time, -1), axis=1)
+
+
+class Masks(NamedTuple):
+    """What a chunk's tokens may see, given the document that the incoming state belongs to."""
+
+    visible: Bool[Array, "B C C"]
+    """Token i may read token j: j <= i, one document, j is not padding."""
+    own: Bool[Array, "B C"]
+    """Tokens of the incoming state's document."""
+    kept: Bool[Array, "B C"]
+    """Tokens that the outgoing state holds: those of the last document."""
+    stays: Bool[Array, " B"]
+    """The last document is the incoming state's."""
+
+
+def masks_of(docs: Documents, document: Int[Array, " B"]) -> Masks:
+    """The masks of one chunk; `document` is the index of the incoming state's document."""
+    last = docs.index[:, -1]
+    time = jnp.arange(docs.index.shape[1])
+    same = docs.index[:, :, None] == docs.index[:, None, :]
+    visible = (time[:, None] >= time[None])[None] & same & docs.valid[:, None, :]
+    return Masks(visible, docs.index == document[:, None], docs.valid & (docs.index == last[:, None]), last == document)
+
+
+def weight(mask: Bool[Array, "..."], log: Float[Array, "... H W"] | None) -> Float[Array, "... H W"]:
+    """exp(log) where the mask holds and 0 elsewhere, in float32; [..., 1, 1] without a decay."""
+    mask = mask[..., None, None]
+    if log is None:
+        return mask.astype(jnp.float32)
+    return jnp.where(mask, jnp.exp(jnp.where(mask, log, 0)), 0)
 
 
 def split_time(x: Shaped[Array, "B T ..."], chunk: int) -> Shaped[Array, "N B C ..."]:

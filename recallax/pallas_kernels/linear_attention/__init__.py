@@ -1,15 +1,17 @@
-"""Linear attention with an optional scalar decay: RetNet, simple GLA, Mamba-2's recurrence, and the plain kind.
+"""Linear attention with an optional decay: the plain kind, RetNet, simple GLA, Mamba-2's recurrence, GLA, HGRN2.
 
-    S_t = exp(g_t) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
+    S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T        o_t = scale * S_t^T q_t
 
-State: K x V float32 per head. Source: Katharopoulos et al. 2020 (arXiv 2006.16236), section 3.2; decay as in RetNet
-(arXiv 2307.08621), section 2.
+State: K x V float32 per head. Source: Katharopoulos et al. 2020 (arXiv 2006.16236), section 3.2; decay constant per
+head as in RetNet (arXiv 2307.08621), section 2; per token as in Mamba-2 (arXiv 2405.21060), section 5; per channel as
+in GLA (arXiv 2312.06635), section 4.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import documents
+from recallax.pallas_kernels.decay import broadcast_decay, step_decay
 from recallax.pallas_kernels.dispatch import choose, require
 from recallax.pallas_kernels.linear_attention import reference, xla
 
@@ -21,7 +23,7 @@ def linear_attention(
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
     *,
-    log_decay: Float[Array, " H"] | Float[Array, "B T H"] | None = None,
+    log_decay: Float[Array, " H"] | Float[Array, "B T H"] | Float[Array, "B T H K"] | None = None,
     state: Float[Array, "B H K V"] | None = None,
     segments: Int[Array, "B T"] | None = None,
     scale: float | None = None,
@@ -29,7 +31,8 @@ def linear_attention(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Output in v's dtype and final state in float32.
 
-    log_decay: natural logarithm of the factor per token, at most 0 for a stable state; constant per head or per token.
+    log_decay: natural logarithm of the factor per token, at most 0; constant per head, per token, or per token and
+    channel of the key.
     state: belongs to the row's first document; None starts at zero. segments: document ids, 0 is padding.
     scale: multiplies q; K**-0.5 by default. Raises ValueError where shapes disagree.
     """
@@ -37,13 +40,7 @@ def linear_attention(
     require("linear_attention", t >= 1, f"q has {t} tokens; it needs at least 1")
     require("linear_attention", k.shape == q.shape, f"k has shape {k.shape}; it must be q's {q.shape}")
     require("linear_attention", v.shape[:3] == (b, t, h), f"v has shape {v.shape}; it must begin with {(b, t, h)}")
-    if log_decay is not None:
-        require(
-            "linear_attention",
-            log_decay.shape in ((h,), (b, t, h)),
-            f"log_decay has shape {log_decay.shape}; it must be {(h,)} or {(b, t, h)}",
-        )
-        log_decay = jnp.broadcast_to(log_decay, (b, t, h))
+    log_decay = broadcast_decay("linear_attention", log_decay, (b, t, h, width))
     wanted = (b, h, width, v.shape[-1])
     if state is not None:
         require("linear_attention", state.shape == wanted, f"state has shape {state.shape}; it must be {wanted}")
@@ -61,13 +58,13 @@ def linear_attention_step(
     state: Float[Array, "B H K V"],
     active: Bool[Array, " B"],
     *,
-    log_decay: Float[Array, " H"] | Float[Array, "B H"] | None = None,
+    log_decay: Float[Array, " H"] | Float[Array, "B H"] | Float[Array, "B H K"] | None = None,
     scale: float | None = None,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """One token of the same recurrence; inactive rows keep their state and output 0."""
-    decay = 1.0 if log_decay is None else jnp.exp(log_decay.astype(state.dtype))[..., None, None]
     k, wide = k.astype(state.dtype), v.astype(state.dtype)
-    state = jnp.where(active[:, None, None, None], decay * state + k[..., None] * wide[..., None, :], state)
+    decayed = state if log_decay is None else step_decay(log_decay, state) * state
+    state = jnp.where(active[:, None, None, None], decayed + k[..., None] * wide[..., None, :], state)
     q = q.astype(state.dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
     out = jnp.einsum("bhk,bhkv->bhv", q, state)
     return jnp.where(active[:, None, None], out, 0).astype(v.dtype), state

@@ -11,22 +11,22 @@ def linear_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
-    log_decay: Float[Array, "B T H"] | None,
+    log_decay: Float[Array, "B T H W"] | None,
     state: Float[Array, "B H K V"] | None,
     docs: Documents,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """S_t = exp(g_t) S_{t-1} + k_t v_t^T,  o_t = S_t^T q_t; S is zeroed where a document starts, kept at padding."""
+    """S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T,  o_t = S_t^T q_t; S is zeroed where a document starts."""
 
     def step(carry, token):
         state, document = carry
         q, k, v, log_decay, index, valid = token
         kept = jnp.where((index == document)[:, None, None, None], state, 0)
-        new = jnp.exp(log_decay)[..., None, None] * kept + k[..., None] * v[..., None, :]
+        new = jnp.exp(log_decay)[..., None] * kept + k[..., None] * v[..., None, :]
         state = jnp.where(valid[:, None, None, None], new, kept)
         return (state, index), jnp.einsum("bhk,bhkv->bhv", q, state)
 
     wide = accumulator(q.dtype)
-    log_decay = jnp.zeros(q.shape[:3], wide) if log_decay is None else log_decay
+    log_decay = jnp.zeros((*q.shape[:3], 1), wide) if log_decay is None else log_decay
     state = jnp.zeros((*q.shape[:1], *q.shape[2:], v.shape[-1]), wide) if state is None else state
     tokens = tuple(jnp.moveaxis(x.astype(wide), 1, 0) for x in (q, k, v, log_decay))
     tokens += tuple(jnp.moveaxis(x, 1, 0) for x in docs)

@@ -6,7 +6,8 @@ With L the cumulative log-decay of the chunk, s_ij = q_i.k_j and S the state at 
     S  <- exp(L_C) S + sum_j exp(L_C - L_j) phi(k_j) v_j^T
 
 where f(q.k) = phi(q).phi(k); plain linear attention has f and phi the identity, BASED a polynomial and its features,
-which are then built for the carried state only. Sums are float32; operands of products have the inputs' dtype.
+which are then built for the carried state only. A decay per channel goes inside the scores
+(`decay.py`). Sums are float32; operands of products have the inputs' dtype.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from recallax.pallas_kernels.chunking import Documents, join_time, split_time
+from recallax.pallas_kernels.chunking import Documents, join_time, masks_of, split_time, weight
+from recallax.pallas_kernels.decay import decayed_scores, since_start, until_end
 from recallax.pallas_kernels.product import product
 
 
@@ -29,13 +31,15 @@ class Kernel(NamedTuple):
 
 IDENTITY = Kernel(lambda s: s, lambda x: x)
 CHUNK = 128
+CHANNEL_CHUNK = 64
+"""With a decay per channel, whose scores cost more per pair."""
 
 
 class _Chunk(NamedTuple):
     q: Float[Array, "B C H K"]
     k: Float[Array, "B C H K"]
     v: Float[Array, "B C H V"]
-    decay: Float[Array, "B C H"] | None
+    decay: Float[Array, "B C H W"] | None
     docs: Documents
 
 
@@ -48,19 +52,21 @@ def linear_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
-    log_decay: Float[Array, "B T H"] | None,
+    log_decay: Float[Array, "B T H W"] | None,
     state: Float[Array, "B H F V"] | None,
     docs: Documents,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
-    """The op's XLA form; `state` is float32; None is empty."""
-    return chunked(q, k, v, log_decay, state, docs, kernel=IDENTITY, chunk=CHUNK)
+    """The op's XLA form; `state` is float32; None is empty. log_decay: W is 1 (per token) or K (per channel)."""
+    per_channel = log_decay is not None and log_decay.shape[-1] > 1
+    chunk = min(CHUNK, CHANNEL_CHUNK) if per_channel else CHUNK
+    return chunked(q, k, v, log_decay, state, docs, kernel=IDENTITY, chunk=chunk)
 
 
 def chunked(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
-    log_decay: Float[Array, "B T H"] | None,
+    log_decay: Float[Array, "B T H W"] | None,
     state: Float[Array, "B H F V"] | None,
     docs: Documents,
     *,
@@ -70,7 +76,7 @@ def chunked(
     """The same for any kernel; the state has the width of its features."""
     length = q.shape[1]
     if log_decay is not None:
-        log_decay = jnp.where(docs.valid[..., None], log_decay.astype(jnp.float32), 0)
+        log_decay = jnp.where(docs.valid[..., None, None], log_decay.astype(jnp.float32), 0)
     carry = _Carry(state, jnp.zeros_like(docs.index[:, 0]))
     whole = _Chunk(q, k, v, log_decay, docs)
     if length <= chunk:
@@ -84,7 +90,7 @@ def chunked(
     chunks = jax.tree.map(lambda x: split_time(x, chunk), whole)
     chunks = chunks._replace(docs=chunks.docs._replace(valid=split_time(padded, chunk)))
     if chunks.decay is not None:
-        chunks = chunks._replace(decay=jnp.where(chunks.docs.valid[..., None], chunks.decay, 0))
+        chunks = chunks._replace(decay=jnp.where(chunks.docs.valid[..., None, None], chunks.decay, 0))
 
     @jax.checkpoint  # keep states, not scores, for the backward
     def body(carry: _Carry, part: _Chunk) -> tuple[_Carry, Array]:
@@ -98,32 +104,17 @@ def chunked(
 
 def _chunk(kernel: Kernel, carry: _Carry, part: _Chunk) -> tuple[Float[Array, "B H F V"], Float[Array, "B C H V"]]:
     q, k, v, decay, docs = part
-    dtype, length = v.dtype, q.shape[1]
-    own = docs.index == carry.document[:, None]  # tokens that the incoming state belongs to
-    last = docs.index[:, -1]
-    kept = docs.valid & (docs.index == last[:, None])  # tokens that the outgoing state holds
-    time = jnp.arange(length)
-    past = time[:, None] >= time[None]
-    visible = past[None] & (docs.index[:, :, None] == docs.index[:, None, :]) & docs.valid[:, None, :]
-
-    scores = kernel.score(product("bihk,bjhk->bhij", q, k))
-    scores = jnp.where(visible[:, None], scores, 0)
-    from_state = own[..., None].astype(jnp.float32)
-    to_state = kept[..., None].astype(jnp.float32)
-    stay = (last == carry.document)[:, None].astype(jnp.float32)
-    if decay is not None:
-        total = jnp.cumsum(decay, axis=1)
-        gap = jnp.moveaxis(total, 1, 2)[..., :, None] - jnp.moveaxis(total, 1, 2)[..., None, :]
-        # Outside its mask an exponent may overflow, and 0 times infinity would poison the gradient: mask it first.
-        scores *= jnp.exp(jnp.where(visible[:, None], gap, 0))
-        from_state = from_state * jnp.exp(jnp.where(own[..., None], total, 0))
-        to_state = to_state * jnp.exp(jnp.where(kept[..., None], total[:, -1:] - total, 0))
-        stay = stay * jnp.exp(jnp.where((last == carry.document)[:, None], total[:, -1], 0))
-    features_k = kernel.features(k.astype(jnp.float32)) * to_state[..., None]
+    dtype = v.dtype
+    masks = masks_of(docs, carry.document)
+    scores = decayed_scores(q, k, decay, masks.visible, kernel.score)
+    features_k = kernel.features(k.astype(jnp.float32)) * weight(
+        masks.kept, None if decay is None else until_end(decay)
+    )
     out = product("bhij,bjhv->bihv", scores.astype(dtype), v)
     state = product("bjhf,bjhv->bhfv", features_k.astype(dtype), v)
     if carry.state is not None:
-        features_q = kernel.features(q.astype(jnp.float32)) * from_state[..., None]
+        total = None if decay is None else since_start(decay)
+        features_q = kernel.features(q.astype(jnp.float32)) * weight(masks.own, total)
         out += product("bihf,bhfv->bihv", features_q.astype(dtype), carry.state.astype(dtype))
-        state += stay[..., None, None] * carry.state
+        state += weight(masks.stays, None if total is None else total[:, -1])[..., None] * carry.state
     return state, out.astype(dtype)

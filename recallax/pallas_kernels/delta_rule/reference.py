@@ -1,0 +1,38 @@
+"""The definition of the gated delta rule: one token after another, in float32 or wider."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from recallax.pallas_kernels.chunking import Documents, accumulator
+
+
+def delta_rule(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    erase: Float[Array, "B T H W"],
+    write: Float[Array, "B T H 1"],
+    log_decay: Float[Array, "B T H W2"] | None,
+    state: Float[Array, "B H K V"],
+    docs: Documents,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """S_t = (I - k_t e_t^T) Diag(exp(g_t)) S_{t-1} + k_t (w_t v_t)^T; zeroed where a document starts."""
+
+    def step(carry, token):
+        state, document = carry
+        q, k, v, erase, write, log_decay, index, valid = token
+        kept = jnp.where((index == document)[:, None, None, None], state, 0)
+        decayed = jnp.exp(log_decay)[..., None] * kept
+        held = jnp.einsum("bhk,bhkv->bhv", erase * k, decayed)
+        new = decayed + k[..., None] * (write * v - held)[..., None, :]
+        state = jnp.where(valid[:, None, None, None], new, kept)
+        return (state, index), jnp.einsum("bhk,bhkv->bhv", q, state)
+
+    wide = accumulator(q.dtype)
+    log_decay = jnp.zeros((*q.shape[:3], 1), wide) if log_decay is None else log_decay
+    tokens = tuple(jnp.moveaxis(x.astype(wide), 1, 0) for x in (q, k, v, erase, write, log_decay))
+    tokens += tuple(jnp.moveaxis(x, 1, 0) for x in docs)
+    first = (state.astype(wide), jnp.zeros_like(docs.index[:, 0]))
+    (state, _), out = jax.lax.scan(step, first, tokens)
+    return jnp.moveaxis(out, 0, 1).astype(v.dtype), state

@@ -1,0 +1,34 @@
+"""The definition of the element-wise gated recurrence: one token after another, in float32 or wider."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from recallax.pallas_kernels.chunking import Documents, accumulator
+
+
+def selective_scan(
+    x: Float[Array, "B T D"],
+    rate: Float[Array, "B T D"],
+    a: Float[Array, "D N"],
+    b: Float[Array, "B T N"],
+    c: Float[Array, "B T N"],
+    state: Float[Array, "B D N"],
+    docs: Documents,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
+    """h_t = exp(r_t A) h_{t-1} + x_t B_t^T,  y_t = h_t C_t; h is zeroed where a document starts, kept at padding."""
+    wide = accumulator(x.dtype)
+
+    def step(carry, token):
+        state, document = carry
+        x, rate, b, c, index, valid = token
+        kept = jnp.where((index == document)[:, None, None], state, 0)
+        new = jnp.exp(rate[..., None] * a.astype(wide)[None]) * kept + x[..., None] * b[:, None]
+        state = jnp.where(valid[:, None, None], new, kept)
+        return (state, index), jnp.einsum("bdn,bn->bd", state, c)
+
+    tokens = tuple(jnp.moveaxis(part.astype(wide), 1, 0) for part in (x, rate, b, c))
+    tokens += tuple(jnp.moveaxis(part, 1, 0) for part in docs)
+    first = (state.astype(wide), jnp.zeros_like(docs.index[:, 0]))
+    (state, _), out = jax.lax.scan(step, first, tokens)
+    return jnp.moveaxis(out, 0, 1).astype(x.dtype), state
