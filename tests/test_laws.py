@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,9 @@ from flax import nnx
 from recallax.__main__ import config_names
 from recallax.layers import MixerConfig, RecurrentMixer, Site
 from recallax.models import LM, LMConfig, accounting
+from recallax.pallas_kernels.delta_rule import xla as delta_xla
 from recallax.pallas_kernels.linear_attention import xla as linear_xla
+from recallax.pallas_kernels.selective_scan import xla as selective_xla
 from recallax.pallas_kernels.taylor_attention import xla as taylor_xla
 from recallax.pallas_kernels.window_attention import xla as window_xla
 from recallax.types import Precision, SeqInfo, StepInfo
@@ -51,6 +54,8 @@ def short_chunks(monkeypatch):
     """Chunks and blocks of 4, so that a row of 11 tokens crosses their boundaries at odd places."""
     monkeypatch.setattr(linear_xla, "CHUNK", 4)
     monkeypatch.setattr(taylor_xla, "CHUNK", 4)
+    monkeypatch.setattr(delta_xla, "CHUNK", 4)
+    monkeypatch.setattr(selective_xla, "CHUNK", 4)
     monkeypatch.setattr(window_xla, "BLOCK", 4)
 
 
@@ -68,11 +73,11 @@ def build(config: MixerConfig, compute=jnp.float32) -> Compiled:
     module = config.build(WIDTH, Site(1, 4), precision=Precision(compute=compute), rngs=nnx.Rngs(7))
     assert isinstance(module, RecurrentMixer)
     # Projections start at 0.02; at that size every mixer is nearly the identity and the laws would see little.
-    graph, params = nnx.split(module)
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(3), max(len(leaves), 1))
     leaves = [x + 0.4 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=False)]
-    mixer = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+    mixer = nnx.merge(graph, jax.tree.unflatten(tree, leaves), rest)
 
     def walk(x: jax.Array, seq: SeqInfo, state):
         """Outputs and final state of one step per token; padding is inactive."""
@@ -333,4 +338,5 @@ def test_every_family_of_configs_is_met():
 
 
 def _leaves(cls: type) -> list[type]:
-    return [c for sub in cls.__subclasses__() if sub.__module__.startswith("recallax") for c in (sub, *_leaves(sub))]
+    found = [c for sub in cls.__subclasses__() if sub.__module__.startswith("recallax") for c in (sub, *_leaves(sub))]
+    return [c for c in found if not inspect.isabstract(c)]

@@ -4,21 +4,41 @@ from recallax.layers.attention import Attention
 from recallax.layers.base import MixerConfig, RecurrentMixer, SequenceMixer, Site
 from recallax.layers.base_conv import BaseConv
 from recallax.layers.based import Based
+from recallax.layers.delta_net import DeltaNet
 from recallax.layers.gated_conv import GatedConv
+from recallax.layers.gated_delta_net import GatedDeltaNet
+from recallax.layers.gated_delta_product import GatedDeltaProduct
+from recallax.layers.gla import GLA
+from recallax.layers.hgrn2 import HGRN2
 from recallax.layers.identity import Identity
+from recallax.layers.kda import KDA
 from recallax.layers.linear_attention import LinearAttention
+from recallax.layers.mamba import Mamba
+from recallax.layers.mamba2 import Mamba2
+from recallax.layers.retnet import RetNet
+from recallax.layers.rg_lru import RGLRU
 from recallax.layers.sliding_window import SlidingWindow
 from recallax.layers.swiglu import SwiGLU
 
 __all__ = [
+    "GLA",
+    "HGRN2",
+    "KDA",
+    "RGLRU",
     "Attention",
     "BaseConv",
     "Based",
+    "DeltaNet",
     "GatedConv",
+    "GatedDeltaNet",
+    "GatedDeltaProduct",
     "Identity",
     "LinearAttention",
+    "Mamba",
+    "Mamba2",
     "MixerConfig",
     "RecurrentMixer",
+    "RetNet",
     "SequenceMixer",
     "Site",
     "SlidingWindow",

@@ -1,6 +1,7 @@
 """Parameters with tags, and the projection that most of them belong to."""
 
 import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,39 @@ class Linear(nnx.Module):
         exact = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
         y = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype), precision=exact)
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
+
+
+type Project = Callable[[Linear, Array], Array]
+"""How a projection is applied; `Linear.__call__` unless a caller groups tokens by which weights they take."""
+
+
+class LowRank(nnx.Module):
+    """y = x A B (+ b) with A [inputs, rank] and B [rank, outputs]; nothing between the two."""
+
+    def __init__(
+        self, inputs: int, rank: int, outputs: int, *, precision: Precision, rngs: nnx.Rngs, bias: bool = False
+    ):
+        self.down = Linear(inputs, rank, precision=precision, rngs=rngs, axes=("embed", None))
+        self.up = Linear(rank, outputs, precision=precision, rngs=rngs, bias=bias, axes=(None, "heads"))
+
+    def __call__(self, x: Float[Array, "*batch I"], project: Project = Linear.__call__) -> Float[Array, "*batch O"]:
+        return project(self.up, project(self.down, x))
+
+
+class Streams(nnx.Module):
+    """Several named projections of one input."""
+
+    def __init__(self, parts: Mapping[str, Linear | LowRank]):
+        self.parts = nnx.Dict(parts)
+
+    def __call__(
+        self, x: Float[Array, "*batch D"], project: Project = Linear.__call__
+    ) -> dict[str, Float[Array, "*batch O"]]:
+        """Every stream; they differ in width."""
+        return {
+            name: part(x, project) if isinstance(part, LowRank) else project(part, x)
+            for name, part in self.parts.items()
+        }
 
 
 def residual_std(depth: int) -> float:

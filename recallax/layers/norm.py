@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation."""
+"""Root-mean-square and L2 normalisation."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,23 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from recallax.layers.dense import parameter
-from recallax.types import Precision
+from recallax.types import DType, Precision
+
+
+def rms(x: Float[Array, "... D"], scale: Array, eps: float, dtype: DType) -> Float[Array, "... D"]:
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis; in float32, returned in `dtype`."""
+    wide = x.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(dtype)
+
+
+def unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """x / sqrt(sum(x^2) + 1e-6) over the last axis, in float32, returned in x's dtype.
+
+    The constant stands inside the root, so that a zero vector has a gradient.
+    """
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -21,7 +37,4 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        gain = jnp.broadcast_to(self.scale[...].astype(jnp.float32), x.shape)
-        return (wide * scale * gain).astype(self.dtype)
+        return rms(x, self.scale[...], self.eps, self.dtype)

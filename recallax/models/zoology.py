@@ -5,7 +5,9 @@ Source: Arora et al. 2023 (Zoology, arXiv 2312.04927), section 4, and the experi
 figure 2. Differences: RMSNorm where they use LayerNorm; their dropout of .1 on embeddings and attention is left out.
 """
 
-from recallax.layers import BaseConv, Identity, MixerConfig
+from dataclasses import replace
+
+from recallax.layers import Attention, BaseConv, Identity, MixerConfig, SlidingWindow
 from recallax.models.block import Block
 from recallax.models.lm import LMConfig
 
@@ -20,3 +22,12 @@ def zoology(mixer: MixerConfig, d_model: int) -> LMConfig:
             "mixer": Block(mixer=mixer, channel=Identity()),
         },
     )
+
+
+def with_attention(config: LMConfig, window: int = 64) -> LMConfig:
+    """The same model, with blocks `attention` and `window` that `--model.pattern` can name."""
+    spare = {
+        "attention": Block(mixer=Attention(rotary_base=None), channel=Identity()),
+        "window": Block(mixer=SlidingWindow(window=window, rotary_base=None), channel=Identity()),
+    }
+    return replace(config, blocks=config.blocks | spare)

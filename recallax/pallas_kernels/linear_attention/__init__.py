@@ -19,8 +19,8 @@ FORMS = {"reference": reference.linear_attention, "xla": xla.linear_attention}
 
 
 def linear_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
     *,
     log_decay: Float[Array, " H"] | Float[Array, "B T H"] | Float[Array, "B T H K"] | None = None,
@@ -31,15 +31,18 @@ def linear_attention(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Output in v's dtype and final state in float32.
 
+    q, k: of G heads, each shared by H / G value heads in a row.
     log_decay: natural logarithm of the factor per token, at most 0; constant per head, per token, or per token and
     channel of the key.
     state: belongs to the row's first document; None starts at zero. segments: document ids, 0 is padding.
     scale: multiplies q; K**-0.5 by default. Raises ValueError where shapes disagree.
     """
-    b, t, h, width = q.shape
+    b, t, groups, width = q.shape
+    h = v.shape[2]
     require("linear_attention", t >= 1, f"q has {t} tokens; it needs at least 1")
     require("linear_attention", k.shape == q.shape, f"k has shape {k.shape}; it must be q's {q.shape}")
-    require("linear_attention", v.shape[:3] == (b, t, h), f"v has shape {v.shape}; it must begin with {(b, t, h)}")
+    require("linear_attention", v.shape[:2] == (b, t), f"v has shape {v.shape}; it must begin with {(b, t)}")
+    require("linear_attention", h % groups == 0, f"v has {h} heads; it needs a multiple of q's {groups}")
     log_decay = broadcast_decay("linear_attention", log_decay, (b, t, h, width))
     wanted = (b, h, width, v.shape[-1])
     if state is not None:
@@ -47,13 +50,14 @@ def linear_attention(
     if segments is None:
         segments = jnp.ones((b, t), jnp.int32)
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
+    q, k = (jnp.repeat(x, h // groups, axis=2) for x in (q, k))
     form = choose("linear_attention", FORMS, implementation)
     return form(q, k, v, log_decay, state, documents(segments))
 
 
 def linear_attention_step(
-    q: Float[Array, "B H K"],
-    k: Float[Array, "B H K"],
+    q: Float[Array, "B G K"],
+    k: Float[Array, "B G K"],
     v: Float[Array, "B H V"],
     state: Float[Array, "B H K V"],
     active: Bool[Array, " B"],
@@ -62,9 +66,11 @@ def linear_attention_step(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """One token of the same recurrence; inactive rows keep their state and output 0."""
-    k, wide = k.astype(state.dtype), v.astype(state.dtype)
+    share = v.shape[1] // q.shape[1]
+    q, k = (jnp.repeat(x.astype(state.dtype), share, axis=1) for x in (q, k))
+    wide = v.astype(state.dtype)
     decayed = state if log_decay is None else step_decay(log_decay, state) * state
     state = jnp.where(active[:, None, None, None], decayed + k[..., None] * wide[..., None, :], state)
-    q = q.astype(state.dtype) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
     out = jnp.einsum("bhk,bhkv->bhv", q, state)
     return jnp.where(active[:, None, None], out, 0).astype(v.dtype), state

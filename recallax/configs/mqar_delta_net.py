@@ -1,0 +1,22 @@
+"""How much of MQAR's standard mixture does DeltaNet recall?
+
+Width 64, behind a short convolution. Expected: near attention wherever a state of
+64 x 64 suffices.
+`experiments/recall_vs_state` has what a small version reaches, at rates chosen on valid. Cost: minutes on one H100.
+
+    recallax train mqar_delta_net
+    recallax train mqar_delta_net --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1
+"""
+
+from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.layers import DeltaNet
+from recallax.models.zoology import with_attention, zoology
+from recallax.train.run import RunConfig
+
+
+def get_config() -> RunConfig:
+    return standard(with_attention(zoology(DeltaNet(heads=1), 64)))
+
+
+def get_tiny() -> RunConfig:
+    return standard_tiny(with_attention(zoology(DeltaNet(heads=2), 16), window=5))

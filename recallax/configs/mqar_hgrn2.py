@@ -1,0 +1,21 @@
+"""How much of MQAR's standard mixture does HGRN2 (key tied to the forget gate) recall?
+
+Width 64, behind a short convolution. Expected: no published number for this width and state.
+`experiments/recall_vs_state` has what a small version reaches, at rates chosen on valid. Cost: minutes on one H100.
+
+    recallax train mqar_hgrn2
+    recallax train mqar_hgrn2 --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1
+"""
+
+from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.layers import HGRN2
+from recallax.models.zoology import with_attention, zoology
+from recallax.train.run import RunConfig
+
+
+def get_config() -> RunConfig:
+    return standard(with_attention(zoology(HGRN2(heads=1), 64)))
+
+
+def get_tiny() -> RunConfig:
+    return standard_tiny(with_attention(zoology(HGRN2(heads=2), 16), window=5))

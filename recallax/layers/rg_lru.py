@@ -1,0 +1,122 @@
+"""Griffin's recurrent block: a real-gated linear recurrent unit (RG-LRU) behind a short convolution, gated by GeLU.
+
+    u = conv(x W_u) + bias;   r = sigmoid(W_r u + b_r),   i = sigmoid(W_i u + b_i)   (block-diagonal W_r, W_i)
+    log a = -8 softplus(L) r;   h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t u_t);   y = W_o [ h * gelu(x W_g) ]
+
+The first token of a document enters without the root, so that a document starts at full size.
+State: one float32 per channel, and the last 3 inputs of the convolution.
+Source: De et al. 2024 (Griffin, arXiv 2402.19427), equations 1 to 4.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from recallax.layers.base import MixerConfig, RecurrentMixer, Site
+from recallax.layers.continuation import continued, divide_heads, started
+from recallax.layers.dense import Linear, parameter, residual_std
+from recallax.layers.short_convolution import ShortConvolution
+from recallax.pallas_kernels.selective_scan import selective_scan, selective_scan_step
+from recallax.types import Aux, Precision, SeqInfo, StepInfo
+
+SHARPNESS = 8.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RGLRU(MixerConfig):
+    """Griffin's recurrent block."""
+
+    heads: int = 4
+    """Blocks of the two gates' projections."""
+    width: int | None = None
+    """Channels of the recurrence; None is d_model."""
+    conv: int = 4
+
+    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "RGLRUMixer":
+        return RGLRUMixer(self, d_model, site, precision=precision, rngs=rngs)
+
+
+class RGLRUState(NamedTuple):
+    """The channels and the last inputs of the convolution."""
+
+    h: Float[Array, "B E 1"]
+    past: Float[Array, "B W-1 E"]
+
+
+class RGLRUMixer(RecurrentMixer):
+    """See the head of the file."""
+
+    def __init__(self, config: RGLRU, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
+        inner = config.width or d_model
+        block = divide_heads("rg_lru", inner, config.heads)
+        self.dtype = precision.compute
+        self.input = Linear(d_model, inner, precision=precision, rngs=rngs, bias=True)
+        self.gate = Linear(d_model, inner, precision=precision, rngs=rngs, bias=True)
+        self.conv = ShortConvolution(inner, config.conv, precision=precision, rngs=rngs, bias=True, activation="none")
+        shape = (config.heads, block, 2 * block)
+        gates = block**-0.5 * jax.random.normal(rngs.params(), shape, precision.param)
+        self.gates = parameter(gates, ("heads", None, None))
+        self.gates_bias = parameter(jnp.zeros(shape[::2], precision.param), ("heads", None), decay=False)
+        kept = jax.random.uniform(rngs.params(), (inner,), precision.param, 0.9, 0.999)
+        self.rate = parameter(jnp.log(jnp.expm1(-jnp.log(kept) / SHARPNESS)), ("heads",), decay=False)
+        self.out = Linear(
+            inner,
+            d_model,
+            precision=precision,
+            rngs=rngs,
+            bias=True,
+            std=residual_std(site.depth),
+            axes=("heads", "embed"),
+        )
+
+    def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
+        y, _ = self._run(x, seq, None)
+        return y, {}
+
+    def init_state(self, batch: int, max_len: int) -> RGLRUState:
+        return RGLRUState(jnp.zeros((batch, *self.rate.shape, 1), jnp.float32), self.conv.init_state(batch))
+
+    def prefill(
+        self, x: Float[Array, "B T D"], seq: SeqInfo, state: RGLRUState
+    ) -> tuple[Float[Array, "B T D"], RGLRUState, Aux]:
+        y, state = self._run(x, seq, continued(state, seq))
+        return y, state, {}
+
+    def step(self, x: Float[Array, "B D"], info: StepInfo, state: RGLRUState) -> tuple[Float[Array, "B D"], RGLRUState]:
+        active, (h, past) = jnp.asarray(info.active), started(state, info)
+        u, past = self.conv.step(self.input(x), info, past)
+        fed, log_decay = self._gated(u, jnp.asarray(info.position))
+        y, h = selective_scan_step(fed, log_decay, h, active)
+        return jnp.where(active[:, None], self._read(y, x), 0), RGLRUState(h, past)
+
+    def _run(
+        self, x: Float[Array, "B T D"], seq: SeqInfo, state: RGLRUState | None
+    ) -> tuple[Float[Array, "B T D"], RGLRUState]:
+        segments = jnp.asarray(seq.segments)
+        h, past = (None, None) if state is None else state
+        u, past = self.conv(self.input(x), segments, past)
+        fed, log_decay = self._gated(u, jnp.asarray(seq.positions))
+        y, h = selective_scan(fed, log_decay, state=h, segments=segments)
+        return self._read(y, x), RGLRUState(h, past)
+
+    def _gated(self, u: Float[Array, "*batch E"], positions: Int[Array, "*batch"]) -> tuple[Array, Array]:
+        """What is fed and the log-decay, in float32."""
+        heads = self.gates.shape[0]
+        blocks = u.reshape(*u.shape[:-1], heads, -1)
+        exact = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+        both = jnp.einsum("...hi,hio->...ho", blocks, self.gates[...].astype(u.dtype), precision=exact)
+        both = both.astype(jnp.float32) + jnp.broadcast_to(self.gates_bias[...], both.shape)
+        r, i = (jax.nn.sigmoid(part).reshape(u.shape) for part in jnp.split(both, 2, axis=-1))
+        log_decay = -SHARPNESS * jnp.broadcast_to(jax.nn.softplus(self.rate[...]), r.shape) * r
+        # The slope of a root is infinite at 0.
+        scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_decay), 1e-12))
+        scale = jnp.where((positions == 0)[..., None], 1, scale)
+        return scale * i * u.astype(jnp.float32), log_decay
+
+    def _read(self, y: Float[Array, "*batch E"], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        gate = jax.nn.gelu(self.gate(x).astype(jnp.float32), approximate=True)
+        return self.out((y * gate).astype(self.dtype))
