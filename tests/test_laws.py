@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from recallax.__main__ import config_names
-from recallax.layers import MixerConfig, RecurrentMixer, Site
+from recallax.layers import MixerConfig, MoM, RecurrentMixer, Site
 from recallax.models import LM, LMConfig, accounting
 from recallax.pallas_kernels.delta_rule import xla as delta_xla
 from recallax.pallas_kernels.linear_attention import xla as linear_xla
@@ -28,6 +28,8 @@ WIDTH, LENGTH = 16, 11
 TOLERANCE = 2e-5
 BF16_TOLERANCE = 0.04
 """Of bfloat16 against float32, relative to the largest output: a few units of its 8-bit mantissa."""
+ROUTED_TOLERANCE = 0.15
+"""The same for mixers that choose: where two memories are nearly equal, rounding chooses the other one."""
 
 
 def tiny_models() -> dict[str, LMConfig]:
@@ -154,7 +156,7 @@ def test_prefill_may_be_cut_anywhere(config):
         b, final, _ = mixer.prefill(jnp.take(x, source[0], axis=1), later, middle)
         return jnp.where((time < cut)[..., None], a, jnp.roll(b, cut, axis=1)), final
 
-    every, finals = jax.jit(jax.vmap(at))(jnp.arange(1, LENGTH))
+    every, finals = jax.jit(lambda cuts: jax.lax.map(at, cuts))(jnp.arange(1, LENGTH))
     for cut in range(1, LENGTH):
         close(every[cut - 1], whole, where=valid)
         close(jax.tree.map(lambda leaf, cut=cut: leaf[cut - 1], finals), state)
@@ -211,7 +213,7 @@ def test_the_future_has_no_gradient_and_no_influence(config):
     def gradients(x, weights):
         """d y[:, t] / d x[:, s] as [t, s, B, D], one time step of the output at a time."""
         _, pull = jax.vjp(lambda x: mixer.call(x, seq)[0], x)
-        return jnp.moveaxis(jax.vmap(pull)(jnp.eye(LENGTH)[:, None, :, None] * weights[None])[0], 2, 1)
+        return jnp.moveaxis(jax.lax.map(pull, jnp.eye(LENGTH)[:, None, :, None] * weights[None])[0], 2, 1)
 
     @jax.jit
     def outputs(x, other):
@@ -226,7 +228,12 @@ def test_the_future_has_no_gradient_and_no_influence(config):
         assert slopes[now].any()  # the law could fail
         y = np.asarray(outputs(x, 30 * noise(seed + 20, 2, LENGTH, WIDTH)))
         for t in range(LENGTH):
-            np.testing.assert_array_equal(y[t, :, : t + 1], y[-1, :, : t + 1])
+            if isinstance(
+                config, MoM
+            ):  # where others go shifts a token between chunks: the same sums, in another order
+                close(y[t, :, : t + 1], y[-1, :, : t + 1], tolerance=1e-6)
+            else:
+                np.testing.assert_array_equal(y[t, :, : t + 1], y[-1, :, : t + 1])
 
 
 @each_mixer
@@ -284,7 +291,8 @@ def test_bfloat16_stays_near_float32_also_after_hundreds_of_steps(config):
     for part_of in (slice(0, 200), slice(280, length)):
         for other in (low, walked):
             error = np.abs(np.asarray(other, np.float32) - np.asarray(y))[:, part_of].max()
-            assert error <= BF16_TOLERANCE * size, (part_of, error / size)
+            allowed = ROUTED_TOLERANCE if isinstance(config, MoM) else BF16_TOLERANCE
+            assert error <= allowed * size, (part_of, error / size)
 
 
 @each_model

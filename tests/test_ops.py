@@ -326,7 +326,7 @@ def test_long_rows_cross_many_real_chunks(monkeypatch):
     strength = jnp.full(low["k"].shape[:3], 0.9)
     a, b = (delta_rule(**unit, erase=strength, write=strength, segments=ids, implementation=f)[0] for f in FORMS)
     assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
-    channel = low | {"log_decay": -jnp.abs(low["q"])}
+    channel: dict[str, Any] = low | {"log_decay": -jnp.abs(low["q"])}
     a, b = (linear_attention(**channel, segments=ids, implementation=form)[0] for form in FORMS)
     assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
     scan = single(scan_inputs(case, 3))

@@ -15,6 +15,8 @@ from recallax.layers.kda import KDA
 from recallax.layers.linear_attention import LinearAttention
 from recallax.layers.mamba import Mamba
 from recallax.layers.mamba2 import Mamba2
+from recallax.layers.memory import MemoryConfig
+from recallax.layers.mom import MoM
 from recallax.layers.retnet import RetNet
 from recallax.layers.rg_lru import RGLRU
 from recallax.layers.sliding_window import SlidingWindow
@@ -36,7 +38,9 @@ __all__ = [
     "LinearAttention",
     "Mamba",
     "Mamba2",
+    "MemoryConfig",
     "MixerConfig",
+    "MoM",
     "RecurrentMixer",
     "RetNet",
     "SequenceMixer",

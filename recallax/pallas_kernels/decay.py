@@ -1,10 +1,12 @@
 """Scores of a chunk under a decay: s_ij = sum_d x_id y_jd exp(L_id - L_jd), L the cumulative log-decay.
 
 A factorised exp(L_i) exp(-L_j) overflows for gates without a bound, so only sums of log-decays (never positive) are
-exponentiated. With one decay per channel the scores are built by halves: a block of 2b tokens consists of its two
-halves' own blocks and of the second half's queries against the first half's keys, where both sides decay to the
-boundary between the halves and nothing can overflow. Blocks of `PAIRWISE` tokens are computed pair by pair. Sums are
-taken from the boundary outwards rather than as differences of one cumulative sum, so that no digits cancel.
+exponentiated. The scores are built by halves: a block of 2b tokens consists of its two halves' own blocks and of the
+second half's queries against the first half's keys, where both sides decay to the boundary between the halves and
+nothing can overflow. Blocks of `PAIRWISE` tokens are computed pair by pair. Sums are taken from the boundary outwards
+rather than as differences of one cumulative sum, so that no digits cancel and no rounding reaches tokens that do not
+lie between query and key. With one decay per token the same tree builds the matrix of decays, faster than
+exponentiating all C x C differences.
 
 Source: the secondary chunking of GLA (Yang et al. 2023, arXiv 2312.06635, section 4.3), here as a binary tree.
 """
@@ -74,10 +76,8 @@ def decayed_scores(
     scores = jnp.where(visible[:, None], score(product("bihk,bjhk->bhij", x, y)), 0)
     if log_decay is None:
         return scores
-    total = jnp.moveaxis(since_start(log_decay)[..., 0], 1, 2)
-    gap = total[..., :, None] - total[..., None, :]
-    # Outside its mask an exponent may overflow, and 0 times infinity would poison the gradient: mask it first.
-    return scores * jnp.exp(jnp.where(visible[:, None], gap, 0))
+    ones = jnp.ones_like(log_decay)
+    return scores * _by_halves(ones, ones, log_decay)
 
 
 def _by_halves(

@@ -15,3 +15,14 @@ def product(spec: str, a: Array, b: Array) -> Array:
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, precision=exact)
+
+
+def grouped_product(x: Array, weights: Array, sizes: Array) -> Array:
+    """Rows of x [N, D] times their group's weights [M, D, W], in float32; group m is the next sizes[m] rows.
+
+    As `product`: float32 operands are multiplied exactly, bfloat16 ones are widened on a CPU.
+    """
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        x, weights = x.astype(jnp.float32), weights.astype(jnp.float32)
+    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.ragged_dot(x, weights, sizes, precision=exact, preferred_element_type=jnp.float32)
