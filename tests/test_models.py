@@ -1,6 +1,7 @@
 """Patterns, stacks, readouts and accounting."""
 
-from dataclasses import dataclass
+import importlib
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from recallax.__main__ import config_names
 from recallax.config import ConfigError
 from recallax.layers import Attention, BaseConv, Based, Identity, MixerConfig, SlidingWindow, SwiGLU
 from recallax.layers.base import Statistic
 from recallax.layers.stateless import StatelessMixer
-from recallax.models import Autoencode, Block, LMConfig, Untied, accounting, based
+from recallax.models import Autoencode, Block, LMConfig, Tied, Untied, accounting, based, mom
 from recallax.models.pattern import flatten, parse
 from recallax.types import Mean, SeqInfo, whole_rows
 
@@ -199,3 +201,30 @@ def test_a_vocabulary_smaller_than_the_tasks_is_refused():
         model("a").build(nnx.Rngs(0), vocab_size=30)
     with pytest.raises(ConfigError, match=r"set model\.vocab_size"):
         LMConfig(d_model=8, pattern="a", blocks=BLOCKS).build(nnx.Rngs(0))
+
+
+def test_mom_has_the_published_sizes():
+    """Spec of the paper: 545M in all and 444M active untied, 512M and 411M tied; 1.55B and 1.35B tied."""
+    for config, total, active, tied in (
+        (mom.mom_380m(), 545.12, 444.01, 512.35),
+        (mom.mom_1b3(), 1618.42, 1416.21, 1552.88),
+    ):
+        assert round(accounting.parameters(config) / 1e6, 2) == total
+        assert round(mom.active_parameters(config) / 1e6, 2) == active
+        assert round(accounting.parameters(replace(config, readout=Tied())) / 1e6, 2) == tied
+        assert sum(accounting.parameter_table(config).values()) == accounting.parameters(config)
+        # In each of 24 layers five memories of 4 x 256 x 256 float32 and three inputs of their convolutions in bfloat16.
+        assert accounting.state_bytes(config, 2048) == 24 * 5 * (4 * 4 * 256 * 256 + 2 * 3 * 3 * 1024)
+
+
+def models_with_spare_attention() -> dict[str, LMConfig]:
+    tiny = {n: importlib.import_module(f"recallax.configs.{n}").get_tiny().model for n in config_names()}
+    return {name: config for name, config in tiny.items() if "window" in config.blocks and "mixer" in config.blocks}
+
+
+@pytest.mark.parametrize("config", models_with_spare_attention().values(), ids=models_with_spare_attention())
+@pytest.mark.parametrize("pattern", ["conv (mixer*3 window)*2", "conv (mixer*7 attention)*2"])
+def test_every_recurrent_mixer_makes_a_hybrid(config, pattern):
+    hybrid = replace(config, pattern=pattern)
+    built = hybrid.build(nnx.Rngs(0), 20)
+    assert np.isfinite(logits(built, whole_rows(2, 9))).all()

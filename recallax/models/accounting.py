@@ -25,6 +25,21 @@ def parameters(config: LMConfig, vocab_size: int | None = None) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
+def parameter_table(config: LMConfig, vocab_size: int | None = None) -> dict[str, int]:
+    """Trainable numbers by what they belong to: embedding, readout, norms, and each part of the mixers and channels."""
+    table: dict[str, int] = {}
+    params = nnx.to_pure_dict(nnx.split(abstract_model(config, vocab_size), nnx.Param, ...)[1])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [str(key.key) for key in path]
+        kinds = [i for i, name in enumerate(names) if name in ("mixer", "channel")]
+        if kinds:
+            what = " ".join(names[kinds[0] : kinds[0] + 2])
+        else:
+            what = "norms" if any("norm" in name for name in names) else names[0]
+        table[what] = table.get(what, 0) + math.prod(leaf.shape)
+    return table
+
+
 def state_bytes(config: LMConfig, context: int, vocab_size: int | None = None) -> int:
     """Bytes that one sequence of `context` tokens leaves in the model's state, over all layers."""
     state = jax.eval_shape(lambda: config.build(nnx.Rngs(0), vocab_size).init_state(1, context))
@@ -53,6 +68,8 @@ def _flops(jaxpr) -> int:
         if name == "dot_general":
             (contract, _), _ = eqn.params["dimension_numbers"]
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
+        elif name == "ragged_dot_general":  # one group's weights per row
+            total += 2 * math.prod(eqn.outvars[0].aval.shape) * eqn.invars[0].aval.shape[-1]
         elif name == "scan":
             total += eqn.params["length"] * sum(inner)
         elif name == "cond":
