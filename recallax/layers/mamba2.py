@@ -40,14 +40,17 @@ class Mamba2(MemoryConfig):
     """Width of all heads together; None is expand * d_model."""
     conv: int = 4
     order: Order = "gate first"
-    dt_limit: tuple[float, float] = (0.0, float("inf"))
-    """Step sizes are clipped to this range."""
+    dt_limit: tuple[float, float | None] = (0.0, None)
+    """Step sizes are clipped to this range; None is no upper limit."""
     eps: float = 1e-5
     """Of the output norm."""
 
     def __post_init__(self) -> None:
         if self.conv < 1:
             raise ConfigError(f"conv is {self.conv}; mamba2 needs at least 1 tap")
+        low, high = self.dt_limit
+        if low < 0 or (high is not None and high <= low):
+            raise ConfigError(f"dt_limit is {self.dt_limit}; it must be a range of step sizes from 0 up")
 
     def sizes(self, d_model: int) -> Sizes:
         inner = self.inner or self.expand * d_model
@@ -69,7 +72,9 @@ class Mamba2(MemoryConfig):
         groups, heads, keys, values = sizes = self.sizes(d_model)
         width = 2 * groups * keys + heads * values
         conv = ShortConvolution(width, self.conv, precision=precision, rngs=rngs, bias=True)
-        gate = DecayGate(heads, heads, precision=precision, rngs=rngs, limit=self.dt_limit)
+        low, high = self.dt_limit
+        limit = (float(low), float("inf" if high is None else high))
+        gate = DecayGate(heads, heads, precision=precision, rngs=rngs, limit=limit)
         return Mamba2Cell(sizes, conv, gate, precision)
 
     def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
