@@ -23,6 +23,8 @@ class SlidingWindow(MixerConfig):
     heads: int = 1
     kv_heads: int | None = None
     """Key/value heads shared by groups of query heads; None is one per query head."""
+    head_dim: int | None = None
+    """Width of a head; None is d_model / heads."""
     rotary_base: float | None = 10_000.0
     """Base of the rotary embedding; None leaves positions out."""
 
@@ -35,6 +37,7 @@ class SlidingWindow(MixerConfig):
             d_model,
             heads=self.heads,
             kv_heads=self.kv_heads or self.heads,
+            head_dim=self.head_dim,
             window=self.window,
             rotary_base=self.rotary_base,
             depth=site.depth,

@@ -22,30 +22,33 @@ class SoftmaxMixer(RecurrentMixer):
         *,
         heads: int,
         kv_heads: int,
+        head_dim: int | None,
         window: int | None,
         rotary_base: float | None,
         depth: int,
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        self.width = divide_heads("attention", d_model, heads)
+        if head_dim is not None and head_dim < 1:
+            raise ConfigError(f"head_dim is {head_dim}; it must be at least 1 (or None for d_model / heads)")
+        self.width = head_dim or divide_heads("attention", d_model, heads)
         divide_heads("attention's query heads over key/value heads", heads, kv_heads)
         if rotary_base is not None and self.width % 2:
             raise ConfigError(f"a head is {self.width} wide; rotary positions need an even width (or rotary_base=None)")
         self.heads, self.kv_heads, self.window, self.base = heads, kv_heads, window, rotary_base
         self.dtype = precision.compute
-        kv_width = kv_heads * self.width
-        self.q = Linear(d_model, d_model, precision=precision, rngs=rngs)
+        q_width, kv_width = heads * self.width, kv_heads * self.width
+        self.q = Linear(d_model, q_width, precision=precision, rngs=rngs)
         self.k = Linear(d_model, kv_width, precision=precision, rngs=rngs)
         self.v = Linear(d_model, kv_width, precision=precision, rngs=rngs)
         self.out = Linear(
-            d_model, d_model, precision=precision, rngs=rngs, std=residual_std(depth), axes=("heads", "embed")
+            q_width, d_model, precision=precision, rngs=rngs, std=residual_std(depth), axes=("heads", "embed")
         )
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
         q, k, v = self._project(x, jnp.asarray(seq.positions))
         y, _ = window_attention(q, k, v, window=self.window, segments=jnp.asarray(seq.segments))
-        return self.out(y.reshape(x.shape)), {}
+        return self.out(y.reshape(*x.shape[:-1], -1)), {}
 
     def init_state(self, batch: int, max_len: int) -> KVCache:
         slots = max_len if self.window is None else min(self.window, max_len)
@@ -59,13 +62,13 @@ class SoftmaxMixer(RecurrentMixer):
         q, k, v = self._project(x, positions)
         y, cache = window_attention(q, k, v, window=self.window, state=state, positions=positions, segments=segments)
         assert cache is not None
-        return self.out(y.reshape(x.shape)), cache, {}
+        return self.out(y.reshape(*x.shape[:-1], -1)), cache, {}
 
     def step(self, x: Float[Array, "B D"], info: StepInfo, state: KVCache) -> tuple[Float[Array, "B D"], KVCache]:
         position, active = jnp.asarray(info.position), jnp.asarray(info.active)
         q, k, v = self._project(x[:, None], position[:, None])
         y, state = window_attention_step(q[:, 0], k[:, 0], v[:, 0], state, position, active, window=self.window)
-        return self.out(y.reshape(x.shape)), state
+        return self.out(y.reshape(*x.shape[:-1], -1)), state
 
     def _project(self, x: Float[Array, "B T D"], positions: Array) -> tuple[Array, Array, Array]:
         q, k, v = (part(x).reshape(*x.shape[:2], -1, self.width) for part in (self.q, self.k, self.v))
