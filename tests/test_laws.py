@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from recallax.__main__ import config_names
-from recallax.layers import MixerConfig, MoM, RecurrentMixer, Site
+from recallax.layers import MixerConfig, MoM, Nothing, RecurrentMixer, Site
 from recallax.models import LM, LMConfig, accounting
 from recallax.pallas_kernels.delta_rule import xla as delta_xla
 from recallax.pallas_kernels.linear_attention import xla as linear_xla
@@ -225,7 +225,7 @@ def test_the_future_has_no_gradient_and_no_influence(config):
         x, weights = noise(seed, 2, LENGTH, WIDTH), noise(seed + 10, 2, LENGTH, WIDTH)
         slopes = np.asarray(gradients(x, weights))
         assert not slopes[later].any()
-        assert slopes[now].any()  # the law could fail
+        assert slopes[now].any() or isinstance(config, Nothing)  # the law could fail
         y = np.asarray(outputs(x, 30 * noise(seed + 20, 2, LENGTH, WIDTH)))
         for t in range(LENGTH):
             if isinstance(

@@ -17,6 +17,8 @@ from recallax.layers.mamba import Mamba
 from recallax.layers.mamba2 import Mamba2
 from recallax.layers.memory import MemoryConfig
 from recallax.layers.mom import MoM
+from recallax.layers.nothing import Nothing
+from recallax.layers.relu_squared import ReLUSquared
 from recallax.layers.retnet import RetNet
 from recallax.layers.rg_lru import RGLRU
 from recallax.layers.sliding_window import SlidingWindow
@@ -41,6 +43,8 @@ __all__ = [
     "MemoryConfig",
     "MixerConfig",
     "MoM",
+    "Nothing",
+    "ReLUSquared",
     "RecurrentMixer",
     "RetNet",
     "SequenceMixer",

@@ -2,6 +2,7 @@
 
     r <- r + mixer(norm(r));   r <- r + channel(norm(r))
 
+A block whose channel mixer is `Nothing` has one sublayer, and one norm.
 The residual stream is float32; mixers work in the compute dtype.
 """
 
@@ -13,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from recallax.config import Config
-from recallax.layers import MixerConfig, RecurrentMixer, SequenceMixer, Site, SwiGLU
+from recallax.layers import MixerConfig, Nothing, RecurrentMixer, SequenceMixer, Site, SwiGLU
 from recallax.layers.base import State
 from recallax.layers.norm import RMSNorm
 from recallax.types import Aux, Mean, Precision, SeqInfo, StepInfo
@@ -31,12 +32,21 @@ class BlockModule(nnx.Module):
     """See the head of the file."""
 
     def __init__(
-        self, config: Block, d_model: int, site: Site, *, dropout: float, precision: Precision, rngs: nnx.Rngs
+        self,
+        config: Block,
+        d_model: int,
+        site: Site,
+        *,
+        dropout: float,
+        norm_eps: float,
+        precision: Precision,
+        rngs: nnx.Rngs,
     ):
         self.mixer = config.mixer.build(d_model, site, precision=precision, rngs=rngs)
         self.channel = config.channel.build(d_model, site, precision=precision, rngs=rngs)
-        self.mixer_norm = RMSNorm(d_model, precision=precision)
-        self.channel_norm = RMSNorm(d_model, precision=precision)
+        self.mixer_norm = RMSNorm(d_model, precision=precision, eps=norm_eps)
+        second = not isinstance(config.channel, Nothing)
+        self.channel_norm = RMSNorm(d_model, precision=precision, eps=norm_eps) if second else _as_it_is
         self.dropout = dropout
 
     def __call__(self, r: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
@@ -78,6 +88,10 @@ def add_aux(a: Aux, b: Aux) -> Aux:
         name: Mean(a[name].total + b[name].total, a[name].weight + b[name].weight) for name in a.keys() & b.keys()
     }
     return {**a, **b, **pooled}
+
+
+def _as_it_is(r: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    return r
 
 
 def _with_key(seq: SeqInfo, keys: Array | None, which: int) -> SeqInfo:

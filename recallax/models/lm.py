@@ -35,6 +35,8 @@ class LMConfig(Config):
     """On what each mixer adds to the residual stream."""
     embed_dropout: float = 0.0
     """On the embeddings."""
+    norm_eps: float = 1e-5
+    """Of the norms around mixers and before the readout."""
     remat: Remat = "none"
     """`block` recomputes each layer in the backward pass instead of keeping its activations."""
 
@@ -45,6 +47,8 @@ class LMConfig(Config):
         for name in ("dropout", "embed_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if self.norm_eps <= 0:
+            raise ConfigError(f"norm_eps is {self.norm_eps}; it must be above 0")
 
     @property
     def layers(self) -> list[str]:
@@ -71,9 +75,11 @@ class LM(nnx.Module):
         self.embedding = parameter(embedding, ("vocab", "embed"))
         terms = parse(config.pattern, list(config.blocks))
         depth = sum(term.layers for term in terms)
-        plan = Plan(config.blocks, width, depth, config.dropout, config.remat, precision, rngs.params())
+        plan = Plan(
+            config.blocks, width, depth, config.dropout, config.norm_eps, config.remat, precision, rngs.params()
+        )
         self.stack = Stack(terms, plan, 0)
-        self.norm = RMSNorm(width, precision=precision)
+        self.norm = RMSNorm(width, precision=precision, eps=config.norm_eps)
         self.readout = config.readout.build(width, vocab_size, precision=precision, rngs=rngs)
         self.embed_dropout = config.embed_dropout
 

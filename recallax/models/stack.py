@@ -29,6 +29,7 @@ class Plan(NamedTuple):
     d_model: int
     depth: int
     dropout: float
+    norm_eps: float
     remat: Remat
     precision: Precision
     key: PRNGKeyArray
@@ -141,7 +142,15 @@ def _part(term: Term, plan: Plan, start: Index) -> BlockModule | Repeat:
     rngs = nnx.Rngs(jax.random.fold_in(plan.key, start))
     site = Site(start, plan.depth)
     block = plan.blocks[term.body]
-    return BlockModule(block, plan.d_model, site, dropout=plan.dropout, precision=plan.precision, rngs=rngs)
+    return BlockModule(
+        block,
+        plan.d_model,
+        site,
+        dropout=plan.dropout,
+        norm_eps=plan.norm_eps,
+        precision=plan.precision,
+        rngs=rngs,
+    )
 
 
 def _seq_of_layer(seq: SeqInfo, layer: Index) -> SeqInfo:

@@ -1,0 +1,29 @@
+"""How much of MQAR's standard mixture does a stack in the manner of Nemotron-H recall?
+
+Width 64; Mamba-2, perceptron, attention without positions, perceptron (Nemotron-H, arXiv 2504.03624, section 2, which
+has one attention in about thirteen layers). Expected: no published number; attention alone should solve it.
+Cost: minutes on one H100.
+
+    recallax train mqar_nemotron_h
+    recallax train mqar_nemotron_h --model.pattern "(mamba mlp)*2"      the same depth without attention
+"""
+
+from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.layers import Attention, Mamba2, MixerConfig, Nothing, ReLUSquared
+from recallax.models import Block, LMConfig
+from recallax.train.run import RunConfig
+
+
+def stack(d_model: int, mamba: Mamba2, attention: Attention) -> LMConfig:
+    parts: dict[str, MixerConfig] = {"mamba": mamba, "mlp": ReLUSquared(), "attention": attention}
+    blocks = {name: Block(mixer=part, channel=Nothing()) for name, part in parts.items()}
+    return LMConfig(d_model=d_model, pattern="mamba mlp attention mlp", blocks=blocks)
+
+
+def get_config() -> RunConfig:
+    return standard(stack(64, Mamba2(state_dim=64), Attention(rotary_base=None)))
+
+
+def get_tiny() -> RunConfig:
+    mamba = Mamba2(state_dim=6, head_dim=8, dt_limit=(0.01, 2.0))
+    return standard_tiny(stack(16, mamba, Attention(heads=2, head_dim=6, rotary_base=None)))
