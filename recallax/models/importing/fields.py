@@ -1,0 +1,48 @@
+"""Reading another implementation's config.json: what is asked for must be there and of the right type."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from recallax.config import ConfigError
+
+
+class Fields:
+    """The fields of a config.json, in the words of transformers."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = values
+        self.model: str = values.get("model_type", "a config without model_type")
+
+    def get[T](self, name: str, kind: type[T]) -> T:
+        """The field. Raises ConfigError where it is missing or of another type."""
+        if self.values.get(name) is None:
+            raise ConfigError(f"{self.model}: config.json lacks {name!r}, of type {kind.__name__}")
+        return self._typed(name, self.values[name], kind)
+
+    def optional[T](self, name: str, kind: type[T], default: T) -> T:
+        """The field, or where it is missing or null the default, which must be that of transformers."""
+        value = self.values.get(name)
+        return default if value is None else self._typed(name, value, kind)
+
+    def demand(self, why: str, **wanted: Any) -> None:
+        """Raise ConfigError unless the fields have these values or are missing; missing must mean the same."""
+        for name, value in wanted.items():
+            if self.values.get(name, value) != value:
+                raise self.refusal(f"{name} is {self.values[name]!r}, and {why}; only {value!r} can be imported")
+
+    def demand_stated(self, *names: str) -> None:
+        """Raise ConfigError where a field is missing that may be null, but whose default would be a guess."""
+        for name in names:
+            if name not in self.values:
+                raise ConfigError(f"{self.model}: config.json lacks {name!r}; write null if it has none")
+
+    def refusal(self, reason: str) -> ConfigError:
+        """The error for a model that recallax cannot represent."""
+        return ConfigError(f"{self.model}: {reason}")
+
+    def _typed[T](self, name: str, value: Any, kind: type[T]) -> T:
+        if kind is float and type(value) is int:
+            return kind(value)
+        if type(value) is not kind:
+            raise ConfigError(f"{self.model}: {name} is {value!r}; it must be of type {kind.__name__}")
+        return value

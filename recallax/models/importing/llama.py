@@ -1,0 +1,45 @@
+"""Llama and Mistral: rotary attention with grouped queries, over everything or over a window, and SwiGLU."""
+
+from recallax.layers import Attention, SlidingWindow
+from recallax.models.block import Block
+from recallax.models.importing import decoder
+from recallax.models.importing.fields import Fields
+from recallax.models.importing.key_map import Entry
+from recallax.models.lm import LMConfig
+
+
+def llama(fields: Fields) -> LMConfig:
+    """`LlamaForCausalLM`."""
+    return _model(fields, decoder.softmax(fields))
+
+
+def mistral(fields: Fields) -> LMConfig:
+    """`MistralForCausalLM`; its window counts the token itself, as ours does. A null window is none."""
+    fields.demand("all layers have the same window", layer_types=None)
+    fields.demand_stated("num_key_value_heads", "sliding_window")
+    window = fields.get("sliding_window", int) if fields.values["sliding_window"] is not None else None
+    return _model(fields, decoder.softmax(fields, window))
+
+
+def entries(fields: Fields, model: LMConfig) -> list[Entry]:
+    """The key map of both."""
+    found = decoder.ends(model, "model.embed_tokens", "model.norm")
+    for layer in range(len(model.layers)):
+        theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
+        found += decoder.softmax_entries(f"{theirs}.self_attn", f"{ours}.mixer")
+        found += decoder.swiglu_entries(fields, f"{theirs}.mlp", f"{ours}.channel")
+        found.append(decoder.scale(f"{theirs}.input_layernorm", f"{ours}.mixer_norm"))
+        found.append(decoder.scale(f"{theirs}.post_attention_layernorm", f"{ours}.channel_norm"))
+    return found
+
+
+def _model(fields: Fields, mixer: Attention | SlidingWindow) -> LMConfig:
+    fields.demand("projections have no biases", attention_bias=False, mlp_bias=False)
+    return LMConfig(
+        d_model=fields.get("hidden_size", int),
+        vocab_size=fields.get("vocab_size", int),
+        pattern=decoder.spelled(["layer"] * fields.get("num_hidden_layers", int)),
+        blocks={"layer": Block(mixer=mixer, channel=decoder.swiglu(fields))},
+        readout=decoder.readout(fields),
+        norm_eps=fields.get("rms_norm_eps", float),
+    )

@@ -1,0 +1,303 @@
+"""Parity: from the same weights, recallax computes what transformers computed (`tests/parity`)."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from recallax.config import ConfigError
+from recallax.layers import Attention, Identity, MixerConfig, RecurrentMixer, Site, SwiGLU
+from recallax.models import LM, Block, LMConfig
+from recallax.models.block import BlockModule
+from recallax.models.importing import LAYOUTS, Entry, WeightsError, falcon_h1, import_config, import_model
+from recallax.models.importing.decoder import spelled
+from recallax.models.importing.fields import Fields
+from recallax.models.importing.key_map import convert
+from recallax.models.importing.placement import filled, layer_places, parameter_places, parameter_shapes
+from recallax.models.pattern import parse
+from recallax.types import Precision, SeqInfo, StepInfo, whole_rows
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+FOLDER = Path(__file__).parent / "parity" / "fixtures"
+TOLERANCE = 1e-5
+"""Of float32 logits and outputs, relative to the largest."""
+
+MODELS = ("kimi_linear", "llama", "mamba", "mamba2", "mamba2_dt_limit", "mamba2_groups", "mistral", "nemotron_h")
+"""Compared from tokens to logits."""
+FIRST_LAYERS = ("olmo_hybrid", "qwen3_next")
+"""Compared as far as the first attention layer, which recallax cannot represent."""
+MIXERS = ("falcon_h1", "falcon_h1_norm")
+"""Compared mixer by mixer."""
+
+
+class Fixture(NamedTuple):
+    """What a file holds."""
+
+    config: dict[str, Any]
+    weights: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]
+
+
+@functools.cache
+def fixture(name: str) -> Fixture:
+    with np.load(FOLDER / f"{name}.npz") as file:
+        arrays = {key: file[key] for key in file if key not in ("config", "about")}
+        config = json.loads(str(file["config"]))
+    weights = {key.removeprefix("weights/"): x for key, x in arrays.items() if key.startswith("weights/")}
+    return Fixture(config, weights, {key: x for key, x in arrays.items() if not key.startswith("weights/")})
+
+
+def first_layers(name: str, count: int) -> Fixture:
+    """The same model cut off after some layers."""
+    config, weights, arrays = fixture(name)
+    config = config | {"num_hidden_layers": count, "layer_types": config["layer_types"][:count]}
+    cut = tuple(f"model.layers.{layer}." for layer in range(count, 3))
+    return Fixture(config, {key: x for key, x in weights.items() if not key.startswith(cut)}, arrays)
+
+
+def distance(ours: Any, theirs: np.ndarray) -> float:
+    ours = np.asarray(ours)
+    assert ours.dtype == np.float32 and ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def rows(batch: int, length: int) -> SeqInfo:
+    return jax.tree.map(jnp.asarray, whole_rows(batch, length))
+
+
+def steps(module: LM | RecurrentMixer, x: jax.Array, start: int, state: Any) -> jax.Array:
+    """What one step per token gives, [batch, time, ...]; the first is at position `start`."""
+
+    def step(carry: tuple[jax.Array, Any], x: jax.Array) -> tuple[tuple[jax.Array, Any], jax.Array]:
+        position, state = carry
+        y, state = module.step(x, StepInfo(position, jnp.ones(position.shape, bool)), state)
+        return (position + 1, state), y
+
+    first = jnp.full(x.shape[0], start, jnp.int32)
+    return jnp.moveaxis(jax.lax.scan(step, (first, state), jnp.moveaxis(x, 1, 0))[1], 0, 1)
+
+
+def ways(module: LM | RecurrentMixer, x: np.ndarray) -> dict[str, jax.Array]:
+    """Outputs of the whole sequence at once, token by token, and token by token after half of it."""
+    graph, weights = nnx.split(module)
+    length, half = x.shape[1], x.shape[1] // 2
+    seq = rows(x.shape[0], length)
+    head = rows(x.shape[0], half)
+
+    def whole(weights: nnx.State, x: jax.Array) -> jax.Array:
+        return nnx.merge(graph, weights)(x, seq)[0]
+
+    def stepped(weights: nnx.State, x: jax.Array) -> jax.Array:
+        module = nnx.merge(graph, weights)
+        return steps(module, x, 0, module.init_state(x.shape[0], length))
+
+    def continued(weights: nnx.State, x: jax.Array) -> jax.Array:
+        module = nnx.merge(graph, weights)
+        y, state, _ = module.prefill(x[:, :half], head, module.init_state(x.shape[0], length))
+        return jnp.concatenate([y, steps(module, x[:, half:], half, state)], axis=1)
+
+    return {way.__name__: jax.jit(way)(weights, jnp.asarray(x)) for way in (whole, stepped, continued)}
+
+
+def agree(module: LM | RecurrentMixer, x: np.ndarray, theirs: np.ndarray) -> None:
+    found = {way: distance(y, theirs) for way, y in ways(module, x).items()}
+    assert max(found.values()) <= TOLERANCE, found
+
+
+def alone(config: MixerConfig, d_model: int, entries: list[Entry], ours: str, weights: dict, theirs: str) -> nnx.Module:
+    """A mixer from the entries of a key map below `ours`, which must use all weights below `theirs`."""
+    mine = [entry for entry in entries if entry.ours[0].startswith(ours)]
+    mine = [e._replace(ours=tuple(name.removeprefix(ours) for name in e.ours)) for e in mine]
+    module = nnx.eval_shape(lambda: config.build(d_model, Site(1, 2), precision=Precision(), rngs=nnx.Rngs(0)))
+    places = parameter_places(module)
+    given = {key: x for key, x in weights.items() if key.startswith(theirs)}
+    return filled(module, places, convert(mine, given, parameter_shapes(module, places)))
+
+
+def test_every_fixture_is_met():
+    assert {path.stem for path in FOLDER.glob("*.npz")} == {*MODELS, *FIRST_LAYERS, *MIXERS}
+    assert {fixture(name).config["model_type"] for name in (*MODELS, *FIRST_LAYERS, *MIXERS)} == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits(name: str):
+    config, weights, arrays = fixture(name)
+    agree(import_model(config, weights), arrays["tokens"], arrays["logits"])
+
+
+@pytest.mark.parametrize("name", FIRST_LAYERS)
+def test_first_layers(name: str):
+    """The first layer by what it hands the second one's mixer, and that mixer."""
+    config, weights, arrays = first_layers(name, 2)
+    model = import_model(config, weights, pattern="layer layer")
+    first, second = model.stack.parts
+    assert isinstance(first, BlockModule) and isinstance(second, BlockModule)
+    assert isinstance(second.mixer, RecurrentMixer)
+    seq = rows(*arrays["tokens"].shape)
+    handed_on = jax.jit(lambda tokens: second.mixer_norm(first(model.embedding[tokens], seq)[0]))
+    assert distance(handed_on(arrays["tokens"]), arrays["mixer/input"]) <= TOLERANCE
+    agree(second.mixer, arrays["mixer/input"], arrays["mixer/output"])
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixers_side_by_side(name: str):
+    """Alone. Ours take what the block normalises and give what it adds, so multipliers on the way count as theirs."""
+    config, weights, arrays = fixture(name)
+    fields = Fields(config)
+    entries, width = falcon_h1.entries(fields), config["hidden_size"]
+    leaving = {part: np.float32(config[f"{part}_out_multiplier"]) for part in ("ssm", "attention")}
+
+    mamba2 = alone(falcon_h1.mamba2(fields), width, entries, "layers.1.mamba.", weights, "model.layers.1.mamba.")
+    assert isinstance(mamba2, RecurrentMixer)
+    agree(mamba2, arrays["mixer/input"], arrays["mixer/output"] * leaving["ssm"])
+
+    attention = falcon_h1.attention(fields)
+    attention = alone(attention, width, entries, "layers.1.attention.", weights, "model.layers.1.self_attn.")
+    assert isinstance(attention, RecurrentMixer)
+    entering = np.float32(config["attention_in_multiplier"])
+    agree(attention, arrays["attention/input"] / entering, arrays["attention/output"] * leaving["attention"])
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"), [("llama", "layer layer"), ("nemotron_h", "mamba (mlp)*1 (attention mamba) mlp")]
+)
+def test_how_the_pattern_is_spelled_changes_nothing(name: str, pattern: str):
+    config, weights, arrays = fixture(name)
+    model = import_model(config, weights, pattern)
+    graph, params = nnx.split(model)
+    tokens = jnp.asarray(arrays["tokens"])
+    logits = jax.jit(lambda params: nnx.merge(graph, params)(tokens, rows(*tokens.shape))[0])(params)
+    assert distance(logits, arrays["logits"]) <= TOLERANCE
+
+
+def test_every_layer_has_a_place_in_nested_repeats():
+    """Layers draw the same parameters in any spelling, so one spelling's fill another's."""
+    blocks = {"a": Block(mixer=Identity(), channel=SwiGLU(inner=3)), "b": Block(mixer=SwiGLU(inner=2))}
+    config = LMConfig(d_model=4, vocab_size=5, pattern="b (a b*2 (b a)*2)*2", blocks=blocks)
+    flat = LMConfig(d_model=4, vocab_size=5, pattern=" ".join(config.layers), blocks=blocks)
+    (nested, there), (plain, here) = (
+        (model, parameter_places(model, layer_places(parse(c.pattern, list(blocks)))))
+        for c, model in ((c, c.build(nnx.Rngs(0))) for c in (config, flat))
+    )
+    assert there.keys() == here.keys() and parameter_shapes(nested, there) == parameter_shapes(plain, here)
+    leaves = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(plain, nnx.Param))}
+    again = filled(nested, there, {name: leaves[place.path][place.index] for name, place in here.items()})
+    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (again, nested)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern"),
+    [
+        ("a", "a"),
+        ("a a a", "a*3"),
+        ("a a b a a b", "(a*2 b)*2"),
+        ("a b a", "a b a"),
+        ("a a b b b a", "a*2 b*3 a"),
+    ],
+)
+def test_patterns_are_spelled_with_repeats(layers: str, pattern: str):
+    assert spelled(layers.split()) == pattern
+
+
+@pytest.mark.parametrize("name", (*MODELS, *FIRST_LAYERS, *MIXERS))
+def test_every_form_has_its_way_back(name: str):
+    config, weights, _ = first_layers(name, 2) if name in FIRST_LAYERS else fixture(name)
+    layout, fields = LAYOUTS[config["model_type"]], Fields(config)
+    entries = falcon_h1.entries(fields) if name in MIXERS else layout.entries(fields, layout.config(fields))
+    for entry in entries:
+        given = tuple(weights[key] for key in entry.theirs)
+        for back, array in zip(entry.form.to_theirs(entry.form.to_ours(given)), given, strict=True):
+            np.testing.assert_allclose(back, array, rtol=1e-6, atol=1e-7)
+
+
+def spoiled(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
+    """The weights of `llama` with some replaced, or left out; `__` stands for the dots of a key."""
+    weights = fixture("llama").weights | {key.replace("__", "."): x for key, x in changes.items() if x is not None}
+    return {key: x for key, x in weights.items() if changes.get(key.replace(".", "__"), 0) is not None}
+
+
+NORM = "model__layers__1__input_layernorm__weight"
+
+
+@pytest.mark.parametrize(
+    ("weights", "parts"),
+    [
+        (spoiled(**{NORM: None}), ["lack 'model.layers.1.input_layernorm.weight'", "all shards"]),
+        (spoiled(extra=np.zeros(3)), ["no place for 'extra'", "config.json"]),
+        (spoiled(model__norm__weight=None, norm__weight=np.zeros(24)), ["lack 'model.norm.weight'", "'norm.weight'"]),
+        (spoiled(**{NORM: np.zeros(23)}), [NORM.replace("__", "."), "(23,)", "(24,)", "layers.1.mixer_norm.scale"]),
+        (
+            spoiled(model__layers__0__mlp__up_proj__weight=np.zeros((39, 24))),
+            ["model.layers.0.mlp.up_proj.weight", "(39, 24)", "(40, 24)", "layers.0.channel.up.kernel (24, 80)"],
+        ),
+        ({}, ["lack 'lm_head.weight'", "and 16 more"]),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(weights: dict[str, np.ndarray], parts: list[str]):
+    with pytest.raises(WeightsError) as error:
+        import_model(fixture("llama").config, weights)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_a_key_map_fills_every_parameter_once():
+    shapes = {"a": (2,), "b": (2,)}
+    for entries, message in (
+        ([Entry(("x",), ("a",))], "fills no 'b'"),
+        ([Entry(("x",), ("a",)), Entry(("y",), ("a",))], "more than once 'a'"),
+        ([Entry(("x",), ("a",)), Entry(("x",), ("b",))], "more than once 'x'"),
+        ([Entry(("x",), ("a",)), Entry(("y",), ("b",)), Entry(("z",), ("c",))], "the model lacks, 'c'"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            convert(entries, {"x": np.zeros(2), "y": np.zeros(2)}, shapes)
+
+
+REFUSED = {
+    "no such model": ("llama", {"model_type": "lama"}, "model_type is 'lama'.*did you mean 'llama'"),
+    "biases": ("llama", {"attention_bias": True}, "llama: attention_bias is True"),
+    "activation": ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'.*only 'silu'"),
+    "scaled positions": ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_type 'llama3'"),
+    "scaled positions before 5": ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling is"),
+    "partial positions": ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotates 0.5 of a head"),
+    "missing": ("llama", {"hidden_size": None}, "llama: config.json lacks 'hidden_size', of type int"),
+    "type": ("llama", {"hidden_size": "24"}, "hidden_size is '24'; it must be of type int"),
+    "heads": ("llama", {"num_key_value_heads": 3}, "4 channels cannot be split into 3 heads"),
+    "experts": ("kimi_linear", {"mlp_layer_types": ["dense", "sparse"]}, "mixture of experts"),
+    "latent attention": ("kimi_linear", {"layer_types": ["full_attention"]}, "latent attention"),
+    "gated attention": ("qwen3_next", {}, "'full_attention', which recallax has not: it is gated"),
+    "sparse layers": ("qwen3_next", {"mlp_only_layers": [1]}, r"layers \[0, 2\] are not in mlp_only_layers"),
+    "normed attention": ("olmo_hybrid", {}, "'full_attention'.*normalises queries and keys"),
+    "unknown layer": ("nemotron_h", {"layers_block_type": ["moe"]}, "layers_block_type holds 'moe'"),
+    "side by side": ("falcon_h1", {}, "Mamba-2 and attention side by side"),
+    "convolution without bias": ("mamba2", {"use_conv_bias": False}, "use_conv_bias is False"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_represented_is_named(case: str):
+    name, changes, message = REFUSED[case]
+    config = fixture(name).config | changes
+    with pytest.raises(ConfigError, match=message):
+        import_model(config, fixture(name).weights)
+
+
+def test_a_field_whose_absence_would_be_a_guess_must_stand_there():
+    config = {key: value for key, value in fixture("mistral").config.items() if key != "sliding_window"}
+    with pytest.raises(ConfigError, match=r"mistral: config\.json lacks 'sliding_window'"):
+        import_config(config)
+    assert import_config(config | {"sliding_window": None}).blocks["layer"].mixer == Attention(
+        heads=4, kv_heads=2, head_dim=8
+    )
+
+
+def test_a_pattern_of_other_layers_is_refused():
+    config, weights, _ = fixture("llama")
+    with pytest.raises(ConfigError, match=r"'layer\*3' is not a spelling of 'layer\*2'"):
+        import_model(config, weights, "layer*3")
