@@ -11,10 +11,23 @@ from flax import nnx
 
 from recallax.__main__ import config_names
 from recallax.config import ConfigError
-from recallax.layers import Attention, BaseConv, Based, Identity, MixerConfig, SlidingWindow, SwiGLU
+from recallax.layers import (
+    Attention,
+    BaseConv,
+    Based,
+    Identity,
+    Mamba2,
+    MixerConfig,
+    Nothing,
+    ReLUSquared,
+    SlidingWindow,
+    SwiGLU,
+)
 from recallax.layers.base import Statistic
+from recallax.layers.norm import RMSNorm
 from recallax.layers.stateless import StatelessMixer
 from recallax.models import Autoencode, Block, LMConfig, Tied, Untied, accounting, based, mom
+from recallax.models.block import BlockModule
 from recallax.models.pattern import flatten, parse
 from recallax.types import Mean, SeqInfo, whole_rows
 
@@ -149,6 +162,32 @@ def test_a_model_with_a_stateless_sequence_mixer_cannot_decode():
         built.init_state(1, 4)
 
 
+def test_the_epsilon_reaches_every_norm_of_the_model():
+    built = model("a b*2", norm_eps=0.25).build(nnx.Rngs(0))
+    norms = [node for _, node in nnx.iter_graph(built) if isinstance(node, RMSNorm)]
+    assert [norm.eps for norm in norms] == [0.25] * 5
+
+
+def test_a_block_whose_channel_mixer_is_nothing_has_one_sublayer():
+    built = model("n", {"n": Block(mixer=ReLUSquared(inner=6), channel=Nothing())}).build(nnx.Rngs(0))
+    (block,) = built.stack.parts
+    assert isinstance(block, BlockModule)
+    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(nnx.state(block, nnx.Param)))
+    assert shapes == [(6, 8), (8,), (8, 6)]  # the perceptron and one norm
+    r, seq = jax.random.normal(jax.random.key(0), (2, 9, 8)), whole_rows(2, 9)
+    np.testing.assert_array_equal(block(r, seq)[0], r + block.mixer(block.mixer_norm(r), seq)[0])
+
+
+def test_widths_may_be_named():
+    def shapes(mixer):
+        parts = model("m", {"m": Block(mixer=mixer, channel=Nothing())}).build(nnx.Rngs(0)).stack.parts
+        return {leaf.shape for leaf in jax.tree.leaves(nnx.state(parts, nnx.Param))} - {(8,)}
+
+    assert shapes(Attention(heads=2, kv_heads=1, head_dim=6)) == {(8, 12), (8, 6), (12, 8)}
+    assert shapes(SlidingWindow(heads=2, head_dim=6)) == {(8, 12), (12, 8)}
+    assert shapes(SwiGLU(inner=5)) == {(8, 10), (5, 8)}
+
+
 def test_logits_at_positions_are_those_of_the_whole_row():
     for readout in (Untied(), Autoencode(hidden=8)):
         built = model("c a", readout=readout).build(nnx.Rngs(0))
@@ -188,12 +227,25 @@ def test_state_bytes_follow_the_definition():
         (Attention(heads=3), "8 channels cannot be split into 3 heads; use one of 1, 2, 4, 8"),
         (Based(heads=5), "cannot be split into 5 heads"),
         (Attention(heads=8), "even width"),
+        (Attention(heads=2, head_dim=3), "even width"),
+        (Attention(head_dim=0), "head_dim is 0"),
         (Attention(heads=4, kv_heads=3), "cannot be split into 3"),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(config, message):
     with pytest.raises(ConfigError, match=message):
         model("m", {"m": Block(mixer=config)}).build(nnx.Rngs(0))
+
+
+def test_numbers_out_of_range_are_named():
+    for make, message in (
+        (lambda: SwiGLU(inner=0), "inner is 0"),
+        (lambda: ReLUSquared(inner=0), "must be at least 1"),
+        (lambda: Mamba2(dt_limit=(0.5, 0.5)), "dt_limit is"),
+        (lambda: model("a", norm_eps=0.0), "norm_eps is 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make()
 
 
 def test_a_vocabulary_smaller_than_the_tasks_is_refused():
