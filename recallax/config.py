@@ -26,6 +26,14 @@ class ConfigError(ValueError):
     """A config, or the file it was read from, is not valid."""
 
 
+def added[T](default: T) -> T:
+    """The default of a field that came after configs had been saved: left out of the JSON while it holds this value.
+
+    So the fingerprints of older runs, rows and checkpoints stay what they were, and older files can be read.
+    """
+    return dataclasses.field(default=default, metadata={"added": True})  # type: ignore[return-value]
+
+
 def nearest(name: str, known: list[str]) -> str:
     """The tail of an error message about an unknown name: `; did you mean 'x'? Known: a, b`."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
@@ -78,7 +86,7 @@ def _encode(value: Any) -> Any:
     match value:
         case Config():
             hints = get_type_hints(type(value))
-            pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))  # type: ignore[arg-type]
+            pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if not _silent(f, value))  # type: ignore[arg-type]
             # 1 and 1.0 are equal configs, so they must not have two fingerprints
             fields = {n: float(v) if hints[n] is float and type(v) is int else _encode(v) for n, v in pairs}
             return {"class": type(value).__name__, **fields}
@@ -143,6 +151,11 @@ def _decode_class(value: Any, expected: type[Config], path: str) -> Any:
 def _complete(cls: type[Config]) -> bool:
     """Whether it is a config and not a base class of some."""
     return dataclasses.is_dataclass(cls) and not inspect.isabstract(cls)
+
+
+def _silent(field: dataclasses.Field[Any], config: Config) -> bool:
+    """Whether a later field holds the value that configs without it mean."""
+    return "added" in field.metadata and getattr(config, field.name) == field.default
 
 
 def _no_default(field: dataclasses.Field[Any]) -> bool:

@@ -6,12 +6,15 @@ import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from experiments.__main__ import read
+from experiments.recall_frontier import sweep
 from recallax.__main__ import config_names
-from recallax.config import SCHEMA, Config, ConfigError, classes, diff, fingerprint, from_json, to_json
+from recallax.config import SCHEMA, Config, ConfigError, added, classes, diff, fingerprint, from_json, to_json
 from recallax.train.run import AdamW, Evaluate, RunConfig, Train
 
 NAMES = list(config_names())
@@ -196,3 +199,25 @@ def test_names_of_config_classes_are_unique() -> None:
     del AdamW
     gc.collect()
     assert "AdamW" in classes()
+
+
+def test_a_field_added_later_changes_no_fingerprint_while_it_holds_its_default():
+    @dataclass(frozen=True, kw_only=True)
+    class Grown(Config):
+        """As saved before `late` existed."""
+
+        early: int = 1
+        late: float = added(0.5)
+
+    assert to_json(Grown()) == {"schema": 1, "class": "Grown", "early": 1}
+    assert from_json(to_json(Grown()), Grown) == Grown()
+    changed = Grown(late=0.25)
+    assert to_json(changed)["late"] == 0.25 and from_json(to_json(changed), Grown) == changed
+    assert fingerprint(changed) != fingerprint(Grown())
+    assert diff(Grown(), changed) == ["late: (absent) -> 0.25"]
+
+
+def test_checked_in_rows_belong_to_configs_of_today():
+    """A fingerprint that moves would have every experiment measured again and every run folder refused."""
+    known = {row["config"] for row in read(Path(sweep.__file__).parent)}
+    assert {fingerprint(sweep.micro(name, rate, 0)) for name in sweep.MIXERS for rate in sweep.RATES} <= known

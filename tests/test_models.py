@@ -256,7 +256,7 @@ def test_a_vocabulary_smaller_than_the_tasks_is_refused():
 
 
 def test_mom_has_the_published_sizes():
-    """Spec of the paper: 545M in all and 444M active untied, 512M and 411M tied; 1.55B and 1.35B tied."""
+    """The paper's: 545M in all and 444M active untied, 512M and 411M tied; 1.55B and 1.35B tied."""
     for config, total, active, tied in (
         (mom.mom_380m(), 545.12, 444.01, 512.35),
         (mom.mom_1b3(), 1618.42, 1416.21, 1552.88),
@@ -265,7 +265,7 @@ def test_mom_has_the_published_sizes():
         assert round(mom.active_parameters(config) / 1e6, 2) == active
         assert round(accounting.parameters(replace(config, readout=Tied())) / 1e6, 2) == tied
         assert sum(accounting.parameter_table(config).values()) == accounting.parameters(config)
-        # In each of 24 layers five memories of 4 x 256 x 256 float32 and three inputs of their convolutions in bfloat16.
+        # In each of 24 layers five memories of 4 x 256 x 256 float32 and three bfloat16 inputs of their convolutions.
         assert accounting.state_bytes(config, 2048) == 24 * 5 * (4 * 4 * 256 * 256 + 2 * 3 * 3 * 1024)
 
 

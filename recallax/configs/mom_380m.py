@@ -1,7 +1,8 @@
 """What does MoM of the paper's 380M setting cost, and does it train at MQAR of language-model size?
 
 24 layers, published shape (arXiv 2502.13685). Expected: nothing published on this task
-(recall-intensive average 28.16 against 24.78 for Gated DeltaNet, on text); the counts of `recallax show` are tested. Cost: hours on one H100.
+(on text: recall-intensive average 28.16 against 24.78 for Gated DeltaNet);
+the counts of `recallax show` are tested. Cost: hours on one H100.
 
     recallax show mom_380m
 """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from flax import nnx
 
+from recallax.config import added
 from recallax.layers.base import MixerConfig, Site
 from recallax.layers.softmax import SoftmaxMixer
 from recallax.types import Precision
@@ -20,7 +21,7 @@ class Attention(MixerConfig):
     heads: int = 1
     kv_heads: int | None = None
     """Key/value heads shared by groups of query heads; None is one per query head."""
-    head_dim: int | None = None
+    head_dim: int | None = added(None)
     """Width of a head; None is d_model / heads."""
     rotary_base: float | None = 10_000.0
     """Base of the rotary embedding; None leaves positions out."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, added
 from recallax.layers.base import MixerConfig, Site
 from recallax.layers.dense import Linear, residual_std
 from recallax.layers.stateless import StatelessMixer
@@ -25,7 +25,7 @@ class SwiGLU(MixerConfig):
     """Inner width as a multiple of the model's (BASED: 2; Llama: 8/3)."""
     multiple_of: int = 1
     """The inner width is rounded up to a multiple of this (BASED and Llama: 256)."""
-    inner: int | None = None
+    inner: int | None = added(None)
     """The inner width itself, in place of the two above."""
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.config import Config, ConfigError
+from recallax.config import Config, ConfigError, added
 from recallax.layers.base import State
 from recallax.layers.dense import parameter
 from recallax.layers.norm import RMSNorm
@@ -35,7 +35,7 @@ class LMConfig(Config):
     """On what each mixer adds to the residual stream."""
     embed_dropout: float = 0.0
     """On the embeddings."""
-    norm_eps: float = 1e-5
+    norm_eps: float = added(1e-5)
     """Of the norms around mixers and before the readout."""
     remat: Remat = "none"
     """`block` recomputes each layer in the backward pass instead of keeping its activations."""
