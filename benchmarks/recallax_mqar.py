@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from benchmarks.worker import Job, Trainer, serve
+from benchmarks.jobs import Training
+from benchmarks.worker import Work, serve
 from recallax.layers import Attention, Based, MixerConfig
 from recallax.models.zoology import zoology
 from recallax.tasks import MQAR
@@ -22,10 +23,10 @@ from recallax.train.step import StepReport, labelled
 MIXERS: dict[str, MixerConfig] = {"based": Based(feature_dim=16), "attention": Attention(rotary_base=None)}
 
 
-class Recallax(Trainer):
+class Recallax(Work):
     """A `Program` and its state."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Training):
         self.program = Program(
             RunConfig(
                 task=MQAR.single(length=job.length, pairs=job.pairs, vocab_size=job.vocab_size),
@@ -36,13 +37,13 @@ class Recallax(Trainer):
         self.state = self.program.initial()
         self.batches = [self.program.batch(index) for index in range(job.steps)]
 
-    def step(self, index: int) -> StepReport:
+    def step(self, part: str, index: int) -> StepReport:
         self.state, report = self.program.step(self.state, self.batches[index])
         jax.block_until_ready((self.state, report))
         return report
 
-    def read(self, result: StepReport) -> tuple[float, float]:
-        return float(result.loss), float(result.gradient_norm)
+    def read(self, result: StepReport) -> list[float]:
+        return [float(result.loss), float(result.gradient_norm)]
 
     def write(self, folder: Path) -> None:
         """What the opponent starts from. The places of the labels are handed over too: it need not look for them."""
@@ -62,7 +63,7 @@ class Recallax(Trainer):
 
 
 def main(folder: Path) -> None:
-    trainer = Recallax(Job.read(folder))
+    trainer = Recallax(Training.read(folder))
     trainer.write(folder)
     serve(trainer, {"jax": jax.__version__})
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.worker import Job, Trainer, serve
+from benchmarks.jobs import Training
+from benchmarks.worker import Work, serve
 
 
 class BaseConv(nn.Module):
@@ -93,7 +94,7 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Embedding, two blocks, a norm and the tied readout at the labelled positions; returns the loss."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Training):
         super().__init__()
         width = job.d_model
         mixer = {"based": Based, "attention": Attention}[job.mixer](width)
@@ -120,11 +121,11 @@ class Model(nn.Module):
         self.load_state_dict(renamed)
 
 
-class Torch(Trainer):
+class Torch(Work):
     """The model, a fused AdamW with clipping, and the batches as tensors."""
 
     def __init__(self, folder: Path, mode: str):
-        job = Job.read(folder)
+        job = Training.read(folder)
         torch.set_num_threads(job.threads)
         self.model = Model(job)
         self.model.load(dict(np.load(folder / "parameters.npz")))
@@ -145,7 +146,7 @@ class Torch(Trainer):
             "compile": lambda: torch.compile(self.model, fullgraph=True, dynamic=False),
         }[mode]()
 
-    def step(self, index: int) -> tuple[Tensor, Tensor]:
+    def step(self, part: str, index: int) -> tuple[Tensor, Tensor]:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[index]
         self.optimizer.zero_grad()
@@ -155,8 +156,8 @@ class Torch(Trainer):
         self.optimizer.step()
         return loss.detach(), norm
 
-    def read(self, result: tuple[Tensor, Tensor]) -> tuple[float, float]:
-        return float(result[0]), float(result[1])
+    def read(self, result: tuple[Tensor, Tensor]) -> list[float]:
+        return [float(result[0]), float(result[1])]
 
 
 def main(folder: Path, mode: str) -> None:

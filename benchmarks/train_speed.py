@@ -8,20 +8,19 @@ PATH is a Python that has torch and numpy; the environment variable TORCH_PYTHON
 
 import argparse
 import json
-import math
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.worker import Answer, Job, Worker
+from benchmarks import machine
+from benchmarks.jobs import Training
+from benchmarks.turns import Turns, take_turns
+from benchmarks.worker import Answer, Worker
 from recallax.train.log import commit
 
 RESULTS = Path(__file__).parent / "results" / "train_speed.jsonl"
@@ -44,20 +43,6 @@ class Disagreement(RuntimeError):
     """The two sides do not train the same model."""
 
 
-def torch_python(path: str | None) -> str:
-    """The opponent's interpreter, executed once to see that it has torch."""
-    if not path:
-        sys.exit("no PyTorch to compare with: give --torch-python PATH or set TORCH_PYTHON")
-    try:
-        found = subprocess.run([path, "-c", "import numpy, torch"], capture_output=True, text=True)
-    except OSError as error:
-        sys.exit(f"--torch-python {path} cannot be run: {error}")
-    if found.returncode:
-        reason = found.stderr.strip().splitlines()[-1:]
-        sys.exit(f"--torch-python {path} cannot import torch and numpy: {' '.join(reason)}")
-    return path
-
-
 def agree(name: str, ours: Answer, theirs: Answer) -> float:
     """The largest relative difference of losses and gradient norms. Raises Disagreement.
 
@@ -65,8 +50,8 @@ def agree(name: str, ours: Answer, theirs: Answer) -> float:
     root of tiny second moments magnifies rounding.
     """
     worst = 0.0
-    for what, a, b in (("loss", ours.losses, theirs.losses), ("gradient norm", ours.norms, theirs.norms)):
-        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+    for index, (first, second) in enumerate(zip(ours.readings, theirs.readings, strict=True)):
+        for what, x, y in zip(("loss", "gradient norm"), first, second, strict=True):
             difference, allowed = abs(x - y) / abs(x), 1e-3 if index else 1e-4
             if not difference <= allowed:
                 raise Disagreement(
@@ -81,30 +66,18 @@ def measure(python: str, setting: str, mixer: str, threads: int, rounds: int, st
     """Rows of one model at one size: a row per mode of the opponent."""
     vocab_size, length, pairs = SETTINGS[setting]
     total = CHECKED + (rounds + 1) * steps
-    job = Job(mixer=mixer, vocab_size=vocab_size, length=length, pairs=pairs, threads=threads, steps=total)
+    job = Training(mixer=mixer, vocab_size=vocab_size, length=length, pairs=pairs, threads=threads, steps=total)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         job.write(folder)
-        workers: dict[str, Worker] = {}
-
-        def start(name: str, *command: str) -> None:
-            workers[name] = Worker(name, command, threads, folder)
-            stack.callback(workers[name].close)
-
-        start("recallax", sys.executable, "-m", "benchmarks.recallax_mqar", str(folder))
-        for mode in MODES:
-            start(mode, python, "-m", "benchmarks.torch_mqar", str(folder), mode)
+        commands = {"recallax": (sys.executable, "-m", "benchmarks.recallax_mqar", str(folder))}
+        commands |= {mode: (python, "-m", "benchmarks.torch_mqar", str(folder), mode) for mode in MODES}
+        workers = {name: stack.enter_context(Worker(name, each, threads, folder)) for name, each in commands.items()}
         first = {name: worker.steps(CHECKED) for name, worker in workers.items()}
         differences = {mode: agree(mode, first["recallax"], first[mode]) for mode in MODES}
-        for worker in workers.values():
-            worker.steps(steps)
-        begin, busy = time.perf_counter(), _busy_seconds()
-        turns = [{name: worker.steps(steps) for name, worker in workers.items()} for _ in range(rounds)]
-        own = sum(sum(answer.cpu_seconds) for turn in turns for answer in turn.values())
-        others = (_busy_seconds() - busy - own) / (time.perf_counter() - begin)
+        turns = take_turns(workers, rounds, steps)
     rows = []
     for mode in MODES:
-        ratios = [_median(turn[mode]) / _median(turn["recallax"]) for turn in turns]
         rows.append(
             {
                 "setting": setting,
@@ -118,54 +91,25 @@ def measure(python: str, setting: str, mixer: str, threads: int, rounds: int, st
                 "batch_size": job.batch_size,
                 "rounds": rounds,
                 "steps": steps,
-                "recallax": _summary([turn["recallax"] for turn in turns], first["recallax"], job),
-                "torch": _summary([turn[mode] for turn in turns], first[mode], job),
-                "ratio": round(statistics.median(ratios), 3),
-                "ratios": [round(min(ratios), 3), round(max(ratios), 3)],
+                "recallax": _summary(turns, "recallax", first, job),
+                "torch": _summary(turns, mode, first, job),
+                **turns.ratio(mode, "recallax"),
                 "difference": float(f"{differences[mode]:.1e}"),
-                "other_cores": round(others, 2),
-                "device": _processor(),
-                "cpus": os.cpu_count(),
+                "other_cores": turns.others,
+                **machine.described(),
                 "versions": {**workers["recallax"].versions, **workers[mode].versions},
             }
         )
     return rows
 
 
-def _median(answer: Answer) -> float:
-    return statistics.median(answer.seconds)
-
-
-def _summary(turns: Sequence[Answer], first: Answer, job: Job) -> dict[str, float]:
-    seconds = [x for turn in turns for x in turn.seconds]
-    cpu_seconds = [x for turn in turns for x in turn.cpu_seconds]
-    median = statistics.median(seconds)
+def _summary(turns: Turns, side: str, first: dict[str, Answer], job: Training) -> dict[str, float]:
+    times = turns.summary(side)
     return {
-        "min_ms": round(1e3 * min(seconds), 3),
-        "median_ms": round(1e3 * median, 3),
-        "cpu_median_ms": round(1e3 * statistics.median(cpu_seconds), 3),
-        "tokens_per_second": round(job.batch_size * job.length / median),
-        "first_step_s": round(first.seconds[0], 2),
+        **times,
+        "tokens_per_second": round(1e3 * job.batch_size * job.length / times["median_ms"]),
+        "first_step_s": round(first[side].seconds[0], 2),
     }
-
-
-def _busy_seconds() -> float:
-    """What all processes together have used of all cores, so that rows can say how much was not ours; Linux only."""
-    try:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    except OSError:
-        return math.nan
-    user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "cpu"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
 def report(rows: Sequence[Row]) -> str:
@@ -197,7 +141,7 @@ def main() -> None:
     if args.report:
         print(report([json.loads(line) for line in args.results.read_text().splitlines()]))
         return
-    python, source = torch_python(args.torch_python), commit()
+    python, source = machine.torch_python(args.torch_python), commit()
     args.results.parent.mkdir(exist_ok=True)
     for setting, mixer, threads in product(args.setting, args.mixer, args.threads):
         rows = [{**row, "commit": source} for row in measure(python, setting, mixer, threads, args.rounds, args.steps)]

@@ -1,7 +1,7 @@
-"""A process that trains when told to, so that two of them can take turns on the same cores.
+"""A process that works when told to, so that several can take turns on the same cores.
 
-The driver writes JSON lines to its standard input, {"steps": n}, and reads one line of times, losses and gradient
-norms for each. Both sides use this file: it needs Python 3.11 and nothing installed.
+The driver writes JSON lines to its standard input, {"part": name, "steps": n}, and reads one line of times and readings
+for each. Both sides use this file: it needs Python 3.11 and nothing installed.
 """
 
 import json
@@ -13,29 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is trained; lies as `job.json` in a folder that both sides read."""
-
-    mixer: str
-    vocab_size: int
-    length: int
-    pairs: int
-    threads: int
-    steps: int
-    """The most steps that will be asked for: so many batches are made beforehand."""
-    d_model: int = 64
-    batch_size: int = 64
-
-    def write(self, folder: Path) -> None:
-        (folder / "job.json").write_text(json.dumps(asdict(self)))
-
-    @classmethod
-    def read(cls, folder: Path) -> "Job":
-        return cls(**json.loads((folder / "job.json").read_text()))
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -45,38 +23,37 @@ class Answer:
     seconds: list[float]
     cpu_seconds: list[float]
     """Of all its threads: what it would take on one idle core, where it has one thread."""
-    losses: list[float]
-    norms: list[float]
+    readings: list[list[float]]
+    """What `Work.read` tells of each step."""
 
 
-class Trainer(ABC):
-    """One side's model, optimizer and batches."""
-
-    @abstractmethod
-    def step(self, index: int) -> Any:
-        """Take optimizer step `index` and return when its results are in memory."""
+class Work(ABC):
+    """What one side does, step by step."""
 
     @abstractmethod
-    def read(self, result: Any) -> tuple[float, float]:
-        """Loss and global norm of the gradient before clipping, of what `step` returned; not timed."""
+    def step(self, part: str, index: int) -> Any:
+        """Do the step `index` of a part of the work and return when its results are in memory."""
+
+    @abstractmethod
+    def read(self, result: Any) -> list[float]:
+        """A few numbers of what `step` returned; not timed."""
 
 
-def serve(trainer: Trainer, versions: dict[str, str]) -> None:
+def serve(work: Work, versions: dict[str, str]) -> None:
     """Answer the driver until it closes the pipe."""
     pipe, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print must not get between the answers
     print(json.dumps(versions), file=pipe, flush=True)
     done = 0
     for line in sys.stdin:
-        seconds, cpu_seconds, results = [], [], []
-        for index in range(done, done + json.loads(line)["steps"]):
+        asked = json.loads(line)
+        answer = Answer([], [], [])
+        for index in range(done, done + asked["steps"]):
             start, cpu_start = time.perf_counter(), time.process_time()
-            result = trainer.step(index)
-            seconds.append(time.perf_counter() - start)
-            cpu_seconds.append(time.process_time() - cpu_start)
-            results.append(trainer.read(result))
-        done += len(seconds)
-        losses, norms = zip(*results, strict=True)
-        answer = Answer(seconds, cpu_seconds, list(losses), list(norms))
+            result = work.step(asked["part"], index)
+            answer.seconds.append(time.perf_counter() - start)
+            answer.cpu_seconds.append(time.process_time() - cpu_start)
+            answer.readings.append(work.read(result))
+        done += asked["steps"]
         print(json.dumps(asdict(answer)), file=pipe, flush=True)
 
 
@@ -111,11 +88,17 @@ class Worker:
         )
         self.versions: dict[str, str] = self._receive()
 
-    def steps(self, count: int) -> Answer:
-        """Take `count` steps more."""
+    def steps(self, count: int, part: str = "") -> Answer:
+        """Take `count` steps more of a part of the work; "" where it has one part only."""
         assert self._process.stdin is not None
-        print(json.dumps({"steps": count}), file=self._process.stdin, flush=True)
+        print(json.dumps({"part": part, "steps": count}), file=self._process.stdin, flush=True)
         return Answer(**self._receive())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the process."""
