@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks: everything within a chunk for all chunks at once, then a walk over the states.
+"""The gated delta rule in chunks: a triangular system inside a chunk, a carried state between chunks.
 
 With L the cumulative log-decay, D(x)_i = exp(L_i) x_i, e = b k, and S the state at the chunk's start,
 
@@ -24,7 +24,17 @@ CHUNK = 64
 
 
 class _Chunk(NamedTuple):
-    """What the walk over states needs of one chunk."""
+    q: Float[Array, "B C H K"]
+    k: Float[Array, "B C H K"]
+    v: Float[Array, "B C H V"]
+    erase: Float[Array, "B C H W"]
+    write: Float[Array, "B C H 1"]
+    decay: Float[Array, "B C H W2"] | None
+    docs: Documents
+
+
+class _Solved(NamedTuple):
+    """A chunk's effect on any incoming state."""
 
     reads: Float[Array, "B C H K"]
     """Queries, decayed since the chunk's start, of the incoming state's document."""
@@ -51,48 +61,32 @@ def delta_rule(
     """The op's XLA form."""
     length = q.shape[1]
     chunk = min(CHUNK, length)
-    valid = docs.valid[..., None, None]
-    # Padding neither decays nor erases nor writes; so do the copies of the last token that fill the last chunk.
-    erase, write = (jnp.where(valid, x.astype(jnp.float32), 0) for x in (erase, write))
-    if log_decay is not None:
-        log_decay = jnp.where(valid, log_decay.astype(jnp.float32), 0)
-    parts = jax.tree.map(lambda x: split_time(x, chunk), (q, k, v, erase, write, log_decay, docs))
+    chunks = jax.tree.map(lambda x: split_time(x, chunk), _Chunk(q, k, v, erase, write, log_decay, docs))
+    # The end is padded with copies of the last token that are marked invalid.
     filled = split_time(jnp.pad(docs.valid, ((0, 0), (0, -length % chunk))), chunk)
-    *_, last_erase, last_write, last_decay, last_docs = parts
-    silent = filled[..., None, None]
-    parts = (
-        *parts[:3],
-        jnp.where(silent, last_erase, 0),
-        jnp.where(silent, last_write, 0),
-        None if last_decay is None else jnp.where(silent, last_decay, 0),
-        last_docs._replace(valid=filled),
-    )
-    ends = parts[-1].index[:, :, -1]  # the document that each chunk hands on
-    incoming = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
-    chunks = jax.checkpoint(jax.vmap(_within))(*parts, incoming)
+    chunks = chunks._replace(docs=chunks.docs._replace(valid=filled))
 
-    @jax.checkpoint  # keep states for the backward, not what is computed from them
-    def body(state: Array, part: _Chunk) -> tuple[Array, Array]:
-        held = product("bihk,bhkv->bihv", part.erases.astype(v.dtype), state.astype(v.dtype))
-        new = (part.writes - held).astype(v.dtype)
-        out = product("bihk,bhkv->bihv", part.reads, state.astype(v.dtype))
-        out += product("bhij,bjhv->bihv", part.scores.astype(v.dtype), new)
-        return part.stays * state + product("bjhk,bjhv->bhkv", part.keys, new), out.astype(v.dtype)
+    @jax.checkpoint  # keep states for the backward, not what is computed within a chunk
+    def body(carry: tuple[Array, Array], part: _Chunk) -> tuple[tuple[Array, Array], Array]:
+        state, document = carry
+        solved = _solve(part, document)
+        held = product("bihk,bhkv->bihv", solved.erases.astype(v.dtype), state.astype(v.dtype))
+        new = (solved.writes - held).astype(v.dtype)
+        out = product("bihk,bhkv->bihv", solved.reads, state.astype(v.dtype))
+        out += product("bhij,bjhv->bihv", solved.scores.astype(v.dtype), new)
+        state = solved.stays * state + product("bjhk,bjhv->bhkv", solved.keys, new)
+        return (state, part.docs.index[:, -1]), out.astype(v.dtype)
 
-    state, out = jax.lax.scan(body, state, chunks)
+    (state, _), out = jax.lax.scan(body, (state, jnp.zeros_like(docs.index[:, 0])), chunks)
     return join_time(out, length), state
 
 
-def _within(
-    q: Float[Array, "B C H K"],
-    k: Float[Array, "B C H K"],
-    v: Float[Array, "B C H V"],
-    erase: Float[Array, "B C H W"],
-    write: Float[Array, "B C H 1"],
-    log_decay: Float[Array, "B C H W2"] | None,
-    docs: Documents,
-    document: Int[Array, " B"],
-) -> _Chunk:
+def _solve(part: _Chunk, document: Int[Array, " B"]) -> _Solved:
+    q, k, v, erase, write, log_decay, docs = part
+    valid = docs.valid[..., None, None]  # padding neither decays nor erases nor writes
+    erase, write = (jnp.where(valid, x.astype(jnp.float32), 0) for x in (erase, write))
+    if log_decay is not None:
+        log_decay = jnp.where(valid, log_decay.astype(jnp.float32), 0)
     masks = masks_of(docs, document)
     earlier = masks.visible & ~jnp.eye(q.shape[1], dtype=bool)[None]
     total = None if log_decay is None else since_start(log_decay)
@@ -106,7 +100,7 @@ def _within(
         scores = decayed_scores(erasers.astype(k.dtype), k, log_decay, earlier)
     inverse = unit_lower_inverse(scores)
     from_state = weight(masks.own, total)
-    return _Chunk(
+    return _Solved(
         reads=(q.astype(jnp.float32) * from_state).astype(q.dtype),
         erases=product("bhij,bjhk->bihk", inverse, erasers * from_state),
         writes=product("bhij,bjhv->bihv", inverse, v.astype(jnp.float32) * write),
