@@ -20,7 +20,7 @@ from recallax.pallas_kernels.decay import decayed_scores, since_start, until_end
 from recallax.pallas_kernels.product import product
 from recallax.pallas_kernels.triangular import unit_lower_inverse
 
-CHUNK = 64
+CHUNK = 32
 
 
 class _Chunk(NamedTuple):

@@ -30,8 +30,8 @@ class Kernel(NamedTuple):
 
 
 IDENTITY = Kernel(lambda s: s, lambda x: x)
-CHUNK = 128
-CHANNEL_CHUNK = 64
+CHUNK = 64
+CHANNEL_CHUNK = 32
 """With a decay per channel, whose scores cost more per pair."""
 
 
