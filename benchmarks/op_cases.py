@@ -36,6 +36,8 @@ class Case:
     draw: Callable[[OpCall, np.random.Generator], Arrays]
     opponent: str | None = None
     """What the same is called in transformers."""
+    chunks: tuple[int, ...] = ()
+    """The opponent's: first the fastest here, then the default of its model where that is another."""
 
     def inputs(self, call: OpCall) -> Arrays:
         """Float32 inputs by name, the same at every call."""
@@ -107,8 +109,8 @@ def _output(op: Callable[..., tuple[jax.Array, Any]]) -> Callable[..., jax.Array
 _token, _channel = partial(_decayed, False), partial(_decayed, True)
 _linear, _window = _output(linear_attention), _output(partial(window_attention, window=WINDOW))
 CASES: dict[str, Case] = {
-    "gated_delta_net": Case(_delta, partial(_erasing, _token), "torch_chunk_gated_delta_rule"),
-    "mamba2": Case(_mamba2, _state_space, "mamba2_chunk_scan"),
+    "gated_delta_net": Case(_delta, partial(_erasing, _token), "torch_chunk_gated_delta_rule", (64,)),
+    "mamba2": Case(_mamba2, _state_space, "mamba2_chunk_scan", (64, 256)),
     "linear_attention": Case(_linear, _keys),
     "linear_attention, token decay": Case(_linear, _token),
     "linear_attention, channel decay": Case(_linear, _channel),

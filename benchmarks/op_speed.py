@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks import machine
 from benchmarks.jobs import OpCall
-from benchmarks.op_cases import ALONE, CASES, RACED, held_bytes
+from benchmarks.op_cases import ALONE, CASES, RACED, Case, held_bytes
 from benchmarks.turns import take_turns
 from benchmarks.worker import Worker, WorkerError
 from recallax.train.log import commit
@@ -47,15 +47,15 @@ class Disagreement(RuntimeError):
     """The two sides do not compute the same."""
 
 
-def agree(folder: Path, mode: str) -> float:
+def agree(folder: Path, name: str) -> float:
     """The largest difference of output and gradients relative to the largest entry of each. Raises Disagreement."""
-    ours, theirs = np.load(folder / "recallax.npz"), np.load(folder / f"{mode}.npz")
+    ours, theirs = np.load(folder / "recallax.npz"), np.load(folder / f"{name}.npz")
     differences = {name: np.abs(x - theirs[name]).max() / np.abs(x).max() for name, x in ours.items()}
     for name, difference in differences.items():
         if not difference <= ALLOWED:
             what = "output" if name == "out" else f"gradient of {name}"
             raise Disagreement(
-                f"{what} differs by {difference:.1e} of its largest entry between recallax and torch {mode}, allowed "
+                f"{what} differs by {difference:.1e} of its largest entry between recallax and torch {name}, allowed "
                 f"{ALLOWED:.0e}; they are not timed"
             )
     return float(max(differences.values()))
@@ -66,39 +66,47 @@ def sized(op: str, *, batch: int, length: int, heads: int, width: int, threads: 
     return OpCall(op=op, batch=batch, length=length, heads=heads, keys=keys, values=width, threads=threads)
 
 
+def opponents(case: Case) -> list[tuple[str, int]]:
+    """Modes and chunks: both modes at the first chunk, eager at the others."""
+    return [*((mode, case.chunks[0]) for mode in MODES), *(("eager", chunk) for chunk in case.chunks[1:])]
+
+
 def race(python: str, call: OpCall, rounds: int, steps: int) -> Iterator[Row]:
-    """A row per mode of the opponent and direction."""
+    """A row per opponent and direction."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         call.write(folder)
         command = (sys.executable, "-m", "benchmarks.recallax_ops", str(folder))
         workers = {"recallax": stack.enter_context(Worker("recallax", command, call.threads, folder))}
-        differences: dict[str, float] = {}
-        for mode in MODES:
-            command = (python, "-m", "benchmarks.torch_ops", str(folder), mode)
+        differences: dict[tuple[str, int], float] = {}
+        for mode, chunk in opponents(CASES[call.op]):
+            name = f"{mode}-{chunk}"
+            command = (python, "-m", "benchmarks.torch_ops", str(folder), mode, str(chunk), f"{name}.npz")
             try:
-                workers[mode] = stack.enter_context(Worker(mode, command, call.threads, folder))
+                workers[name] = stack.enter_context(Worker(name, command, call.threads, folder))
             except WorkerError as error:
                 print(f"{call.op}: {error}", file=sys.stderr)
                 continue
-            differences[mode] = agree(folder, mode)
+            differences[mode, chunk] = agree(folder, name)
         for part in PARTS:
             turns = take_turns(workers, rounds, steps, part)
-            for mode, difference in differences.items():
+            for (mode, chunk), difference in differences.items():
+                name = f"{mode}-{chunk}"
                 yield {
                     "kind": "race",
                     **vars(call),
                     "part": part,
                     "mode": mode,
                     "opponent": CASES[call.op].opponent,
+                    "chunk": chunk,
                     "rounds": rounds,
                     "steps": steps,
                     "recallax": turns.summary("recallax"),
-                    "torch": turns.summary(mode),
-                    **turns.ratio(mode, "recallax"),
+                    "torch": turns.summary(name),
+                    **turns.ratio(name, "recallax"),
                     "difference": float(f"{difference:.1e}"),
                     "other_cores": turns.others,
-                    "versions": {**workers["recallax"].versions, **workers[mode].versions},
+                    "versions": {**workers["recallax"].versions, **workers[name].versions},
                 }
 
 
@@ -150,7 +158,7 @@ def weigh(call: OpCall) -> Iterator[Row]:
 
 def report(rows: Sequence[Row]) -> str:
     """The newest row of each kind and setting, as Markdown tables."""
-    keys = ("kind", "op", "batch", "length", "heads", "keys", "values", "threads", "part", "mode")
+    keys = ("kind", "op", "batch", "length", "heads", "keys", "values", "threads", "part", "mode", "chunk")
     newest = {tuple(row.get(key) for key in keys): row for row in rows}
     tables: list[tuple[str, Callable[[Row], str]]] = [
         (
@@ -190,7 +198,14 @@ def _ratio(row: Row) -> tuple[str, str]:
 
 
 def _race_line(row: Row) -> str:
-    what = (row["op"], row["length"], row["keys"], row["threads"], row["part"], row["mode"])
+    what = (
+        row["op"],
+        row["length"],
+        row["keys"],
+        row["threads"],
+        row["part"],
+        f"{row['mode']}, chunks of {row['chunk']}",
+    )
     return _cells(*what, _times(row["recallax"]), _times(row["torch"]), *_ratio(row), row["other_cores"])
 
 
