@@ -11,17 +11,12 @@ from experiments.cell import Stage, rates_then_seeds
 from recallax.configs import mqar_micro
 from recallax.layers import (
     GLA,
-    HGRN2,
     KDA,
-    RGLRU,
     DeltaNet,
     GatedDeltaNet,
-    GatedDeltaProduct,
-    Mamba,
     Mamba2,
     MixerConfig,
     MoM,
-    RetNet,
 )
 from recallax.models.zoology import zoology
 from recallax.train.run import AdamW, RunConfig
@@ -29,18 +24,13 @@ from recallax.train.run import AdamW, RunConfig
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 CELL = GatedDeltaNet(heads=1, key_dim=8, value_dim=16)
 MIXERS: dict[str, MixerConfig] = {
-    "retnet 16x32": RetNet(heads=1, key_dim=16, value_dim=32),
     "gla 16x32": GLA(heads=1),
-    "hgrn2 32x32": HGRN2(heads=1),
-    "rg_lru 64": RGLRU(width=64),
-    "mamba 16x64": Mamba(),
     "mamba2 16x64": Mamba2(state_dim=16, head_dim=32),
     "delta_net 8x16": DeltaNet(heads=1, key_dim=8, value_dim=16),
     "delta_net 16x32": DeltaNet(heads=1, key_dim=16, value_dim=32),
     "gated_delta_net 8x16": CELL,
     "gated_delta_net 16x32": GatedDeltaNet(heads=1, key_dim=16, value_dim=32),
     "gated_delta_net 8x52": GatedDeltaNet(heads=1, key_dim=8, value_dim=52),  # as many parameters as `mom`
-    "gated_delta_product 8x16": GatedDeltaProduct(heads=1, key_dim=8, value_dim=16),
     "kda 8x16": KDA(heads=1, key_dim=8, value_dim=16),
     "kda 16x32": KDA(heads=1, key_dim=16, value_dim=32),
     "mom 5x8x16": MoM(memory=CELL, num_memories=4, top_k=2),

@@ -1,7 +1,7 @@
 """How much of MQAR's standard mixture does Gated DeltaProduct with two steps per token recall?
 
 Width 64, behind a short convolution. Expected: as Gated DeltaNet: recall does not need a second reflection.
-`experiments/recall_vs_state` has what a small version reaches, at rates chosen on valid. Cost: minutes on one H100.
+Cost: minutes on one H100.
 
     recallax train mqar_gated_delta_product
     recallax train mqar_gated_delta_product --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

@@ -1,7 +1,7 @@
 """How much of MQAR's standard mixture does HGRN2 (key tied to the forget gate) recall?
 
 Width 64, behind a short convolution. Expected: no published number for this width and state.
-`experiments/recall_vs_state` has what a small version reaches, at rates chosen on valid. Cost: minutes on one H100.
+Cost: minutes on one H100.
 
     recallax train mqar_hgrn2
     recallax train mqar_hgrn2 --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

@@ -2,7 +2,7 @@
 
 Width 64, behind a short convolution. Expected: below the matrix memories; no published
 number for this width.
-`experiments/recall_vs_state` has what a small version reaches, at rates chosen on valid. Cost: minutes on one H100.
+Cost: minutes on one H100.
 
     recallax train mqar_mamba
     recallax train mqar_mamba --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

@@ -2,7 +2,7 @@
 
 Width 64, behind a short convolution. Expected: a decay that no token can hold
 back costs recall.
-`experiments/recall_vs_state` has what a small version reaches, at rates chosen on valid. Cost: minutes on one H100.
+Cost: minutes on one H100.
 
     recallax train mqar_retnet
     recallax train mqar_retnet --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

@@ -2,7 +2,7 @@
 
 Width 64, behind a short convolution. Expected: near chance beyond a few pairs, since
 one number per channel has no room for an association.
-`experiments/recall_vs_state` has what a small version reaches, at rates chosen on valid. Cost: minutes on one H100.
+Cost: minutes on one H100.
 
     recallax train mqar_rg_lru
     recallax train mqar_rg_lru --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1
