@@ -19,8 +19,8 @@ from recallax.models.importing import LAYOUTS, Entry, WeightsError, falcon_h1, i
 from recallax.models.importing.decoder import spelled
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.key_map import convert
-from recallax.models.importing.placement import filled, layer_places, parameter_places, parameter_shapes
 from recallax.models.pattern import parse
+from recallax.models.placement import filled, layer_places, parameter_places, parameter_shapes
 from recallax.types import Precision, SeqInfo, StepInfo, whole_rows
 
 pytestmark = pytest.mark.usefixtures("strict")

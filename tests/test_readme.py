@@ -29,7 +29,7 @@ def test_the_commands_run_in_the_order_they_stand(tmp_path, monkeypatch, capsys)
 
 def test_the_code_runs():
     runnable = [code for code in blocks("python") if "def get_config" not in code]
-    assert len(runnable) == 2
+    assert len(runnable) == 3
     for code in runnable:
         exec(compile(code, "README.md", "exec"), {})
 

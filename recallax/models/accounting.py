@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from recallax.models.lm import LM, LMConfig
+from recallax.models.pattern import parse
+from recallax.models.placement import layer_places, parameter_places, parameter_shapes
 from recallax.types import whole_rows
 
 
@@ -26,17 +28,16 @@ def parameters(config: LMConfig, vocab_size: int | None = None) -> int:
 
 
 def parameter_table(config: LMConfig, vocab_size: int | None = None) -> dict[str, int]:
-    """Trainable numbers by what they belong to: embedding, readout, norms, and each part of the mixers and channels."""
+    """Trainable numbers by what they belong to: embedding, norm, readout, and each part of each block."""
     table: dict[str, int] = {}
-    params = nnx.to_pure_dict(nnx.split(abstract_model(config, vocab_size), nnx.Param, ...)[1])
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        names = [str(key.key) for key in path]
-        kinds = [i for i, name in enumerate(names) if name in ("mixer", "channel")]
-        if kinds:
-            what = " ".join(names[kinds[0] : kinds[0] + 2])
-        else:
-            what = "norms" if any("norm" in name for name in names) else names[0]
-        table[what] = table.get(what, 0) + math.prod(leaf.shape)
+    model = abstract_model(config, vocab_size)
+    places = parameter_places(model, layer_places(parse(config.pattern, list(config.blocks))))
+    for name, shape in parameter_shapes(model, places).items():
+        parts = name.split(".")
+        what = parts[0]
+        if parts[0] == "layers":
+            what = " ".join([config.layers[int(parts[1])], *(parts[2:3] if len(parts) == 4 else parts[2:4])])
+        table[what] = table.get(what, 0) + math.prod(shape)
     return table
 
 

@@ -23,7 +23,7 @@ def show(name: str, config: RunConfig) -> str:
         "",
         f"layers            {len(model.layers)}: {' '.join(_runs(model.layers))}",
         f"parameters        {accounting.parameters(model, vocab):,}",
-        *(f"  {part:<26}{count:>14,}" for part, count in accounting.parameter_table(model, vocab).items()),
+        *(f"  {part:<30}{count:>14,}" for part, count in accounting.parameter_table(model, vocab).items()),
         f"forward FLOPs     {flops:,.0f} per token at {longest} tokens, matrix products only",
         f"                  {labelled:,.0f} with logits at labelled positions only, as in training and evaluation",
         "",

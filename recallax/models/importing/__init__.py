@@ -16,9 +16,9 @@ from recallax.models import accounting
 from recallax.models.importing import falcon_h1, gated_delta_net, kimi_linear, llama, mamba, mamba2, nemotron_h
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.key_map import Entry, WeightsError, convert
-from recallax.models.importing.placement import filled, layer_places, parameter_places, parameter_shapes
 from recallax.models.lm import LM, LMConfig
 from recallax.models.pattern import parse
+from recallax.models.placement import filled, layer_places, parameter_places, parameter_shapes
 
 __all__ = ["LAYOUTS", "Entry", "Layout", "WeightsError", "import_config", "import_model"]
 
