@@ -37,7 +37,8 @@ class Case:
     opponent: str | None = None
     """What the same is called in transformers."""
     chunks: tuple[int, ...] = ()
-    """The opponent's: first the fastest here, then the default of its model where that is another."""
+    """The opponent's: first the one that is fastest with backward here (eager), then one that may matter as well: the
+    default of its model (Mamba-2), or one that is faster forward (Gated DeltaNet)."""
 
     def inputs(self, call: OpCall) -> Arrays:
         """Float32 inputs by name, the same at every call."""
@@ -109,7 +110,7 @@ def _output(op: Callable[..., tuple[jax.Array, Any]]) -> Callable[..., jax.Array
 _token, _channel = partial(_decayed, False), partial(_decayed, True)
 _linear, _window = _output(linear_attention), _output(partial(window_attention, window=WINDOW))
 CASES: dict[str, Case] = {
-    "gated_delta_net": Case(_delta, partial(_erasing, _token), "torch_chunk_gated_delta_rule", (64,)),
+    "gated_delta_net": Case(_delta, partial(_erasing, _token), "torch_chunk_gated_delta_rule", (64, 32)),
     "mamba2": Case(_mamba2, _state_space, "mamba2_chunk_scan", (64, 256)),
     "linear_attention": Case(_linear, _keys),
     "linear_attention, token decay": Case(_linear, _token),
