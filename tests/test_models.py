@@ -12,6 +12,7 @@ from flax import nnx
 from recallax.__main__ import config_names
 from recallax.config import ConfigError
 from recallax.layers import (
+    HGRN2,
     Attention,
     BaseConv,
     Based,
@@ -267,6 +268,40 @@ def test_mom_has_the_published_sizes():
         assert sum(accounting.parameter_table(config).values()) == accounting.parameters(config)
         # In each of 24 layers five memories of 4 x 256 x 256 float32 and three bfloat16 inputs of their convolutions.
         assert accounting.state_bytes(config, 2048) == 24 * 5 * (4 * 4 * 256 * 256 + 2 * 3 * 3 * 1024)
+
+
+def test_the_floors_of_hgrn2_rise_over_its_layers_and_are_learned():
+    """However the pattern is spelled; the other kinds of layers do not count."""
+    blocks = {"h": Block(mixer=HGRN2(heads=2)), "w": Block(mixer=SlidingWindow(window=3))}
+    slopes = {}
+    for pattern in ("h w h h w h", "(h w h)*2", "h w h*2 w h"):
+        built = model(pattern, blocks).build(nnx.Rngs(0))
+        graph, params, rest = nnx.split(built, nnx.Param, ...)
+        logits = jax.random.normal(jax.random.key(1), (4, 8))
+        params["floors"]["logits"][...] = logits
+
+        def loss(params, graph=graph, rest=rest):
+            whole = nnx.merge(graph, params, rest)
+            y, _ = whole(TOKENS, whole_rows(2, 9))
+            return jnp.sum(y * jnp.cos(jnp.arange(20.0))[None, None]), nnx.state(whole, Statistic)
+
+        grads, statistics = jax.jit(jax.grad(loss, has_aux=True))(params)
+        slopes[pattern] = np.asarray(grads["floors"]["logits"][...])
+        floors = np.concatenate([np.asarray(leaf).reshape(-1, 8) for leaf in jax.tree.leaves(statistics)])
+        shares = np.asarray(jax.nn.softmax(logits, axis=0))
+        np.testing.assert_allclose(np.sort(floors, axis=0), np.cumsum(shares, axis=0) - shares[:1], atol=1e-6)
+    for other in slopes.values():
+        assert np.abs(other).max() > 0
+        np.testing.assert_allclose(other, slopes["h w h h w h"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_every_config_fits_its_task_at_full_size(name):
+    """Shapes only: nothing is allocated."""
+    run = importlib.import_module(f"recallax.configs.{name}").get_config()
+    count = accounting.parameters(run.model, run.task.vocab_size)
+    assert sum(accounting.parameter_table(run.model, run.task.vocab_size).values()) == count
+    assert accounting.state_bytes(run.model, 1024, run.task.vocab_size) > 0
 
 
 def models_with_spare_attention() -> dict[str, LMConfig]:

@@ -17,7 +17,7 @@ def language_model_size(model: LMConfig) -> RunConfig:
     """A model on MQAR with the vocabulary, length, rows and optimizer of the published pretraining."""
     slices = (Segment(length=2048, pairs=256),)
     return RunConfig(
-        task=MQAR(vocab_size=VOCAB, mixture=slices, test_mixture=slices),
+        task=MQAR(vocab_size=model.vocab_size or VOCAB, mixture=slices, test_mixture=slices),
         model=model,
         optim=AdamW(lr=8e-4, warmup=0.01),
         train=Train(steps=20_000, batch_size=256, accumulate=8, save_every=1000),

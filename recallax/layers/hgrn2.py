@@ -3,8 +3,9 @@
     f_t = l + (1 - l) sigmoid(x_t W_f),   S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_t^T,   o_t = S_t^T silu(x_t W_q)
     y_t = W_o rms(o_t)   over the full width
 
-In the paper the floors l are a learned cumulative softmax over the layers, 0 in the first; here layer i of n has i / n,
-the value at which that softmax starts. State: K V float32 per head.
+The floors l are a cumulative softmax over the model's layers, 0 in the first, which the model owns and learns
+(`recallax.models.coupling`); a mixer alone keeps the value at which that softmax starts, i / n in layer i of n.
+State: K V float32 per head.
 Source: Qin et al. 2024 (HGRN2, arXiv 2404.07904), section 3.
 """
 
@@ -54,13 +55,14 @@ class HGRN2Cell(Cell):
 
     def __init__(self, sizes: Sizes, site: Site):
         super().__init__(sizes)
-        self.floor = Statistic(jnp.asarray(site.index, jnp.float32) / site.depth)
+        start = jnp.asarray(site.index, jnp.float32) / site.depth
+        self.floor = Statistic(jnp.broadcast_to(start, (sizes.heads * sizes.keys,)))
 
     def recurrence(self, streams: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]) -> Recurrence:
         heads = self.sizes.heads
         gate = heads_of(streams["decay"].astype(jnp.float32), heads)
         v = heads_of(streams["v"], heads)
-        floor = jnp.broadcast_to(self.floor[...], gate.shape)
+        floor = jnp.broadcast_to(self.floor[...].reshape(heads, -1), gate.shape)
         # log f, without rounding f to 0 or 1 first
         keep = jnp.logaddexp(jnp.log(jnp.maximum(floor, 1e-37)), jnp.log1p(-floor) + jax.nn.log_sigmoid(gate))
         k = ((1 - floor) * jax.nn.sigmoid(-gate)).astype(v.dtype)

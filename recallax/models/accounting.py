@@ -36,7 +36,7 @@ def parameter_table(config: LMConfig, vocab_size: int | None = None) -> dict[str
         parts = name.split(".")
         what = parts[0]
         if parts[0] == "layers":
-            what = " ".join([config.layers[int(parts[1])], *(parts[2:3] if len(parts) == 4 else parts[2:4])])
+            what = " ".join([config.layers[int(parts[1])], *parts[2 : 3 if parts[2].endswith("norm") else 4]])
         table[what] = table.get(what, 0) + math.prod(shape)
     return table
 

@@ -13,7 +13,9 @@ from recallax.layers.base import State
 from recallax.layers.dense import parameter
 from recallax.layers.norm import RMSNorm
 from recallax.models.block import Block, drop
+from recallax.models.coupling import Floors, cell_at
 from recallax.models.pattern import flatten, parse
+from recallax.models.placement import layer_places
 from recallax.models.readout import Readout, Tied
 from recallax.models.stack import Plan, Remat, Stack
 from recallax.types import Aux, Precision, SeqInfo, StepInfo, check
@@ -79,6 +81,9 @@ class LM(nnx.Module):
             config.blocks, width, depth, config.dropout, config.norm_eps, config.remat, precision, rngs.params()
         )
         self.stack = Stack(terms, plan, 0)
+        places = layer_places(terms)
+        coupled = any(cell_at(self, place.path) is not None for place in places)
+        self.floors = Floors(self, places, precision=precision) if coupled else None
         self.norm = RMSNorm(width, precision=precision, eps=config.norm_eps)
         self.readout = config.readout.build(width, vocab_size, precision=precision, rngs=rngs)
         self.embed_dropout = config.embed_dropout
@@ -87,6 +92,7 @@ class LM(nnx.Module):
         self, tokens: Int[Array, "B T"], seq: SeqInfo, at: Int[Array, "B N"] | None = None
     ) -> tuple[Float[Array, "B N V"], Aux]:
         """Float32 logits at the row indices `at` (None: everywhere) and the modules' auxiliary means."""
+        self._couple()
         tokens, seq, shift = _to_right_padding(tokens, seq)
         r, aux = self.stack(self._embed(tokens, seq), seq, 0)
         return self._read(r, seq, at, shift), aux
@@ -99,6 +105,7 @@ class LM(nnx.Module):
         self, tokens: Int[Array, "B T"], seq: SeqInfo, state: State, at: Int[Array, "B N"] | None = None
     ) -> tuple[Float[Array, "B N V"], State, Aux]:
         """T >= 1 further tokens; `seq.positions` continue where the state's documents stand (0 starts afresh)."""
+        self._couple()
         tokens, seq, shift = _to_right_padding(tokens, seq._replace(key=None))
         r, state, aux = self.stack.prefill(self._embed(tokens, seq), seq, state)
         return self._read(r, seq, at, shift), state, aux
@@ -106,10 +113,15 @@ class LM(nnx.Module):
     def step(self, token: Int[Array, " B"], info: StepInfo, state: State) -> tuple[Float[Array, "B V"], State]:
         """One further token of each active row: float32 logits and the new state."""
         check(info)
+        self._couple()
         r, state = self.stack.step(self.embedding[token].astype(jnp.float32), info, state)
         hidden = self.norm(r)
         at = jnp.asarray(info.position)[:, None]
         return self.readout(hidden[:, None], self.embedding[...], hidden, at)[:, 0], state
+
+    def _couple(self) -> None:
+        if self.floors is not None:
+            self.floors.apply(self)
 
     def _embed(self, tokens: Int[Array, "B T"], seq: SeqInfo) -> Float[Array, "B T D"]:
         x = self.embedding[tokens].astype(jnp.float32)

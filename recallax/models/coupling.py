@@ -1,0 +1,51 @@
+"""What layers share: HGRN2's floors, a cumulative softmax over all layers of that kind.
+
+    l_i = sum_{j <= i} p_j - p_1,   p = softmax over the n layers of a learned [n, width]
+
+so the floors rise from 0 in the first layer and start at i / n. Source: Qin et al. 2024 (HGRN2, arXiv 2404.07904),
+section 3, after HGRN (arXiv 2311.04823), section 3.3.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from recallax.layers.base import Statistic
+from recallax.layers.dense import parameter
+from recallax.layers.hgrn2 import HGRN2Cell
+from recallax.models.placement import Path, Place
+from recallax.types import Precision
+
+
+class Floors(nnx.Module):
+    """The learned floors of a model's HGRN2 layers; `places` are all its layers, in order."""
+
+    def __init__(self, model: nnx.Module, places: Sequence[Place], *, precision: Precision):
+        found = [(place, cell_at(model, place.path)) for place in places]
+        self.places = tuple(place for place, cell in found if cell is not None)
+        widths = {cell.floor[...].shape[-1] for _, cell in found if cell is not None}
+        if len(widths) > 1:
+            raise ValueError(f"the HGRN2 layers of a model share their floors; their widths {sorted(widths)} differ")
+        self.logits = parameter(jnp.zeros((len(self.places), widths.pop()), precision.param), (None, None), decay=False)
+
+    def apply(self, model: nnx.Module) -> None:
+        """Give every HGRN2 layer of the model, repeated ones included, the floor that its place has."""
+        shares = jax.nn.softmax(self.logits[...], axis=0)
+        floors = jnp.cumsum(shares, axis=0) - shares[:1]
+        for path in dict.fromkeys(place.path for place in self.places):
+            rows = [number for number, place in enumerate(self.places) if place.path == path]
+            cell = cell_at(model, path)
+            assert cell is not None
+            cell.floor = Statistic(floors[jnp.array(rows)].reshape(cell.floor[...].shape))
+
+
+def cell_at(model: nnx.Module, path: Path) -> HGRN2Cell | None:
+    """The HGRN2 cell of the layer at this path, if it has one."""
+    module: Any = model
+    for name in path:
+        module = module[name] if isinstance(name, int) else getattr(module, name)
+    cell = getattr(module.mixer, "cell", None)
+    return cell if isinstance(cell, HGRN2Cell) else None
