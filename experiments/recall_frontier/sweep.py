@@ -30,10 +30,15 @@ SMALL = ("attention", "based 16", "based 8", "linear elu")
 
 
 def micro(name: str, rate: float, seed: int) -> RunConfig:
+    return micro_of(MIXERS[name], rate, seed)
+
+
+def micro_of(mixer: MixerConfig, rate: float, seed: int) -> RunConfig:
+    """`mqar_micro` with this mixer."""
     config = mqar_micro.get_config()
     return dataclasses.replace(
         config,
-        model=zoology(MIXERS[name], 32),
+        model=zoology(mixer, 32),
         optim=AdamW(lr=rate),
         train=dataclasses.replace(config.train, seed=seed, data_seed=seed),
     )

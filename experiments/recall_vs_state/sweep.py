@@ -5,10 +5,8 @@ rates and steps; the report draws both. Stages: a grid of six learning rates wit
 on valid with two other seeds.
 """
 
-import dataclasses
-
 from experiments.cell import Stage, rates_then_seeds
-from recallax.configs import mqar_micro
+from experiments.recall_frontier.sweep import micro_of
 from recallax.layers import (
     GLA,
     KDA,
@@ -18,8 +16,7 @@ from recallax.layers import (
     MixerConfig,
     MoM,
 )
-from recallax.models.zoology import zoology
-from recallax.train.run import AdamW, RunConfig
+from recallax.train.run import RunConfig
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 CELL = GatedDeltaNet(heads=1, key_dim=8, value_dim=16)
@@ -38,13 +35,7 @@ MIXERS: dict[str, MixerConfig] = {
 
 
 def micro(name: str, rate: float, seed: int) -> RunConfig:
-    config = mqar_micro.get_config()
-    return dataclasses.replace(
-        config,
-        model=zoology(MIXERS[name], 32),
-        optim=AdamW(lr=rate),
-        train=dataclasses.replace(config.train, seed=seed, data_seed=seed),
-    )
+    return micro_of(MIXERS[name], rate, seed)
 
 
 STAGES: tuple[Stage, ...] = rates_then_seeds(MIXERS, RATES, micro)

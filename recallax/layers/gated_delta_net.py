@@ -50,10 +50,6 @@ class GatedDeltaNet(MemoryConfig):
         keys = self.key_dim or max(1, 3 * divide_heads("gated_delta_net", d_model, self.heads) // 4)
         return Sizes(self.heads, heads, keys, self.value_dim or 2 * keys)
 
-    def query(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        groups, _, keys, _ = self.sizes(d_model)
-        return Streams({"q": Linear(d_model, groups * keys, precision=precision, rngs=rngs)})
-
     def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
         groups, heads, keys, values = self.sizes(d_model)
         widths = {"k": groups * keys, "v": heads * values, "beta": heads, "decay": heads}

@@ -51,10 +51,6 @@ class GatedDeltaProduct(MemoryConfig):
         keys = self.key_dim or max(1, 3 * divide_heads("gated_delta_product", d_model, self.heads) // 4)
         return Sizes(self.heads, self.heads, keys, self.value_dim or 2 * keys)
 
-    def query(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        _, heads, keys, _ = self.sizes(d_model)
-        return Streams({"q": Linear(d_model, heads * keys, precision=precision, rngs=rngs)})
-
     def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
         _, heads, keys, values = self.sizes(d_model)
         each = self.steps * heads

@@ -44,10 +44,6 @@ class GLA(MemoryConfig):
         values = self.value_dim or divide_heads("gla", d_model, self.heads)
         return Sizes(self.heads, self.heads, self.key_dim or max(1, values // 2), values)
 
-    def query(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        _, heads, keys, _ = self.sizes(d_model)
-        return Streams({"q": Linear(d_model, heads * keys, precision=precision, rngs=rngs)})
-
     def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
         _, heads, keys, values = self.sizes(d_model)
         return Streams(

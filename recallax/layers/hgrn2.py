@@ -37,9 +37,6 @@ class HGRN2(MemoryConfig):
         width = divide_heads("hgrn2", d_model, self.heads)
         return Sizes(self.heads, self.heads, width, width)
 
-    def query(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        return Streams({"q": Linear(d_model, d_model, precision=precision, rngs=rngs)})
-
     def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
         return Streams({name: Linear(d_model, d_model, precision=precision, rngs=rngs) for name in ("decay", "v")})
 

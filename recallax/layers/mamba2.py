@@ -60,9 +60,6 @@ class Mamba2(MemoryConfig):
         divide_heads("mamba2's heads over groups", heads, self.groups)
         return Sizes(self.groups, heads, self.state_dim, self.head_dim)
 
-    def query(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        return Streams({"q": Linear(d_model, self.groups * self.state_dim, precision=precision, rngs=rngs)})
-
     def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
         groups, heads, keys, values = self.sizes(d_model)
         widths = {"k": groups * keys, "v": heads * values, "dt": heads}

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recallax.layers.base import MixerConfig, RecurrentMixer, Site
 from recallax.layers.continuation import continued, started
-from recallax.layers.dense import Streams
+from recallax.layers.dense import Linear, Streams
 from recallax.layers.readout import Readout
 from recallax.layers.short_convolution import ShortConvolution
 from recallax.pallas_kernels.delta_rule import delta_rule, delta_rule_step
@@ -144,9 +144,10 @@ class MemoryConfig(MixerConfig, abc.ABC):
     def sizes(self, d_model: int) -> Sizes:
         """Heads and widths; raises ConfigError where they do not fit."""
 
-    @abc.abstractmethod
     def query(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
         """What every memory is read with."""
+        groups, _, keys, _ = self.sizes(d_model)
+        return Streams({"q": Linear(d_model, groups * keys, precision=precision, rngs=rngs)})
 
     @abc.abstractmethod
     def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:

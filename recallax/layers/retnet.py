@@ -39,10 +39,6 @@ class RetNet(MemoryConfig):
         keys = self.key_dim or divide_heads("retnet", d_model, self.heads)
         return Sizes(self.heads, self.heads, keys, self.value_dim or 2 * keys)
 
-    def query(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        _, heads, keys, _ = self.sizes(d_model)
-        return Streams({"q": Linear(d_model, heads * keys, precision=precision, rngs=rngs)})
-
     def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
         _, heads, keys, values = self.sizes(d_model)
         widths = {"k": heads * keys, "v": heads * values}
