@@ -80,6 +80,11 @@ class Streams(nnx.Module):
         }
 
 
+def torch_std(inputs: int) -> float:
+    """Deviation of PyTorch's default initialisation of a linear layer, which some published models keep."""
+    return (3 * inputs) ** -0.5
+
+
 def residual_std(depth: int) -> float:
     """Initial deviation of projections into the residual stream: 0.02 / sqrt(2 depth), as in GPT-2."""
     return 0.02 / math.sqrt(2 * depth)

@@ -4,6 +4,7 @@
     x = silu(conv(u W_x) + bias);   r, B, C = x W;   dt = softplus(r W_dt + b);   y_t = W_o [ o_t * silu(u_t W_z) ]
 
 State: N float32 for each of the E = expand * d channels, and the last 3 inputs of the convolution.
+Projections start as PyTorch's do, as in the authors' code.
 Source: Gu & Dao 2023 (arXiv 2312.00752), section 3 and algorithm 2.
 """
 
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float
 from recallax.config import ConfigError
 from recallax.layers.base import MixerConfig, RecurrentMixer, Site
 from recallax.layers.continuation import continued, started
-from recallax.layers.dense import Linear, parameter, residual_std
+from recallax.layers.dense import Linear, parameter, residual_std, torch_std
 from recallax.layers.gates import start_of_dt
 from recallax.layers.short_convolution import ShortConvolution
 from recallax.pallas_kernels.selective_scan import selective_scan, selective_scan_step
@@ -60,12 +61,13 @@ class MambaMixer(RecurrentMixer):
         self.rank = config.dt_rank or math.ceil(d_model / 16)
         self.states = config.state_dim
         self.dtype = precision.compute
-        self.input = Linear(d_model, 2 * inner, precision=precision, rngs=rngs)
+        self.input = Linear(d_model, 2 * inner, std=torch_std(d_model), precision=precision, rngs=rngs)
         self.conv = ShortConvolution(inner, config.conv, precision=precision, rngs=rngs, bias=True)
         width = self.rank + 2 * self.states
-        self.select = Linear(inner, width, precision=precision, rngs=rngs, axes=("heads", None))
-        std = 1 / math.sqrt(3 * self.rank)
-        self.dt = Linear(self.rank, inner, precision=precision, rngs=rngs, std=std, axes=(None, "heads"))
+        axes = ("heads", None)
+        self.select = Linear(inner, width, std=torch_std(inner), precision=precision, rngs=rngs, axes=axes)
+        std = torch_std(self.rank)
+        self.dt = Linear(self.rank, inner, std=std, precision=precision, rngs=rngs, axes=(None, "heads"))
         self.dt_bias = parameter(start_of_dt(inner, precision, rngs), ("heads",), decay=False)
         rates = jnp.broadcast_to(jnp.arange(1, self.states + 1, dtype=precision.param), (inner, self.states))
         self.a_log = parameter(jnp.log(rates), ("heads", None), decay=False)

@@ -4,7 +4,9 @@
     x, B, C = silu(conv(u W) + bias);   y_t = W_o rms(o_t * silu(u_t W_z))   per group
 
 B and C (keys and queries, width N) are shared by the heads of a group. State: N P float32 per head, P the head's width,
-and the last 3 inputs of the convolution. Source: Dao & Gu 2024 (arXiv 2405.21060), sections 5 and 7.
+and the last 3 inputs of the convolution. Projections start as PyTorch's do, as in the authors' code: at widths below a
+few hundred a deviation of .02 is too small for it to learn in a few thousand steps.
+Source: Dao & Gu 2024 (arXiv 2405.21060), sections 5 and 7.
 """
 
 from collections.abc import Mapping
@@ -17,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from recallax.config import ConfigError
 from recallax.layers.base import Site
 from recallax.layers.continuation import divide_heads
-from recallax.layers.dense import Linear, Streams, parameter
+from recallax.layers.dense import Linear, Streams, parameter, torch_std
 from recallax.layers.gates import DecayGate, heads_of
 from recallax.layers.memory import Cell, MemoryConfig, Recurrence, Sizes
 from recallax.layers.readout import Order, Readout
@@ -60,10 +62,16 @@ class Mamba2(MemoryConfig):
         divide_heads("mamba2's heads over groups", heads, self.groups)
         return Sizes(self.groups, heads, self.state_dim, self.head_dim)
 
+    def query(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
+        width, std = self.groups * self.state_dim, torch_std(d_model)
+        return Streams({"q": Linear(d_model, width, std=std, precision=precision, rngs=rngs)})
+
     def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
         groups, heads, keys, values = self.sizes(d_model)
         widths = {"k": groups * keys, "v": heads * values, "dt": heads}
-        return Streams({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
+        std = torch_std(d_model)
+        parts = {name: Linear(d_model, w, std=std, precision=precision, rngs=rngs) for name, w in widths.items()}
+        return Streams(parts)
 
     def cell(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "Mamba2Cell":
         groups, heads, keys, values = sizes = self.sizes(d_model)
@@ -81,7 +89,7 @@ class Mamba2(MemoryConfig):
             d_model,
             site,
             groups=self.groups,
-            gate=Linear(d_model, heads * values, precision=precision, rngs=rngs),
+            gate=Linear(d_model, heads * values, std=torch_std(d_model), precision=precision, rngs=rngs),
             order=self.order,
             shared_scale=False,
             eps=self.eps,
