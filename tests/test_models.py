@@ -312,6 +312,14 @@ def models_with_spare_attention() -> dict[str, LMConfig]:
 @pytest.mark.parametrize("config", models_with_spare_attention().values(), ids=models_with_spare_attention())
 @pytest.mark.parametrize("pattern", ["conv (mixer*3 window)*2", "conv (mixer*7 attention)*2"])
 def test_every_recurrent_mixer_makes_a_hybrid(config, pattern):
+    """Shapes of a forward pass and of a state; that what is built computes is the business of the laws."""
     hybrid = replace(config, pattern=pattern)
-    built = hybrid.build(nnx.Rngs(0), 20)
-    assert np.isfinite(logits(built, whole_rows(2, 9))).all()
+
+    def forward():
+        built = hybrid.build(nnx.Rngs(0), 20)
+        return built(TOKENS, whole_rows(2, 9))[0], built.init_state(2, 9)
+
+    y, state = jax.eval_shape(forward)
+    assert y.shape == (2, 9, 20) and jax.tree.leaves(state)
+    kinds = {name: hybrid.layers.count(name) for name in hybrid.blocks}
+    assert kinds["mixer"] == (6 if "window" in pattern else 14) and kinds["window"] + kinds["attention"] == 2

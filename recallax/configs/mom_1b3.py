@@ -8,8 +8,8 @@ the counts of `recallax show` are tested. Cost: hours on one H100.
 """
 
 from recallax.configs.based_360m import language_model_size, tiny_stack
-from recallax.layers import GatedDeltaNet, MoM, SwiGLU
-from recallax.models import Block, LMConfig
+from recallax.configs.mom_380m import tiny_blocks
+from recallax.models import LMConfig
 from recallax.models.mom import mom_1b3
 from recallax.train.run import RunConfig
 
@@ -19,7 +19,4 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    memory = GatedDeltaNet(heads=2, key_dim=4, value_dim=4)
-    mixer = MoM(memory=memory, num_memories=4, top_k=2, shared=False, balance="per_sequence")
-    block = Block(mixer=mixer, channel=SwiGLU(expand=2.0))
-    return tiny_stack(get_config(), LMConfig(d_model=16, pattern="mom*2", blocks={"mom": block}))
+    return tiny_stack(get_config(), LMConfig(d_model=16, pattern="mom*2", blocks=tiny_blocks()))

@@ -7,11 +7,18 @@ the counts of `recallax show` are tested. Cost: hours on one H100.
     recallax show mom_380m
 """
 
+from recallax.configs import mqar_mom
 from recallax.configs.based_360m import language_model_size, tiny_stack
-from recallax.layers import Attention, GatedDeltaNet, MoM, SwiGLU
+from recallax.layers import Attention, SwiGLU
 from recallax.models import Block, LMConfig
 from recallax.models.mom import mom_380m, mom_hybrid
 from recallax.train.run import RunConfig
+
+
+def tiny_blocks() -> dict[str, Block]:
+    """The mixer of `mqar_mom`'s small form, so that the laws meet it once."""
+    mixer = mqar_mom.get_tiny().model.blocks["mixer"].mixer
+    return {"mom": Block(mixer=mixer, channel=SwiGLU(expand=2.0))}
 
 
 def get_config() -> RunConfig:
@@ -19,8 +26,5 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    memory = GatedDeltaNet(heads=2, key_dim=4, value_dim=4)
-    mixer = MoM(memory=memory, num_memories=4, top_k=2)
-    blocks = {"mom": Block(mixer=mixer, channel=SwiGLU(expand=2.0))}
-    model = LMConfig(d_model=16, pattern="mom*4", blocks=blocks)
+    model = LMConfig(d_model=16, pattern="mom*4", blocks=tiny_blocks())
     return tiny_stack(get_config(), mom_hybrid(model, Block(mixer=Attention(heads=2)), ratio=1))
