@@ -13,9 +13,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from recallax.config import ConfigError
 from recallax.layers.base import Statistic
 from recallax.layers.dense import parameter
 from recallax.layers.hgrn2 import HGRN2Cell
+from recallax.layers.memory import MemoryMixer
+from recallax.layers.mom import MoMMixer
 from recallax.models.placement import Path, Place
 from recallax.types import Precision
 
@@ -28,7 +31,9 @@ class Floors(nnx.Module):
         self.places = tuple(place for place, cell in found if cell is not None)
         widths = {cell.floor[...].shape[-1] for _, cell in found if cell is not None}
         if len(widths) > 1:
-            raise ValueError(f"the HGRN2 layers of a model share their floors; their widths {sorted(widths)} differ")
+            raise ConfigError(
+                f"the HGRN2 layers of a model share their floors; their widths {sorted(widths)} must be equal"
+            )
         self.logits = parameter(jnp.zeros((len(self.places), widths.pop()), precision.param), (None, None), decay=False)
 
     def apply(self, model: nnx.Module) -> None:
@@ -47,5 +52,5 @@ def cell_at(model: nnx.Module, path: Path) -> HGRN2Cell | None:
     module: Any = model
     for name in path:
         module = module[name] if isinstance(name, int) else getattr(module, name)
-    cell = getattr(module.mixer, "cell", None)
-    return cell if isinstance(cell, HGRN2Cell) else None
+    mixer = module.mixer
+    return mixer.cell if isinstance(mixer, MemoryMixer | MoMMixer) and isinstance(mixer.cell, HGRN2Cell) else None
