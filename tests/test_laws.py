@@ -14,6 +14,7 @@ from flax import nnx
 
 from recallax.__main__ import config_names
 from recallax.layers import MixerConfig, MoM, Nothing, RecurrentMixer, Site
+from recallax.layers.memory import MemoryConfig
 from recallax.models import LM, LMConfig, accounting
 from recallax.pallas_kernels.delta_rule import xla as delta_xla
 from recallax.pallas_kernels.linear_attention import xla as linear_xla
@@ -47,7 +48,15 @@ def label(config: MixerConfig) -> str:
     return "-".join([type(config).__name__, *map(str, values)])
 
 
-each_mixer = pytest.mark.parametrize("config", mixers(), ids=label)
+def over_every_memory() -> list[MoM]:
+    """A mixture over each member of the family that some config holds."""
+    members = {type(m): m for m in mixers() if isinstance(m, MemoryConfig)}
+    return [MoM(memory=m, num_memories=3, top_k=2) for m in members.values()]
+
+
+each_mixer = pytest.mark.parametrize(
+    "config", [*mixers(), *(pytest.param(m, marks=pytest.mark.full) for m in over_every_memory())], ids=label
+)
 each_model = pytest.mark.parametrize("name", tiny_models())
 
 
