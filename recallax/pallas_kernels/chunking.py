@@ -32,6 +32,11 @@ def documents(segments: Int[Array, "B T"]) -> Documents:
     return Documents(jnp.cumsum(starts, axis=1), valid)
 
 
+def one_document(rows: int, length: int) -> Documents:
+    """Rows of one document each, without padding."""
+    return Documents(jnp.zeros((rows, length), jnp.int32), jnp.ones((rows, length), bool))
+
+
 def last_valid(docs: Documents) -> Int[Array, " B"]:
     """Index of the last token of each row that is not padding; -1 in an empty row."""
     time = jnp.arange(docs.valid.shape[1])[None]

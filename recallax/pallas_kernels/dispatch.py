@@ -1,21 +1,94 @@
-"""Chooses an implementation of an op by name, or the first in a fixed order."""
+"""Chooses an implementation of an op: the one that is named, or the first that the device and the arguments allow.
 
-from collections.abc import Callable, Mapping
+A form is a function with the op's own arguments. One that cannot run here, or not on these arguments, raises
+`Unsupported` with the reason while it is traced. A form that was named then fails with that reason; otherwise the next
+one is tried. Kernels need the device they are written for, except inside `interpreted()`, where Pallas' interpreters
+run them on any machine.
+"""
+
+import contextlib
+import contextvars
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
 
 from recallax.config import nearest
 
-ORDER = ("xla",)
-"""What `implementation=None` tries. A kernel joins the order of its device with a checked-in row that shows it agrees
-with the reference and is faster there; until then it runs by name only."""
+type Platform = Literal["cpu", "gpu", "tpu"]
+
+ORDER: dict[Platform, tuple[str, ...]] = {
+    "cpu": ("xla",),
+    "gpu": ("mosaic_gpu", "xla"),
+    "tpu": ("mosaic_tpu", "xla"),
+}
+"""What `implementation=None` tries. A kernel is tried for the ops in `PROVEN` only; until then it runs by name."""
+
+PROVEN: frozenset[tuple[str, str]] = frozenset()
+"""(op, form) with a checked-in row that shows it agrees with the reference and is faster there than the XLA form."""
+
+_interpreting = contextvars.ContextVar("interpreting", default=False)
 
 
-def choose[F: Callable](op: str, forms: Mapping[str, F], implementation: str | None) -> F:
-    """The form that `implementation` names. Raises ValueError for a name the op does not have."""
-    if implementation is None:
-        implementation = next(name for name in ORDER if name in forms)
-    if implementation not in forms:
+class Unsupported(NotImplementedError):
+    """Why a form declines its arguments or the device."""
+
+
+def call(op: str, forms: Mapping[str, Callable[..., Any]], implementation: str | None, *arguments: Any) -> Any:
+    """The result of the form that `implementation` names, or of the first that takes the arguments.
+
+    Raises ValueError for a name the op does not have, and Unsupported with the reasons of all that were tried.
+    """
+    if implementation is not None and implementation not in forms:
         raise ValueError(f"{op} has no implementation {implementation!r}{nearest(implementation, list(forms))}")
-    return forms[implementation]
+    reasons = []
+    for name in candidates(op, forms) if implementation is None else (implementation,):
+        try:
+            return forms[name](*arguments)
+        except Unsupported as reason:
+            reasons.append(f"{name}: {reason}")
+    raise Unsupported(f"{op} cannot run: {'; '.join(reasons)}")
+
+
+def candidates(op: str, forms: Mapping[str, Callable[..., Any]]) -> list[str]:
+    """What `implementation=None` tries for the platform at hand, in order."""
+    return [name for name in ORDER[platform()] if name in forms and (name == "xla" or (op, name) in PROVEN)]
+
+
+def platform() -> Platform:
+    """What is being traced for: the device of an abstract mesh where one is set, else the default backend's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("gpu", "cuda", "rocm") else "tpu" if name == "tpu" else "cpu"
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Within it Pallas' interpreters run the kernels on any machine: slow, for tests and to look inside."""
+    token = _interpreting.set(True)
+    try:
+        yield
+    finally:
+        _interpreting.reset(token)
+
+
+def interpreting(kernel: Platform) -> bool:
+    """Whether a kernel for that platform is to be interpreted. Raises Unsupported where it can run in no way."""
+    if _interpreting.get():
+        return True
+    if platform() != kernel:
+        raise Unsupported(f"it is for a {kernel.upper()} and this is a {platform().upper()}; `interpreted()` runs it")
+    return False
+
+
+def kernel(module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of a kernel's module, imported when it is first called: Pallas takes long to load."""
+
+    def form(*arguments: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*arguments)
+
+    return form
 
 
 def require(op: str, condition: bool, what: str) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from recallax.pallas_kernels.chunking import documents
 from recallax.pallas_kernels.decay import broadcast_decay, step_decay
 from recallax.pallas_kernels.delta_rule import reference, xla
-from recallax.pallas_kernels.dispatch import choose, require
+from recallax.pallas_kernels.dispatch import call, require
 
 FORMS = {"reference": reference.delta_rule, "xla": xla.delta_rule}
 
@@ -56,13 +56,10 @@ def delta_rule(
     if state is None:
         state = jnp.zeros(wanted, jnp.float32)
     require(op, state.shape == wanted, f"state has shape {state.shape}; it must be {wanted}")
-    if segments is None:
-        segments = jnp.ones((b, t), jnp.int32)
-    q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
-    q, k = (jnp.repeat(x, heads // groups, axis=2) for x in (q, k))
+    docs = None if segments is None else documents(segments)
     erase = erase if erase.shape == channels else erase[..., None]
-    form = choose(op, FORMS, implementation)
-    return form(q, k, v, erase, write[..., None], log_decay, state, documents(segments))
+    scale = width**-0.5 if scale is None else scale
+    return call(op, FORMS, implementation, q, k, v, erase, write[..., None], log_decay, state, docs, scale)
 
 
 def delta_rule_step(

@@ -4,18 +4,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import Documents, accumulator
+from recallax.pallas_kernels.chunking import Documents, accumulator, one_document
+from recallax.pallas_kernels.heads import per_value_head
 
 
 def delta_rule(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
     erase: Float[Array, "B T H W"],
     write: Float[Array, "B T H 1"],
     log_decay: Float[Array, "B T H W2"] | None,
     state: Float[Array, "B H K V"],
-    docs: Documents,
+    docs: Documents | None,
+    scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """S_t = (I - k_t e_t^T) Diag(exp(g_t)) S_{t-1} + k_t (w_t v_t)^T; zeroed where a document starts."""
 
@@ -30,6 +32,8 @@ def delta_rule(
         return (state, index), jnp.einsum("bhk,bhkv->bhv", q, state)
 
     wide = accumulator(q.dtype)
+    docs = one_document(*q.shape[:2]) if docs is None else docs
+    q, k = per_value_head(q.astype(wide), k, v.shape[2], scale)
     log_decay = jnp.zeros((*q.shape[:3], 1), wide) if log_decay is None else log_decay
     tokens = tuple(jnp.moveaxis(x.astype(wide), 1, 0) for x in (q, k, v, erase, write, log_decay))
     tokens += tuple(jnp.moveaxis(x, 1, 0) for x in docs)

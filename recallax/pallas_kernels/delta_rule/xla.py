@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from recallax.pallas_kernels.chunking import Documents, join_time, masks_of, split_time, weight
+from recallax.pallas_kernels.chunking import Documents, join_time, masks_of, one_document, split_time, weight
 from recallax.pallas_kernels.decay import decayed_scores, since_start, until_end
+from recallax.pallas_kernels.heads import per_value_head
 from recallax.pallas_kernels.product import product
 from recallax.pallas_kernels.triangular import unit_lower_inverse
 
@@ -49,17 +50,20 @@ class _Solved(NamedTuple):
 
 
 def delta_rule(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
     erase: Float[Array, "B T H W"],
     write: Float[Array, "B T H 1"],
     log_decay: Float[Array, "B T H W2"] | None,
     state: Float[Array, "B H K V"],
-    docs: Documents,
+    docs: Documents | None,
+    scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The op's XLA form."""
     length = q.shape[1]
+    docs = one_document(*q.shape[:2]) if docs is None else docs
+    q, k = per_value_head(q, k, v.shape[2], scale)
     chunk = min(CHUNK, length)
     chunks = jax.tree.map(lambda x: split_time(x, chunk), _Chunk(q, k, v, erase, write, log_decay, docs))
     # The end is padded with copies of the last token that are marked invalid.

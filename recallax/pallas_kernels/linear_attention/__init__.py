@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import documents
 from recallax.pallas_kernels.decay import broadcast_decay, step_decay
-from recallax.pallas_kernels.dispatch import choose, require
+from recallax.pallas_kernels.dispatch import call, require
 from recallax.pallas_kernels.linear_attention import reference, xla
 
 FORMS = {"reference": reference.linear_attention, "xla": xla.linear_attention}
@@ -47,12 +47,9 @@ def linear_attention(
     wanted = (b, h, width, v.shape[-1])
     if state is not None:
         require("linear_attention", state.shape == wanted, f"state has shape {state.shape}; it must be {wanted}")
-    if segments is None:
-        segments = jnp.ones((b, t), jnp.int32)
-    q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
-    q, k = (jnp.repeat(x, h // groups, axis=2) for x in (q, k))
-    form = choose("linear_attention", FORMS, implementation)
-    return form(q, k, v, log_decay, state, documents(segments))
+    docs = None if segments is None else documents(segments)
+    scale = width**-0.5 if scale is None else scale
+    return call("linear_attention", FORMS, implementation, q, k, v, log_decay, state, docs, scale)
 
 
 def linear_attention_step(

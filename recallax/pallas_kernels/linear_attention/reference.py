@@ -4,18 +4,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import Documents, accumulator
+from recallax.pallas_kernels.chunking import Documents, accumulator, one_document
+from recallax.pallas_kernels.heads import per_value_head
 
 
 def linear_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
     log_decay: Float[Array, "B T H W"] | None,
     state: Float[Array, "B H K V"] | None,
-    docs: Documents,
+    docs: Documents | None,
+    scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T,  o_t = S_t^T q_t; S is zeroed where a document starts."""
+    """S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T,  o_t = scale S_t^T q_t; S is zeroed where a document starts."""
 
     def step(carry, token):
         state, document = carry
@@ -26,6 +28,8 @@ def linear_attention(
         return (state, index), jnp.einsum("bhk,bhkv->bhv", q, state)
 
     wide = accumulator(q.dtype)
+    docs = one_document(*q.shape[:2]) if docs is None else docs
+    q, k = per_value_head(q.astype(wide), k, v.shape[2], scale)
     log_decay = jnp.zeros((*q.shape[:3], 1), wide) if log_decay is None else log_decay
     state = jnp.zeros((*q.shape[:1], *q.shape[2:], v.shape[-1]), wide) if state is None else state
     tokens = tuple(jnp.moveaxis(x.astype(wide), 1, 0) for x in (q, k, v, log_decay))

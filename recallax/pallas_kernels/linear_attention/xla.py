@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from recallax.pallas_kernels.chunking import Documents, join_time, masks_of, split_time, weight
+from recallax.pallas_kernels.chunking import Documents, join_time, masks_of, one_document, split_time, weight
 from recallax.pallas_kernels.decay import decayed_scores, since_start, until_end
+from recallax.pallas_kernels.heads import per_value_head
 from recallax.pallas_kernels.product import product
 
 
@@ -49,15 +50,17 @@ class _Carry(NamedTuple):
 
 
 def linear_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
     v: Float[Array, "B T H V"],
     log_decay: Float[Array, "B T H W"] | None,
     state: Float[Array, "B H F V"] | None,
-    docs: Documents,
+    docs: Documents | None,
+    scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """The op's XLA form; `state` is float32; None is empty. log_decay: W is 1 (per token) or K (per channel)."""
     per_channel = log_decay is not None and log_decay.shape[-1] > 1
+    q, k = per_value_head(q, k, v.shape[2], scale)
     chunk = min(CHUNK, CHANNEL_CHUNK) if per_channel else CHUNK
     return chunked(q, k, v, log_decay, state, docs, kernel=IDENTITY, chunk=chunk)
 
@@ -68,13 +71,14 @@ def chunked(
     v: Float[Array, "B T H V"],
     log_decay: Float[Array, "B T H W"] | None,
     state: Float[Array, "B H F V"] | None,
-    docs: Documents,
+    docs: Documents | None,
     *,
     kernel: Kernel,
     chunk: int,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """The same for any kernel; the state has the width of its features."""
     length = q.shape[1]
+    docs = one_document(*q.shape[:2]) if docs is None else docs
     if log_decay is not None:
         log_decay = jnp.where(docs.valid[..., None, None], log_decay.astype(jnp.float32), 0)
     carry = _Carry(state, jnp.zeros_like(docs.index[:, 0]))

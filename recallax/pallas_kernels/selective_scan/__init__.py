@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import documents
-from recallax.pallas_kernels.dispatch import choose, require
+from recallax.pallas_kernels.dispatch import call, require
 from recallax.pallas_kernels.selective_scan import reference, xla
 
 FORMS = {"reference": reference.selective_scan, "xla": xla.selective_scan}
@@ -51,9 +51,8 @@ def selective_scan(
     if state is None:
         state = jnp.zeros(wanted, jnp.float32)
     require(op, state.shape == wanted, f"state has shape {state.shape}; it must be {wanted}")
-    if segments is None:
-        segments = jnp.ones((rows, t), jnp.int32)
-    return choose(op, FORMS, implementation)(x, rate, a, b, c, state, documents(segments))
+    docs = None if segments is None else documents(segments)
+    return call(op, FORMS, implementation, x, rate, a, b, c, state, docs)
 
 
 def selective_scan_step(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import Documents, accumulator
+from recallax.pallas_kernels.chunking import Documents, accumulator, one_document
 
 
 def selective_scan(
@@ -14,10 +14,11 @@ def selective_scan(
     b: Float[Array, "B T N"],
     c: Float[Array, "B T N"],
     state: Float[Array, "B D N"],
-    docs: Documents,
+    docs: Documents | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """h_t = exp(r_t A) h_{t-1} + x_t B_t^T,  y_t = h_t C_t; h is zeroed where a document starts, kept at padding."""
     wide = accumulator(x.dtype)
+    docs = one_document(*x.shape[:2]) if docs is None else docs
 
     def step(carry, token):
         state, document = carry

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from recallax.pallas_kernels.chunking import Documents, join_time, split_time
+from recallax.pallas_kernels.chunking import Documents, join_time, one_document, split_time
 
 CHUNK = 64
 
@@ -33,10 +33,11 @@ def selective_scan(
     b: Float[Array, "B T N"],
     c: Float[Array, "B T N"],
     state: Float[Array, "B D N"],
-    docs: Documents,
+    docs: Documents | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """The op's XLA form."""
     length = x.shape[1]
+    docs = one_document(*x.shape[:2]) if docs is None else docs
     chunk = min(CHUNK, length)
     before = jnp.pad(docs.index[:, :-1], ((0, 0), (1, 0)))
     wide = (part.astype(jnp.float32) for part in (x, rate, b, c))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import documents
-from recallax.pallas_kernels.dispatch import choose, require
+from recallax.pallas_kernels.dispatch import call, require
 from recallax.pallas_kernels.short_conv import reference, xla
 
 FORMS = {"reference": reference.short_conv, "xla": xla.short_conv}
@@ -36,10 +36,9 @@ def short_conv(
     require(op, weight.shape[1:] == (d,), f"weight has shape {weight.shape}; it must be [W, {d}]")
     state = jnp.zeros(wanted, x.dtype) if state is None else state
     require(op, state.shape == wanted, f"state has shape {state.shape}; it must be {wanted}")
-    if segments is None:
-        segments = jnp.ones((b, t), jnp.int32)
-    out, state = choose(op, FORMS, implementation)(x, weight.astype(x.dtype), state, documents(segments))
-    return (out if bias is None else out + bias.astype(x.dtype)[None, None]), state
+    docs = documents(jnp.ones((b, t), jnp.int32) if segments is None else segments)
+    out, last = call(op, FORMS, implementation, x, weight.astype(x.dtype), state, docs)
+    return (out if bias is None else out + bias.astype(x.dtype)[None, None]), last
 
 
 def short_conv_step(

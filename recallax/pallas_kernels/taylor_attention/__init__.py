@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels import feature_maps
 from recallax.pallas_kernels.chunking import documents
-from recallax.pallas_kernels.dispatch import choose, require
+from recallax.pallas_kernels.dispatch import call, require
 from recallax.pallas_kernels.taylor_attention import reference, xla
 
 FORMS = {"reference": reference.taylor_attention, "xla": xla.taylor_attention}
@@ -60,15 +60,14 @@ def taylor_attention(
         wanted = (b, h, state_width(width, features), v.shape[-1])
         require(op, state.kv.shape == wanted, f"state.kv has shape {state.kv.shape}; it must be {wanted}")
         require(op, state.z.shape == wanted[:3], f"state.z has shape {state.z.shape}; it must be {wanted[:3]}")
-    if segments is None:
-        segments = jnp.ones((b, t), jnp.int32)
     # With both sides divided by K^(1/4) the features need no scale of their own. A sum with itself in column V + 1,
     # of ones, is the denominator.
     q, k = q * jnp.asarray(width**-0.25, q.dtype), k * jnp.asarray(width**-0.25, k.dtype)
     ones = jnp.ones_like(v[..., :1])
     packed = None if state is None else jnp.concatenate([state.kv, state.z[..., None]], axis=-1)
-    form = choose(op, FORMS, implementation)
-    sums, packed = form(q, k, jnp.concatenate([v, ones], axis=-1), packed, documents(segments), FEATURES[features])
+    docs = None if segments is None else documents(segments)
+    wide = jnp.concatenate([v, ones], axis=-1)
+    sums, packed = call(op, FORMS, implementation, q, k, wide, packed, docs, FEATURES[features])
     return _normalise(sums).astype(v.dtype), TaylorState(packed[..., :-1], packed[..., -1])
 
 

@@ -13,10 +13,10 @@ def taylor_attention(
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
     state: Float[Array, "B H F V"] | None,
-    docs: Documents,
+    docs: Documents | None,
     features: Callable[[Array], Array],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """Unnormalised sums phi(q_i) . sum_{j<=i} phi(k_j) v_j^T and the final state, in float32 or wider."""
     wide = accumulator(q.dtype)
     phi_q, phi_k = features(q.astype(wide)), features(k.astype(wide))
-    return reference.linear_attention(phi_q, phi_k, v.astype(wide), None, state, docs)
+    return reference.linear_attention(phi_q, phi_k, v.astype(wide), None, state, docs, 1.0)

@@ -17,7 +17,7 @@ def taylor_attention(
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
     state: Float[Array, "B H F V"] | None,
-    docs: Documents,
+    docs: Documents | None,
     features: Callable[[Array], Array],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """Unnormalised sums in v's dtype and the final state in float32."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import documents
-from recallax.pallas_kernels.dispatch import choose, require
+from recallax.pallas_kernels.dispatch import call, require
 from recallax.pallas_kernels.window_attention import xla
 from recallax.pallas_kernels.window_attention.cache import KVCache, extend, held_positions, write
 from recallax.pallas_kernels.window_attention.reference import attend
@@ -50,11 +50,11 @@ def window_attention(
     if segments is None:
         segments = jnp.ones((b, t), jnp.int32)
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
-    form = choose(op, FORMS, implementation)
+    cached = (None, None) if state is None else (state, positions)
+    out = call(op, FORMS, implementation, q, k, v, documents(segments), window, *cached).astype(v.dtype)
     if state is None or positions is None:
-        return form(q, k, v, documents(segments), window, None, None).astype(v.dtype), None
-    out = form(q, k, v, documents(segments), window, state, positions)
-    return out.astype(v.dtype), extend(state, k, v, positions, segments)
+        return out, None
+    return out, extend(state, k, v, positions, segments)
 
 
 def window_attention_step(
