@@ -59,20 +59,27 @@ def writer_of(mixer: MoMMixer, memory: int):
 
 
 def by_loop(mixer: MoMMixer, x: jax.Array) -> jax.Array:
-    """The definition: every memory of every row alone, on the tokens that chose it."""
-    routing = mixer.route(x)
+    """The definition: every memory of every row alone, on the tokens that chose it (and padding: one shape for all)."""
+    routing, length = mixer.route(x), x.shape[1]
+    graph, params = nnx.split(mixer)
+
+    @jax.jit
+    def alone(params, memory, own, positions, segments):
+        mixer = nnx.merge(graph, params)
+        streams = mixer.query(own) | writer_of(mixer, memory)(own)
+        return mixer.cell.run(streams, positions, segments, None)[0][0]
+
     rows = []
     for b in range(x.shape[0]):
-        total = jnp.zeros((x.shape[1], mixer.cell.sizes.heads, mixer.cell.sizes.values))
+        total = jnp.zeros((length, mixer.cell.sizes.heads, mixer.cell.sizes.values))
         for memory in range(mixer.memories):
             times, slots = np.nonzero(np.asarray(routing.chosen[b]) == memory)
-            if len(times) == 0:
-                continue
-            own = x[b : b + 1, times]
-            streams = mixer.query(own) | writer_of(mixer, memory)(own)
-            positions = jnp.asarray(times, jnp.int32)[None]
-            y, _ = mixer.cell.run(streams, positions, jnp.ones_like(positions), None)
-            total = total.at[times].add(y[0] * routing.weights[b, times, slots][:, None, None])
+            own = np.zeros_like(x[:1])
+            own[0, : len(times)] = x[b, times]
+            positions, segments = np.zeros((2, 1, length), np.int32)
+            positions[0, : len(times)], segments[0, : len(times)] = times, 1
+            y = alone(params, memory, own, positions, segments)[: len(times)]
+            total = total.at[times].add(y * routing.weights[b, times, slots][:, None, None])
         rows.append(total)
     return mixer.readout(jnp.stack(rows), x)
 

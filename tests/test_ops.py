@@ -431,7 +431,8 @@ def test_members_of_the_family_are_each_other_where_a_gate_is_trivial():
     beta, plain = inputs["erase"], {name: inputs[name] for name in ("q", "k", "v")}
     token = -jnp.abs(jax.random.normal(jax.random.key(0), beta.shape))
     channel = jnp.broadcast_to(token[..., None], inputs["k"].shape)
-    delta = functools.partial(delta_rule, **plain, write=beta)
+    delta = functools.partial(jax.jit(delta_rule), **plain, write=beta)
+    linear = jax.jit(linear_attention)
     none = jnp.zeros_like(beta)
     written = plain | {"v": plain["v"] * beta[..., None]}
     wide = jnp.broadcast_to(beta[..., None], inputs["k"].shape)
@@ -443,23 +444,23 @@ def test_members_of_the_family_are_each_other_where_a_gate_is_trivial():
         "Gated DeltaNet without a gate is DeltaNet": (delta(erase=beta, log_decay=none), delta(erase=beta)),
         "nothing erased is simple GLA": (
             delta(erase=none, log_decay=token),
-            linear_attention(**written, log_decay=token),
+            linear(**written, log_decay=token),
         ),
         "nothing erased per channel is GLA": (
             delta(erase=none, log_decay=channel * wide),
-            linear_attention(**written, log_decay=channel * wide),
+            linear(**written, log_decay=channel * wide),
         ),
         "erasing per channel at one strength is KDA": (
             delta(erase=wide, log_decay=channel * wide),
             delta(erase=beta, log_decay=channel * wide),
         ),
         "GLA with one gate for all channels is simple GLA": (
-            linear_attention(**plain, log_decay=channel),
-            linear_attention(**plain, log_decay=token),
+            linear(**plain, log_decay=channel),
+            linear(**plain, log_decay=token),
         ),
         "simple GLA with a constant gate is RetNet": (
-            linear_attention(**plain, log_decay=jnp.full_like(token, -0.3)),
-            linear_attention(**plain, log_decay=jnp.full(1, -0.3)),
+            linear(**plain, log_decay=jnp.full_like(token, -0.3)),
+            linear(**plain, log_decay=jnp.full(1, -0.3)),
         ),
     }
     for name, (one, other) in pairs.items():

@@ -1,0 +1,132 @@
+"""The chunked cross-entropy against its definition in float64: values and every gradient; and what it holds."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recallax.pallas_kernels.linear_cross_entropy import linear_cross_entropy, xla
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.02}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    rows: int = 50
+    vocab: int = 37
+    bias: bool = False
+    soft_cap: float | None = None
+    z_loss: float = 0.0
+    dtype: str = "float32"
+
+
+CASES = {
+    "one row": Case(rows=1),
+    "a chunk": Case(rows=16),
+    "whole chunks": Case(rows=48),
+    "a prime number of rows": Case(rows=53),
+    "bias": Case(bias=True),
+    "soft cap": Case(soft_cap=3.0),
+    "z-loss": Case(z_loss=0.1),
+    "everything": Case(rows=67, bias=True, soft_cap=2.0, z_loss=0.05),
+    "everything in bfloat16": Case(rows=67, bias=True, soft_cap=2.0, z_loss=0.05, dtype="bfloat16"),
+}
+
+
+def draw(case: Case) -> tuple[dict[str, Any], np.ndarray]:
+    """Inputs in float64, and targets; a third of the rows has no weight and an impossible target."""
+    rng = np.random.default_rng(case.rows)
+    inputs = {
+        "hidden": rng.normal(size=(case.rows, 12)),
+        "weight": rng.normal(size=(case.vocab, 12)),
+        "scale": rng.uniform(0.5, 2, size=case.rows),
+    }
+    targets = rng.integers(0, case.vocab, size=case.rows)
+    ignored = np.arange(case.rows) % 3 == 1
+    inputs["scale"][ignored] = 0
+    if case.bias:
+        inputs["bias"] = rng.normal(size=case.vocab)
+    return inputs, np.where(ignored, -100, targets)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_it_is_the_plain_cross_entropy_in_values_and_gradients(case, monkeypatch):
+    monkeypatch.setitem(xla.CHUNK, "cpu", 16)
+    inputs, targets = draw(case)
+    weighted = inputs["scale"] > 0
+
+    def run(form, targets, inputs):
+        scores = linear_cross_entropy(
+            **inputs, targets=targets, soft_cap=case.soft_cap, z_loss=case.z_loss, implementation=form
+        )
+        return 3 * scores.total, (jnp.where(weighted, scores.loss, 0), scores.right & weighted)
+
+    def results(form, inputs):
+        where = jnp.asarray(targets, jnp.int64 if jax.config.jax_enable_x64 else jnp.int32)
+        return jax.value_and_grad(partial(run, form, where), has_aux=True)(inputs)
+
+    with jax.enable_x64(True):
+        wide = {name: jnp.asarray(x, jnp.float64) for name, x in inputs.items()}
+        expected = jax.tree.map(np.asarray, results("reference", wide))
+    narrow = {n: jnp.asarray(x, case.dtype if n == "hidden" else jnp.float32) for n, x in inputs.items()}
+    ((total, (loss, right)), slopes), ((total_, (loss_, right_)), slopes_) = results("xla", narrow), expected
+    tolerance = TOLERANCE[case.dtype]
+    np.testing.assert_allclose(total, total_, rtol=tolerance)
+    np.testing.assert_allclose(loss, loss_, atol=tolerance * np.abs(loss_).max())
+    if case.dtype == "float32":
+        np.testing.assert_array_equal(right, right_)
+    assert slopes["hidden"].dtype == case.dtype and slopes["weight"].dtype == jnp.float32
+    for name, want in slopes_.items():
+        got = np.asarray(slopes[name], np.float64)
+        if name == "scale":
+            got, want = got[weighted], want[weighted]
+        assert np.abs(got - want).max() <= tolerance * np.abs(want).max(), name
+    plain, _ = run("xla", jnp.asarray(targets, jnp.int32), narrow)  # without gradients, another path
+    np.testing.assert_allclose(plain, total, rtol=1e-6)
+
+
+def test_a_tie_is_not_right():
+    scores = linear_cross_entropy(jnp.zeros((2, 3)), jnp.zeros((5, 3)), jnp.zeros(2, jnp.int32), jnp.ones(2))
+    assert not scores.right.any()
+
+
+def test_the_gradient_holds_less_than_a_twentieth_of_the_logits():
+    rows, vocab, width = 16384, 2048, 16
+    shapes = ((rows, width), (vocab, width), (rows,), (rows,))
+    kinds = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)
+    hidden, weight, targets, scale = (jax.ShapeDtypeStruct(s, k) for s, k in zip(shapes, kinds, strict=True))
+
+    def total(hidden, weight, targets, scale):
+        return linear_cross_entropy(hidden, weight, targets, scale).total
+
+    held = jax.jit(jax.grad(total, argnums=(0, 1))).lower(hidden, weight, targets, scale).compile().memory_analysis()
+    assert held is not None and held.temp_size_in_bytes <= 0.05 * rows * vocab * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": jnp.zeros((5, 4))}, "weight has shape"),
+        ({"scale": jnp.zeros(3)}, "scale has shape"),
+        ({"bias": jnp.zeros(4)}, "bias is not"),
+        ({"soft_cap": 0.0}, "soft_cap is 0.0"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    good = {
+        "hidden": jnp.zeros((2, 3)),
+        "weight": jnp.zeros((5, 3)),
+        "targets": jnp.zeros(2, int),
+        "scale": jnp.ones(2),
+    }
+    function: Any = linear_cross_entropy
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__  # as users call it: tests alone have the type checker in front
+    with pytest.raises(ValueError, match=message):
+        function(**(good | change))
