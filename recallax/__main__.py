@@ -1,4 +1,4 @@
-"""The command line: `recallax list | show | train | eval | report`.
+"""The command line: `recallax list | show | train | eval | report | doctor`.
 
 Only what a command needs is imported: `--help` and `list` read the configs' docstrings and import no JAX.
 """
@@ -30,6 +30,7 @@ USAGE = f"""recallax {__version__}: sequence models that recall well with little
   recallax train CONFIG [overrides]    train it, or go on where its run stopped
   recallax eval RUN                    evaluate a run's newest checkpoint
   recallax report RUN...               one HTML page, a CSV and a Markdown table about runs
+  recallax doctor                      what this machine has, and which implementation each op takes on it
 
 `recallax COMMAND --help` says more; `recallax train CONFIG --help` lists everything that can be overridden.
 """
@@ -165,6 +166,16 @@ def _report(arguments: list[str]) -> int:
     return _guarded(lambda: tyro.cli(report, args=arguments, prog="recallax report"))
 
 
+def _doctor(arguments: list[str]) -> int:
+    if arguments:
+        print("usage: recallax doctor\n\nVersions, devices, extras, and which implementation each op takes here.")
+        return 0 if arguments[0] in ("-h", "--help") else 2
+    from recallax.train.doctor import doctor
+
+    print(doctor())
+    return 0
+
+
 def _with_config(command: str, arguments: list[str], run: Callable[[str], int]) -> int:
     if not arguments or arguments[0].startswith("-"):
         print(f"usage: recallax {command} CONFIG [overrides]\n\nconfigs: {', '.join(config_names())}")
@@ -199,6 +210,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "report": _report,
+    "doctor": _doctor,
 }
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from recallax.models.block import Block, drop
 from recallax.models.coupling import Floors, cell_at
 from recallax.models.pattern import flatten, parse
 from recallax.models.placement import layer_places
-from recallax.models.readout import Readout, Tied
+from recallax.models.readout import Projection, Readout, Tied
 from recallax.models.stack import Plan, Remat, Stack
 from recallax.types import Aux, Precision, SeqInfo, StepInfo, check
 
@@ -39,6 +39,8 @@ class LMConfig(Config):
     """On the embeddings."""
     norm_eps: float = added(1e-5)
     """Of the norms around mixers and before the readout."""
+    soft_cap: float | None = added(None)
+    """c of logits c tanh(z / c) (Gemma 2, arXiv 2408.00118, section 2); None leaves them as they are."""
     remat: Remat = "none"
     """`block` recomputes each layer in the backward pass instead of keeping its activations."""
 
@@ -49,6 +51,8 @@ class LMConfig(Config):
         for name in ("dropout", "embed_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        if self.soft_cap is not None and self.soft_cap <= 0:
+            raise ConfigError(f"soft_cap is {self.soft_cap}; it must be above 0, or None for no cap")
         if self.norm_eps <= 0:
             raise ConfigError(f"norm_eps is {self.norm_eps}; it must be above 0")
 
@@ -87,11 +91,19 @@ class LM(nnx.Module):
         self.norm = RMSNorm(width, precision=precision, eps=config.norm_eps)
         self.readout = config.readout.build(width, vocab_size, precision=precision, rngs=rngs)
         self.embed_dropout = config.embed_dropout
+        self.soft_cap = config.soft_cap
 
     def __call__(
         self, tokens: Int[Array, "B T"], seq: SeqInfo, at: Int[Array, "B N"] | None = None
     ) -> tuple[Float[Array, "B N V"], Aux]:
         """Float32 logits at the row indices `at` (None: everywhere) and the modules' auxiliary means."""
+        projection, aux = self.project(tokens, seq, at)
+        return projection.logits(), aux
+
+    def project(
+        self, tokens: Int[Array, "B T"], seq: SeqInfo, at: Int[Array, "B N"] | None = None
+    ) -> tuple[Projection, Aux]:
+        """The same before the last product."""
         self._couple()
         tokens, seq, shift = _to_right_padding(tokens, seq)
         r, aux = self.stack(self._embed(tokens, seq), seq, 0)
@@ -108,7 +120,7 @@ class LM(nnx.Module):
         self._couple()
         tokens, seq, shift = _to_right_padding(tokens, seq._replace(key=None))
         r, state, aux = self.stack.prefill(self._embed(tokens, seq), seq, state)
-        return self._read(r, seq, at, shift), state, aux
+        return self._read(r, seq, at, shift).logits(), state, aux
 
     def step(self, token: Int[Array, " B"], info: StepInfo, state: State) -> tuple[Float[Array, "B V"], State]:
         """One further token of each active row: float32 logits and the new state."""
@@ -117,7 +129,7 @@ class LM(nnx.Module):
         r, state = self.stack.step(self.embedding[token].astype(jnp.float32), info, state)
         hidden = self.norm(r)
         at = jnp.asarray(info.position)[:, None]
-        return self.readout(hidden[:, None], self.embedding[...], hidden, at)[:, 0], state
+        return self._project(hidden[:, None], hidden, at).logits()[:, 0], state
 
     def _couple(self) -> None:
         if self.floors is not None:
@@ -129,7 +141,7 @@ class LM(nnx.Module):
 
     def _read(
         self, r: Float[Array, "B T D"], seq: SeqInfo, at: Int[Array, "B N"] | None, shift: Int[Array, " B"]
-    ) -> Float[Array, "B N V"]:
+    ) -> Projection:
         length = r.shape[1]
         everywhere = jnp.arange(length)[None]
         if at is None:
@@ -141,7 +153,12 @@ class LM(nnx.Module):
         last = jnp.max(jnp.where(jnp.asarray(seq.segments) > 0, everywhere, 0), axis=1, keepdims=True)
         summary = self.norm(_rows(r, last)[:, 0])
         positions = _rows(jnp.asarray(seq.positions), back)
-        return self.readout(self.norm(picked), self.embedding[...], summary, positions)
+        return self._project(self.norm(picked), summary, positions)
+
+    def _project(
+        self, hidden: Float[Array, "B N D"], summary: Float[Array, "B D"], at: Int[Array, "B N"]
+    ) -> Projection:
+        return self.readout(hidden, self.embedding[...], summary, at)._replace(soft_cap=self.soft_cap)
 
 
 def _to_right_padding(tokens: Int[Array, "B T"], seq: SeqInfo) -> tuple[Int[Array, "B T"], SeqInfo, Int[Array, " B"]]:

@@ -1,7 +1,12 @@
-"""From the last hidden states to logits over the vocabulary, at the positions that are asked for."""
+"""From the last hidden states to logits over the vocabulary, at the positions that are asked for.
+
+Every readout ends in one product with a matrix of a row per token. It stops short of it, so that a loss can be taken
+without the logits of all positions (`linear_cross_entropy`).
+"""
 
 import abc
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +19,24 @@ from recallax.pallas_kernels.product import product
 from recallax.types import Precision
 
 
+class Projection(NamedTuple):
+    """Logits before the product that makes them: z = c tanh((features W^T + b) / c), without a cap just the product."""
+
+    features: Float[Array, "B N F"]
+    weight: Float[Array, "V F"]
+    """In the parameters' dtype; the product is taken in that of the features."""
+    bias: Float[Array, " V"] | None = None
+    soft_cap: float | None = None
+
+    def logits(self) -> Float[Array, "B N V"]:
+        """Float32 logits."""
+        logits = product("bnf,vf->bnv", self.features, self.weight.astype(self.features.dtype))
+        logits = logits if self.bias is None else logits + self.bias.astype(jnp.float32)[None, None]
+        return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
+
+
 class ReadoutModule(nnx.Module, abc.ABC):
-    """Logits are float32."""
+    """What a `Readout` builds."""
 
     @abc.abstractmethod
     def __call__(
@@ -24,7 +45,7 @@ class ReadoutModule(nnx.Module, abc.ABC):
         embedding: Float[Array, "V D"],
         summary: Float[Array, "B D"],
         at: Int[Array, "B N"],
-    ) -> Float[Array, "B N V"]:
+    ) -> Projection:
         """hidden: at the asked positions; summary: at each row's last token; at: the positions, in the document."""
 
 
@@ -47,8 +68,8 @@ class Tied(Readout):
 class TiedModule(ReadoutModule):
     """h E^T."""
 
-    def __call__(self, hidden: Array, embedding: Array, summary: Array, at: Array) -> Float[Array, "B N V"]:
-        return product("bnd,vd->bnv", hidden, embedding.astype(hidden.dtype))
+    def __call__(self, hidden: Array, embedding: Array, summary: Array, at: Array) -> Projection:
+        return Projection(hidden, embedding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +87,8 @@ class UntiedModule(ReadoutModule):
         kernel = 0.02 * jax.random.normal(rngs.params(), (d_model, vocab_size), precision.param)
         self.kernel = parameter(kernel, ("embed", "vocab"))
 
-    def __call__(self, hidden: Array, embedding: Array, summary: Array, at: Array) -> Float[Array, "B N V"]:
-        return product("bnd,dv->bnv", hidden, self.kernel[...].astype(hidden.dtype))
+    def __call__(self, hidden: Array, embedding: Array, summary: Array, at: Array) -> Projection:
+        return Projection(hidden, self.kernel[...].T)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +121,10 @@ class AutoencodeModule(ReadoutModule):
             axes=(None, "vocab"),
         )
 
-    def __call__(self, hidden: Array, embedding: Array, summary: Array, at: Array) -> Float[Array, "B N V"]:
+    def __call__(self, hidden: Array, embedding: Array, summary: Array, at: Array) -> Projection:
         x = summary[:, None].astype(jnp.float32) + _sinusoid(at, summary.shape[-1])
-        return self.outer(jax.nn.gelu(self.inner(x))).astype(jnp.float32)
+        assert self.outer.bias is not None
+        return Projection(jax.nn.gelu(self.inner(x)), self.outer.kernel[...].T, self.outer.bias[...])
 
 
 def _sinusoid(positions: Int[Array, "B N"], width: int) -> Float[Array, "B N D"]:

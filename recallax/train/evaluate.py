@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from recallax.tasks.base import Split, Task
 from recallax.train.mesh import place
-from recallax.train.step import labelled, negative_log_likelihood, predict
+from recallax.train.step import labelled, predict, score
 from recallax.types import Batch
 
 
@@ -34,9 +34,9 @@ def make_evaluator(graph: nnx.GraphDef, task: Task, split: Split, whole: NamedSh
     @partial(jax.jit, out_shardings=whole)
     def sums(params: dict, statistics: dict, batch: Batch) -> Sums:
         at, targets, weights, _, group = labelled(task, split, batch)
-        logits, _, _ = predict(graph, params, statistics, batch, at, None)
-        loss = weights * negative_log_likelihood(logits, targets)
-        correct = weights * (jnp.argmax(logits, axis=-1) == targets)
+        projection, _, _ = predict(graph, params, statistics, batch, at, None)
+        scores = score(projection, targets, weights)
+        loss, correct = weights * scores.loss, jnp.where(scores.right, weights, 0)
         per_group = [jnp.zeros(len(task.groups)).at[group.ravel()].add(x.ravel()) for x in (loss, correct, weights)]
         return Sums(*per_group)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import recallax.layers
 import recallax.tasks  # noqa: F401  reading a config from JSON needs every config class to be known
-from recallax.config import Config, ConfigError
+from recallax.config import Config, ConfigError, added
 from recallax.models.lm import LMConfig
 from recallax.tasks.base import Task
 
@@ -57,6 +57,8 @@ class Train(Config):
     """Microbatches per optimizer step; the result is that of the whole batch."""
     loss_weights: dict[str, float] = field(default_factory=dict)
     """Coefficient of each loss term by name (the task's terms and the modules' auxiliary ones); 1 where absent."""
+    z_loss: float = added(0.0)
+    """Coefficient of logsumexp(logits)^2 per labelled position (PaLM, arXiv 2204.02311, section 5, uses 1e-4)."""
     log_every: int = 50
     save_every: int = 500
     keep: int = 2
@@ -69,7 +71,7 @@ class Train(Config):
     def __post_init__(self) -> None:
         positive = "steps batch_size accumulate log_every save_every keep fsdp"
         _require("train", self, positive, lambda x: x >= 1, "at least 1")
-        _require("train", self, "data", lambda x: x >= 0, "at least 0")
+        _require("train", self, "data z_loss", lambda x: 0 <= x < math.inf, "at least 0 and finite")
         _require("train", self, "seed data_seed", lambda x: 0 <= x < 2**32, "at least 0 and below 2**32")
         if self.batch_size % self.accumulate:
             raise ConfigError(

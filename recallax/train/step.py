@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from recallax.config import ConfigError, nearest
 from recallax.layers.base import Statistic
+from recallax.models.readout import Projection
+from recallax.pallas_kernels.linear_cross_entropy import Scores, linear_cross_entropy
 from recallax.tasks.base import Split, Task
 from recallax.train.run import RunConfig
 from recallax.types import Batch, Mean
@@ -73,21 +75,28 @@ def labelled(task: Task, split: Split, batch: Batch) -> Labelled:
 
 def predict(
     graph: nnx.GraphDef, params: dict, statistics: dict, batch: Batch, at: Array | None, key: PRNGKeyArray | None
-) -> tuple[Float[Array, "B N V"], dict[str, Mean], dict]:
-    """Logits at the asked positions, auxiliary means, and the statistics after this batch."""
+) -> tuple[Projection, dict[str, Mean], dict]:
+    """The readout at the asked positions, auxiliary means, and the statistics after this batch."""
     model = nnx.merge(graph, params, statistics)
-    logits, aux = model(batch.tokens, batch.seq._replace(key=key), at)
-    return logits, aux, nnx.to_pure_dict(nnx.state(model, Statistic))
+    projection, aux = model.project(batch.tokens, batch.seq._replace(key=key), at)
+    return projection, aux, nnx.to_pure_dict(nnx.state(model, Statistic))
 
 
-def negative_log_likelihood(logits: Float[Array, "B N V"], targets: Int[Array, "B N"]) -> Float[Array, "B N"]:
-    """-log softmax(logits)[target], in nats."""
-    return jax.nn.logsumexp(logits, axis=-1) - logit_of(logits, targets)
-
-
-def logit_of(logits: Float[Array, "B N V"], targets: Int[Array, "B N"]) -> Float[Array, "B N"]:
-    """logits[target]."""
-    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+def score(
+    projection: Projection, targets: Int[Array, "B N"], scale: Float[Array, "B N"], z_loss: float = 0.0
+) -> Scores:
+    """Loss and correctness, [B, N] each, and their sum under the weights `scale`; logits are never held whole."""
+    features, weight, bias, soft_cap = projection
+    total, loss, right = linear_cross_entropy(
+        features.reshape(-1, features.shape[-1]),
+        weight,
+        targets.reshape(-1),
+        scale.reshape(-1),
+        bias=bias,
+        soft_cap=soft_cap,
+        z_loss=z_loss,
+    )
+    return Scores(total, loss.reshape(targets.shape), right.reshape(targets.shape))
 
 
 def make_step(
@@ -98,21 +107,19 @@ def make_step(
 
     def objective(params: dict, statistics: dict, batch: Batch, key: PRNGKeyArray, totals: dict[str, Array]):
         at, targets, weights, term, _ = labelled(task, "train", batch)
-        logits, aux, statistics = predict(graph, params, statistics, batch, at, key)
-        loss = weights * negative_log_likelihood(logits, targets)
+        projection, aux, statistics = predict(graph, params, statistics, batch, at, key)
+        coefficients = config.train.loss_weights
+        for name in coefficients.keys() - totals.keys() - aux.keys():
+            raise ConfigError(f"train.loss_weights names the term {name!r}{nearest(name, [*totals, *aux])}")
+        per_term = jnp.stack([coefficients.get(name, 1.0) / totals[name] for name in task.terms])
+        scores = score(projection, targets, weights * per_term[term], config.train.z_loss)
+        loss = weights * scores.loss
         means = {name: Mean(jnp.sum(jnp.where(term == i, loss, 0)), totals[name]) for i, name in enumerate(task.terms)}
         # A module's mean is taken per microbatch: its weight may depend on the parameters.
-        means |= {
-            name: Mean(mean.total / jnp.maximum(mean.weight, 1e-9) / parts, jnp.ones(())) for name, mean in aux.items()
-        }
-        for name in config.train.loss_weights.keys() - means.keys():
-            raise ConfigError(f"train.loss_weights names the term {name!r}{nearest(name, list(means))}")
-        scalar = sum(
-            config.train.loss_weights.get(name, 1.0) * mean.total / mean.weight for name, mean in means.items()
-        )
-        # Equal to the largest logit: the softmax has found it already, and an arg-max would read them all again.
-        right = logit_of(logits, targets) >= logits.max(axis=-1)
-        correct = jnp.sum(jnp.where(right, weights, 0))
+        extra = {name: mean.total / jnp.maximum(mean.weight, 1e-9) / parts for name, mean in aux.items()}
+        scalar = scores.total + sum(coefficients.get(name, 1.0) * mean for name, mean in extra.items())
+        means |= {name: Mean(mean, jnp.ones(())) for name, mean in extra.items()}
+        correct = jnp.sum(jnp.where(scores.right, weights, 0))
         return scalar, (means, Mean(correct, jnp.sum(weights)), statistics)
 
     def gradient(state: TrainState, batch: Batch):
