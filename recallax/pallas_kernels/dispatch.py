@@ -20,8 +20,8 @@ type Platform = Literal["cpu", "gpu", "tpu"]
 
 ORDER: dict[Platform, tuple[str, ...]] = {
     "cpu": ("xla",),
-    "gpu": ("mosaic_gpu", "xla"),
-    "tpu": ("mosaic_tpu", "xla"),
+    "gpu": ("mosaic_gpu", "cudnn", "xla"),
+    "tpu": ("mosaic_tpu", "splash", "xla"),
 }
 """What `implementation=None` tries. A kernel is tried for the ops in `PROVEN` only; until then it runs by name."""
 

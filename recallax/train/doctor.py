@@ -14,7 +14,7 @@ import recallax.pallas_kernels
 from recallax.pallas_kernels import dispatch
 from recallax.train.log import environment
 
-KERNELS: dict[str, dispatch.Platform] = {"mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}
+KERNELS = {name: platform for platform, names in dispatch.ORDER.items() for name in names if name != "xla"}
 
 
 def doctor() -> str:

@@ -10,14 +10,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import documents
-from recallax.pallas_kernels.dispatch import call, require
+from recallax.pallas_kernels.dispatch import call, kernel, require
 from recallax.pallas_kernels.window_attention import xla
 from recallax.pallas_kernels.window_attention.cache import KVCache, extend, held_positions, write
 from recallax.pallas_kernels.window_attention.reference import attend
 
 __all__ = ["FORMS", "KVCache", "window_attention", "window_attention_step"]
 
-FORMS = {"reference": xla.dense, "xla": xla.blockwise}
+FORMS = {
+    "reference": xla.dense,
+    "xla": xla.blockwise,
+    "cudnn": kernel("recallax.pallas_kernels.window_attention.cudnn", "window_attention"),
+    "splash": kernel("recallax.pallas_kernels.window_attention.splash", "window_attention"),
+}
 
 
 def window_attention(
@@ -47,14 +52,13 @@ def window_attention(
     require(op, h % g == 0, f"{h} query heads cannot share {g} key/value heads; use a divisor of {h}")
     require(op, window is None or window >= 1, f"window is {window}; it must be at least 1")
     require(op, state is None or positions is not None, "a state needs positions")
-    if segments is None:
-        segments = jnp.ones((b, t), jnp.int32)
+    docs = None if segments is None else documents(segments)
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
     cached = (None, None) if state is None else (state, positions)
-    out = call(op, FORMS, implementation, q, k, v, documents(segments), window, *cached).astype(v.dtype)
+    out = call(op, FORMS, implementation, q, k, v, docs, window, *cached).astype(v.dtype)
     if state is None or positions is None:
         return out, None
-    return out, extend(state, k, v, positions, segments)
+    return out, extend(state, k, v, positions, jnp.ones((b, t), jnp.int32) if segments is None else segments)
 
 
 def window_attention_step(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.pallas_kernels.chunking import Documents, join_time, split_time
+from recallax.pallas_kernels.chunking import Documents, join_time, one_document, split_time
 from recallax.pallas_kernels.product import product
 from recallax.pallas_kernels.window_attention import reference
 from recallax.pallas_kernels.window_attention.cache import KVCache, held_positions
@@ -27,12 +27,13 @@ def dense(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
-    docs: Documents,
+    docs: Documents | None,
     window: int | None,
     cache: KVCache | None,
     positions: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T H V"]:
     """The definition over cached and new keys; q is scaled already."""
+    docs = one_document(*q.shape[:2]) if docs is None else docs
     time = jnp.arange(q.shape[1])
     visible = _visible(docs, docs, time, time, window)
     return reference.attend(q, *_join(_past(cache, positions), k, v, visible, docs, window))
@@ -42,13 +43,14 @@ def blockwise(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
-    docs: Documents,
+    docs: Documents | None,
     window: int | None,
     cache: KVCache | None,
     positions: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T H V"]:
     """The same; a block of queries meets only the keys that its window reaches, and scores are never kept."""
     length, past = q.shape[1], _past(cache, positions)
+    docs = one_document(*q.shape[:2]) if docs is None else docs
     if length <= BLOCK:
         time = jnp.arange(length)
         visible = _visible(docs, docs, time, time, window)
