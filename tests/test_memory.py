@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 @pytest.mark.parametrize("op", ALONE)
 def test_twice_the_tokens_hold_at_most_twice_the_memory_and_little_more_than_the_inputs(op):
-    """Forward with backward, which holds all that forward alone does: states between chunks, not what is within them."""
+    """Forward with backward, which holds all that forward alone does: states between chunks, not what is within."""
     calls = [OpCall(op=op, batch=1, length=length, heads=1, keys=8, values=16, threads=1) for length in (2048, 4096)]
     short, long = (held_bytes(CASES[op], call, backward=True) for call in calls)
     assert long <= 2.1 * short
