@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from recallax.pallas_kernels.chunking import accumulator
+
 
 def product(spec: str, a: Array, b: Array) -> Array:
-    """`einsum(spec, a, b)` of operands of one dtype, accumulated and returned in float32.
+    """`einsum(spec, a, b)` of operands of one dtype, accumulated and returned in float32; float64 stays what it is.
 
     float32 operands are multiplied exactly (accelerators would round them by default). XLA's CPU backend has no
     bfloat16 product with float32 sums for every shape, so there the operands are widened first: the same numbers.
@@ -14,7 +16,7 @@ def product(spec: str, a: Array, b: Array) -> Array:
     if a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, precision=exact)
+    return jnp.einsum(spec, a, b, preferred_element_type=accumulator(a.dtype), precision=exact)
 
 
 def grouped_product(x: Array, weights: Array, sizes: Array) -> Array:

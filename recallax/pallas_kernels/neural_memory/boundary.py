@@ -1,0 +1,45 @@
+"""What happens to the weights between two chunks and is not linear in the gradients.
+
+Source: LaCT (Zhang et al. 2025, arXiv 2505.23884), section 3.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory
+from recallax.pallas_kernels.neural_memory.learner import Learner
+from recallax.pallas_kernels.product import product
+
+
+def settled(learner: Learner, fixed: Fixed, old: Memory, new: Memory) -> Memory:
+    """The memory of one head after a chunk, from the one before it and the one that was learned."""
+    if learner.boundary == "none":
+        return new
+
+    def settle(name: str, weight: Array) -> Array:
+        if learner.boundary == "muon":
+            weight = old.weights[name] + orthogonal(weight - old.weights[name])
+        norm = jnp.linalg.norm(fixed.weights[name].astype(weight.dtype), axis=0, keepdims=True)
+        return weight * (norm / jnp.maximum(jnp.linalg.norm(weight, axis=0, keepdims=True), 1e-6))
+
+    return new._replace(weights={name: settle(name, weight) for name, weight in new.weights.items()})
+
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonal(x: Float[Array, "I O"], steps: int = 5) -> Float[Array, "I O"]:
+    """Roughly U V^T of x = U s V^T, by Newton-Schulz steps of degree five; zero stays zero.
+
+    Source: Muon (Jordan et al. 2024), whose coefficients bring every singular value into about [.7, 1.2].
+    """
+    a, b, c = NEWTON_SCHULZ
+    wide = x.shape[0] > x.shape[1]
+    x = x.T if wide else x
+    # The root is taken of something positive, also in its gradient.
+    x = x * jax.lax.rsqrt(jnp.sum(x * x) + 1e-12)
+    for _ in range(steps):
+        square = product("io,jo->ij", x, x)
+        x = a * x + product("ij,jo->io", b * square + c * product("ij,jk->ik", square, square), x)
+    return x.T if wide else x

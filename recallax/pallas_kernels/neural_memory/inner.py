@@ -1,0 +1,86 @@
+"""The inner optimiser of a chunk as a matrix: what each token's gradient, and the carried state, weigh in each token's
+weights.
+
+    S_t = momentum_t S_{t-1} - lr_t g_t        W_t = keep_t W_{t-1} + S_t
+
+is linear in the gradients g, so within a chunk W_t = beta_t W' + f_t S' - sum_s G_ts g_s, with W' and S' at its start.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from recallax.pallas_kernels.decay import decayed_scores
+from recallax.pallas_kernels.neural_memory.learner import Weights
+from recallax.pallas_kernels.product import product
+
+
+class Tokens(NamedTuple):
+    """What a memory is fed with, per head; L matrices learn."""
+
+    q: Float[Array, "*batch H D"]
+    k: Float[Array, "*batch H D"]
+    v: Float[Array, "*batch H D"]
+    lr: Float[Array, "*batch H L"]
+    log_momentum: Float[Array, "*batch H L"]
+    log_keep: Float[Array, "*batch H L"]
+
+
+class Fixed(NamedTuple):
+    """What a memory starts from, learned outside; per head."""
+
+    weights: Weights
+    """[H, I, O]"""
+    gain: Float[Array, "H D"]
+    offset: Float[Array, "H D"]
+
+
+class Memory(NamedTuple):
+    """What a memory has learned, of the matrices that learn; float32 [B, H, I, O]."""
+
+    weights: Weights
+    momentum: Weights
+
+
+class Weighing(NamedTuple):
+    """Weights in W_t, of every token t of a chunk; float32."""
+
+    carried: Float[Array, "B H L C"]
+    """beta: of what the document's tokens found when the chunk began, the carried or the initial weights."""
+    momentum: Float[Array, "B H L C"]
+    """f: of the carried momentum."""
+    gradients: Float[Array, "B H L C C"]
+    """G: of minus the gradient of each token up to t."""
+    last_momentum: Float[Array, "B H L"]
+    """Of the carried momentum in that of the chunk's end."""
+    last_gradients: Float[Array, "B H L C"]
+    """Of minus each gradient in the momentum of the chunk's end."""
+
+
+def weigh(tokens: Tokens, visible: Bool[Array, "B C C"]) -> Weighing:
+    """visible: token t may see token s: s <= t, of one document, and s is not padding; padding does nothing."""
+    b, c, h, layers = tokens.lr.shape
+    here = jnp.diagonal(visible, axis1=1, axis2=2)[..., None, None]
+
+    def flat(x: Array) -> Array:
+        return jnp.where(here, x.astype(jnp.float32), 0).reshape(b, c, h * layers)
+
+    def apart(x: Array) -> Array:
+        return x.reshape(b, h, layers, *x.shape[2:])
+
+    lr, log_momentum, log_keep = (flat(x) for x in (tokens.lr, tokens.log_momentum, tokens.log_keep))
+    seen = visible.astype(jnp.float32)
+    beta, since = (jnp.exp(product("bts,bsl->blt", seen, x)) for x in (log_keep, log_momentum))
+    ones = jnp.ones((b, c, h * layers, 1), jnp.float32)
+    kept = decayed_scores(ones, ones, log_keep[..., None], visible)
+    spread = decayed_scores(ones, ones, log_momentum[..., None], visible)
+    lr = jnp.moveaxis(lr, 1, 2)
+    gradients = product("bltr,blrs->blts", kept, spread) * lr[:, :, None]
+    return Weighing(
+        carried=apart(beta),
+        momentum=apart(product("bltr,blr->blt", kept, since)),
+        gradients=apart(gradients),
+        last_momentum=apart(since[..., -1]),
+        last_gradients=apart(spread[..., -1, :] * lr),
+    )

@@ -1,0 +1,146 @@
+"""What a neural memory is and how it learns, as values: network, loss, and the rules of its inner optimiser."""
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from recallax.config import Config, ConfigError
+
+type Product = Callable[[str, Float[Array, "C I"]], Float[Array, "C O"]]
+"""x times the weight matrix of that name."""
+type Weights = dict[str, Array]
+
+
+class Network(Config, abc.ABC):
+    """A network whose weights enter through matrix products only: per-token gradients are outer products."""
+
+    @abc.abstractmethod
+    def shapes(self, width: int) -> dict[str, tuple[int, int]]:
+        """Name and [inputs, outputs] of each matrix, in the order in which they are applied."""
+
+    @abc.abstractmethod
+    def apply(
+        self, product: Product, x: Float[Array, "C D"], gain: Float[Array, " D"], offset: Float[Array, " D"]
+    ) -> Float[Array, "C D"]:
+        """The network's output; gain and offset are of its norm, and are learned outside."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Network):
+    """M(x) = x W: a matrix memory."""
+
+    def shapes(self, width: int) -> dict[str, tuple[int, int]]:
+        return {"w1": (width, width)}
+
+    def apply(self, product: Product, x: Array, gain: Array, offset: Array) -> Array:
+        return product("w1", x)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLP(Network):
+    """M(x) = x + LN(W_L gelu(... gelu(W_1 x))): Titans' memory (NeurIPS version); depth 1 is that of TTT-Linear."""
+
+    depth: int = 2
+    expansion: int = 4
+    """Hidden width over the memory's."""
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "expansion"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} of a memory is {getattr(self, name)}; it must be at least 1")
+
+    def shapes(self, width: int) -> dict[str, tuple[int, int]]:
+        sizes = [width, *[self.expansion * width] * (self.depth - 1), width]
+        return {f"w{i + 1}": (sizes[i], sizes[i + 1]) for i in range(self.depth)}
+
+    def apply(self, product: Product, x: Array, gain: Array, offset: Array) -> Array:
+        hidden = product("w1", x)
+        for i in range(2, self.depth + 1):
+            hidden = product(f"w{i}", jax.nn.gelu(hidden, approximate=False))
+        centred = hidden - jnp.mean(hidden, axis=-1, keepdims=True)
+        scale = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + 1e-6)
+        return x + centred * scale * gain[None] + offset[None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwiGLU(Network):
+    """M(x) = W_2 (silu(W_1 x) * W_3 x): LaCT's memory."""
+
+    expansion: int = 2
+
+    def __post_init__(self) -> None:
+        if self.expansion < 1:
+            raise ConfigError(f"expansion of a memory is {self.expansion}; it must be at least 1")
+
+    def shapes(self, width: int) -> dict[str, tuple[int, int]]:
+        hidden = self.expansion * width
+        return {"w1": (width, hidden), "w3": (width, hidden), "w2": (hidden, width)}
+
+    def apply(self, product: Product, x: Array, gain: Array, offset: Array) -> Array:
+        return product("w2", jax.nn.silu(product("w1", x)) * product("w3", x))
+
+
+def l2(prediction: Float[Array, " D"], target: Float[Array, " D"]) -> Float[Array, ""]:
+    """Half the squared error; the factor that Titans leaves out is absorbed by the learning rate."""
+    return 0.5 * jnp.sum((prediction - target) ** 2)
+
+
+def huber(prediction: Float[Array, " D"], target: Float[Array, " D"]) -> Float[Array, ""]:
+    """Half the squared error up to a distance of 1, the distance minus 1/2 beyond (MIRAS' Yaad)."""
+    square = jnp.sum((prediction - target) ** 2)
+    distance = jnp.sqrt(jnp.maximum(square, 1.0))  # of what lies beyond: no gradient of a root at 0
+    return jnp.where(square <= 1, 0.5 * square, distance - 0.5)
+
+
+def dot(prediction: Float[Array, " D"], target: Float[Array, " D"]) -> Float[Array, ""]:
+    """Minus the dot product: gradients do not depend on what is held (linear attention, LaCT)."""
+    return -jnp.sum(prediction * target)
+
+
+LOSSES = {"l2": l2, "huber": huber, "dot": dot}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner(Config):
+    """How a memory learns while it reads. Raises ConfigError where the choices do not go together."""
+
+    network: Network = MLP()
+    loss: Literal["l2", "huber", "dot"] = "l2"
+    gradient: Literal["chunk_start", "token", "token_decayed"] = "chunk_start"
+    """Where gradients are taken: at the weights of the chunk's start (any network), at those before the token, or at
+    these after their decay. The last two are exact recurrences, for the linear memory under the l2 loss alone; without
+    momentum, `token_decayed` is Gated DeltaNet."""
+    readout: Literal["dual", "chunk_start"] = "dual"
+    """What a token reads: the weights after its own write, or those of the chunk's start."""
+    decay_to: Literal["zero", "init"] = "init"
+    """What forgetting returns to. A network of two layers or more that has decayed to zero has no gradient left."""
+    boundary: Literal["none", "rows", "muon"] = "none"
+    """What happens to the weights at the end of a chunk: nothing; what feeds each output goes back to the norm it was
+    initialised with (LaCT); the chunk's change is orthogonalised by Newton-Schulz steps before that (with Muon)."""
+    updates: tuple[str, ...] | None = None
+    """Names of the matrices that learn; None is all. The others keep their initial weights."""
+    chunk: int = 16
+    """Tokens of a document that share their gradient point: part of the model under `chunk_start`, else only speed."""
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise ConfigError(f"chunk is {self.chunk}; it must be at least 1")
+        exact = isinstance(self.network, Linear) and self.loss == "l2" and self.readout == "dual"
+        if self.gradient != "chunk_start" and not (exact and self.boundary == "none"):
+            raise ConfigError(
+                f"gradient is {self.gradient!r}: only a linear memory under the l2 loss, read by `dual` and without a "
+                "boundary, learns from per-token gradients; take gradient 'chunk_start' or network Linear"
+            )
+        unknown = [name for name in self.updates or () if name not in self.network.shapes(1)]
+        if unknown or self.updates == ():
+            raise ConfigError(f"updates is {self.updates}; it must name some of {', '.join(self.network.shapes(1))}")
+
+    def learned(self, width: int) -> dict[str, tuple[int, int]]:
+        """Name and shape of the matrices that learn."""
+        shapes = self.network.shapes(width)
+        return {name: shapes[name] for name in self.updates or shapes}

@@ -1,0 +1,72 @@
+"""The definition of a memory that learns while it reads: one token after another, gradients by `jax.grad`."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from recallax.pallas_kernels.chunking import Documents, accumulator
+from recallax.pallas_kernels.neural_memory.boundary import settled
+from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens
+from recallax.pallas_kernels.neural_memory.learner import LOSSES, Learner
+
+
+def neural_memory(
+    learner: Learner, fixed: Fixed, tokens: Tokens, docs: Documents, memory: Memory
+) -> tuple[Float[Array, "B M H D"], Memory]:
+    """As `xla.neural_memory`. Per token: learn from it (at the weights that `gradient` names), then read."""
+    wide = accumulator(tokens.q.dtype)
+    tokens, fixed, memory = jax.tree.map(lambda x: x.astype(wide), (tokens, fixed, memory))
+    per_head = jax.vmap(partial(_head, learner), in_axes=(0, 1, None, 0), out_axes=(1, 0))
+    return jax.vmap(per_head, in_axes=(None, 0, 0, 0))(fixed, tokens, docs, memory)
+
+
+def _head(
+    learner: Learner, fixed: Fixed, tokens: Tokens, docs: Documents, memory: Memory
+) -> tuple[Float[Array, "M D"], Memory]:
+    loss, network = LOSSES[learner.loss], learner.network
+    origin = {name: fixed.weights[name] for name in memory.weights}
+    blank = jax.tree.map(jnp.zeros_like, origin)
+
+    def net(weights, x):
+        everything = fixed.weights | weights
+        return network.apply(lambda name, x: x @ everything[name], x[None], fixed.gain, fixed.offset)[0]
+
+    def step(carry, token):
+        memory, chunk, written, document = carry
+        (q, k, v, *gates), index, valid, place = token
+        lr, momentum, keep = gates[0], jnp.exp(gates[1]), jnp.exp(gates[2])
+        # A chunk ends, and what it changed is settled, if all of its tokens were there.
+        after = settled(learner, fixed, chunk, memory)
+        memory = _pick(place == 0, _pick(written == learner.chunk, after, chunk), memory)
+        memory = _pick(index != document, Memory(origin, blank), memory)
+        begins = (place == 0) | (index != document)
+        chunk, written = _pick(begins, memory, chunk), jnp.where(begins, 0, written)
+
+        def decayed(weights):
+            rest = origin if learner.decay_to == "init" else blank
+            return {n: rest[n] + keep[i] * (w - rest[n]) for i, (n, w) in enumerate(weights.items())}
+
+        at = {"chunk_start": chunk.weights, "token": memory.weights, "token_decayed": decayed(memory.weights)}
+        slopes = jax.grad(lambda w: loss(net(w, k), v))(at[learner.gradient])
+        surprise = {n: momentum[i] * s - lr[i] * slopes[n] for i, (n, s) in enumerate(memory.momentum.items())}
+        weights = {n: w + surprise[n] for n, w in decayed(memory.weights).items()}
+        memory = _pick(valid, Memory(weights, surprise), memory)
+        read = net(memory.weights if learner.readout == "dual" else chunk.weights, q)
+        return (memory, chunk, written + valid.astype(jnp.int32), index), read
+
+    length = docs.index.shape[0]
+    place = jnp.arange(length, dtype=jnp.int32) % learner.chunk
+    if learner.gradient != "chunk_start":
+        place = jnp.ones_like(place)  # without chunks
+    zero = jnp.zeros((), jnp.int32)
+    first = (memory, memory, zero, zero)
+    (memory, chunk, written, _), out = jax.lax.scan(step, first, (tuple(tokens), *docs, place))
+    if learner.gradient != "chunk_start":
+        return out, memory
+    return out, _pick(written == learner.chunk, settled(learner, fixed, chunk, memory), chunk)
+
+
+def _pick(condition, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

@@ -1,0 +1,310 @@
+"""A memory that learns while it reads: the chunked form against the token loop, and what its members must equal."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from recallax.config import ConfigError
+from recallax.pallas_kernels.delta_rule import delta_rule
+from recallax.pallas_kernels.linear_attention import linear_attention
+from recallax.pallas_kernels.neural_memory import (
+    Fixed,
+    Learner,
+    NeuralState,
+    Tokens,
+    init_state,
+    neural_memory,
+    neural_memory_step,
+)
+from recallax.pallas_kernels.neural_memory.boundary import orthogonal
+from recallax.pallas_kernels.neural_memory.inner import weigh
+from recallax.pallas_kernels.neural_memory.learner import MLP, Linear, SwiGLU
+from tests.test_ops import per_block
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+B, H, D = 2, 2, 6
+EXACT = Learner(network=Linear(), gradient="token", chunk=8)
+LEARNERS = {
+    "linear": Learner(network=Linear(), chunk=8),
+    "linear, decay to zero": Learner(network=Linear(), chunk=8, decay_to="zero"),
+    "deep": Learner(network=MLP(), chunk=8),
+    "three layers, huber": Learner(network=MLP(depth=3, expansion=2), loss="huber", chunk=8),
+    "one layer with norm": Learner(network=MLP(depth=1), chunk=8),
+    "last layer only": Learner(network=MLP(), updates=("w2",), chunk=8),
+    "swiglu, dot, read before": Learner(network=SwiGLU(), loss="dot", readout="chunk_start", chunk=8),
+    "rows": Learner(network=SwiGLU(), loss="dot", readout="chunk_start", boundary="rows", chunk=8),
+    "muon": Learner(network=SwiGLU(), loss="dot", readout="chunk_start", boundary="muon", chunk=8),
+    "chunks of one": Learner(network=MLP(), chunk=1),
+    "exact": EXACT,
+    "exact, decay to zero": replace(EXACT, decay_to="zero"),
+    "exact at the decayed": replace(EXACT, gradient="token_decayed"),
+    "exact at the decayed, to zero": replace(EXACT, gradient="token_decayed", decay_to="zero"),
+}
+
+
+def draw(learner: Learner, length: int, correlation: float = 0.3) -> tuple[Any, Any]:
+    """Unit queries and keys, gates away from their ends, weights of size one; float64."""
+    rng = np.random.default_rng(length)
+    q, k, v = rng.normal(size=(3, B, length, H, D))
+    k = np.sqrt(1 - correlation) * k + np.sqrt(correlation) * rng.normal(size=D)
+    q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    layers = len(learner.learned(D))
+    gates = (
+        rng.uniform(0.01, 0.2, size=(B, length, H, layers)),
+        np.log(rng.uniform(0.1, 0.9, size=(B, length, H, layers))),
+        np.log(rng.uniform(0.7, 1.0, size=(B, length, H, layers))),
+    )
+    shapes = learner.network.shapes(D)
+    weights = {n: rng.normal(size=(H, *s)) / np.sqrt(s[0]) for n, s in shapes.items()}
+    norm: Any = (1 + 0.1 * rng.normal(size=(H, D)), 0.1 * rng.normal(size=(H, D)))
+    return Tokens(q, k, v, *cast(Any, gates)), Fixed(weights, *norm)
+
+
+def single(x: Any, dtype: Any = jnp.float32) -> Any:
+    return jax.tree.map(lambda a: jnp.asarray(a, dtype), x)
+
+
+def close(got: Any, want: Any, tolerance: float) -> None:
+    """Every array within a tolerance of the largest entry of what it should be."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.isfinite(a).all()
+        assert np.abs(a - b).max(initial=0) <= tolerance * max(1e-2, np.abs(b).max(initial=0))
+
+
+ONCE = {"deep": 1, "exact": 1}
+"""At one token as well."""
+
+
+@pytest.mark.parametrize(("name", "length"), [*((name, 29) for name in LEARNERS), *ONCE.items()])
+def test_the_dual_form_is_the_token_loop_in_values_and_gradients(name, length):
+    learner = LEARNERS[name]
+    tokens, fixed = draw(learner, length)
+    rng = np.random.default_rng(1)
+    slope = rng.normal(size=(B, length, H, D))
+
+    def results(form: str, tokens: Tokens, fixed: Fixed):
+        def run(tokens, fixed):
+            out, state = neural_memory(learner, tokens, fixed, implementation=form)
+            loss = jnp.sum(out * slope.astype(out.dtype))
+            held = jax.tree.map(lambda x: jnp.sum(x * x), state.memory)
+            return loss + 0.1 * sum(jax.tree.leaves(held)), (out, state.memory)
+
+        return jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True))(tokens, fixed)
+
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (tokens, fixed))
+        (_, (out_, memory_)), slopes_ = jax.tree.map(np.asarray, results("reference", *wide))
+    (_, (out, memory)), slopes = results("xla", single(tokens), single(fixed))
+    assert per_block(np.asarray(out, np.float64), out_) <= 1e-4
+    close(memory, memory_, 1e-4)
+    close(slopes, slopes_, 5e-4)
+
+
+FEW = ("deep", "exact")
+
+
+@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.full) for n in LEARNERS])
+def test_rows_may_be_cut_anywhere_and_taken_token_by_token(name):
+    learner = LEARNERS[name]
+    length = 21
+    tokens, fixed = (single(x) for x in draw(learner, length))
+    whole, last = neural_memory(learner, tokens, fixed)
+    run = jax.jit(partial(neural_memory, learner))
+    for cut in (1, 8, 11):
+        first, state = run(jax.tree.map(lambda x, cut=cut: x[:, :cut], tokens), fixed)
+        second, state = run(jax.tree.map(lambda x, cut=cut: x[:, cut:], tokens), fixed, state=state)
+        close(jnp.concatenate([first, second], axis=1), whole, 3e-5)
+        close(state, last, 3e-5)
+    state = init_state(learner, fixed, B)
+    step = jax.jit(partial(neural_memory_step, learner))
+    for t in range(length):
+        out, state = step(jax.tree.map(lambda x, t=t: x[:, t], tokens), fixed, state, jnp.ones(B, bool))
+        close(out, whole[:, t], 5e-5)
+    close(state, last, 5e-5)
+
+
+def test_rows_at_different_places_in_their_chunks_go_on_side_by_side():
+    learner = LEARNERS["deep"]
+    tokens, fixed = (single(x) for x in draw(learner, 30))
+    parts, states = [], []
+    for row, seen in enumerate((5, 11)):
+        own = jax.tree.map(lambda x, row=row: x[row : row + 1], tokens)
+        parts.append(neural_memory(learner, own, fixed)[0][:, seen : seen + 12])
+        states.append(neural_memory(learner, jax.tree.map(lambda x, seen=seen: x[:, :seen], own), fixed)[1])
+    state: NeuralState = jax.tree.map(lambda *x: jnp.concatenate(x), *states)
+    later = jax.tree.map(lambda x: jnp.stack([x[0, 5:17], x[1, 11:23]]), tokens)
+    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, 3)] + [(0, 0)] * (x.ndim - 2)), later)
+    segments = jnp.asarray([[1] * 12 + [0] * 3] * 2)
+    out, after = neural_memory(learner, padded, fixed, state=state, segments=segments)
+    close(out[:, :12], jnp.concatenate(parts), 3e-5)
+    assert after.count is not None and after.count.tolist() == [17, 23]
+
+
+@pytest.mark.parametrize("name", ["deep", "exact", "exact, decay to zero", "exact at the decayed, to zero"])
+def test_packed_documents_do_not_see_each_other(name):
+    learner = LEARNERS[name]
+    tokens, fixed = (single(x) for x in draw(learner, 40))
+    # On the grid, with padding up to it; per-token gradients need no grid.
+    spans = [(0, 13), (16, 17), (24, 40)] if name == "deep" else [(0, 13), (13, 14), (17, 40)]
+    segments = np.zeros((B, 40), np.int32)
+    for i, (begin, end) in enumerate(spans):
+        segments[:, begin:end] = i + 1
+    out, state = neural_memory(learner, tokens, fixed, segments=jnp.asarray(segments))
+    for begin, end in spans:
+        alone, last = neural_memory(
+            learner, jax.tree.map(lambda x, begin=begin, end=end: x[:, begin:end], tokens), fixed
+        )
+        close(out[:, begin:end], alone, 3e-5)
+        close(state.memory, last.memory, 3e-5) if end == 40 else None
+
+
+@pytest.mark.parametrize("segments", [[1] * 10 + [2] * 30, [1] * 5 + [0] * 2 + [1] * 33])
+def test_documents_off_the_grid_and_gaps_within_them_give_nan(segments):
+    learner = LEARNERS["deep"]
+    tokens, fixed = (single(x) for x in draw(learner, 40))
+    rows = jnp.asarray([segments, [1] * 40])
+    out, _ = neural_memory(learner, tokens, fixed, segments=rows)
+    assert jnp.isnan(out[0]).all() and jnp.isfinite(out[1]).all()
+
+
+def test_without_momentum_the_exact_memory_is_gated_delta_net_and_its_kin():
+    learner = Learner(network=Linear(), gradient="token_decayed", decay_to="zero", chunk=8)
+    tokens, fixed = (single(x) for x in draw(learner, 29))
+    tokens = tokens._replace(log_momentum=jnp.full_like(tokens.lr, -1e4))
+    beta, log_keep = tokens.lr[..., 0], tokens.log_keep[..., 0]
+    start = jnp.broadcast_to(fixed.weights["w1"], (B, H, D, D))
+    want, final = delta_rule(
+        *tokens[:3], erase=beta, write=beta, log_decay=log_keep, state=start, scale=1.0, implementation="reference"
+    )
+    out, state = neural_memory(learner, tokens, fixed)
+    close((out, state.memory.weights["w1"]), (want, final), 2e-5)
+    still = tokens._replace(log_keep=jnp.zeros_like(tokens.lr))
+    want, _ = delta_rule(*tokens[:3], erase=beta, write=beta, state=start, scale=1.0, implementation="reference")
+    close(neural_memory(learner, still, fixed)[0], want, 2e-5)
+    # Titans as printed takes the gradient before the decay, and that is something else.
+    literal, _ = neural_memory(replace(learner, gradient="token"), tokens, fixed)
+    assert float(jnp.abs(literal - out).max()) > 1e-3
+
+
+def test_the_dot_loss_is_linear_attention_and_so_is_one_chunk_of_l2_from_zero():
+    learner = Learner(network=Linear(), loss="dot", chunk=8, decay_to="zero")
+    tokens, fixed = (single(x) for x in draw(learner, 29))
+    zero = jnp.zeros_like(tokens.lr)
+    tokens = tokens._replace(lr=zero + 1, log_momentum=zero - 1e4, log_keep=zero)
+    fixed = fixed._replace(weights={"w1": jnp.zeros((H, D, D))})
+    want, _ = linear_attention(*tokens[:3], scale=1.0, implementation="reference")
+    close(neural_memory(learner, tokens, fixed)[0], want, 2e-5)
+    close(neural_memory(replace(learner, loss="l2", chunk=32), tokens, fixed)[0], want, 2e-5)
+
+
+def test_chunks_change_only_the_speed_of_the_exact_memory():
+    tokens, fixed = (single(x) for x in draw(EXACT, 64, correlation=0.7))
+    outs = [neural_memory(replace(EXACT, chunk=chunk), tokens, fixed)[0] for chunk in (8, 16, 32)]
+    close(outs[1:], [outs[0]] * 2, 2e-5)
+    stale = [neural_memory(Learner(network=Linear(), chunk=chunk), tokens, fixed)[0] for chunk in (8, 32)]
+    assert float(jnp.abs(stale[0] - stale[1]).max()) > 1e-2
+
+
+@pytest.mark.parametrize("what", ["log_keep", "log_momentum", "lr"])
+@pytest.mark.parametrize("value", [0.0, -1e4])
+def test_extreme_gates_stay_finite_also_in_gradients(what, value):
+    if what == "lr" and value < 0:
+        pytest.skip("a learning rate has one end")
+    learner = LEARNERS["deep"]
+    tokens, fixed = (single(x) for x in draw(learner, 29))
+    tokens = tokens._replace(**{what: jnp.full_like(tokens.lr, value)})
+
+    def loss(tokens, fixed):
+        return jnp.sum(neural_memory(learner, tokens, fixed)[0] ** 2)
+
+    values = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(tokens, fixed)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(values))
+
+
+def test_a_memory_that_was_wiped_can_still_learn():
+    learner = LEARNERS["deep"]
+    tokens, fixed = (single(x) for x in draw(learner, 24))
+    gate = jnp.where(jnp.arange(24)[None, :, None, None] == 7, -1e4, 0.0)
+    tokens = tokens._replace(log_keep=jnp.broadcast_to(gate, tokens.lr.shape))
+
+    def change(learner: Learner) -> float:
+        """What the tokens after the wiping learn."""
+        _, state = neural_memory(learner, tokens, fixed)
+        _, wiped = neural_memory(learner, jax.tree.map(lambda x: x[:, :8], tokens), fixed)
+        pairs = zip(jax.tree.leaves(state.memory.momentum), jax.tree.leaves(wiped.memory.momentum), strict=True)
+        return min(float(jnp.abs(a - b).max()) for a, b in pairs)
+
+    assert change(learner) > 1e-3
+    still = tokens.log_momentum * 0 - 1e4
+    tokens = tokens._replace(log_momentum=still)
+    dead = jnp.where(jnp.arange(24)[None, :, None, None] == 7, 0.0, tokens.lr)
+    tokens = tokens._replace(lr=dead)
+    _, state = neural_memory(replace(learner, decay_to="zero"), tokens, fixed)
+    assert all(float(jnp.abs(x).max()) == 0 for x in jax.tree.leaves(state.memory.weights))  # dead for ever
+
+
+def test_the_weighing_is_exact_to_1e_5():
+    tokens, _ = draw(LEARNERS["deep"], 128)
+    visible = jnp.tril(jnp.ones((B, 128, 128), bool))
+    lr, momentum, keep = (
+        np.moveaxis(x, 1, -1) for x in (tokens.lr, np.exp(tokens.log_momentum), np.exp(tokens.log_keep))
+    )
+    want = np.zeros((B, H, lr.shape[2], 128, 128))
+    surprise = np.zeros(want.shape[:-1])
+    for t in range(128):
+        surprise *= momentum[..., t, None]
+        surprise[..., t] += lr[..., t]
+        want[..., t, :] = (keep[..., t, None] * want[..., t - 1, :] if t else 0) + surprise
+    got = np.asarray(weigh(single(tokens), visible).gradients, np.float64)
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7)])
+def test_muon_brings_every_singular_value_near_one(shape):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    values = np.linalg.svd(np.asarray(orthogonal(x)), compute_uv=False)
+    assert values.min() > 0.5 and values.max() < 1.3
+    assert jnp.isfinite(jax.grad(lambda x: jnp.sum(orthogonal(x) ** 2))(jnp.zeros(shape))).all()
+
+
+def test_perturbing_the_last_token_changes_nothing_before_it():
+    for name in ("deep", "exact", "muon"):
+        learner = LEARNERS[name]
+        tokens, fixed = (single(x) for x in draw(learner, 27))
+        run = jax.jit(partial(neural_memory, learner))
+        for last in (7, 8, 9, 26):
+            other = jax.tree.map(lambda x, last=last: x.at[:, last:].add(-0.3), tokens)
+            np.testing.assert_array_equal(run(tokens, fixed)[0][:, :last], run(other, fixed)[0][:, :last])
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"gradient": "token"}, "network Linear"),
+        ({"gradient": "token", "network": Linear(), "loss": "dot"}, "l2 loss"),
+        ({"updates": ("w3",)}, "must name some of w1, w2"),
+        ({"chunk": 0}, "chunk is 0"),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused(choices, message):
+    with pytest.raises(ConfigError, match=message):
+        Learner(**choices)
+
+
+def test_bad_shapes_are_named():
+    learner = LEARNERS["deep"]
+    tokens, fixed = (single(x) for x in draw(learner, 8))
+    function: Any = neural_memory
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    with pytest.raises(ValueError, match="lr has shape"):
+        function(learner, tokens._replace(lr=tokens.lr[..., :1]), fixed)
+    with pytest.raises(ValueError, match="weight w2 has shape None"):
+        function(learner, tokens, fixed._replace(weights={"w1": fixed.weights["w1"]}))
