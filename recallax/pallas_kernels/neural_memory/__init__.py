@@ -38,14 +38,14 @@ class NeuralState(NamedTuple):
     """Tokens of the document so far."""
 
 
-def init_state(learner: Learner, fixed: Fixed, rows: int) -> NeuralState:
-    """The state before any token."""
-    memory = xla.initial(learner, fixed, rows)
+def init_state(learner: Learner, rows: int, heads: int, width: int) -> NeuralState:
+    """The state before any token, zeros throughout."""
+    nothing = {name: jnp.zeros((rows, heads, *s), jnp.float32) for name, s in learner.learned(width).items()}
+    memory = Memory(nothing, nothing)
     if learner.gradient != "chunk_start":
         return NeuralState(memory, None, None)
-    heads, width = fixed.gain.shape
     shape = (rows, learner.chunk - 1, heads)
-    key, gate = (jnp.zeros((*shape, n), jnp.float32) for n in (width, len(memory.weights)))
+    key, gate = (jnp.zeros((*shape, n), jnp.float32) for n in (width, len(nothing)))
     none = jnp.zeros((*shape, 0), jnp.float32)
     return NeuralState(memory, Tokens(none, key, key, gate, gate, gate), jnp.zeros(rows, jnp.int32))
 
@@ -84,7 +84,7 @@ def neural_memory(
         require(op, have == (h, *shape), f"weight {name} has shape {have}; it must be {(h, *shape)}")
     docs = one_document(b, t) if segments is None else documents(segments)
     empty = state is None
-    state = init_state(learner, fixed, b) if state is None else state
+    state = init_state(learner, b, h, width) if state is None else state
     if state.pending is None or state.count is None:
         whole, ends = _filled(tokens, docs, learner.chunk)
         out, memory = call(op, FORMS, implementation, learner, fixed, whole, ends, state.memory)

@@ -17,13 +17,14 @@ def settled(learner: Learner, fixed: Fixed, old: Memory, new: Memory) -> Memory:
     if learner.boundary == "none":
         return new
 
-    def settle(name: str, weight: Array) -> Array:
+    def settle(name: str, change: Array) -> Array:
         if learner.boundary == "muon":
-            weight = old.weights[name] + orthogonal(weight - old.weights[name])
-        norm = jnp.linalg.norm(fixed.weights[name].astype(weight.dtype), axis=0, keepdims=True)
-        return weight * (norm / jnp.maximum(jnp.linalg.norm(weight, axis=0, keepdims=True), 1e-6))
+            change = old.change[name] + orthogonal(change - old.change[name])
+        origin = fixed.weights[name].astype(change.dtype)
+        norm, weight = jnp.linalg.norm(origin, axis=0, keepdims=True), origin + change
+        return weight * (norm / jnp.maximum(jnp.linalg.norm(weight, axis=0, keepdims=True), 1e-6)) - origin
 
-    return new._replace(weights={name: settle(name, weight) for name, weight in new.weights.items()})
+    return new._replace(change={name: settle(name, change) for name, change in new.change.items()})
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

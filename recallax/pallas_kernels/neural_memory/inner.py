@@ -37,9 +37,10 @@ class Fixed(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a memory has learned, of the matrices that learn; float32 [B, H, I, O]."""
+    """What a memory has learned, of the matrices that learn; float32 [B, H, I, O]. Zero is a fresh one."""
 
-    weights: Weights
+    change: Weights
+    """Of the weights, from the initial ones."""
     momentum: Weights
 
 
@@ -47,7 +48,7 @@ class Weighing(NamedTuple):
     """Weights in W_t, of every token t of a chunk; float32."""
 
     carried: Float[Array, "B H L C"]
-    """beta: of what the document's tokens found when the chunk began, the carried or the initial weights."""
+    """beta: of the weights that the document's tokens found when the chunk began, or the document."""
     momentum: Float[Array, "B H L C"]
     """f: of the carried momentum."""
     gradients: Float[Array, "B H L C C"]

@@ -26,11 +26,11 @@ def _head(
     learner: Learner, fixed: Fixed, tokens: Tokens, docs: Documents, memory: Memory
 ) -> tuple[Float[Array, "M D"], Memory]:
     loss, network = LOSSES[learner.loss], learner.network
-    origin = {name: fixed.weights[name] for name in memory.weights}
-    blank = jax.tree.map(jnp.zeros_like, origin)
+    origin = {name: fixed.weights[name] for name in memory.change}
+    blank = jax.tree.map(jnp.zeros_like, memory)
 
-    def net(weights, x):
-        everything = fixed.weights | weights
+    def net(change, x):
+        everything = fixed.weights | {name: origin[name] + x for name, x in change.items()}
         return network.apply(lambda name, x: x @ everything[name], x[None], fixed.gain, fixed.offset)[0]
 
     def step(carry, token):
@@ -40,20 +40,20 @@ def _head(
         # A chunk ends, and what it changed is settled, if all of its tokens were there.
         after = settled(learner, fixed, chunk, memory)
         memory = _pick(place == 0, _pick(written == learner.chunk, after, chunk), memory)
-        memory = _pick(index != document, Memory(origin, blank), memory)
+        memory = _pick(index != document, blank, memory)
         begins = (place == 0) | (index != document)
         chunk, written = _pick(begins, memory, chunk), jnp.where(begins, 0, written)
 
-        def decayed(weights):
-            rest = origin if learner.decay_to == "init" else blank
-            return {n: rest[n] + keep[i] * (w - rest[n]) for i, (n, w) in enumerate(weights.items())}
+        def decayed(change):
+            away = {n: origin[n] if learner.decay_to == "zero" else 0 for n in change}  # from where forgetting ends
+            return {n: keep[i] * (x + away[n]) - away[n] for i, (n, x) in enumerate(change.items())}
 
-        at = {"chunk_start": chunk.weights, "token": memory.weights, "token_decayed": decayed(memory.weights)}
+        at = {"chunk_start": chunk.change, "token": memory.change, "token_decayed": decayed(memory.change)}
         slopes = jax.grad(lambda w: loss(net(w, k), v))(at[learner.gradient])
         surprise = {n: momentum[i] * s - lr[i] * slopes[n] for i, (n, s) in enumerate(memory.momentum.items())}
-        weights = {n: w + surprise[n] for n, w in decayed(memory.weights).items()}
-        memory = _pick(valid, Memory(weights, surprise), memory)
-        read = net(memory.weights if learner.readout == "dual" else chunk.weights, q)
+        change = {n: x + surprise[n] for n, x in decayed(memory.change).items()}
+        memory = _pick(valid, Memory(change, surprise), memory)
+        read = net(memory.change if learner.readout == "dual" else chunk.change, q)
         return (memory, chunk, written + valid.astype(jnp.int32), index), read
 
     length = docs.index.shape[0]

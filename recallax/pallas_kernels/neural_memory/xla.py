@@ -50,20 +50,12 @@ def neural_memory(
     return jnp.moveaxis(out, 0, 1).reshape(b, length, *out.shape[3:]), memory
 
 
-def initial(learner: Learner, fixed: Fixed, rows: int) -> Memory:
-    """The memory that every document starts from: the initial weights and no momentum."""
-    names = learner.learned(fixed.gain.shape[-1])
-    first = {name: fixed.weights[name].astype(jnp.float32) for name in names}
-    weights = {name: jnp.broadcast_to(x, (rows, *x.shape)) for name, x in first.items()}
-    return Memory(weights, jax.tree.map(jnp.zeros_like, weights))
-
-
 def _chunk(
     learner: Learner, fixed: Fixed, memory: Memory, document: Int[Array, " B"], tokens: Tokens, docs: Documents
 ) -> tuple[Memory, Float[Array, "B C H D"]]:
     """Gradients at the chunk's first weights. Documents begin where chunks do; a chunk with a gap writes nothing."""
     fresh = docs.index[:, 0] != document
-    memory = _where(fresh, initial(learner, fixed, fresh.shape[0]), memory)
+    memory = _where(fresh, jax.tree.map(jnp.zeros_like, memory), memory)
     weighing = weigh(tokens, masks_of(docs, docs.index[:, 0]).visible)
     one_head = partial(_learn, learner)
     per_head = jax.vmap(one_head, in_axes=(0, 0, 1, 0), out_axes=(0, 1))
@@ -79,8 +71,9 @@ def _learn(
     q, k, v = tokens[:3]
     dtype, apply, loss = q.dtype, learner.network.apply, LOSSES[learner.loss]
     gain, offset = fixed.gain.astype(jnp.float32), fixed.offset.astype(jnp.float32)
-    start = {n: x.astype(jnp.float32) for n, x in fixed.weights.items()} | memory.weights
-    index = {name: i for i, name in enumerate(memory.weights)}
+    origin = {name: x.astype(jnp.float32) for name, x in fixed.weights.items()}
+    start = origin | {name: origin[name] + x for name, x in memory.change.items()}
+    index = {name: i for i, name in enumerate(memory.change)}
 
     def times(x: Array, weight: Array) -> Array:
         return product("ci,io->co", x.astype(dtype), weight.astype(dtype))
@@ -96,16 +89,15 @@ def _learn(
         predictions = apply(through, k.astype(jnp.float32), gain, offset)
         return jnp.sum(jax.vmap(loss)(predictions, v.astype(jnp.float32))), inputs
 
-    shifts = {name: jnp.zeros((k.shape[0], w.shape[1]), jnp.float32) for name, w in memory.weights.items()}
+    shifts = {name: jnp.zeros((k.shape[0], w.shape[1]), jnp.float32) for name, w in memory.change.items()}
     slopes, inputs = jax.grad(losses, has_aux=True)(shifts)
 
     def at_token(name: str, x: Array) -> Array:
         if name not in index:
             return times(x, start[name])
         beta, f, g = (part[index[name]] for part in weighing[:3])
-        read = beta[:, None] * times(x, start[name]) + f[:, None] * times(x, memory.momentum[name])
-        if learner.decay_to == "init":
-            read += (1 - beta)[:, None] * times(x, fixed.weights[name])
+        read = beta[:, None] * times(x, memory.change[name]) + f[:, None] * times(x, memory.momentum[name])
+        read += times(x, origin[name]) * (beta[:, None] if learner.decay_to == "zero" else 1)
         alike = product("ti,si->ts", x.astype(dtype), inputs[name].astype(dtype)) * g
         return read - product("ts,so->to", alike.astype(dtype), slopes[name].astype(dtype))
 
@@ -116,9 +108,8 @@ def _learn(
         write = product("si,so->io", x, (weighing.gradients[i, -1][:, None] * u).astype(dtype))
         push = product("si,so->io", x, (weighing.last_gradients[i][:, None] * u).astype(dtype))
         beta = weighing.carried[i, -1]
-        kept = beta * memory.weights[name] + weighing.momentum[i, -1] * memory.momentum[name]
-        if learner.decay_to == "init":
-            kept += (1 - beta) * fixed.weights[name].astype(jnp.float32)
+        kept = beta * memory.change[name] + weighing.momentum[i, -1] * memory.momentum[name]
+        kept = kept - (1 - beta) * origin[name] if learner.decay_to == "zero" else kept
         new[0][name] = kept - write
         new[1][name] = weighing.last_momentum[i] * memory.momentum[name] - push
     reads = at_token if learner.readout == "dual" else lambda name, x: times(x, start[name])
@@ -132,18 +123,17 @@ def _exact_chunk(
     masks = masks_of(docs, document)
     weighing = jax.tree.map(lambda x: x[:, :, 0], weigh(tokens, masks.visible))
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in tokens[:3])
-    dtype, (name,) = q.dtype, memory.weights
-    start = fixed.weights[name].astype(jnp.float32)
-    weights, momentum = memory.weights[name], memory.momentum[name]
+    dtype, (name,) = q.dtype, memory.change
+    origin, to_zero = fixed.weights[name].astype(jnp.float32), learner.decay_to == "zero"
+    change, momentum = memory.change[name], memory.momentum[name]
     own = masks.own[:, None, :, None].astype(jnp.float32)
     beta, f = weighing.carried[..., None], weighing.momentum[..., None] * own
 
     def carried(x: Array, beta: Array, f: Array) -> Array:
         """x times what a token's weights hold of the carried and the initial ones."""
-        new = product("bhci,hio->bhco", x, start.astype(dtype))
-        held = product("bhci,bhio->bhco", x, weights.astype(dtype)) * own + new * (1 - own)
-        read = beta * held + f * product("bhci,bhio->bhco", x, momentum.astype(dtype))
-        return read + (1 - beta) * new if learner.decay_to == "init" else read
+        new = product("bhci,hio->bhco", x, origin.astype(dtype)) * (beta if to_zero else 1)
+        held = beta * own * product("bhci,bhio->bhco", x, change.astype(dtype))
+        return new + held + f * product("bhci,bhio->bhco", x, momentum.astype(dtype))
 
     # Weights before a token: the row of the token before it in its document, and nothing at the document's start.
     before = masks.visible & ~jnp.eye(q.shape[2], dtype=bool)[None]
@@ -162,8 +152,8 @@ def _exact_chunk(
     out = carried(q, beta, f) - product("bhts,bhso->bhto", scores.astype(dtype), slopes)
     stays = masks.stays[:, None, None, None].astype(jnp.float32)
     last_beta, last_f = beta[:, :, -1:], weighing.momentum[..., -1:, None] * stays
-    kept = last_beta * (stays * weights + (1 - stays) * start[None]) + last_f * momentum
-    kept = kept + (1 - last_beta) * start[None] if learner.decay_to == "init" else kept
+    kept = last_beta * stays * change + last_f * momentum
+    kept = kept - (1 - last_beta) * origin[None] if to_zero else kept
     write = product("bhsi,bhso->bhio", _scaled(k, weighing.gradients[..., -1, :]), slopes)
     push = product("bhsi,bhso->bhio", _scaled(k, weighing.last_gradients), slopes)
     pushed = weighing.last_momentum[..., None, None] * stays * momentum - push
