@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from recallax.__main__ import config_names
-from recallax.layers import MixerConfig, MoM, Nothing, RecurrentMixer, Site
+from recallax.layers import MixerConfig, MoM, NeuralMemory, Nothing, RecurrentMixer, Site
 from recallax.layers.memory import MemoryConfig
 from recallax.models import LM, LMConfig, accounting
 from recallax.pallas_kernels.delta_rule import xla as delta_xla
@@ -31,6 +31,11 @@ BF16_TOLERANCE = 0.04
 """Of bfloat16 against float32, relative to the largest output: a few units of its 8-bit mantissa."""
 ROUTED_TOLERANCE = 0.15
 """The same for mixers that choose: where two memories are nearly equal, rounding chooses the other one."""
+LEARNED_TOLERANCE = 0.3
+"""The same for memories that learn at weights as large as these: rounding of the inputs alone, with float32 inside,
+moves single tokens by that much (the median by 2 %)."""
+
+LOOSER = {MoM: ROUTED_TOLERANCE, NeuralMemory: LEARNED_TOLERANCE}
 
 
 def tiny_models() -> dict[str, LMConfig]:
@@ -116,19 +121,25 @@ def noise(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def rows(*documents: list[int], length: int = LENGTH) -> SeqInfo:
-    """One row per list of document lengths, packed in order; the rest of the row is padding."""
+def rows(*documents: list[int], length: int = LENGTH, grid: int = 1) -> SeqInfo:
+    """One row per list of document lengths, packed in order on the grid; the rest of the row is padding."""
     positions, segments = np.zeros((2, len(documents), length), np.int32)
     for row, lengths in enumerate(documents):
         start = 0
         for number, size in enumerate(lengths, 1):
             positions[row, start : start + size] = np.arange(size)
             segments[row, start : start + size] = number
-            start += size
+            start += -(-size // grid) * grid
     return SeqInfo(jnp.array(positions), jnp.array(segments), jnp.zeros(positions.shape, bool))
 
 
-PACKED = rows([LENGTH], [4, 1, 5], [6], [1, 3])
+def packed(config: MixerConfig) -> SeqInfo:
+    """Documents fill the grid where another follows: a cut leaves no padding on the left, which the LM rolls away."""
+
+    def filling(*sizes: int) -> list[int]:
+        return [-(-size // config.grid) * config.grid for size in sizes[:-1]] + [sizes[-1]]
+
+    return rows([LENGTH], filling(4, 1, 5), [6], filling(1, 3))
 
 
 def part(seq: SeqInfo, where: slice) -> SeqInfo:
@@ -149,17 +160,18 @@ def close(a, b, tolerance: float = TOLERANCE, where=None) -> None:
 @each_mixer
 def test_prefill_may_be_cut_anywhere(config):
     mixer, x = build(config), noise(0, 4, LENGTH, WIDTH)
-    valid = PACKED.segments > 0
-    whole, _ = mixer.call(x, PACKED)
-    full, state, _ = mixer.prefill(x, PACKED, mixer.init_state(4, LENGTH))
+    seq = packed(config)
+    valid = seq.segments > 0
+    whole, _ = mixer.call(x, seq)
+    full, state, _ = mixer.prefill(x, seq, mixer.init_state(4, LENGTH))
     close(full, whole, where=valid)
 
     def at(cut):
         """Both parts as rows of full length: the first padded from the cut on, the second rolled to the left."""
         time = jnp.arange(LENGTH)[None]
-        first = PACKED._replace(segments=jnp.where(time < cut, PACKED.segments, 0))
+        first = seq._replace(segments=jnp.where(time < cut, seq.segments, 0))
         source = (time + cut) % LENGTH
-        later = SeqInfo(*(jnp.take_along_axis(a, jnp.broadcast_to(source, a.shape), axis=1) for a in PACKED[:3]))
+        later = SeqInfo(*(jnp.take_along_axis(a, jnp.broadcast_to(source, a.shape), axis=1) for a in seq[:3]))
         later = later._replace(segments=jnp.where(time < LENGTH - cut, later.segments, 0))
         a, middle, _ = mixer.prefill(x, first, mixer.init_state(4, LENGTH))
         b, final, _ = mixer.prefill(jnp.take(x, source[0], axis=1), later, middle)
@@ -170,8 +182,8 @@ def test_prefill_may_be_cut_anywhere(config):
         close(every[cut - 1], whole, where=valid)
         close(jax.tree.map(lambda leaf, cut=cut: leaf[cut - 1], finals), state)
     for cut in (6,):  # the same in rows of their own length
-        a, middle, _ = mixer.prefill(x[:, :cut], part(PACKED, slice(0, cut)), mixer.init_state(4, LENGTH))
-        b, final, _ = mixer.prefill(x[:, cut:], part(PACKED, slice(cut, None)), middle)
+        a, middle, _ = mixer.prefill(x[:, :cut], part(seq, slice(0, cut)), mixer.init_state(4, LENGTH))
+        b, final, _ = mixer.prefill(x[:, cut:], part(seq, slice(cut, None)), middle)
         close(jnp.concatenate([a, b], axis=1), whole, where=valid)
         close(final, state)
 
@@ -179,10 +191,11 @@ def test_prefill_may_be_cut_anywhere(config):
 @each_mixer
 def test_steps_equal_the_call(config):
     mixer, x = build(config), noise(1, 4, LENGTH, WIDTH)
-    whole, _ = mixer.call(x, PACKED)
-    _, state, _ = mixer.prefill(x, PACKED, mixer.init_state(4, LENGTH))
-    y, walked = mixer.walk(x, PACKED, mixer.init_state(4, LENGTH))
-    valid = PACKED.segments > 0
+    seq = packed(config)
+    whole, _ = mixer.call(x, seq)
+    _, state, _ = mixer.prefill(x, seq, mixer.init_state(4, LENGTH))
+    y, walked = mixer.walk(x, seq, mixer.init_state(4, LENGTH))
+    valid = seq.segments > 0
     close(y, whole, where=valid)
     close(walked, state)
     assert not np.asarray(y)[~np.asarray(valid)].any()
@@ -191,8 +204,9 @@ def test_steps_equal_the_call(config):
 @each_mixer
 def test_state_keeps_its_form_and_inactive_rows_keep_theirs_bit_for_bit(config):
     mixer, x = build(config), noise(2, 4, LENGTH, WIDTH)
+    seq = packed(config)
     empty = mixer.init_state(4, LENGTH)
-    _, state, _ = mixer.prefill(x, PACKED, empty)
+    _, state, _ = mixer.prefill(x, seq, empty)
     active = jnp.array([True, False, True, False])
     y, after = mixer.step(x[:, 0], StepInfo(jnp.array([3, 9, 0, 0]), active), state)
     for old in (empty, state):
@@ -249,12 +263,12 @@ def test_the_future_has_no_gradient_and_no_influence(config):
 def test_packed_documents_equal_documents_alone(config):
     mixer, x = build(config), noise(4, 1, LENGTH, WIDTH)
     sizes = [4, 1, 5]
-    packed, _ = mixer.call(x, rows(sizes))
+    whole, _ = mixer.call(x, rows(sizes, grid=config.grid))
     start = 0
     for size in sizes:
         alone, _ = mixer.call(x[:, start : start + size], rows([size], length=size))
-        close(packed[:, start : start + size], alone)
-        start += size
+        close(whole[:, start : start + size], alone)
+        start += -(-size // config.grid) * config.grid
 
 
 @each_mixer
@@ -300,8 +314,7 @@ def test_bfloat16_stays_near_float32_also_after_hundreds_of_steps(config):
     for part_of in (slice(0, 200), slice(280, length)):
         for other in (low, walked):
             error = np.abs(np.asarray(other, np.float32) - np.asarray(y))[:, part_of].max()
-            allowed = ROUTED_TOLERANCE if isinstance(config, MoM) else BF16_TOLERANCE
-            assert error <= allowed * size, (part_of, error / size)
+            assert error <= LOOSER.get(type(config), BF16_TOLERANCE) * size, (part_of, error / size)
 
 
 @each_model

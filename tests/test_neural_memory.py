@@ -23,24 +23,24 @@ from recallax.pallas_kernels.neural_memory import (
 )
 from recallax.pallas_kernels.neural_memory.boundary import orthogonal
 from recallax.pallas_kernels.neural_memory.inner import weigh
-from recallax.pallas_kernels.neural_memory.learner import MLP, Linear, SwiGLU
+from recallax.pallas_kernels.neural_memory.learner import LinearNet, MLPNet, SwiGLUNet
 from tests.test_ops import per_block
 
 pytestmark = pytest.mark.usefixtures("strict")
 
 B, H, D = 2, 2, 6
-EXACT = Learner(network=Linear(), gradient="token", chunk=8)
+EXACT = Learner(network=LinearNet(), gradient="token", chunk=8)
 LEARNERS = {
-    "linear": Learner(network=Linear(), chunk=8),
-    "linear, decay to zero": Learner(network=Linear(), chunk=8, decay_to="zero"),
-    "deep": Learner(network=MLP(), chunk=8),
-    "three layers, huber": Learner(network=MLP(depth=3, expansion=2), loss="huber", chunk=8),
-    "one layer with norm": Learner(network=MLP(depth=1), chunk=8),
-    "last layer only": Learner(network=MLP(), updates=("w2",), chunk=8),
-    "swiglu, dot, read before": Learner(network=SwiGLU(), loss="dot", readout="chunk_start", chunk=8),
-    "rows": Learner(network=SwiGLU(), loss="dot", readout="chunk_start", boundary="rows", chunk=8),
-    "muon": Learner(network=SwiGLU(), loss="dot", readout="chunk_start", boundary="muon", chunk=8),
-    "chunks of one": Learner(network=MLP(), chunk=1),
+    "linear": Learner(network=LinearNet(), chunk=8),
+    "linear, decay to zero": Learner(network=LinearNet(), chunk=8, decay_to="zero"),
+    "deep": Learner(network=MLPNet(), chunk=8),
+    "three layers, huber": Learner(network=MLPNet(depth=3, expansion=2), loss="huber", chunk=8),
+    "one layer with norm": Learner(network=MLPNet(depth=1), chunk=8),
+    "last layer only": Learner(network=MLPNet(), updates=("w2",), chunk=8),
+    "swiglu, dot, read before": Learner(network=SwiGLUNet(), loss="dot", readout="chunk_start", chunk=8),
+    "rows": Learner(network=SwiGLUNet(), loss="dot", readout="chunk_start", boundary="rows", chunk=8),
+    "muon": Learner(network=SwiGLUNet(), loss="dot", readout="chunk_start", boundary="muon", chunk=8),
+    "chunks of one": Learner(network=MLPNet(), chunk=1),
     "exact": EXACT,
     "exact, decay to zero": replace(EXACT, decay_to="zero"),
     "exact at the decayed": replace(EXACT, gradient="token_decayed"),
@@ -175,7 +175,7 @@ def test_documents_off_the_grid_and_gaps_within_them_give_nan(segments):
 
 
 def test_without_momentum_the_exact_memory_is_gated_delta_net_and_its_kin():
-    learner = Learner(network=Linear(), gradient="token_decayed", decay_to="zero", chunk=8)
+    learner = Learner(network=LinearNet(), gradient="token_decayed", decay_to="zero", chunk=8)
     tokens, fixed = (single(x) for x in draw(learner, 29))
     tokens = tokens._replace(log_momentum=jnp.full_like(tokens.lr, -1e4))
     beta, log_keep = tokens.lr[..., 0], tokens.log_keep[..., 0]
@@ -194,7 +194,7 @@ def test_without_momentum_the_exact_memory_is_gated_delta_net_and_its_kin():
 
 
 def test_the_dot_loss_is_linear_attention_and_so_is_one_chunk_of_l2_from_zero():
-    learner = Learner(network=Linear(), loss="dot", chunk=8, decay_to="zero")
+    learner = Learner(network=LinearNet(), loss="dot", chunk=8, decay_to="zero")
     tokens, fixed = (single(x) for x in draw(learner, 29))
     zero = jnp.zeros_like(tokens.lr)
     tokens = tokens._replace(lr=zero + 1, log_momentum=zero - 1e4, log_keep=zero)
@@ -208,7 +208,7 @@ def test_chunks_change_only_the_speed_of_the_exact_memory():
     tokens, fixed = (single(x) for x in draw(EXACT, 64, correlation=0.7))
     outs = [neural_memory(replace(EXACT, chunk=chunk), tokens, fixed)[0] for chunk in (8, 16, 32)]
     close(outs[1:], [outs[0]] * 2, 2e-5)
-    stale = [neural_memory(Learner(network=Linear(), chunk=chunk), tokens, fixed)[0] for chunk in (8, 32)]
+    stale = [neural_memory(Learner(network=LinearNet(), chunk=chunk), tokens, fixed)[0] for chunk in (8, 32)]
     assert float(jnp.abs(stale[0] - stale[1]).max()) > 1e-2
 
 
@@ -288,8 +288,8 @@ def test_perturbing_the_last_token_changes_nothing_before_it():
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        ({"gradient": "token"}, "network Linear"),
-        ({"gradient": "token", "network": Linear(), "loss": "dot"}, "l2 loss"),
+        ({"gradient": "token"}, "network LinearNet"),
+        ({"gradient": "token", "network": LinearNet(), "loss": "dot"}, "l2 loss"),
         ({"updates": ("w3",)}, "must name some of w1, w2"),
         ({"chunk": 0}, "chunk is 0"),
     ],

@@ -17,6 +17,7 @@ from recallax.layers.mamba import Mamba
 from recallax.layers.mamba2 import Mamba2
 from recallax.layers.memory import MemoryConfig
 from recallax.layers.mom import MoM
+from recallax.layers.neural_memory import NeuralMemory
 from recallax.layers.nothing import Nothing
 from recallax.layers.relu_squared import ReLUSquared
 from recallax.layers.retnet import RetNet
@@ -43,6 +44,7 @@ __all__ = [
     "MemoryConfig",
     "MixerConfig",
     "MoM",
+    "NeuralMemory",
     "Nothing",
     "ReLUSquared",
     "RecurrentMixer",

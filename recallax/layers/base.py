@@ -55,6 +55,11 @@ class RecurrentMixer(SequenceMixer):
 class MixerConfig(Config, abc.ABC):
     """A config that is the constructor of its mixer. Subclasses are frozen keyword-only dataclasses."""
 
+    @property
+    def grid(self) -> int:
+        """Packed documents must begin at a multiple of it; it counts from the beginning of the row's first one."""
+        return 1
+
     @abc.abstractmethod
     def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> SequenceMixer:
         """The module for width `d_model`; raises ConfigError where the sizes do not fit."""

@@ -1,10 +1,11 @@
-"""Rewrite `first_step.json`, what the first steps of every config's tiny form give: `python -m tests.golden`.
+"""Rewrite `first_step.json`, what the first steps of every config's tiny form give: `python -m tests.golden [NAME...]`.
 
 Do so when a change is meant to change them, and say in the commit why it does.
 """
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -49,8 +50,9 @@ def first_step(name: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    rows = {}
-    for config in config_names():
+    held = json.loads(FILE.read_text())
+    rows = {config: held[config] for config in config_names() if config in held}
+    for config in sys.argv[1:] or config_names():
         rows[config] = first_step(config)
         print(config, rows[config], flush=True)
-    FILE.write_text(json.dumps(rows, indent=1) + "\n")
+    FILE.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")

@@ -31,7 +31,7 @@ class Network(Config, abc.ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linear(Network):
+class LinearNet(Network):
     """M(x) = x W: a matrix memory."""
 
     def shapes(self, width: int) -> dict[str, tuple[int, int]]:
@@ -42,7 +42,7 @@ class Linear(Network):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLP(Network):
+class MLPNet(Network):
     """M(x) = x + LN(W_L gelu(... gelu(W_1 x))): Titans' memory (NeurIPS version); depth 1 is that of TTT-Linear."""
 
     depth: int = 2
@@ -68,7 +68,7 @@ class MLP(Network):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwiGLU(Network):
+class SwiGLUNet(Network):
     """M(x) = W_2 (silu(W_1 x) * W_3 x): LaCT's memory."""
 
     expansion: int = 2
@@ -109,7 +109,7 @@ LOSSES = {"l2": l2, "huber": huber, "dot": dot}
 class Learner(Config):
     """How a memory learns while it reads. Raises ConfigError where the choices do not go together."""
 
-    network: Network = MLP()
+    network: Network = MLPNet()
     loss: Literal["l2", "huber", "dot"] = "l2"
     gradient: Literal["chunk_start", "token", "token_decayed"] = "chunk_start"
     """Where gradients are taken: at the weights of the chunk's start (any network), at those before the token, or at
@@ -130,11 +130,11 @@ class Learner(Config):
     def __post_init__(self) -> None:
         if self.chunk < 1:
             raise ConfigError(f"chunk is {self.chunk}; it must be at least 1")
-        exact = isinstance(self.network, Linear) and self.loss == "l2" and self.readout == "dual"
+        exact = isinstance(self.network, LinearNet) and self.loss == "l2" and self.readout == "dual"
         if self.gradient != "chunk_start" and not (exact and self.boundary == "none"):
             raise ConfigError(
                 f"gradient is {self.gradient!r}: only a linear memory under the l2 loss, read by `dual` and without a "
-                "boundary, learns from per-token gradients; take gradient 'chunk_start' or network Linear"
+                "boundary, learns from per-token gradients; take gradient 'chunk_start' or network LinearNet"
             )
         unknown = [name for name in self.updates or () if name not in self.network.shapes(1)]
         if unknown or self.updates == ():
