@@ -1,6 +1,5 @@
 """The battery of every op: each form against the definition in float64, in values and in every gradient."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,17 +10,24 @@ import numpy as np
 import pytest
 
 from recallax.pallas_kernels import feature_maps
+from recallax.pallas_kernels.cases import CASES, Case, draw, segments
 from recallax.pallas_kernels.delta_rule import delta_rule, delta_rule_step
 from recallax.pallas_kernels.delta_rule import xla as delta_xla
+from recallax.pallas_kernels.delta_rule.cases import inputs as delta_inputs
+from recallax.pallas_kernels.linear_attention import cases as linear_cases
 from recallax.pallas_kernels.linear_attention import linear_attention, linear_attention_step
 from recallax.pallas_kernels.linear_attention import xla as linear_xla
 from recallax.pallas_kernels.selective_scan import selective_scan, selective_scan_step
 from recallax.pallas_kernels.selective_scan import xla as selective_xla
+from recallax.pallas_kernels.selective_scan.cases import inputs as scan_inputs
+from recallax.pallas_kernels.short_conv import cases as conv_cases
 from recallax.pallas_kernels.short_conv import short_conv
-from recallax.pallas_kernels.taylor_attention import TaylorState, state_width, taylor_attention
+from recallax.pallas_kernels.taylor_attention import cases as taylor_cases
+from recallax.pallas_kernels.taylor_attention import state_width, taylor_attention
 from recallax.pallas_kernels.taylor_attention import xla as taylor_xla
 from recallax.pallas_kernels.triangular import unit_lower_inverse
 from recallax.pallas_kernels.window_attention import KVCache, window_attention, window_attention_step
+from recallax.pallas_kernels.window_attention import cases as window_cases
 from recallax.pallas_kernels.window_attention import xla as window_xla
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -35,44 +41,6 @@ FLOAT32 = ("log_decay", "erase", "write", "rate", "a")
 """Inputs that are float32 whatever the activations are."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Sizes and how hard the numbers are."""
-
-    length: int
-    width: int = 8
-    values: int = 8
-    heads: int = 2
-    correlation: float = 0.0
-    """Share of every key that is the same for all tokens."""
-    decay: str | None = None
-    """"constant" per head, "token", "channel"; "extreme" (per channel): mixtures of none and of total forgetting."""
-    beta: float = 1.0
-    """Largest strength of erasing and writing."""
-    documents: tuple[int, ...] = ()
-    """Lengths of the documents in the first row; the second row is one document."""
-    padded: int = 0
-
-
-CASES = {
-    "one token": Case(1),
-    "below a chunk": Case(13),
-    "exactly two chunks": Case(32),
-    "odd": Case(67, width=4, values=6),
-    "wide values": Case(40, width=3, values=16, heads=1),
-    "correlated .5": Case(67, correlation=0.5),
-    "correlated .99": Case(67, correlation=0.99),
-    "constant decay": Case(67, decay="constant"),
-    "token decay": Case(67, decay="token"),
-    "extreme decay": Case(67, decay="extreme"),
-    "channel decay": Case(67, decay="channel", values=6),
-    "extreme channel decay": Case(67, decay="extreme channel"),
-    "negative eigenvalues": Case(67, beta=2.0),
-    "correlated .9, negative eigenvalues, channel decay": Case(67, correlation=0.9, beta=2.0, decay="channel"),
-    "packed": Case(67, documents=(1, 15, 1, 1, 20, 29)),
-    "packed, decay, padding": Case(67, decay="token", documents=(16, 1, 33), padded=17),
-    "packed, channel decay, padding": Case(67, decay="channel", documents=(16, 1, 33), padded=17),
-}
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 each_dtype = pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
 FEW = ("odd", "packed, decay, padding", "packed, channel decay, padding")
@@ -88,38 +56,9 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(window_xla, "BLOCK", 16)
 
 
-def draw(case: Case, groups: int | None = None) -> dict[str, Any]:
-    """Inputs in float64 for two rows."""
-    rng = np.random.default_rng(hash(case.length) + case.width)
-    shape = (2, case.length, case.heads, case.width)
-    kv = (2, case.length, groups or case.heads)
-    k = rng.normal(size=(*kv, case.width))
-    shared = rng.normal(size=case.width)
-    k = np.sqrt(1 - case.correlation) * k + np.sqrt(case.correlation) * shared
-    inputs = {"q": rng.normal(size=shape), "k": k, "v": rng.normal(size=(*kv, case.values))}
-    gates = {
-        "constant": -np.abs(rng.normal(size=(case.heads,))),
-        "token": -np.abs(rng.normal(size=shape[:3])),
-        "extreme": -rng.choice([0.0, 1e-4, 40.0], size=shape[:3], p=[0.5, 0.3, 0.2]),
-        "channel": -np.abs(rng.normal(size=shape)),
-        "extreme channel": -rng.choice([0.0, 1e-4, 40.0, 1e4], size=shape, p=[0.5, 0.3, 0.1, 0.1]),
-    }
-    return inputs | ({"log_decay": gates[case.decay]} if case.decay else {})
-
-
 def single(inputs: dict[str, Any]) -> dict[str, Any]:
     """The inputs in float32."""
     return {name: jnp.asarray(x, jnp.float32) for name, x in inputs.items()}
-
-
-def segments(case: Case) -> jnp.ndarray:
-    ids = np.ones((2, case.length), np.int32)
-    if case.documents:
-        lengths = [*case.documents, case.padded]
-        # ids need not be ordered: every other document has a larger one
-        names = [3 * i + 1 if i % 2 else 50 - i for i in range(len(case.documents))] + [0]
-        ids[0] = np.repeat(names, lengths)
-    return jnp.asarray(ids)
 
 
 def per_block(x: np.ndarray, y: np.ndarray) -> float:
@@ -173,8 +112,7 @@ def compare(op: Callable, case: Case, inputs: dict[str, Any], state, dtype: str,
 @each_case
 @each_dtype
 def test_linear_attention(case, dtype):
-    inputs = draw(case)
-    state = np.random.default_rng(5).normal(size=(2, case.heads, case.width, case.values))
+    inputs, state = linear_cases.inputs(case), linear_cases.state(case)
 
     def op(inputs, state, form):
         return linear_attention(**inputs, state=state, segments=segments(case), implementation=form)
@@ -182,42 +120,16 @@ def test_linear_attention(case, dtype):
     compare(op, case, inputs, state, dtype, "xla")
 
 
-def delta_inputs(case: Case, erase: str = "token") -> dict[str, Any]:
-    """Unit keys of one head for two value heads, strengths up to `case.beta` (its upper half where that is 2)."""
-    inputs = draw(case)
-    rng = np.random.default_rng(11)
-    shape = (2, case.length, case.heads, case.width)
-    q, k = (inputs[name][:, :, :1] for name in ("q", "k"))
-    k = k / np.linalg.norm(k, axis=-1, keepdims=True)
-    low = case.beta - 1
-    strength = rng.uniform(low, case.beta, size=shape if erase == "channel" else shape[:3])
-    return inputs | {"q": q, "k": k, "erase": strength, "write": rng.uniform(low, case.beta, size=shape[:3])}
-
-
 @each_case
 @each_dtype
 @pytest.mark.parametrize("erase", ["token", pytest.param("channel", marks=pytest.mark.full)])
 def test_delta_rule(case, dtype, erase):
-    inputs = delta_inputs(case, erase)
-    state = np.random.default_rng(5).normal(size=(2, case.heads, case.width, case.values))
+    inputs, state = delta_inputs(case, erase), linear_cases.state(case)
 
     def op(inputs, state, form):
         return delta_rule(**inputs, state=state, segments=segments(case), implementation=form)
 
     compare(op, case, inputs, state, dtype, "xla")
-
-
-def scan_inputs(case: Case, states: int | None) -> dict[str, Any]:
-    """As of a Mamba-1 with `states` per channel; None: the bare element-wise recurrence."""
-    rng = np.random.default_rng(12)
-    shape = (2, case.length, 5)
-    rate = np.abs(rng.normal(size=shape))
-    if case.decay and "extreme" in case.decay:
-        rate = rng.choice([0.0, 1e-4, 40.0, 1e4], size=shape)
-    if states is None:
-        return {"x": rng.normal(size=shape), "rate": -rate}
-    b, c = rng.normal(size=(2, 2, case.length, states))
-    return {"x": rng.normal(size=shape), "rate": rate, "a": -rng.uniform(0.1, 4, size=(5, states)), "b": b, "c": c}
 
 
 @each_case
@@ -236,14 +148,7 @@ def test_selective_scan(case, dtype, states):
 @each_dtype
 @pytest.mark.parametrize("features", ["symmetric", pytest.param("full", marks=pytest.mark.full)])
 def test_taylor_attention(case, dtype, features):
-    inputs = {name: x for name, x in draw(case).items() if name != "log_decay"}
-    # A state that tokens could have left: random sums would make the denominator vanish somewhere.
-    past = np.random.default_rng(6).normal(size=(2, 7, case.heads, case.width)) * case.width**-0.25
-    expand = feature_maps.taylor if features == "symmetric" else feature_maps.taylor_full
-    with jax.enable_x64(True):
-        phi = np.asarray(expand(jnp.asarray(past)))
-    v = np.random.default_rng(7).normal(size=(2, 7, case.heads, case.values))
-    state: Any = TaylorState(*map(jnp.asarray, (np.einsum("bthf,bthv->bhfv", phi, v), phi.sum(axis=1))))
+    inputs, state = taylor_cases.inputs(case), taylor_cases.state(case, features)
     assert state.z.shape[-1] == state_width(case.width, features)
 
     def op(inputs, state, form):
@@ -257,13 +162,13 @@ def test_taylor_attention(case, dtype, features):
 @each_dtype
 @pytest.mark.parametrize("window", [None, 5, *(pytest.param(w, marks=pytest.mark.full) for w in (1, 40))])
 def test_window_attention(case, dtype, window):
-    inputs = {name: x for name, x in draw(case, groups=1).items() if name != "log_decay"}
+    inputs = window_cases.inputs(case)
     # As many cached tokens as a window holds, behind a row that continues at position 50.
     slots = 50 + case.length if window is None else window
     rng = np.random.default_rng(8)
     sizes = ((2, slots, 1, case.width), (2, slots, 1, case.values))
     cache = KVCache(*(jnp.asarray(rng.normal(size=size)) for size in sizes))
-    positions = positions_of(case, 50)
+    positions = window_cases.positions(case, 50)
 
     def op(inputs, state, form):
         state = KVCache(*(x.astype(inputs["k"].dtype) for x in state))
@@ -274,15 +179,6 @@ def test_window_attention(case, dtype, window):
         return window_attention(**inputs, window=window, state=state, **where, implementation=form)
 
     compare(op, case, inputs, cache, dtype, "xla")
-
-
-def positions_of(case: Case, seen: int) -> np.ndarray:
-    """Positions within documents; the first document of each row goes on at `seen`."""
-    positions = np.tile(np.arange(case.length, dtype=np.int32), (2, 1)) + seen
-    if case.documents:
-        rows = [np.arange(n) + (seen if i == 0 else 0) for i, n in enumerate(case.documents)]
-        positions[0] = np.concatenate([*rows, np.zeros(case.padded)])
-    return positions
 
 
 @few_cases
@@ -298,13 +194,8 @@ def test_bfloat16(case):
 @each_case
 @pytest.mark.parametrize("width", [3, *(pytest.param(w, marks=pytest.mark.full) for w in (1, 4))])
 def test_short_conv(case, width):
-    rng = np.random.default_rng(2)
-    inputs = {
-        "x": rng.normal(size=(2, case.length, 6)),
-        "weight": rng.normal(size=(width, 6)),
-        "bias": rng.normal(size=6),
-    }
-    state = rng.normal(size=(2, width - 1, 6))
+    inputs = conv_cases.inputs(case, width)
+    state = inputs.pop("state")
 
     def op(inputs, state, form):
         out, state = short_conv(**inputs, state=state, segments=segments(case), implementation=form)
