@@ -40,6 +40,8 @@ LEARNERS = {
     "swiglu, dot, read before": Learner(network=SwiGLUNet(), loss="dot", readout="chunk_start", chunk=8),
     "rows": Learner(network=SwiGLUNet(), loss="dot", readout="chunk_start", boundary="rows", chunk=8),
     "muon": Learner(network=SwiGLUNet(), loss="dot", readout="chunk_start", boundary="muon", chunk=8),
+    "deep, no momentum": Learner(network=MLPNet(), momentum=False, chunk=8),
+    "exact, no momentum": replace(EXACT, momentum=False),
     "chunks of one": Learner(network=MLPNet(), chunk=1),
     "exact": EXACT,
     "exact, decay to zero": replace(EXACT, decay_to="zero"),
@@ -175,9 +177,8 @@ def test_documents_off_the_grid_and_gaps_within_them_give_nan(segments):
 
 
 def test_without_momentum_the_exact_memory_is_gated_delta_net_and_its_kin():
-    learner = Learner(network=LinearNet(), gradient="token_decayed", decay_to="zero", chunk=8)
+    learner = Learner(network=LinearNet(), momentum=False, gradient="token_decayed", decay_to="zero", chunk=8)
     tokens, fixed = (single(x) for x in draw(learner, 29))
-    tokens = tokens._replace(log_momentum=jnp.full_like(tokens.lr, -1e4))
     beta, log_keep = tokens.lr[..., 0], tokens.log_keep[..., 0]
     start = jnp.broadcast_to(fixed.weights["w1"], (B, H, D, D))
     want, final = delta_rule(
@@ -194,10 +195,10 @@ def test_without_momentum_the_exact_memory_is_gated_delta_net_and_its_kin():
 
 
 def test_the_dot_loss_is_linear_attention_and_so_is_one_chunk_of_l2_from_zero():
-    learner = Learner(network=LinearNet(), loss="dot", chunk=8, decay_to="zero")
+    learner = Learner(network=LinearNet(), loss="dot", momentum=False, chunk=8, decay_to="zero")
     tokens, fixed = (single(x) for x in draw(learner, 29))
     zero = jnp.zeros_like(tokens.lr)
-    tokens = tokens._replace(lr=zero + 1, log_momentum=zero - 1e4, log_keep=zero)
+    tokens = tokens._replace(lr=zero + 1, log_keep=zero)
     fixed = fixed._replace(weights={"w1": jnp.zeros((H, D, D))})
     want, _ = linear_attention(*tokens[:3], scale=1.0, implementation="reference")
     close(neural_memory(learner, tokens, fixed)[0], want, 2e-5)
@@ -263,7 +264,7 @@ def test_the_weighing_is_exact_to_1e_5():
         surprise *= momentum[..., t, None]
         surprise[..., t] += lr[..., t]
         want[..., t, :] = (keep[..., t, None] * want[..., t - 1, :] if t else 0) + surprise
-    got = np.asarray(weigh(single(tokens), visible).gradients, np.float64)
+    got = np.asarray(weigh(single(tokens), visible, momentum=True).gradients, np.float64)
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 

@@ -56,8 +56,6 @@ class NeuralMemory(MixerConfig):
     max_lr: float | None = None
     """Largest step; None is 1 for per-token gradients and min(1, 4 / chunk) else: beyond it, alike keys of one chunk
     overshoot together."""
-    momentum: bool = True
-    """Whether steps have momentum; without, S_t is the last gradient alone."""
     forget: bool = True
     """Whether the memory forgets; without, keep is 1."""
     conv: int = 4
@@ -94,7 +92,7 @@ class NeuralMemoryMixer(RecurrentMixer):
         inner = heads * width
         layers = len(config.learner.learned(width))
         widths = {"q": inner, "k": inner, "v": inner, "lr": heads * layers}
-        widths |= {"momentum": heads * layers} if config.momentum else {}
+        widths |= {"momentum": heads * layers} if config.learner.momentum else {}
         widths |= {"keep": heads * layers} if config.forget else {}
         self.streams = Streams({n: Linear(d_model, w, precision=precision, rngs=rngs) for n, w in widths.items()})
         self.conv = ShortConvolution(3 * inner, config.conv, precision=precision, rngs=rngs) if config.conv else None
@@ -168,12 +166,13 @@ class NeuralMemoryMixer(RecurrentMixer):
     def _tokens(self, joined: Float[Array, "B T C"], streams: dict[str, Array]) -> Tokens:
         q, k, v = (heads_of(part, self.heads) for part in jnp.split(joined, 3, axis=-1))
         gates = {name: self._gate(name, streams[name]) for name in self.biases}
-        log_momentum = jax.nn.log_sigmoid(gates["momentum"]) if "momentum" in gates else None
         lr = self.max_lr * jax.nn.sigmoid(gates["lr"])
-        lr = lr if log_momentum is None else lr * jax.nn.sigmoid(-gates["momentum"])
-        never = jnp.full_like(lr, NEVER)
-        log_keep = jax.nn.log_sigmoid(gates["keep"]) if "keep" in gates else jnp.zeros_like(lr)
-        return Tokens(unit(q), unit(k), v, lr, never if log_momentum is None else log_momentum, log_keep)
+        log_momentum = log_keep = jnp.zeros_like(lr)
+        if "momentum" in gates:
+            log_momentum, lr = jax.nn.log_sigmoid(gates["momentum"]), lr * jax.nn.sigmoid(-gates["momentum"])
+        if "keep" in gates:
+            log_keep = jax.nn.log_sigmoid(gates["keep"])
+        return Tokens(unit(q), unit(k), v, lr, log_momentum, log_keep)
 
     def _gate(self, name: str, x: Float[Array, "B T W"]) -> Float[Array, "B T H L"]:
         return heads_of(x.astype(jnp.float32), self.heads) + self.biases[name][...][None, None]
@@ -181,7 +180,3 @@ class NeuralMemoryMixer(RecurrentMixer):
     def _fixed(self) -> Fixed:
         weights = {name: weight[...] for name, weight in self.weights.items()}
         return Fixed(weights, self.gain[...], self.offset[...])
-
-
-NEVER = -1e4
-"""A logarithm whose exponential is 0, and whose sums stay finite."""

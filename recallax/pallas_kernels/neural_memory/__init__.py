@@ -41,7 +41,7 @@ class NeuralState(NamedTuple):
 def init_state(learner: Learner, rows: int, heads: int, width: int) -> NeuralState:
     """The state before any token, zeros throughout."""
     nothing = {name: jnp.zeros((rows, heads, *s), jnp.float32) for name, s in learner.learned(width).items()}
-    memory = Memory(nothing, nothing)
+    memory = Memory(nothing, nothing if learner.momentum else {})
     if learner.gradient != "chunk_start":
         return NeuralState(memory, None, None)
     shape = (rows, learner.chunk - 1, heads)

@@ -42,6 +42,7 @@ class Memory(NamedTuple):
     change: Weights
     """Of the weights, from the initial ones."""
     momentum: Weights
+    """Empty for a learner without."""
 
 
 class Weighing(NamedTuple):
@@ -59,8 +60,11 @@ class Weighing(NamedTuple):
     """Of minus each gradient in the momentum of the chunk's end."""
 
 
-def weigh(tokens: Tokens, visible: Bool[Array, "B C C"]) -> Weighing:
-    """visible: token t may see token s: s <= t, of one document, and s is not padding; padding does nothing."""
+def weigh(tokens: Tokens, visible: Bool[Array, "B C C"], momentum: bool) -> Weighing:
+    """visible: token t may see token s: s <= t, of one document, and s is not padding; padding does nothing.
+
+    Without momentum a gradient counts in its own token's step alone.
+    """
     b, c, h, layers = tokens.lr.shape
     here = jnp.diagonal(visible, axis1=1, axis2=2)[..., None, None]
 
@@ -75,9 +79,12 @@ def weigh(tokens: Tokens, visible: Bool[Array, "B C C"]) -> Weighing:
     beta, since = (jnp.exp(product("bts,bsl->blt", seen, x)) for x in (log_keep, log_momentum))
     ones = jnp.ones((b, c, h * layers, 1), jnp.float32)
     kept = decayed_scores(ones, ones, log_keep[..., None], visible)
-    spread = decayed_scores(ones, ones, log_momentum[..., None], visible)
     lr = jnp.moveaxis(lr, 1, 2)
-    gradients = product("bltr,blrs->blts", kept, spread) * lr[:, :, None]
+    if momentum:
+        spread = decayed_scores(ones, ones, log_momentum[..., None], visible)
+        gradients = product("bltr,blrs->blts", kept, spread) * lr[:, :, None]
+    else:
+        spread, gradients = jnp.zeros_like(kept), kept * lr[:, :, None]
     return Weighing(
         carried=apart(beta),
         momentum=apart(product("bltr,blr->blt", kept, since)),

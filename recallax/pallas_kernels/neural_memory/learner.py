@@ -111,6 +111,8 @@ class Learner(Config):
 
     network: Network = MLPNet()
     loss: Literal["l2", "huber", "dot"] = "l2"
+    momentum: bool = True
+    """Whether steps carry momentum, and the state its sum; without, the arguments' momentum is not read."""
     gradient: Literal["chunk_start", "token", "token_decayed"] = "chunk_start"
     """Where gradients are taken: at the weights of the chunk's start (any network), at those before the token, or at
     these after their decay. The last two are exact recurrences, for the linear memory under the l2 loss alone; without

@@ -50,9 +50,10 @@ def _head(
 
         at = {"chunk_start": chunk.change, "token": memory.change, "token_decayed": decayed(memory.change)}
         slopes = jax.grad(lambda w: loss(net(w, k), v))(at[learner.gradient])
-        surprise = {n: momentum[i] * s - lr[i] * slopes[n] for i, (n, s) in enumerate(memory.momentum.items())}
+        held = {n: momentum[i] * s for i, (n, s) in enumerate(memory.momentum.items())}
+        surprise = {n: held.get(n, 0) - lr[i] * slopes[n] for i, n in enumerate(memory.change)}
         change = {n: x + surprise[n] for n, x in decayed(memory.change).items()}
-        memory = _pick(valid, Memory(change, surprise), memory)
+        memory = _pick(valid, Memory(change, surprise if learner.momentum else {}), memory)
         read = net(memory.change if learner.readout == "dual" else chunk.change, q)
         return (memory, chunk, written + valid.astype(jnp.int32), index), read
 

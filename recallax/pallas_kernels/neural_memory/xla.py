@@ -56,7 +56,7 @@ def _chunk(
     """Gradients at the chunk's first weights. Documents begin where chunks do; a chunk with a gap writes nothing."""
     fresh = docs.index[:, 0] != document
     memory = _where(fresh, jax.tree.map(jnp.zeros_like, memory), memory)
-    weighing = weigh(tokens, masks_of(docs, docs.index[:, 0]).visible)
+    weighing = weigh(tokens, masks_of(docs, docs.index[:, 0]).visible, learner.momentum)
     one_head = partial(_learn, learner)
     per_head = jax.vmap(one_head, in_axes=(0, 0, 1, 0), out_axes=(0, 1))
     new, out = jax.vmap(per_head, in_axes=(None, 0, 0, 0))(fixed, memory, tokens, weighing)
@@ -96,7 +96,9 @@ def _learn(
         if name not in index:
             return times(x, start[name])
         beta, f, g = (part[index[name]] for part in weighing[:3])
-        read = beta[:, None] * times(x, memory.change[name]) + f[:, None] * times(x, memory.momentum[name])
+        read = beta[:, None] * times(x, memory.change[name])
+        if learner.momentum:
+            read += f[:, None] * times(x, memory.momentum[name])
         read += times(x, origin[name]) * (beta[:, None] if learner.decay_to == "zero" else 1)
         alike = product("ti,si->ts", x.astype(dtype), inputs[name].astype(dtype)) * g
         return read - product("ts,so->to", alike.astype(dtype), slopes[name].astype(dtype))
@@ -106,12 +108,14 @@ def _learn(
         x, u = inputs[name].astype(dtype), slopes[name]
         # Weighing the smaller side: gradients at the outputs, one number per token.
         write = product("si,so->io", x, (weighing.gradients[i, -1][:, None] * u).astype(dtype))
-        push = product("si,so->io", x, (weighing.last_gradients[i][:, None] * u).astype(dtype))
         beta = weighing.carried[i, -1]
-        kept = beta * memory.change[name] + weighing.momentum[i, -1] * memory.momentum[name]
+        kept = beta * memory.change[name]
         kept = kept - (1 - beta) * origin[name] if learner.decay_to == "zero" else kept
+        if learner.momentum:
+            kept += weighing.momentum[i, -1] * memory.momentum[name]
+            push = product("si,so->io", x, (weighing.last_gradients[i][:, None] * u).astype(dtype))
+            new[1][name] = weighing.last_momentum[i] * memory.momentum[name] - push
         new[0][name] = kept - write
-        new[1][name] = weighing.last_momentum[i] * memory.momentum[name] - push
     reads = at_token if learner.readout == "dual" else lambda name, x: times(x, start[name])
     return Memory(*new), apply(reads, q.astype(jnp.float32), gain, offset).astype(dtype)
 
@@ -121,11 +125,11 @@ def _exact_chunk(
 ) -> tuple[Memory, Float[Array, "B C H D"]]:
     """The linear memory with per-token gradients; documents may begin anywhere."""
     masks = masks_of(docs, document)
-    weighing = jax.tree.map(lambda x: x[:, :, 0], weigh(tokens, masks.visible))
+    weighing = jax.tree.map(lambda x: x[:, :, 0], weigh(tokens, masks.visible, learner.momentum))
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in tokens[:3])
     dtype, (name,) = q.dtype, memory.change
     origin, to_zero = fixed.weights[name].astype(jnp.float32), learner.decay_to == "zero"
-    change, momentum = memory.change[name], memory.momentum[name]
+    change = memory.change[name]
     own = masks.own[:, None, :, None].astype(jnp.float32)
     beta, f = weighing.carried[..., None], weighing.momentum[..., None] * own
 
@@ -133,7 +137,9 @@ def _exact_chunk(
         """x times what a token's weights hold of the carried and the initial ones."""
         new = product("bhci,hio->bhco", x, origin.astype(dtype)) * (beta if to_zero else 1)
         held = beta * own * product("bhci,bhio->bhco", x, change.astype(dtype))
-        return new + held + f * product("bhci,bhio->bhco", x, momentum.astype(dtype))
+        if not learner.momentum:
+            return new + held
+        return new + held + f * product("bhci,bhio->bhco", x, memory.momentum[name].astype(dtype))
 
     # Weights before a token: the row of the token before it in its document, and nothing at the document's start.
     before = masks.visible & ~jnp.eye(q.shape[2], dtype=bool)[None]
@@ -152,12 +158,15 @@ def _exact_chunk(
     out = carried(q, beta, f) - product("bhts,bhso->bhto", scores.astype(dtype), slopes)
     stays = masks.stays[:, None, None, None].astype(jnp.float32)
     last_beta, last_f = beta[:, :, -1:], weighing.momentum[..., -1:, None] * stays
-    kept = last_beta * stays * change + last_f * momentum
+    kept = last_beta * stays * change
     kept = kept - (1 - last_beta) * origin[None] if to_zero else kept
+    pushed: Weights = {}
+    if learner.momentum:
+        kept += last_f * memory.momentum[name]
+        push = product("bhsi,bhso->bhio", _scaled(k, weighing.last_gradients), slopes)
+        pushed = {name: weighing.last_momentum[..., None, None] * stays * memory.momentum[name] - push}
     write = product("bhsi,bhso->bhio", _scaled(k, weighing.gradients[..., -1, :]), slopes)
-    push = product("bhsi,bhso->bhio", _scaled(k, weighing.last_gradients), slopes)
-    pushed = weighing.last_momentum[..., None, None] * stays * momentum - push
-    return Memory({name: kept - write}, {name: pushed}), jnp.moveaxis(out, 1, 2).astype(dtype)
+    return Memory({name: kept - write}, pushed), jnp.moveaxis(out, 1, 2).astype(dtype)
 
 
 def _down(x: Array, fill: float) -> Array:
