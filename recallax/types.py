@@ -71,6 +71,14 @@ Aux = dict[str, Mean]
 """Extra loss terms and diagnostics of a module; the keys are fixed when the module is built."""
 
 
+def add_aux(a: Aux, b: Aux) -> Aux:
+    """Both sets of means; those of one name are pooled."""
+    pooled = {
+        name: Mean(a[name].total + b[name].total, a[name].weight + b[name].weight) for name in a.keys() & b.keys()
+    }
+    return {**a, **b, **pooled}
+
+
 def whole_rows(batch: int, length: int) -> SeqInfo:
     """`SeqInfo` of rows that are one document each: numpy arrays of shape [batch, length]."""
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))

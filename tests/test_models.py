@@ -21,16 +21,17 @@ from recallax.layers import (
     MixerConfig,
     Nothing,
     ReLUSquared,
+    Site,
     SlidingWindow,
     SwiGLU,
 )
 from recallax.layers.base import Statistic
 from recallax.layers.norm import RMSNorm
 from recallax.layers.stateless import StatelessMixer
-from recallax.models import Autoencode, Block, LMConfig, Tied, Untied, accounting, based, mom
+from recallax.models import Autoencode, Block, LMConfig, Tied, Untied, accounting, based, mom, titans
 from recallax.models.block import BlockModule
 from recallax.models.pattern import flatten, parse
-from recallax.types import Mean, SeqInfo, whole_rows
+from recallax.types import Mean, Precision, SeqInfo, whole_rows
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -323,3 +324,24 @@ def test_every_recurrent_mixer_makes_a_hybrid(config, pattern):
     assert y.shape == (2, 9, 20) and jax.tree.leaves(state)
     kinds = {name: hybrid.layers.count(name) for name in hybrid.blocks}
     assert kinds["mixer"] == (6 if "window" in pattern else 14) and kinds["window"] + kinds["attention"] == 2
+
+
+@pytest.mark.parametrize(("size", "layers", "width"), [("170m", 12, 768), ("340m", 24, 1024), ("1b3", 18, 2048)])
+def test_titans_has_the_published_shapes_and_the_parameters_that_these_make(size, layers, width):
+    alone, gated, layered = (titans.titans(size, join) for join in ("lmm", "mag", "mal"))
+    assert len(alone.layers) == len(gated.layers) == layers and len(layered.layers) == 2 * layers
+    assert alone.d_model == width
+    heads = titans.SIZES[size][2]
+    head, inner = width // heads, accounting.parameters(alone) - titans.VOCAB * width
+    memory = (
+        5 * width**2 + 8 * heads * head**2 + 6 * heads * width
+    )  # q, k, v, gate, out; two matrices; three gates of two
+    swiglu = jax.eval_shape(
+        lambda: nnx.state(SwiGLU().build(width, Site(0, layers), precision=Precision(), rngs=nnx.Rngs(0)), nnx.Param)
+    )
+    channel = sum(leaf.size for leaf in jax.tree.leaves(swiglu))
+    assert inner == pytest.approx(layers * (memory + channel), rel=1e-3)
+    attention = 4 * width**2 + titans.PERSISTENT * width
+    for other in (gated, layered):
+        more = accounting.parameters(other) - accounting.parameters(alone)
+        assert more == pytest.approx(layers * attention, rel=1e-3)

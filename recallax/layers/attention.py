@@ -25,6 +25,8 @@ class Attention(MixerConfig):
     """Width of a head; None is d_model / heads."""
     rotary_base: float | None = 10_000.0
     """Base of the rotary embedding; None leaves positions out."""
+    persistent: int = added(0)
+    """Learned tokens without a position that every token sees besides (Titans, arXiv 2501.00663, section 3.3)."""
 
     def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> SoftmaxMixer:
         return SoftmaxMixer(
@@ -34,6 +36,7 @@ class Attention(MixerConfig):
             head_dim=self.head_dim,
             window=None,
             rotary_base=self.rotary_base,
+            persistent=self.persistent,
             depth=site.depth,
             precision=precision,
             rngs=rngs,

@@ -27,6 +27,8 @@ class SlidingWindow(MixerConfig):
     """Width of a head; None is d_model / heads."""
     rotary_base: float | None = 10_000.0
     """Base of the rotary embedding; None leaves positions out."""
+    persistent: int = added(0)
+    """Learned tokens without a position that every token sees besides (Titans, arXiv 2501.00663, section 3.3)."""
 
     def __post_init__(self) -> None:
         if self.window < 1:
@@ -40,6 +42,7 @@ class SlidingWindow(MixerConfig):
             head_dim=self.head_dim,
             window=self.window,
             rotary_base=self.rotary_base,
+            persistent=self.persistent,
             depth=site.depth,
             precision=precision,
             rngs=rngs,

@@ -17,7 +17,7 @@ from recallax.config import Config
 from recallax.layers import MixerConfig, Nothing, RecurrentMixer, SequenceMixer, Site, SwiGLU
 from recallax.layers.base import State
 from recallax.layers.norm import RMSNorm
-from recallax.types import Aux, Mean, Precision, SeqInfo, StepInfo
+from recallax.types import Aux, Precision, SeqInfo, StepInfo, add_aux
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +80,6 @@ def drop(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
-
-
-def add_aux(a: Aux, b: Aux) -> Aux:
-    """Both sets of means; those of one name are pooled."""
-    pooled = {
-        name: Mean(a[name].total + b[name].total, a[name].weight + b[name].weight) for name in a.keys() & b.keys()
-    }
-    return {**a, **b, **pooled}
 
 
 def _as_it_is(r: Float[Array, "... D"]) -> Float[Array, "... D"]:

@@ -14,9 +14,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from recallax.layers import Site
 from recallax.layers.base import State, Statistic
-from recallax.models.block import Block, BlockModule, add_aux
+from recallax.models.block import Block, BlockModule
 from recallax.models.pattern import Term
-from recallax.types import Aux, Mean, Precision, SeqInfo, StepInfo
+from recallax.types import Aux, Mean, Precision, SeqInfo, StepInfo, add_aux
 
 type Remat = Literal["none", "block"]
 type Index = int | Int[Array, ""]

@@ -12,10 +12,17 @@ from jaxtyping import Array, Bool, Float, Int
 from recallax.pallas_kernels.chunking import documents
 from recallax.pallas_kernels.dispatch import call, kernel, require
 from recallax.pallas_kernels.window_attention import xla
-from recallax.pallas_kernels.window_attention.cache import KVCache, extend, held_positions, write
+from recallax.pallas_kernels.window_attention.cache import (
+    KVCache,
+    Persistent,
+    extend,
+    held_positions,
+    with_persistent,
+    write,
+)
 from recallax.pallas_kernels.window_attention.reference import attend
 
-__all__ = ["FORMS", "KVCache", "window_attention", "window_attention_step"]
+__all__ = ["FORMS", "KVCache", "Persistent", "window_attention", "window_attention_step"]
 
 FORMS = {
     "reference": xla.dense,
@@ -32,6 +39,7 @@ def window_attention(
     *,
     window: int | None = None,
     state: KVCache | None = None,
+    persistent: Persistent | None = None,
     positions: Int[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
     scale: float | None = None,
@@ -40,8 +48,9 @@ def window_attention(
     """Output in v's dtype and the cache after these tokens (None if there was none).
 
     window: tokens that a query sees, itself included; None is all. positions: within the document, needed with a
-    state: the row's first position is the number of tokens already in its cache. segments: document ids, 0 is
-    padding. scale: K**-0.5 by default. Raises ValueError where shapes disagree or the cache is shorter than the window.
+    state: the row's first position is the number of tokens already in its cache. persistent: keys and values that
+    every query sees besides. segments: document ids, 0 is padding. scale: K**-0.5 by default.
+    Raises ValueError where shapes disagree or the cache is shorter than the window.
     """
     op = "window_attention"
     b, t, h, width = q.shape
@@ -52,10 +61,13 @@ def window_attention(
     require(op, h % g == 0, f"{h} query heads cannot share {g} key/value heads; use a divisor of {h}")
     require(op, window is None or window >= 1, f"window is {window}; it must be at least 1")
     require(op, state is None or positions is not None, "a state needs positions")
+    if persistent is not None:
+        shape = persistent.k.shape
+        require(op, shape[1:] == (g, width), f"persistent keys have shape {shape}; it must be [P, {g}, {width}]")
     docs = None if segments is None else documents(segments)
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
     cached = (None, None) if state is None else (state, positions)
-    out = call(op, FORMS, implementation, q, k, v, docs, window, *cached).astype(v.dtype)
+    out = call(op, FORMS, implementation, q, k, v, docs, window, persistent, *cached).astype(v.dtype)
     if state is None or positions is None:
         return out, None
     return out, extend(state, k, v, positions, jnp.ones((b, t), jnp.int32) if segments is None else segments)
@@ -70,6 +82,7 @@ def window_attention_step(
     active: Bool[Array, " B"],
     *,
     window: int | None = None,
+    persistent: Persistent | None = None,
     scale: float | None = None,
 ) -> tuple[Float[Array, "B H V"], KVCache]:
     """One token at `position`; inactive rows keep their cache and output 0."""
@@ -79,6 +92,7 @@ def window_attention_step(
     if window is not None:
         visible &= position[:, None] - held < window
     keys, values = (jnp.where(visible[..., None, None], x, 0) for x in state)  # an empty slot may hold anything
+    keys, values, visible = with_persistent(persistent, keys, values, visible[:, None])
     q = q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
-    out = attend(q[:, None], keys, values, visible[:, None])[:, 0]
+    out = attend(q[:, None], keys, values, visible)[:, 0]
     return jnp.where(active[:, None, None], out, 0).astype(v.dtype), state

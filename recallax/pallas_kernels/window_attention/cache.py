@@ -70,3 +70,28 @@ def write(
         return jnp.where(here[..., None, None], new[:, None].astype(old.dtype), old)
 
     return KVCache(merge(cache.k, k), merge(cache.v, v))
+
+
+class Persistent(NamedTuple):
+    """Keys and values that belong to no position and that every query sees."""
+
+    k: Float[Array, "P G K"]
+    v: Float[Array, "P G V"]
+
+
+def with_persistent(
+    persistent: Persistent | None,
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    visible: Bool[Array, "B T S"],
+) -> tuple[Float[Array, "B N G K"], Float[Array, "B N G V"], Bool[Array, "B T N"]]:
+    """Keys, values and mask with the persistent ones in front."""
+    if persistent is None:
+        return k, v, visible
+    count = persistent.k.shape[0]
+
+    def joined(always: Array, x: Array) -> Array:
+        return jnp.concatenate([jnp.broadcast_to(always.astype(x.dtype), (x.shape[0], *always.shape)), x], axis=1)
+
+    seen = jnp.ones((*visible.shape[:2], count), bool)
+    return joined(persistent.k, k), joined(persistent.v, v), jnp.concatenate([seen, visible], axis=2)

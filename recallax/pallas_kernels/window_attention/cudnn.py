@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from recallax.pallas_kernels.chunking import Documents
 from recallax.pallas_kernels.dispatch import Unsupported, platform
-from recallax.pallas_kernels.window_attention.cache import KVCache
+from recallax.pallas_kernels.window_attention.cache import KVCache, Persistent
 
 LIBRARY: Literal["cudnn", "xla"] = "cudnn"
 """Tests compare the arguments' meaning through "xla", which takes the same ones anywhere."""
@@ -21,6 +21,7 @@ def window_attention(
     v: Float[Array, "B T G V"],
     docs: Documents | None,
     window: int | None,
+    persistent: Persistent | None,
     cache: KVCache | None,
     positions: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T H V"]:
@@ -29,6 +30,8 @@ def window_attention(
         raise Unsupported(f"cuDNN needs a GPU and this is a {platform().upper()}")
     if docs is not None:
         raise Unsupported("segments are given; cuDNN would take them as a mask of all pairs, which is slow")
+    if persistent is not None:
+        raise Unsupported("persistent keys are given, which no window leaves out")
     if cache is not None:
         raise Unsupported("a state is given; cuDNN takes whole rows only")
     if q.dtype not in (jnp.bfloat16, jnp.float16):

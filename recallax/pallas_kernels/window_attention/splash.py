@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from recallax.pallas_kernels.chunking import Documents
 from recallax.pallas_kernels.dispatch import Unsupported, interpreting
-from recallax.pallas_kernels.window_attention.cache import KVCache
+from recallax.pallas_kernels.window_attention.cache import KVCache, Persistent
 
 LANES = 128
 BLOCK = 512
@@ -24,11 +24,14 @@ def window_attention(
     v: Float[Array, "B T G V"],
     docs: Documents | None,
     window: int | None,
+    persistent: Persistent | None,
     cache: KVCache | None,
     positions: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T H V"]:
     """Whole rows, packed or not; q is scaled already. Widths and time are padded with zeros to multiples of 128."""
     interpret = interpreting("tpu")
+    if persistent is not None:
+        raise Unsupported("persistent keys are given, which no window leaves out")
     if cache is not None:
         raise Unsupported("a state is given; splash attention takes whole rows only")
     b, t, heads, _ = q.shape

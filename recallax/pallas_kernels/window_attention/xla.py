@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from recallax.pallas_kernels.chunking import Documents, join_time, one_document, split_time
 from recallax.pallas_kernels.product import product
 from recallax.pallas_kernels.window_attention import reference
-from recallax.pallas_kernels.window_attention.cache import KVCache, held_positions
+from recallax.pallas_kernels.window_attention.cache import KVCache, Persistent, held_positions, with_persistent
 
 BLOCK = 256
 
@@ -29,6 +29,7 @@ def dense(
     v: Float[Array, "B T G V"],
     docs: Documents | None,
     window: int | None,
+    persistent: Persistent | None,
     cache: KVCache | None,
     positions: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T H V"]:
@@ -36,7 +37,8 @@ def dense(
     docs = one_document(*q.shape[:2]) if docs is None else docs
     time = jnp.arange(q.shape[1])
     visible = _visible(docs, docs, time, time, window)
-    return reference.attend(q, *_join(_past(cache, positions), k, v, visible, docs, window))
+    joined = _join(_past(cache, positions), k, v, visible, docs, window)
+    return reference.attend(q, *with_persistent(persistent, *joined))
 
 
 def blockwise(
@@ -45,6 +47,7 @@ def blockwise(
     v: Float[Array, "B T G V"],
     docs: Documents | None,
     window: int | None,
+    persistent: Persistent | None,
     cache: KVCache | None,
     positions: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T H V"]:
@@ -54,7 +57,7 @@ def blockwise(
     if length <= BLOCK:
         time = jnp.arange(length)
         visible = _visible(docs, docs, time, time, window)
-        return _attend(q, *_join(past, k, v, visible, docs, window))
+        return _attend(q, *with_persistent(persistent, *_join(past, k, v, visible, docs, window)))
     reach = length if window is None else min(length, window - 1 + BLOCK)  # keys that one block may see
 
     @jax.checkpoint
@@ -66,7 +69,8 @@ def blockwise(
         )
         visible = _visible(docs_q, docs_k, start + jnp.arange(BLOCK), first + jnp.arange(reach), window)
         here = None if past is None else past._replace(positions=positions)
-        return _attend(q, *_join(here, keys, values, visible, docs_q, window))
+        joined = _join(here, keys, values, visible, docs_q, window)
+        return _attend(q, *with_persistent(persistent, *joined))
 
     positions = docs.index if past is None else past.positions
     cut = jax.tree.map(lambda x: split_time(x, BLOCK), (q, docs, positions))

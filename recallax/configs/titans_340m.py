@@ -1,0 +1,37 @@
+"""What does Titans with memory as a gate cost at 340M parameters, and does it train at MQAR of language-model size?
+
+24 layers, published width and heads (arXiv 2501.00663, NeurIPS version). Expected: nothing published on this task (on
+text: LAMBADA perplexity 28.72 against 30.94 for Gated DeltaNet). Cost: hours on one H100.
+
+    recallax show titans_340m
+    recallax train titans_340m --model.pattern "(memory window)*24"      memory as a layer
+    recallax train titans_340m --model.pattern "lmm*24"                  the memory alone
+"""
+
+from dataclasses import replace
+
+from recallax.configs import mqar_neural_memory
+from recallax.configs.based_360m import language_model_size, tiny_stack
+from recallax.layers import SlidingWindow, SwiGLU
+from recallax.models import LMConfig
+from recallax.models.titans import joined, titans
+from recallax.train.run import RunConfig
+
+
+def with_the_others(config: LMConfig) -> LMConfig:
+    """The model, with the blocks of the other two ways of joining."""
+    others = {name: block for join in ("mal", "lmm") for name, block in titans("340m", join).blocks.items()}
+    return replace(config, blocks=others | config.blocks)
+
+
+def get_config() -> RunConfig:
+    return language_model_size(with_the_others(titans("340m", "mag")))
+
+
+def get_tiny() -> RunConfig:
+    memory = mqar_neural_memory.get_tiny().model.blocks["mixer"].mixer
+    window = SlidingWindow(window=5, heads=2, persistent=3)
+    blocks, pattern = joined("mag", memory, window, SwiGLU(expand=2.0), 1)
+    more, layers = joined("mal", memory, window, SwiGLU(expand=2.0), 1)
+    model = LMConfig(d_model=16, pattern=f"{pattern} {layers}", blocks=blocks | more)
+    return tiny_stack(get_config(), model)

@@ -1,0 +1,87 @@
+"""Memory as a gate (MAG): attention over what is near, multiplied by what a memory holds of all there was.
+
+    y = rms(attention(x)) * silu(rms(memory(x)))        each norm with a learned scale
+
+Both branches read the same input, so neither waits for the other. State: both branches' states.
+Source: Titans (Behrouz et al. 2025, arXiv 2501.00663), section 4.2, equations 26 to 28; "normalised with learnable
+vector weights, then a non-linearity" is read as above.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from recallax.config import ConfigError
+from recallax.layers.base import MixerConfig, RecurrentMixer, Site, State
+from recallax.layers.norm import RMSNorm
+from recallax.types import Aux, Precision, SeqInfo, StepInfo, add_aux
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryAsGate(MixerConfig):
+    """Two mixers, one as the gate of the other."""
+
+    attention: MixerConfig
+    memory: MixerConfig
+
+    @property
+    def grid(self) -> int:
+        return math.lcm(self.attention.grid, self.memory.grid)
+
+    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "MemoryAsGateMixer":
+        return MemoryAsGateMixer(self, d_model, site, precision=precision, rngs=rngs)
+
+
+class MemoryAsGateState(NamedTuple):
+    """What both branches remember."""
+
+    attention: State
+    memory: State
+
+
+class MemoryAsGateMixer(RecurrentMixer):
+    """See the head of the file."""
+
+    def __init__(self, config: MemoryAsGate, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
+        self.attention, self.memory = (
+            _recurrent(part.build(d_model, site, precision=precision, rngs=rngs))
+            for part in (config.attention, config.memory)
+        )
+        self.attention_norm = RMSNorm(d_model, precision=precision)
+        self.memory_norm = RMSNorm(d_model, precision=precision)
+
+    def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
+        (near, aux), (held, more) = self.attention(x, seq), self.memory(x, seq)
+        return self._gated(near, held), add_aux(aux, more)
+
+    def init_state(self, batch: int, max_len: int) -> MemoryAsGateState:
+        return MemoryAsGateState(self.attention.init_state(batch, max_len), self.memory.init_state(batch, max_len))
+
+    def prefill(
+        self, x: Float[Array, "B T D"], seq: SeqInfo, state: MemoryAsGateState
+    ) -> tuple[Float[Array, "B T D"], MemoryAsGateState, Aux]:
+        near, attention, aux = self.attention.prefill(x, seq, state.attention)
+        held, memory, more = self.memory.prefill(x, seq, state.memory)
+        return self._gated(near, held), MemoryAsGateState(attention, memory), add_aux(aux, more)
+
+    def step(
+        self, x: Float[Array, "B D"], info: StepInfo, state: MemoryAsGateState
+    ) -> tuple[Float[Array, "B D"], MemoryAsGateState]:
+        near, attention = self.attention.step(x, info, state.attention)
+        held, memory = self.memory.step(x, info, state.memory)
+        return self._gated(near, held), MemoryAsGateState(attention, memory)
+
+    def _gated(self, near: Float[Array, "*batch D"], held: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        gate = jax.nn.silu(self.memory_norm(held).astype(jnp.float32))
+        return (self.attention_norm(near).astype(jnp.float32) * gate).astype(near.dtype)
+
+
+def _recurrent(mixer: nnx.Module) -> RecurrentMixer:
+    if not isinstance(mixer, RecurrentMixer):
+        raise ConfigError(f"{type(mixer).__name__} has no state; both branches of MemoryAsGate need one")
+    return mixer

@@ -1,0 +1,55 @@
+"""Titans' language models at their published sizes (Behrouz et al. 2025, arXiv 2501.00663; sizes from the NeurIPS
+version, table 5), in a Llama-like block: RMSNorm, SwiGLU, rotary positions in the attention.
+
+    titans_170m    12 layers of width 768, 16 heads         titans_760m    24 of 1536, 16 heads
+    titans_340m    24 of 1024, 16 heads                     titans_1b3     18 of 2048, 8 heads
+
+(The 400M of the result tables has no published shape.) Three ways of joining memory and attention:
+
+    lmm    the memory alone
+    mag    a window of attention, gated by the memory: parallel branches
+    mal    a layer of memory, then a layer of window attention, then SwiGLU
+
+Millions of parameters, with tied embeddings of 32,000 ids: lmm 121.2, 375.3, 817.7, 1124.9; mag
+and mal 150.7, 479.1, 1049.0, 1431.7. The published names are nearest to the memory alone.
+
+The memory: one network x + LN(W_2 gelu(W_1 x)) per head, hidden width 4 times the head's, chunks of 16, gates per
+matrix, convolutions of width 4. The paper's equations have a single memory of the whole width, which would hold 67 MB
+per layer and sequence at width 1024; its table lists heads, and a memory per head is what is built here. The window is
+2048 tokens with 128 persistent ones. Those are read by the attention; that they are also written into the memory before
+a document begins is what the memory's learned initial weights stand for.
+"""
+
+from typing import Literal
+
+from recallax.layers import MemoryAsGate, MixerConfig, NeuralMemory, Nothing, SlidingWindow, SwiGLU
+from recallax.models.block import Block
+from recallax.models.lm import LMConfig
+
+VOCAB = 32_000
+"""Ids of Llama 2's tokenizer."""
+SIZES = {"170m": (12, 768, 16), "340m": (24, 1024, 16), "760m": (24, 1536, 16), "1b3": (18, 2048, 8)}
+"""Layers, width, heads."""
+WINDOW, PERSISTENT = 2048, 128
+
+type Join = Literal["lmm", "mag", "mal"]
+
+
+def titans(size: Literal["170m", "340m", "760m", "1b3"], join: Join) -> LMConfig:
+    """The model of that size."""
+    layers, d_model, heads = SIZES[size]
+    window = SlidingWindow(window=WINDOW, heads=heads, persistent=PERSISTENT)
+    blocks, pattern = joined(join, NeuralMemory(heads=heads), window, SwiGLU(), layers)
+    return LMConfig(d_model=d_model, vocab_size=VOCAB, pattern=pattern, blocks=blocks, compute="bfloat16")
+
+
+def joined(
+    join: Join, memory: MixerConfig, window: MixerConfig, channel: MixerConfig, layers: int
+) -> tuple[dict[str, Block], str]:
+    """The blocks and the pattern of `layers` layers."""
+    if join == "lmm":
+        return {"lmm": Block(mixer=memory, channel=channel)}, f"lmm*{layers}"
+    if join == "mag":
+        return {"mag": Block(mixer=MemoryAsGate(attention=window, memory=memory), channel=channel)}, f"mag*{layers}"
+    blocks = {"memory": Block(mixer=memory, channel=Nothing()), "window": Block(mixer=window, channel=channel)}
+    return blocks, f"(memory window)*{layers}"
