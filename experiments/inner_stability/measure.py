@@ -1,0 +1,72 @@
+"""The largest inner learning rate at which a linear memory stays bounded; no training: `python -m
+experiments.inner_stability.measure` rewrites results.jsonl and table.md."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recallax.pallas_kernels.neural_memory import Fixed, Learner, Tokens, neural_memory
+from recallax.pallas_kernels.neural_memory.learner import LinearNet
+from recallax.train.log import commit
+
+HERE = Path(__file__).parent
+RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+CHUNKS = (1, 4, 16, 64)
+COSINES = (0.0, 0.3, 0.7)
+MOMENTA = (0.0, 0.9)
+WIDTH, LENGTH = 64, 1024
+BOUND = 100.0
+"""A memory of unit keys and values is of size one; what exceeds this has diverged, or will."""
+
+
+def largest(gradient: str, chunk: int, cosine: float, momentum: float, seed: int = 0) -> float:
+    """The largest rate of the grid up to which every one stays bounded; 0 if none does. One head per rate."""
+    rng, heads = np.random.default_rng(seed), len(RATES)
+    shared = rng.normal(size=WIDTH)
+    k = np.sqrt(1 - cosine) * rng.normal(size=(LENGTH, WIDTH)) + np.sqrt(cosine) * shared
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    v = rng.normal(size=(LENGTH, WIDTH)) / np.sqrt(WIDTH)
+    keys, values = (
+        jnp.asarray(np.broadcast_to(x[None, :, None], (1, LENGTH, heads, WIDTH)), jnp.float32) for x in (k, v)
+    )
+    lr = jnp.broadcast_to(jnp.asarray(RATES)[None, None, :, None], (1, LENGTH, heads, 1))
+    log_momentum = jnp.full_like(lr, np.log(max(momentum, 1e-30)))
+    tokens = Tokens(keys, keys, values, lr, log_momentum, jnp.zeros_like(lr))
+    nothing = jnp.zeros((heads, WIDTH))
+    learner = Learner(network=LinearNet(), momentum=momentum > 0, gradient=gradient, chunk=chunk)  # type: ignore[arg-type]
+    fixed = Fixed({"w1": jnp.zeros((heads, WIDTH, WIDTH))}, nothing, nothing)
+    out, _ = jax.jit(lambda tokens: neural_memory(learner, tokens, fixed))(tokens)
+    size = np.abs(np.asarray(out)[0]).max(axis=(0, 2))
+    bounded = np.isfinite(size) & (size < BOUND)
+    return max((rate for i, rate in enumerate(RATES) if bounded[: i + 1].all()), default=0.0)
+
+
+def main() -> None:
+    rows = []
+    for gradient, cosine, momentum in product(("token", "chunk_start"), COSINES, MOMENTA):
+        found = {chunk: largest(gradient, chunk, cosine, momentum) for chunk in CHUNKS}
+        rows.append(
+            {"gradient": gradient, "cosine": cosine, "momentum": momentum, "largest": found, "commit": commit()}
+        )
+        print(rows[-1], flush=True)
+    (HERE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (HERE / "table.md").write_text(table(rows) + "\n")
+
+
+def table(rows: list[dict]) -> str:
+    """One line per kind of gradient, likeness of keys and momentum."""
+    head = ["gradient at", "cosine of keys", "momentum", *(f"chunk {chunk}" for chunk in CHUNKS)]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for row in rows:
+        values = [f"{value:g}" if value else "< 0.01" for value in row["largest"].values()]
+        cells = [row["gradient"], f"{row['cosine']:g}", f"{row['momentum']:g}", *values]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
