@@ -1,7 +1,9 @@
 """A memory that learns while it reads: the chunked form against the token loop, and what its members must equal."""
 
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import jax
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from recallax.config import ConfigError
+from recallax.layers import NeuralMemory
 from recallax.pallas_kernels.delta_rule import delta_rule
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.neural_memory import (
@@ -266,6 +269,20 @@ def test_the_weighing_is_exact_to_1e_5():
         want[..., t, :] = (keep[..., t, None] * want[..., t - 1, :] if t else 0) + surprise
     got = np.asarray(weigh(single(tokens), visible, momentum=True).gradients, np.float64)
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("gradient", ["token", "chunk_start"])
+@pytest.mark.parametrize("chunk", [1, 4, 16, 64])
+def test_the_largest_default_step_lies_inside_the_measured_stable_range(gradient, chunk):
+    path = Path(__file__).parent.parent / "experiments" / "inner_stability" / "results.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    held = [row for row in rows if row["gradient"] == gradient]
+    assert len(held) == 6
+    network = LinearNet()
+    step = NeuralMemory(learner=Learner(network=network, gradient=gradient, chunk=chunk)).stable_lr
+    for row in held:
+        bound = row["largest"][str(chunk)] or 0.01  # the finest rate that was asked for
+        assert step * (1 - row["momentum"]) <= bound, row
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (7, 7)])

@@ -41,8 +41,10 @@ from recallax.pallas_kernels.neural_memory import (
 )
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
-KEEP_BIAS, MOMENTUM_BIAS, LR_BIAS = 5.0, 0.0, -1.5
-"""A memory of about 150 tokens, half of a step carried on, and steps that sum to about a third over a chunk."""
+KEEP_BIAS, MOMENTUM_BIAS, LR_BIAS = 5.0, 0.0, 0.0
+"""A memory of about 150 tokens, half of a step carried on, and steps that sum to less than a half over a chunk."""
+STABLE = 1.6
+"""Steps over a chunk that do not overshoot together for keys of a cosine up to .7 (`experiments/inner_stability`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,7 @@ class NeuralMemory(MixerConfig):
     """Width of a memory's inputs and outputs; None is d_model / heads."""
     learner: Learner = Learner()
     max_lr: float | None = None
-    """Largest step; None is 1 for per-token gradients and min(1, 4 / chunk) else: beyond it, alike keys of one chunk
-    overshoot together."""
+    """Largest step before the factor 1 - momentum; None is 1 for per-token gradients, else min(1, STABLE / chunk)."""
     forget: bool = True
     """Whether the memory forgets; without, keep is 1."""
     conv: int = 4
@@ -66,6 +67,11 @@ class NeuralMemory(MixerConfig):
     def __post_init__(self) -> None:
         if self.max_lr is not None and self.max_lr <= 0:
             raise ConfigError(f"max_lr is {self.max_lr}; it must be above 0")
+
+    @property
+    def stable_lr(self) -> float:
+        """The largest step that keeps alike keys of one chunk from overshooting together."""
+        return 1.0 if self.learner.gradient != "chunk_start" else min(1.0, STABLE / self.learner.chunk)
 
     @property
     def grid(self) -> int:
@@ -104,7 +110,7 @@ class NeuralMemoryMixer(RecurrentMixer):
                 if name in widths
             }
         )
-        self.max_lr = config.max_lr or min(1.0, 4 / config.grid if config.grid > 1 else 1.0)
+        self.max_lr = config.max_lr or config.stable_lr
         self.weights = nnx.Dict(
             {
                 name: parameter(
