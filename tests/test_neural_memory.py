@@ -14,6 +14,7 @@ import pytest
 from recallax.config import ConfigError
 from recallax.layers import NeuralMemory
 from recallax.pallas_kernels.delta_rule import delta_rule
+from recallax.pallas_kernels.dispatch import Unsupported
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.neural_memory import (
     Fixed,
@@ -110,6 +111,20 @@ def test_the_dual_form_is_the_token_loop_in_values_and_gradients(name, length):
     assert per_block(np.asarray(out, np.float64), out_) <= 1e-4
     close(memory, memory_, 1e-4)
     close(slopes, slopes_, 5e-4)
+
+
+@pytest.mark.parametrize("name", ["deep", "last layer only", "muon", "linear, decay to zero", "deep, no momentum"])
+def test_a_gradient_matrix_per_token_gives_the_same(name):
+    learner = LEARNERS[name]
+    tokens, fixed = (single(x) for x in draw(learner, 29))
+    segments = jnp.asarray([[1] * 29, [1] * 12 + [0] * 4 + [2] * 13])
+    primal, dual = (
+        neural_memory(learner, tokens, fixed, segments=segments, implementation=f) for f in ("primal", "xla")
+    )
+    valid = (segments > 0)[..., None, None]
+    close((jnp.where(valid, primal[0], 0), primal[1]), (jnp.where(valid, dual[0], 0), dual[1]), 3e-5)
+    with pytest.raises(Unsupported, match="primal form knows 'chunk_start' alone"):
+        neural_memory(EXACT, *(single(x) for x in draw(EXACT, 4)), implementation="primal")
 
 
 FEW = ("deep", "exact")

@@ -46,7 +46,7 @@ def forms(op: str, table: Mapping[str, Any]) -> tuple[str, str]:
         kernel = KERNELS.get(name)
         if name in taken or name == "reference":
             continue
-        elif kernel == dispatch.platform():
+        if kernel == dispatch.platform():
             besides.append(f"{name} (by name: no recorded run shows it faster)")
         elif kernel:
             besides.append(f"{name} (needs a {kernel.upper()})")

@@ -18,13 +18,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import Documents, documents, last_valid, one_document
 from recallax.pallas_kernels.dispatch import call, require
-from recallax.pallas_kernels.neural_memory import reference, xla
+from recallax.pallas_kernels.neural_memory import primal, reference, xla
 from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens
 from recallax.pallas_kernels.neural_memory.learner import Learner
 
 __all__ = ["FORMS", "Fixed", "Learner", "NeuralState", "Tokens", "init_state", "neural_memory", "neural_memory_step"]
 
-FORMS = {"reference": reference.neural_memory, "xla": xla.neural_memory}
+FORMS = {"reference": reference.neural_memory, "primal": primal.neural_memory, "xla": xla.neural_memory}
 
 
 class NeuralState(NamedTuple):
