@@ -1,6 +1,6 @@
 """The dual form of the neural memory against the primal one, which holds a gradient matrix per token, in one process.
 
-    python -m benchmarks.neural_memory              measure on one thread, and append a row to results/neural_memory.jsonl
+    python -m benchmarks.neural_memory      measure on one thread, and append a row to results/neural_memory.jsonl
 
 Forward with backward to every input, float32, a two-layer memory; nothing is timed before both agree.
 """
