@@ -19,6 +19,7 @@ from recallax.layers import (
     Identity,
     Mamba2,
     MixerConfig,
+    NeuralMemory,
     Nothing,
     ReLUSquared,
     Site,
@@ -31,6 +32,7 @@ from recallax.layers.stateless import StatelessMixer
 from recallax.models import Autoencode, Block, LMConfig, Tied, Untied, accounting, based, mom, titans
 from recallax.models.block import BlockModule
 from recallax.models.pattern import flatten, parse
+from recallax.pallas_kernels.neural_memory import Learner
 from recallax.types import Mean, Precision, SeqInfo, whole_rows
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -344,3 +346,17 @@ def test_titans_has_the_published_shapes_and_the_parameters_that_these_make(size
     for other in (gated, layered):
         more = accounting.parameters(other) - accounting.parameters(alone)
         assert more == pytest.approx(layers * attention, rel=1e-3)
+
+
+def test_the_family_of_neural_memories_builds_and_counts_what_each_keeps():
+    memory = NeuralMemory(heads=2, learner=Learner(chunk=4))
+    tokens, seq, sizes = jnp.ones((1, 9), jnp.int32), whole_rows(1, 9), {}
+    for name, member in titans.family(memory).items():
+        config = LMConfig(d_model=8, vocab_size=5, pattern="m", blocks={"m": Block(mixer=member)})
+        sizes[name] = accounting.state_bytes(config, 9)
+        logits, _ = jax.eval_shape(lambda tokens, config=config: config.build(nnx.Rngs(0))(tokens, seq), tokens)
+        assert logits.shape == (1, 9, 5), name
+    assert sizes["no momentum"] < sizes["lmm"] == sizes["no forgetting"]  # the momentum is counted
+    assert sizes["last layer only"] < sizes["lmm"]
+    assert sizes["exact linear"] < sizes["linear"]  # nothing is pending
+    assert sizes["TTT-Linear"] < sizes["TTT-MLP"]

@@ -27,7 +27,7 @@ from recallax.pallas_kernels.neural_memory import (
 )
 from recallax.pallas_kernels.neural_memory.boundary import orthogonal
 from recallax.pallas_kernels.neural_memory.inner import weigh
-from recallax.pallas_kernels.neural_memory.learner import LinearNet, MLPNet, SwiGLUNet
+from recallax.pallas_kernels.neural_memory.learner import LinearNet, MLPNet, RandomFeatureNet, SwiGLUNet
 from tests.test_ops import per_block
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -46,6 +46,8 @@ LEARNERS = {
     "muon": Learner(network=SwiGLUNet(), loss="dot", readout="chunk_start", boundary="muon", chunk=8),
     "deep, no momentum": Learner(network=MLPNet(), momentum=False, chunk=8),
     "exact, no momentum": replace(EXACT, momentum=False),
+    "TTT": Learner(network=MLPNet(depth=1), momentum=False, step="mean", chunk=8),
+    "random features": Learner(network=RandomFeatureNet(expansion=3), decay_to="zero", chunk=8),
     "chunks of one": Learner(network=MLPNet(), chunk=1),
     "exact": EXACT,
     "exact, decay to zero": replace(EXACT, decay_to="zero"),
@@ -113,7 +115,9 @@ def test_the_dual_form_is_the_token_loop_in_values_and_gradients(name, length):
     close(slopes, slopes_, 5e-4)
 
 
-@pytest.mark.parametrize("name", ["deep", "last layer only", "muon", "linear, decay to zero", "deep, no momentum"])
+@pytest.mark.parametrize(
+    "name", ["deep", "last layer only", "muon", "linear, decay to zero", "deep, no momentum", "TTT"]
+)
 def test_a_gradient_matrix_per_token_gives_the_same(name):
     learner = LEARNERS[name]
     tokens, fixed = (single(x) for x in draw(learner, 29))
@@ -282,7 +286,7 @@ def test_the_weighing_is_exact_to_1e_5():
         surprise *= momentum[..., t, None]
         surprise[..., t] += lr[..., t]
         want[..., t, :] = (keep[..., t, None] * want[..., t - 1, :] if t else 0) + surprise
-    got = np.asarray(weigh(single(tokens), visible, momentum=True).gradients, np.float64)
+    got = np.asarray(weigh(LEARNERS["deep"], single(tokens), visible).gradients, np.float64)
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
@@ -323,6 +327,7 @@ def test_perturbing_the_last_token_changes_nothing_before_it():
     [
         ({"gradient": "token"}, "network LinearNet"),
         ({"gradient": "token", "network": LinearNet(), "loss": "dot"}, "l2 loss"),
+        ({"step": "mean"}, "momentum=False"),
         ({"updates": ("w3",)}, "must name some of w1, w2"),
         ({"chunk": 0}, "chunk is 0"),
     ],

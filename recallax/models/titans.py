@@ -20,11 +20,13 @@ per layer and sequence at width 1024; its table lists heads, and a memory per he
 a document begins is what the memory's learned initial weights stand for.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 from recallax.layers import MemoryAsGate, MixerConfig, NeuralMemory, Nothing, SlidingWindow, SwiGLU
 from recallax.models.block import Block
 from recallax.models.lm import LMConfig
+from recallax.pallas_kernels.neural_memory.learner import LinearNet, MLPNet, RandomFeatureNet, SwiGLUNet
 
 VOCAB = 32_000
 """Ids of Llama 2's tokenizer."""
@@ -53,3 +55,32 @@ def joined(
         return {"mag": Block(mixer=MemoryAsGate(attention=window, memory=memory), channel=channel)}, f"mag*{layers}"
     blocks = {"memory": Block(mixer=memory, channel=Nothing()), "window": Block(mixer=window, channel=channel)}
     return blocks, f"(memory window)*{layers}"
+
+
+def family(memory: NeuralMemory) -> dict[str, NeuralMemory]:
+    """A neural memory, its ablations and controls, and its relatives, at the same heads and chunk.
+
+    TTT (Sun et al. 2024, arXiv 2407.04620, section 2): neither momentum nor forgetting, the mean over the chunk so far;
+    its learned biases of the memory and of the mean's weights are left out. LaCT (Zhang et al. 2025, arXiv 2505.23884,
+    section 3): reads before it writes, gradients of a dot product, every row back to its norm after a chunk; its chunks
+    are of 2048 tokens and stand beside a window. `random features` and `last layer only` tell what depth is worth.
+    """
+    learner = memory.learner
+    ttt = replace(learner, momentum=False, step="mean")
+
+    def learns(forget: bool = memory.forget, **choices: object) -> NeuralMemory:
+        return replace(memory, learner=replace(learner, **choices), forget=forget)
+
+    return {
+        "lmm": memory,
+        "no momentum": learns(momentum=False),
+        "no forgetting": learns(forget=False),
+        "linear": learns(network=LinearNet()),
+        "exact linear": learns(network=LinearNet(), gradient="token"),
+        "last layer only": learns(updates=tuple(learner.learned(1))[-1:]),
+        "random features": learns(network=RandomFeatureNet()),
+        "TTT-Linear": replace(memory, learner=replace(ttt, network=MLPNet(depth=1)), forget=False),
+        "TTT-MLP": replace(memory, learner=replace(ttt, network=MLPNet(depth=2)), forget=False),
+        "LaCT": learns(network=SwiGLUNet(), loss="dot", readout="chunk_start", boundary="rows", forget=False),
+        "LaCT with Muon": learns(network=SwiGLUNet(), loss="dot", readout="chunk_start", boundary="muon", forget=False),
+    }

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from recallax.pallas_kernels.decay import decayed_scores
-from recallax.pallas_kernels.neural_memory.learner import Weights
+from recallax.pallas_kernels.neural_memory.learner import Learner, Weights
 from recallax.pallas_kernels.product import product
 
 
@@ -60,11 +60,8 @@ class Weighing(NamedTuple):
     """Of minus each gradient in the momentum of the chunk's end."""
 
 
-def weigh(tokens: Tokens, visible: Bool[Array, "B C C"], momentum: bool) -> Weighing:
-    """visible: token t may see token s: s <= t, of one document, and s is not padding; padding does nothing.
-
-    Without momentum a gradient counts in its own token's step alone.
-    """
+def weigh(learner: Learner, tokens: Tokens, visible: Bool[Array, "B C C"]) -> Weighing:
+    """visible: token t may see token s: s <= t, of one document, and s is not padding; padding does nothing."""
     b, c, h, layers = tokens.lr.shape
     here = jnp.diagonal(visible, axis1=1, axis2=2)[..., None, None]
 
@@ -80,11 +77,13 @@ def weigh(tokens: Tokens, visible: Bool[Array, "B C C"], momentum: bool) -> Weig
     ones = jnp.ones((b, c, h * layers, 1), jnp.float32)
     kept = decayed_scores(ones, ones, log_keep[..., None], visible)
     lr = jnp.moveaxis(lr, 1, 2)
-    if momentum:
+    if learner.momentum:
         spread = decayed_scores(ones, ones, log_momentum[..., None], visible)
         gradients = product("bltr,blrs->blts", kept, spread) * lr[:, :, None]
     else:
         spread, gradients = jnp.zeros_like(kept), kept * lr[:, :, None]
+    if learner.step == "mean":
+        gradients /= jnp.maximum(jnp.sum(seen, axis=-1), 1)[:, None, :, None]
     return Weighing(
         carried=apart(beta),
         momentum=apart(product("bltr,blr->blt", kept, since)),

@@ -85,6 +85,31 @@ class SwiGLUNet(Network):
         return product("w2", jax.nn.silu(product("w1", x)) * product("w3", x))
 
 
+@dataclass(frozen=True, kw_only=True)
+class RandomFeatureNet(Network):
+    """M(x) = gelu(x R) W, R random and never learned: a linear memory behind a fixed nonlinear map.
+
+    The control for depth: what a deep memory gains over it is due to learning its first layer.
+    """
+
+    expansion: int = 4
+
+    def __post_init__(self) -> None:
+        if self.expansion < 1:
+            raise ConfigError(f"expansion of a memory is {self.expansion}; it must be at least 1")
+
+    def shapes(self, width: int) -> dict[str, tuple[int, int]]:
+        return {"w1": (self.expansion * width, width)}
+
+    def apply(self, product: Product, x: Array, gain: Array, offset: Array) -> Array:
+        # A small head's features must not depend on chance: every direction and its opposite.
+        width = x.shape[-1]
+        half = jax.random.normal(jax.random.key(0), (width, -(-self.expansion * width // 2)), jnp.float32)
+        features = jnp.concatenate([half, -half], axis=1)[:, : self.expansion * width].astype(x.dtype)
+        hidden = jnp.matmul(x, features, precision=jax.lax.Precision.HIGHEST)
+        return product("w1", jax.nn.gelu(hidden, approximate=False))
+
+
 def l2(prediction: Float[Array, " D"], target: Float[Array, " D"]) -> Float[Array, ""]:
     """Half the squared error; the factor that Titans leaves out is absorbed by the learning rate."""
     return 0.5 * jnp.sum((prediction - target) ** 2)
@@ -113,6 +138,8 @@ class Learner(Config):
     loss: Literal["l2", "huber", "dot"] = "l2"
     momentum: bool = True
     """Whether steps carry momentum, and the state its sum; without, the arguments' momentum is not read."""
+    step: Literal["sum", "mean"] = "sum"
+    """Whether the gradients of a chunk add up, or count as their mean over the tokens of the chunk so far (TTT)."""
     gradient: Literal["chunk_start", "token", "token_decayed"] = "chunk_start"
     """Where gradients are taken: at the weights of the chunk's start (any network), at those before the token, or at
     these after their decay. The last two are exact recurrences, for the linear memory under the l2 loss alone; without
@@ -138,6 +165,8 @@ class Learner(Config):
                 f"gradient is {self.gradient!r}: only a linear memory under the l2 loss, read by `dual` and without a "
                 "boundary, learns from per-token gradients; take gradient 'chunk_start' or network LinearNet"
             )
+        if self.step == "mean" and (self.momentum or self.gradient != "chunk_start"):
+            raise ConfigError("step 'mean' goes with momentum=False and gradient 'chunk_start' alone")
         unknown = [name for name in self.updates or () if name not in self.network.shapes(1)]
         if unknown or self.updates == ():
             raise ConfigError(f"updates is {self.updates}; it must name some of {', '.join(self.network.shapes(1))}")

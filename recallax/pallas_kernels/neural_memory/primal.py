@@ -70,7 +70,12 @@ def _chunk(
             step = _scan(momentum, step, memory.momentum[name])
             pushed[name] = step[-1]
         steps = jnp.where(valid[:, None, None], step, 0)
-        change = _scan(keep, steps, memory.change[name] + away) - away[None]
+        if learner.step == "mean":
+            count = jnp.maximum(jnp.cumsum(valid), 1).astype(step.dtype)[:, None, None]
+            left = _scan(keep, jnp.zeros_like(steps), memory.change[name] + away)
+            change = left + _scan(keep, steps, jnp.zeros_like(away)) / count - away[None]
+        else:
+            change = _scan(keep, steps, memory.change[name] + away) - away[None]
         at_token[name], held[name] = origin[name][None] + change, change[-1]
     out = jax.vmap(net)(at_token, tokens.q) if learner.readout == "dual" else jax.vmap(net, (None, 0))(start, tokens.q)
     return Memory(held, pushed), out

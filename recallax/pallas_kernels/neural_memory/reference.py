@@ -34,7 +34,7 @@ def _head(
         return network.apply(lambda name, x: x @ everything[name], x[None], fixed.gain, fixed.offset)[0]
 
     def step(carry, token):
-        memory, chunk, written, document = carry
+        memory, chunk, total, written, document = carry
         (q, k, v, *gates), index, valid, place = token
         lr, momentum, keep = gates[0], jnp.exp(gates[1]), jnp.exp(gates[2])
         # A chunk ends, and what it changed is settled, if all of its tokens were there.
@@ -43,6 +43,7 @@ def _head(
         memory = _pick(index != document, blank, memory)
         begins = (place == 0) | (index != document)
         chunk, written = _pick(begins, memory, chunk), jnp.where(begins, 0, written)
+        total = _pick(begins, (memory.change, blank.change), total)
 
         def decayed(change):
             away = {n: origin[n] if learner.decay_to == "zero" else 0 for n in change}  # from where forgetting ends
@@ -53,17 +54,23 @@ def _head(
         held = {n: momentum[i] * s for i, (n, s) in enumerate(memory.momentum.items())}
         surprise = {n: held.get(n, 0) - lr[i] * slopes[n] for i, n in enumerate(memory.change)}
         change = {n: x + surprise[n] for n, x in decayed(memory.change).items()}
+        # What the chunk began with, decayed, and the decayed sum of the chunk's steps.
+        left = decayed(total[0])
+        sums = {n: keep[i] * x + surprise[n] for i, (n, x) in enumerate(total[1].items())}
+        total = _pick(valid, (left, sums), total)
+        if learner.step == "mean":
+            change = {n: left[n] + sums[n] / (written + 1).astype(sums[n].dtype) for n in change}
         memory = _pick(valid, Memory(change, surprise if learner.momentum else {}), memory)
         read = net(memory.change if learner.readout == "dual" else chunk.change, q)
-        return (memory, chunk, written + valid.astype(jnp.int32), index), read
+        return (memory, chunk, total, written + valid.astype(jnp.int32), index), read
 
     length = docs.index.shape[0]
     place = jnp.arange(length, dtype=jnp.int32) % learner.chunk
     if learner.gradient != "chunk_start":
         place = jnp.ones_like(place)  # without chunks
     zero = jnp.zeros((), jnp.int32)
-    first = (memory, memory, zero, zero)
-    (memory, chunk, written, _), out = jax.lax.scan(step, first, (tuple(tokens), *docs, place))
+    first = (memory, memory, (memory.change, blank.change), zero, zero)
+    (memory, chunk, _, written, _), out = jax.lax.scan(step, first, (tuple(tokens), *docs, place))
     if learner.gradient != "chunk_start":
         return out, memory
     return out, _pick(written == learner.chunk, settled(learner, fixed, chunk, memory), chunk)

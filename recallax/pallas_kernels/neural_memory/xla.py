@@ -56,7 +56,7 @@ def _chunk(
     """Gradients at the chunk's first weights. Documents begin where chunks do; a chunk with a gap writes nothing."""
     fresh = docs.index[:, 0] != document
     memory = _where(fresh, jax.tree.map(jnp.zeros_like, memory), memory)
-    weighing = weigh(tokens, masks_of(docs, docs.index[:, 0]).visible, learner.momentum)
+    weighing = weigh(learner, tokens, masks_of(docs, docs.index[:, 0]).visible)
     one_head = partial(_learn, learner)
     per_head = jax.vmap(one_head, in_axes=(0, 0, 1, 0), out_axes=(0, 1))
     new, out = jax.vmap(per_head, in_axes=(None, 0, 0, 0))(fixed, memory, tokens, weighing)
@@ -125,7 +125,7 @@ def _exact_chunk(
 ) -> tuple[Memory, Float[Array, "B C H D"]]:
     """The linear memory with per-token gradients; documents may begin anywhere."""
     masks = masks_of(docs, document)
-    weighing = jax.tree.map(lambda x: x[:, :, 0], weigh(tokens, masks.visible, learner.momentum))
+    weighing = jax.tree.map(lambda x: x[:, :, 0], weigh(learner, tokens, masks.visible))
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in tokens[:3])
     dtype, (name,) = q.dtype, memory.change
     origin, to_zero = fixed.weights[name].astype(jnp.float32), learner.decay_to == "zero"
