@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels share: tiles in shared memory, products on the tensor cores, and how a kernel is launched.
+"""What the Mosaic GPU kernels share: tiles in shared memory, products on the tensor cores, the pipeline, the launch.
 
 The kernels are written for Hopper in lane semantics, where the layout of every register array is explicit: accumulators
 have `Layout.WGMMA`, a vector along their rows `ROWS`, one along their columns `COLUMNS`. One Pallas thread is a
@@ -35,7 +35,9 @@ def transforms(width: int, dtype: Any) -> tuple[Any, ...]:
     """How a matrix of that many columns lies in shared memory, for TMA and the tensor cores alike."""
     size = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(width * size * 8)
-    return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+    tiling: Any = plgpu.TilingTransform  # pyright takes the two for abstract
+    swizzling: Any = plgpu.SwizzleTransform
+    return tiling((8, swizzle // size)), swizzling(swizzle)
 
 
 def matrix(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
@@ -61,28 +63,38 @@ def accumulate(*sums: tuple[Any, ...], interpret: bool) -> list[jax.Array]:
             for a, b in pairs:
                 plgpu.wgmma(accumulator, a, b)
 
-    return pl.run_state(issue)([plgpu.ACC.init(acc) for acc, *_ in sums])
+    accumulators: Any = [plgpu.ACC.init(acc) for acc, *_ in sums]  # pyright: ignore[reportPrivateImportUsage]
+    return pl.run_state(issue)(accumulators)
 
 
 def _wide(x: Any) -> jax.Array:
     return x[...].astype(jnp.float32)
 
 
-def along_rows(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def along_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A vector with one entry per row, repeated over the columns."""
     return lax.broadcast_in_dim(x, shape, [0])
 
 
-def along_columns(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def along_columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A vector with one entry per column, repeated over the rows."""
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def rows_and_columns(shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """The row and the column number of each entry of a matrix."""
     rows = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROWS)
     columns = plgpu.broadcasted_iota(jnp.int32, shape[1:], 0, layout=COLUMNS)
     return along_rows(rows, shape), along_columns(columns, shape)
+
+
+def unknown_zero(step: jax.Array) -> jax.Array:
+    """0, which the compiler cannot know.
+
+    Shared memory that is indexed with it is addressed anew in each chunk; else the compiler keeps some fifty addresses
+    and descriptors in registers from chunk to chunk, and spills.
+    """
+    return lax.shift_right_logical(step, 30)
 
 
 def load(matrix: Ref) -> jax.Array:

@@ -11,7 +11,7 @@ left of it (`PADDING`): the kernel knows neither. Operands of products are bfloa
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from recallax.pallas_kernels.mosaic_gpu import (
     pipelined,
     rounded,
     rows_and_columns,
+    unknown_zero,
     write,
     zeros,
 )
@@ -98,7 +99,8 @@ def linear_attention(
     decay = None if log_decay is None else jnp.maximum(log_decay[..., 0].astype(jnp.float32) * LOG2E, LOWEST)
     if docs is not None:
         docs = Documents(jnp.pad(docs.index, ((0, 0), (0, -length % CHUNK)), mode="edge"), padded(docs.valid))
-    inputs = _Inputs(*(None if x is None else padded(x) for x in (q, k, v, decay)), state)
+    gate = None if decay is None else padded(decay)
+    inputs = _Inputs(padded(q), padded(k), padded(v), gate, state)
     out, final = _attend(scale, interpret, inputs, docs)
     return out[:, :length], final
 
@@ -109,23 +111,31 @@ def _attend(scale: float, interpret: bool, inputs: _Inputs, docs: Documents | No
 
 
 def _attend_fwd(scale, interpret, inputs, docs):
-    q, k, v, decay, state = inputs
-    out, final = _forward(q, k, v, _gates(decay, docs, v.shape[2]), state, scale, interpret)
+    gates = _gates(inputs.decay, docs, inputs.v.shape[2])
+    out, final = _forward(inputs, gates, scale, interpret)
     return (out, final), (inputs, docs)
 
 
 def _attend_bwd(scale, interpret, kept, cotangents):
+    """Two walks, as for the forward pass.
+
+    A pair of tokens is in the sums for the decay's gradient twice, as q.dq and as k.dk, and in that gradient only
+    where the two do not cancel. So both walks must see one rounding: decays are rounded into the keys of the first and
+    into the queries of the second, the sums are of those, pairs within a chunk are float32 in both, and in the
+    products for the sums the states have their lower digits too.
+    """
     inputs, docs = kept
-    q, k, v, decay, state = inputs
-    gates = _gates(decay, docs, v.shape[2])
-    dq, dk, dv, dstate, kept_sums = _backward(
-        q, k, v, gates, state, *cotangents, scale, interpret, gated=decay is not None
-    )
+    q, _, v, decay, _ = inputs
+    grad, state_grad = cotangents
+    gates, gated = _gates(decay, docs, v.shape[2]), decay is not None
+    dq, ascended = _query_gradient(inputs, gates, grad, scale, interpret, gated=gated)
+    dk, dv, dstate, descended = _key_gradients(inputs, gates, grad, state_grad, scale, interpret, gated=gated)
     dq, dk = (jnp.sum(x.reshape(*q.shape[:3], -1, q.shape[3]), 3, jnp.float32).astype(q.dtype) for x in (dq, dk))
     slope = None
-    if decay is not None:
-        final, *sums = kept_sums
-        slope = _decay_slope(*sums, jnp.sum(jnp.swapaxes(final, 2, 3) * cotangents[1], axis=(2, 3)), docs)
+    if gated:
+        final, queries = ascended
+        at_end = jnp.sum(jnp.swapaxes(final, 2, 3) * state_grad, axis=(2, 3))
+        slope = _decay_slope(jnp.sum(queries, axis=2) - jnp.sum(descended[0], axis=2), at_end, docs)
     return _Inputs(dq, dk, dv, slope, dstate), None
 
 
@@ -151,14 +161,14 @@ def _restarts(docs: Documents) -> Bool[Array, "B T"]:
 
 
 def _decay_slope(
-    queries: Float[Array, "B H N T"], keys: Float[Array, "B H N T"], at_end: Float[Array, "B H"], docs: Documents | None
+    through: Float[Array, "B H T"], at_end: Float[Array, "B H"], docs: Documents | None
 ) -> Float[Array, "B T H"]:
-    """The gradient of the log2-decay from the sums of q.dq and of k.dk of each token, in N parts.
+    """The gradient of the log2-decay from each token's q.dq - k.dk and from the final state's product with its own.
 
     A token's decay weighs every pair of an earlier key and a query that is the token's own or later, so its gradient
     is what later queries see less what later keys are seen, up to the document's end, and the final state's part.
     """
-    through = jnp.sum(queries - keys, axis=2).at[:, :, -1].add(at_end)
+    through = through.at[:, :, -1].add(at_end)
     if docs is None:
         slopes = lax.cumsum(through, axis=2, reverse=True)
     else:
@@ -193,12 +203,9 @@ class _Walk(NamedTuple):
         """Which of them this is."""
         return lax.axis_index("worker")
 
-    def swapped(self) -> "_Walk":
-        """With the widths of keys and values exchanged."""
-        return self._replace(width=self.values, values=self.width)
 
-
-def _forward(q, k, v, gates, state, scale, interpret):
+def _forward(inputs, gates, scale, interpret):
+    q, k, v, _, state = inputs
     (b, t, groups, width), (h, values) = q.shape, v.shape[2:]
     sizes = _Walk(t, width, values, scale, interpret)
 
@@ -218,51 +225,64 @@ def _forward(q, k, v, gates, state, scale, interpret):
     )(q, k, v, gates or (), state)
 
 
-def _backward(q, k, v, gates, state, grad, state_grad, scale, interpret, *, gated):
-    """Gradients of q and k per value head, of v and the state; if `gated` what the decay's gradient needs.
+def _query_gradient(inputs, gates, grad, scale, interpret, *, gated):
+    """The gradient of q per value head. If `gated` also the final state transposed and sums for the decay's gradient.
 
-    That is the final state transposed and the sums of q.dq and k.dk per token, of each warpgroup's columns. A pair of
-    tokens is in both sums and in every gradient between them only as their difference, so the two walks must see one
-    rounding: decays are rounded into the keys of the forward walk and into the queries of the other, the sums are of
-    those, pairs within a chunk are float32 in both, and a state's lower digits are multiplied too.
+    That is linear attention itself, of the queries `grad`, the keys v and the values k.
     """
+    q, k, v, _, state = inputs
+    (b, t, groups, width), (h, values) = q.shape, v.shape[2:]
+    sizes = _Walk(t, values, width, scale, interpret)
+
+    def kernel(q, k, v, gates, start, grad, dq, kept):
+        row, head = lax.axis_index("row"), lax.axis_index("head")
+        group = lax.div(head, jnp.int32(h // groups))
+        tokens = [grad.at[row, :, head], v.at[row, :, head], k.at[row, :, group]]
+        tokens += [q.at[row, :, group]] if gated else []
+        final, sums = (x.at[row, head] for x in kept) if gated else (None, None)
+        gates = [gate.at[row, head] for gate in gates]
+        _ascend(sizes, tokens, gates, start.at[row, head], dq.at[row, :, head], final=final, sums=sums)
+
+    kept = (
+        jax.ShapeDtypeStruct((b, h, values, width), jnp.float32),
+        jax.ShapeDtypeStruct((b, h, sizes.workers, t), jnp.float32),
+    )
+    return launch(
+        kernel,
+        out=(jax.ShapeDtypeStruct((b, t, h, width), q.dtype), kept if gated else ()),
+        grid={"row": b, "head": h},
+        workers=sizes.workers,
+        interpret=interpret,
+    )(q, k, v, gates or (), jnp.swapaxes(state, 2, 3), grad)
+
+
+def _key_gradients(inputs, gates, grad, state_grad, scale, interpret, *, gated):
+    """The gradients of k per value head, of v and of the state; if `gated` also sums for the decay's gradient."""
+    q, k, v, _, state = inputs
     (b, t, groups, width), (h, values) = q.shape, v.shape[2:]
     sizes = _Walk(t, width, values, scale, interpret)
 
-    def kernel(q, k, v, gates, start, grad, state_grad, dq, dk, dv, dstart, kept):
+    def kernel(q, k, v, gates, grad, end, dk, dv, start, sums):
         row, head = lax.axis_index("row"), lax.axis_index("head")
         group = lax.div(head, jnp.int32(h // groups))
-        q, k, v, grad = q.at[row, :, group], k.at[row, :, group], v.at[row, :, head], grad.at[row, :, head]
-        gates = [gate.at[row, head] for gate in gates]
-        dq, dk, dv = (x.at[row, :, head] for x in (dq, dk, dv))
-        end, *sums = kept if gated else (None, None, None)
-        query_sums, key_sums = (x.at[row, head] if gated else None for x in sums)
+        tokens = q.at[row, :, group], k.at[row, :, group], v.at[row, :, head], grad.at[row, :, head]
+        dk, dv, start, end = dk.at[row, :, head], dv.at[row, :, head], start.at[row, head], end.at[row, head]
+        sums = sums[0].at[row, head] if gated else None
+        _descend(sizes, tokens, [gate.at[row, head] for gate in gates], end, dk, dv, start, sums)
 
-        @pl.when(lax.axis_index("walk") == 0)
-        def _():
-            tokens = (grad, v, k, q) if gated else (grad, v, k)
-            final = end.at[row, head] if gated else None
-            _ascend(sizes.swapped(), tokens, gates, start.at[row, head], dq, final=final, sums=query_sums)
-
-        @pl.when(lax.axis_index("walk") == 1)
-        def _():
-            _descend(sizes, (q, k, v, grad), gates, state_grad.at[row, head], dk, dv, dstart.at[row, head], key_sums)
-
-    per_head = jax.ShapeDtypeStruct((b, t, h, width), q.dtype)
     sums = jax.ShapeDtypeStruct((b, h, sizes.workers, t), jnp.float32)
     return launch(
         kernel,
         out=(
-            per_head,
-            per_head,
+            jax.ShapeDtypeStruct((b, t, h, width), k.dtype),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
             jax.ShapeDtypeStruct(state.shape, jnp.float32),
-            (jax.ShapeDtypeStruct((b, h, values, width), jnp.float32), sums, sums) if gated else (),
+            (sums,) if gated else (),
         ),
-        grid={"row": b, "head": h, "walk": 2},
+        grid={"row": b, "head": h},
         workers=sizes.workers,
         interpret=interpret,
-    )(q, k, v, gates or (), jnp.swapaxes(state, 2, 3), grad, state_grad)
+    )(q, k, v, gates or (), grad, state_grad)
 
 
 def _ascend(sizes, tokens, gates, start, out, *, final=None, sums=None):
@@ -277,9 +297,6 @@ def _ascend(sizes, tokens, gates, start, out, *, final=None, sums=None):
     columns = pl.ds(worker * own, own)
 
     def scoped(held, low, decayed, staged):
-        held, decayed, staged = (x.at[worker] for x in (held, decayed, staged))
-        low = low.at[worker] if sums is not None else None
-
         def context(pipeline):
             state = pipeline(plgpu.load(start.at[:, columns], layout=MATRIX, optimized=False))
             if final is not None:
@@ -290,27 +307,29 @@ def _ascend(sizes, tokens, gates, start, out, *, final=None, sums=None):
             q, k, v, *x = refs[: len(tokens)]
             v, x = v.at[:, columns], x[0].at[:, columns] if x else None
             *gates, state = refs[len(tokens) :]
-            part, part_sums, state = _ascend_chunk(sizes, q, k, v, x, gates, state, held, low, decayed)
+            room = [None if x is None else x.at[unknown_zero(index[0]), worker] for x in (held, low, decayed)]
+            part, part_sums, state = _ascend_chunk(sizes, (q, k, v, x), gates, state, room)
             time = pl.ds(index[0] * CHUNK, CHUNK)
             if sums is not None:
                 sums[worker, time] = part_sums
-            write((staged, part, out.at[time, columns]))
+            write((staged.at[worker], part, out.at[time, columns]))
             return state
 
         ahead = 3 if sums is None and sizes.width + sizes.values == 2 * WIDTHS[0] else 1
         pipelined(chunk, tokens, gates, context, workers, ahead, order=lambda step: step)
 
-    state = matrix(workers, sizes.width, own)
-    part = matrix(workers, CHUNK, own)
-    pl.run_scoped(scoped, state, state if sums is not None else None, part, part, collective_axes="worker")
+    state = matrix(1, workers, sizes.width, own)
+    decayed, staged = matrix(1, workers, CHUNK, own), matrix(workers, CHUNK, own)
+    pl.run_scoped(scoped, state, None if sums is None else state, decayed, staged, collective_axes="worker")
 
 
-def _ascend_chunk(sizes, q, k, v, x, gates, state, held, low, decayed):
+def _ascend_chunk(sizes, tokens, gates, state, room):
     """One chunk's output, its sums with x, and the state behind it.
 
-    held: room for the state as an operand, low: for the digits that it loses so; decayed: for the values as they
-    reach the chunk's end.
+    room: for the state as an operand, for the digits that it loses so or None, and for the values as they reach the
+    chunk's end.
     """
+    (q, k, v, x), (held, low, decayed) = tokens, room
     square, shape, dtype, interpret = (CHUNK, CHUNK), v.shape, v.dtype, sizes.interpret
     held[...] = state.astype(dtype)
     if gates:
@@ -363,11 +382,6 @@ def _descend(sizes, tokens, gates, start, dk, dv, final, sums):
     key_columns, columns = pl.ds(worker * keys, keys), pl.ds(worker * own, own)
 
     def scoped(held, low, decayed, staged, published):
-        if staged is None:  # shared memory is short: where the state's lower digits were
-            staged_k, staged_v = (low.at[worker, pl.ds(i * CHUNK, CHUNK)] for i in range(2))
-        else:
-            staged_k, staged_v = (x.at[worker] for x in staged)
-
         def context(pipeline):
             state = pipeline(plgpu.load(start.at[:, columns], layout=MATRIX, optimized=False))
             final[:, columns] = state
@@ -380,92 +394,99 @@ def _descend(sizes, tokens, gates, start, dk, dv, final, sums):
 
         def chunk(index, q, k, v, grad, *rest):
             *gates, state = rest
-            dk_part, dv_part, part_sums, state = _descend_chunk(
-                sizes, q, k, v, grad, gates, state, held, low, decayed, meet
-            )
+            zero = unknown_zero(index[0])
+            room = held.at[zero], None if low is None else low.at[zero], decayed.at[zero]
+            dk_part, dv_part, part_sums, state = _descend_chunk(sizes, (q, k, v, grad), gates, state, room, meet)
             time = pl.ds((last - index[0]) * CHUNK, CHUNK)
             if sums is not None:
                 sums[worker, time] = part_sums
+            if staged is None:  # shared memory is short: where the state's lower digits were
+                staged_k, staged_v = (low.at[zero, worker, pl.ds(i * CHUNK, CHUNK)] for i in range(2))
+            else:
+                staged_k, staged_v = (x.at[zero, worker] for x in staged)
             write((staged_k, dk_part, dk.at[time, key_columns]), (staged_v, dv_part, dv.at[time, columns]))
             return state
 
         last = sizes.tokens // CHUNK - 1
         pipelined(chunk, tokens, gates, context, workers, 1, order=lambda step: last - step)
 
-    state = matrix(workers, sizes.width, own)
-    staged = (matrix(workers, CHUNK, keys), matrix(workers, CHUNK, own)) if sums is None or workers == 1 else None
+    state = matrix(1, workers, sizes.width, own)
+    staged = (matrix(1, workers, CHUNK, keys), matrix(1, workers, CHUNK, own)) if sums is None or workers == 1 else None
     pl.run_scoped(
         scoped,
         state,
-        state if sums is not None else None,
-        matrix(CHUNK, sizes.width),
+        None if sums is None else state,
+        matrix(1, CHUNK, sizes.width),
         staged,
         plgpu.Barrier(num_arrivals=workers),
         collective_axes="worker",
     )
 
 
-def _descend_chunk(sizes, q, k, v, grad, gates, state, held, low, decayed, meet):
+def _descend_chunk(sizes, tokens, gates, state, room, meet):
     """One chunk's gradients of k and v, the sums for the gates, and the gradient of the state before it.
 
-    Matrices of pairs have keys along the rows and queries along the columns. held, low: room for the state's gradient
-    as an operand, of all warpgroups; decayed: for the queries as they reach the chunk's start; `meet` makes the
-    warpgroups wait for each other.
+    Matrices of pairs have keys along the rows and queries along the columns. room: for the state's gradient as an
+    operand, for the digits that it loses so or None, and for the queries as they reach the chunk's start, of all
+    warpgroups; `meet` makes these wait for each other.
     """
+    (q, k, v, grad), (held, low, decayed) = tokens, room
     square, interpret, workers, worker = (CHUNK, CHUNK), sizes.interpret, sizes.workers, sizes.worker
     keys, own = sizes.width // workers, sizes.values // workers
     key_columns, columns = pl.ds(worker * keys, keys), pl.ds(worker * own, own)
     dtype = v.dtype
+    if gates:
+        since = jnp.exp2(plgpu.load(gates[0], layout=ROWS))
+        arriving = decayed_rows(q.at[:, key_columns], since, interpret=interpret, scale=sizes.scale)
+    else:
+        arriving = load(q.at[:, key_columns]) * sizes.scale
+    decayed.at[:, key_columns][...] = arriving.astype(dtype)
     scores, slopes = accumulate(
         (zeros(*square), (k, q.transpose((1, 0)))), (zeros(*square), (v, grad.transpose((1, 0)))), interpret=interpret
     )
     key, query = rows_and_columns(square)
     seen = key <= query
-    sums = None
+    sums: Any = None
     if gates:
         rows = plgpu.load(gates[1], layout=ROWS)
         gap = along_columns(plgpu.load(gates[0], layout=COLUMNS), square) - along_rows(rows, square)
         decay = jnp.exp2(jnp.where(seen, gap, -jnp.inf)) * sizes.scale
         scores *= decay
         if low is not None:
-            sums = jnp.sum(scores * slopes, axis=1) * (1 / workers)
+            sums = jnp.sum(scores * slopes, axis=1) / workers
         slopes *= decay
-        since = jnp.exp2(plgpu.load(gates[0], layout=ROWS))
-        arriving = decayed_rows(q.at[:, key_columns], since, interpret=interpret, scale=sizes.scale)
     else:
         # Not a product with a mask of 0 and 1: the compiler would keep that in registers from chunk to chunk.
         scores, slopes = (jnp.where(seen, x * sizes.scale, 0.0) for x in (scores, slopes))
-        arriving = load(q.at[:, key_columns]) * sizes.scale
     scores, slopes = scores.astype(dtype), slopes.astype(dtype)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     held.at[worker][...] = state.astype(dtype)
     if low is not None:
         low.at[worker][...] = (state - rounded(state, dtype, interpret)).astype(dtype)
-    decayed.at[:, key_columns][...] = arriving.astype(dtype)
     plgpu.commit_smem()
     meet()
     states = [held] if low is None else [held, low]
     blocks = [(i, pl.ds(i * own, own)) for i in range(workers)]
-    before = (
-        [(k, held.at[worker])],
-        [(v.at[:, block], x.at[i, key_columns].transpose((1, 0))) for x in states for i, block in blocks],
-    )
+    from_keys = k, held.at[worker]
+    from_values = [(v.at[:, block], x.at[i, key_columns].transpose((1, 0))) for x in states for i, block in blocks]
+    within_values, within_keys = (scores, grad.at[:, columns]), (slopes, q.at[:, key_columns])
+    update = decayed.transpose((1, 0)), grad.at[:, columns]
     dv, dk = zeros(CHUNK, own), zeros(CHUNK, keys)
-    if gates:
-        dv, dk = accumulate((dv, *before[0]), (dk, *before[1]), interpret=interpret)
-        before = (), ()
+    if gates:  # one after another, or registers run out
         last = plgpu.load(gates[0].at[CHUNK - 1])
         left = jnp.exp2(last - rows)
+        (dv,) = accumulate((dv, from_keys), interpret=interpret)
+        dv, state = accumulate(
+            (dv * along_rows(left, dv.shape), within_values), (state * jnp.exp2(last), update), interpret=interpret
+        )
+        dv = dv.astype(dtype)
+        (dk,) = accumulate((dk, *from_values), interpret=interpret)
         if low is not None:
             sums += jnp.sum(dk * decayed_rows(k.at[:, key_columns], left, interpret=interpret), axis=1)
-        dv *= along_rows(left, dv.shape)
-        dk *= along_rows(left, dk.shape)
-        state *= jnp.exp2(last)
-    dv, dk, state = accumulate(
-        (dv, *before[0], (scores, grad.at[:, columns])),
-        (dk, *before[1], (slopes, q.at[:, key_columns])),
-        (state, (decayed.transpose((1, 0)), grad.at[:, columns])),
-        interpret=interpret,
-    )
+        (dk,) = accumulate((dk * along_rows(left, dk.shape), within_keys), interpret=interpret)
+    else:
+        dv, dk, state = accumulate(
+            (dv, from_keys, within_values), (dk, *from_values, within_keys), (state, update), interpret=interpret
+        )
     meet()  # before any of them overwrites what the others read
     return dk.astype(dtype), dv.astype(dtype), sums, state
