@@ -2,12 +2,12 @@
 
 A kernel is a function of one head's chunk, in plain jax.numpy on matrices:
 
-    body(state [K, V], *inputs) -> (state, *outputs)
+    body(states, *inputs) -> (states, outputs)
 
-`walk` runs it over all rows, heads and chunks. A grid step takes the same chunk of several heads, so that their
+`walk` runs it over all rows, heads and chunks. A grid step takes the same chunk of several heads by `jax.vmap`, whose
 independent chains of products fill the units side by side. Chunks are the last axis of the grid and run one after
-another, forward or backward in time; the state stays in VMEM, in the block that becomes the final state. Since bodies
-are pure, backward kernels call `jax.vjp` on them inside the kernel.
+another, forward or backward in time; states stay in VMEM, in the blocks that become the final states. Since bodies are
+pure, backward kernels call `jax.vjp` on them inside the kernel.
 
 Sequences are head-major, [B, H, T, W], so that any width is a whole lane axis. Numbers per token are rows,
 [B, H, R, T], with time along the lanes: as columns each would take 128 lanes in memory.
@@ -26,12 +26,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from recallax.pallas_kernels.dispatch import Unsupported, interpreting
+
 INTERPRETER: Any = pltpu.InterpretParams()
 """What runs the kernels where there is no TPU, within `dispatch.interpreted()`."""
 SIDE_BY_SIDE = 4
 """Value heads of a grid step at most."""
+ROWS_OF_A_TILE = 16
+"""Of bfloat16; a chunk that is the whole sequence is a multiple of it."""
 
-type Index = tuple[int, ...]
+type Matrices = tuple[Array, ...]
 
 
 class Steps(NamedTuple):
@@ -49,17 +53,49 @@ class Steps(NamedTuple):
     """Backward in time."""
 
     @property
-    def grid(self) -> Index:
+    def grid(self) -> tuple[int, int, int]:
         return (self.rows, self.heads // self.block, self.chunks)
+
+    @property
+    def length(self) -> int:
+        return self.chunk * self.chunks
 
     def time(self, n: Any) -> Any:
         """The chunk that the n-th step takes."""
         return self.chunks - 1 - n if self.reverse else n
 
 
+def steps_of(op_chunk: int, length: int, v: Float[Array, "B T H V"], groups: int) -> Steps:
+    """Steps over a sequence that is padded to whole chunks. Raises Unsupported where there is no TPU."""
+    interpret = interpreting("tpu")
+    chunk = min(op_chunk, -(-length // ROWS_OF_A_TILE) * ROWS_OF_A_TILE)
+    rows, _, heads, _ = v.shape
+    share = heads // groups
+    fits = (n for n in range(SIDE_BY_SIDE, 0, -1) if heads % n == 0 and (share % n == 0 or n % share == 0))
+    return Steps(rows, heads, next(fits), chunk, -(-length // chunk), interpret)
+
+
+def head_major(x: Float[Array, "B T H W"], steps: Steps) -> Float[Array, "B H P W"]:
+    """Time behind the heads, padded with zeros to whole chunks."""
+    return jnp.moveaxis(jnp.pad(x, ((0, 0), (0, steps.length - x.shape[1]), (0, 0), (0, 0))), 1, 2)
+
+
+def time_major(x: Float[Array, "B H P W"], length: int) -> Float[Array, "B T H W"]:
+    """Undo `head_major`."""
+    return jnp.moveaxis(x, 1, 2)[:, :length]
+
+
+def require_dtypes(**arrays: Array) -> None:
+    """Raise Unsupported unless all are float32 or all bfloat16."""
+    dtypes = {x.dtype for x in arrays.values()}
+    if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}:
+        held = ", ".join(f"{name} is {x.dtype}" for name, x in arrays.items())
+        raise Unsupported(f"{held}; they must all be float32 or all bfloat16")
+
+
 @dataclass(frozen=True)
 class Operand(abc.ABC):
-    """An array, or the shape and dtype of an output, and how the matrix of a head's chunk is found in it."""
+    """An array, or the shape and dtype of an output, and how the matrices of a grid step lie in it."""
 
     array: Any
 
@@ -67,9 +103,12 @@ class Operand(abc.ABC):
     def spec(self, steps: Steps) -> pl.BlockSpec:
         """The block of a grid step."""
 
-    def at(self, head: int, steps: Steps) -> Index:
-        """Where in the block the matrix of one of its value heads lies."""
-        return (0, head)
+    def read(self, ref: Any, steps: Steps) -> Array:
+        """The matrices of the step's value heads, [block, ...]."""
+        return ref[0]
+
+    def write(self, ref: Any, value: Array) -> None:
+        ref[0] = value.astype(ref.dtype)
 
 
 class Tokens(Operand):
@@ -81,9 +120,9 @@ class Tokens(Operand):
         own, shared = max(1, steps.block // share), max(1, share // steps.block)
         return pl.BlockSpec((1, own, steps.chunk, width), lambda b, h, n: (b, h // shared, steps.time(n), 0))
 
-    def at(self, head: int, steps: Steps) -> Index:
+    def read(self, ref: Any, steps: Steps) -> Array:
         share = steps.heads // self.array.shape[1]
-        return (0, head // share)  # 0 where a step takes part of a group
+        return ref[0] if share == 1 else jnp.stack([ref[0, h // share] for h in range(steps.block)])
 
 
 class Rows(Operand):
@@ -108,60 +147,64 @@ class Saved(Operand):
         shape = self.array.shape[3:]
         return pl.BlockSpec((1, steps.block, 1, *shape), lambda b, h, n: (b, h, steps.time(n), 0, 0))
 
-    def at(self, head: int, steps: Steps) -> Index:
-        return (0, head, 0)
+    def read(self, ref: Any, steps: Steps) -> Array:
+        return ref[0, :, 0]
+
+    def write(self, ref: Any, value: Array) -> None:
+        ref[0, :, 0] = value.astype(ref.dtype)
 
 
 def walk(
     name: str,
-    body: Callable[..., tuple[Array, ...]],
+    body: Callable[..., tuple[Matrices, Matrices]],
     steps: Steps,
-    state: Float[Array, "B H K V"],
+    states: Sequence[Float[Array, "B H _ _"]],
     inputs: Sequence[Operand],
     outputs: Sequence[Operand],
-) -> tuple[Array, ...]:
-    """Run `body` over all chunks; returns the final float32 state [B, H, K, V], then the outputs.
+) -> tuple[Matrices, Matrices]:
+    """Run `body` over all chunks; returns the final states, [B, H, ...] in float32, and the outputs.
 
-    body: (state [K, V], a matrix per input) -> (state, a matrix per output), all float32; outputs are cast to their
-    dtype.
+    body: (states, a matrix per input) -> (states, a matrix per output), all float32; outputs are cast to their dtype.
     """
-    carried = States(state)
-    count = len(inputs)
+    carried = [States(x) for x in states]
+    given, made = (*carried, *inputs), (*carried, *outputs)
 
-    def kernel(first: Any, *refs: Any) -> None:
-        held, results = refs[count], refs[count + 1 :]
+    def kernel(*refs: Any) -> None:
+        first, read = refs[: len(carried)], refs[len(carried) : len(given)]
+        held, written = refs[len(given) : len(given) + len(carried)], refs[len(given) + len(carried) :]
 
         @pl.when(pl.program_id(2) == 0)
         def _() -> None:
-            held[...] = first[...]
+            for ref, start in zip(held, first, strict=True):
+                ref[...] = start[...]
 
-        for head in range(steps.block):
-            matrices = (x.at(head, steps) for x in inputs)
-            own = carried.at(head, steps)
-            read = (ref[at].astype(jnp.float32) for ref, at in zip(refs[:count], matrices, strict=True))
-            new, *out = body(held[own], *read)
-            held[own] = new
-            for operand, ref, value in zip(outputs, results, out, strict=True):
-                ref[operand.at(head, steps)] = value.astype(ref.dtype)
+        before = tuple(x.read(ref, steps) for x, ref in zip(carried, held, strict=True))
+        matrices = (x.read(ref, steps).astype(jnp.float32) for x, ref in zip(inputs, read, strict=True))
+        after, results = jax.vmap(body)(before, *matrices)
+        for operand, ref, value in zip(made, (*held, *written), (*after, *results), strict=True):
+            operand.write(ref, value)
 
-    made = (carried, *outputs)
-    return pl.pallas_call(
+    results = pl.pallas_call(
         kernel,
         out_shape=tuple(jax.ShapeDtypeStruct(x.array.shape, x.array.dtype) for x in made),
         grid=steps.grid,
-        in_specs=[x.spec(steps) for x in (carried, *inputs)],
+        in_specs=[x.spec(steps) for x in given],
         out_specs=tuple(x.spec(steps) for x in made),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=INTERPRETER if steps.interpret else False,
         name=name,
-    )(state, *(x.array for x in inputs))
+    )(*(x.array for x in given))
+    return results[: len(carried)], results[len(carried) :]
 
 
-def block_of(heads: int, groups: int) -> int:
-    """Value heads of a grid step: as many as fit that are a divisor or a multiple of those that share a key head."""
-    share = heads // groups
-    fits = (n for n in range(SIDE_BY_SIDE, 0, -1) if heads % n == 0 and (share % n == 0 or n % share == 0))
-    return next(fits)
+def shaped(*shape: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an output."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def per_group(x: Float[Array, "B H T K"], groups: int) -> Float[Array, "B G T K"]:
+    """The sum over the value heads that share a key head."""
+    return jnp.sum(x.reshape(x.shape[0], groups, -1, *x.shape[2:]), axis=2) if groups < x.shape[1] else x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from recallax.pallas_kernels.chunking import Documents
+from recallax.pallas_kernels.mosaic_tpu import mm
 
 FORGET = 128.0
 """exp(-FORGET) is 0 in float32; stronger log-decays are cut to it, which keeps the rounded sums exact."""
@@ -51,9 +52,9 @@ class Decay(NamedTuple):
 
     between: Float[Array, "C C"]
     """From token j to token i, 0 for j > i."""
-    since_start: Float[Array, "C 1"] | None
-    """The token's own decay included."""
-    until_end: Float[Array, "C 1"] | None
+    since_start: Float[Array, "C V"] | None
+    """The token's own decay included; the same in all columns, as are the others."""
+    until_end: Float[Array, "C K"] | None
     """The token's own decay left out."""
     total: Float[Array, "1 1"] | None
 
@@ -64,16 +65,25 @@ def causal(length: int) -> Bool[Array, "C C"]:
     return i >= j
 
 
-def token_decay(rows: Float[Array, "2 C"]) -> Decay:
-    """The decays of a chunk from its `running` sums."""
+def token_decay(rows: Float[Array, "2 C"], keys: int, values: int) -> Decay:
+    """The decays of a chunk from its `running` sums, for keys and values of those widths."""
     length = rows.shape[1]
-    columns = rows.T
     end = rows[:, length - 1 :]
-    gap = (columns[:, :1] - rows[:1]) + (columns[:, 1:] - rows[1:])
-    rest = (end[:1] - columns[:, :1]) + (end[1:] - columns[:, 1:])
-    since = columns[:, :1] + columns[:, 1:]
-    between = jnp.exp(jnp.where(causal(length), gap, -jnp.inf))
-    return Decay(between, jnp.exp(since), jnp.exp(rest), jnp.exp(end[:1] + end[1:]))
+    rest = (end[:1] - _spread(rows[:1], keys)) + (end[1:] - _spread(rows[1:], keys))
+    since = _spread(rows[:1], values) + _spread(rows[1:], values)
+    return Decay(jnp.exp(_gaps(rows)), jnp.exp(since), jnp.exp(rest), jnp.exp(end[:1] + end[1:]))
+
+
+def _spread(row: Float[Array, "1 C"], width: int) -> Float[Array, "C W"]:
+    """As a column, along the lanes before anything is computed: all widths of 128 share what that costs."""
+    return jnp.broadcast_to(row.T, (row.shape[1], width))
+
+
+def _gaps(rows: Float[Array, "2 C"]) -> Float[Array, "C C"]:
+    """The log-decay from token j to token i >= j, minus infinity elsewhere."""
+    length = rows.shape[1]
+    gaps = (_spread(rows[:1], length) - rows[:1]) + (_spread(rows[1:], length) - rows[1:])
+    return jnp.where(causal(length), gaps, -jnp.inf)
 
 
 def no_decay(length: int) -> Decay:
@@ -86,12 +96,20 @@ def scaled(x: Float[Array, "I J"], factor: Float[Array, "..."] | None) -> Float[
     return x if factor is None else x * factor
 
 
-def suffix_sums(x: Float[Array, "B H T"], log_decay: Float[Array, "B H T"]) -> Float[Array, "B H T"]:
-    """Sums of x from each token on, up to where everything is forgotten."""
+def suffix_sums(
+    change: Float[Array, "1 C"], later: Float[Array, "1 1"], rows: Float[Array, "2 C"]
+) -> tuple[Float[Array, "1 C"], Float[Array, "1 1"]]:
+    """Sums of `change` from each token on, up to where everything is forgotten, and the `later` of the chunk before.
 
-    def join(later: tuple[Array, Array], earlier: tuple[Array, Array]) -> tuple[Array, Array]:
-        return later[0] | earlier[0], jnp.where(earlier[0], earlier[1], earlier[1] + later[1])
+    later: the sum behind the chunk, from its end on.
+    """
+    end = rows[:, rows.shape[1] - 1 :]
+    rest = (end[:1] - rows[:1]) + (end[1:] - rows[1:])
+    inside = mm(change, _remembered(_gaps(rows)), jnp.float32)
+    earlier = jnp.sum(change * _remembered(rows[:1] + rows[1:]), axis=1, keepdims=True)
+    return inside + later * _remembered(rest), earlier + later * _remembered(end[:1] + end[1:])
 
-    # A token that forgets belongs to what follows it, so the sums stop behind the token before it.
-    last = jnp.pad(log_decay[..., 1:], ((0, 0), (0, 0), (0, 1))) <= -FORGET
-    return jax.lax.associative_scan(join, (last, x), reverse=True, axis=2)[1]
+
+def _remembered(log: Float[Array, "I J"]) -> Float[Array, "I J"]:
+    """1 where something passes, 0 where everything is forgotten."""
+    return (log > 1 - FORGET).astype(jnp.float32)
