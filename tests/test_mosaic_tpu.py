@@ -1,36 +1,139 @@
-"""The kernels for TPUs, interpreted on any machine, against the definitions in float64; and lowered for a TPU."""
+"""The kernels for TPUs: interpreted on any machine, against the definitions in float64, and lowered for a TPU."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from recallax.pallas_kernels.dispatch import interpreted
+from recallax.pallas_kernels import mosaic_tpu
+from recallax.pallas_kernels.dispatch import Unsupported, interpreted
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.linear_attention import mosaic_tpu as linear_tpu
-from tests.test_ops import CASES, Case, compare, draw, segments
+from tests.test_ops import CASES, Case, compare, draw, each_dtype, segments
 
 pytestmark = pytest.mark.usefixtures("strict")
 
+FORM = "mosaic_tpu"
+SHAPE = (2, 300, 4)
+"""Rows, tokens and heads of what is lowered for a TPU: three chunks, the last one unfilled."""
+
 
 @pytest.fixture(autouse=True)
-def short_chunks(monkeypatch):
-    monkeypatch.setattr(linear_tpu, "CHUNK", 16)
+def short_chunks(request, monkeypatch):
+    if "lowered" not in request.function.__name__:
+        monkeypatch.setattr(linear_tpu, "CHUNK", 16)
 
 
-@pytest.fixture(autouse=True)
-def interpreter():
-    with interpreted():
-        yield
+def ids(case: Case) -> jnp.ndarray | None:
+    """Segments, or None where a row is one document: two paths of every kernel."""
+    return segments(case) if case.documents else None
 
 
-LINEAR = {name: case for name, case in CASES.items() if "channel" not in (case.decay or "")}
+def held(case: Case) -> np.ndarray:
+    return np.random.default_rng(5).normal(size=(2, case.heads, case.width, case.values))
 
 
-@pytest.mark.parametrize("case", LINEAR.values(), ids=LINEAR)
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
-def test_linear_attention(case, dtype):
-    state = np.random.default_rng(5).normal(size=(2, case.heads, case.width, case.values))
+def check_linear(case: Case, dtype: str, groups: int | None = None) -> None:
+    inputs = draw(case)
+    inputs |= {name: inputs[name][:, :, :groups] for name in ("q", "k")}
 
     def op(inputs, state, form):
-        return linear_attention(**inputs, state=state, segments=segments(case), implementation=form)
+        return linear_attention(**inputs, state=state, segments=ids(case), implementation=form)
 
-    compare(op, case, draw(case), state, dtype, "mosaic_tpu")
+    with interpreted():
+        compare(op, case, inputs, held(case), dtype, FORM)
+
+
+TOKEN = {name: case for name, case in CASES.items() if "channel" not in (case.decay or "")}
+each_token_case = pytest.mark.parametrize("case", TOKEN.values(), ids=TOKEN)
+
+
+@each_token_case
+@each_dtype
+def test_linear_attention(case, dtype):
+    check_linear(case, dtype)
+
+
+@pytest.mark.parametrize(("heads", "groups", "block"), [(4, 2, 4), (3, 1, 4), (4, 2, 1)])
+def test_linear_attention_of_grouped_heads(monkeypatch, heads, groups, block):
+    """Several groups in a grid step, all of one, and a part of one."""
+    monkeypatch.setattr(mosaic_tpu, "SIDE_BY_SIDE", block)
+    case = dataclasses.replace(CASES["packed, decay, padding"], heads=heads)
+    check_linear(case, "bfloat16" if block == 1 else "float32", groups)
+
+
+def test_no_rounding_crosses_a_border_of_documents():
+    """The decay's slope is a sum over all later tokens, but bit for bit not over those of other documents."""
+    case = Case(40, decay="token", documents=(20, 20))
+    inputs = {name: jnp.asarray(x, jnp.bfloat16) for name, x in draw(case).items()}
+    inputs["log_decay"] = inputs["log_decay"].astype(jnp.float32)
+    later = inputs | {"v": inputs["v"].at[0, 20:].multiply(3)}
+
+    def total(inputs):
+        return jnp.sum(linear_attention(**inputs, segments=segments(case), implementation=FORM)[0].astype(jnp.float32))
+
+    with interpreted():
+        one, other = (jax.grad(total)(x)["log_decay"][0, :20] for x in (inputs, later))
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_linear_attention_of_documents_without_a_decay_in_bfloat16():
+    check_linear(CASES["packed"], "bfloat16")
+
+
+def test_chunks_follow_one_another_and_no_copies_race(monkeypatch):
+    """The interpreter takes the grid's parallel axes in random order: rows and heads may be, chunks may not."""
+    interpreter = pltpu.InterpretParams(detect_races=True, random_seed=3)
+    monkeypatch.setattr(mosaic_tpu, "INTERPRETER", interpreter)
+    check_linear(dataclasses.replace(CASES["token decay"], heads=6), "float32")
+
+
+def test_an_incoming_state_need_not_be_given():
+    case = CASES["token decay"]
+    inputs: dict[str, Any] = {name: jnp.asarray(x, jnp.float32) for name, x in draw(case).items()}
+    with interpreted():
+        got = linear_attention(**inputs, implementation=FORM)
+    want = linear_attention(**inputs, implementation="reference")
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_what_it_cannot_take_is_named():
+    x = jnp.zeros((1, 4, 2, 8))
+    with pytest.raises(Unsupported, match="it is for a TPU"):
+        linear_attention(x, x, x, implementation=FORM)
+    with interpreted(), pytest.raises(Unsupported, match="v is bfloat16; they must all be"):
+        linear_attention(x, x, x.astype(jnp.bfloat16), implementation=FORM)
+
+
+def shaped(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def lowered(op: Callable, inputs: dict[str, Any]) -> str:
+    """The module for a TPU that computes outputs and all gradients, for a device nobody has to have."""
+
+    def both(inputs):
+        out, pull = jax.vjp(lambda inputs: op(**inputs, implementation=FORM), inputs)
+        return out, pull(out)
+
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5e", num_cores=1, platform="tpu")
+    axis = (jax.sharding.AxisType.Explicit,)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), axis, abstract_device=device)):
+        return jax.jit(both).trace(inputs).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("width", [128, pytest.param(64, marks=pytest.mark.full)])
+@pytest.mark.parametrize("decay", [None, "token"])
+def test_linear_attention_is_lowered_for_a_tpu(decay, width):
+    inputs = {"q": shaped(*SHAPE[:2], 2, width), "k": shaped(*SHAPE[:2], 2, width), "v": shaped(*SHAPE, width)}
+    gate = {"log_decay": shaped(*SHAPE, dtype=jnp.float32)} if decay else {}
+    op = functools.partial(linear_attention, segments=jnp.ones(SHAPE[:2], jnp.int32)) if decay else linear_attention
+    text = lowered(op, inputs | gate)
+    assert text.count("tpu_custom_call") >= 3  # forward, reading, writing

@@ -88,15 +88,15 @@ def _gates(steps: Steps, log_decay: Float[Array, "B H T"] | None) -> tuple[Rows,
 
 def _chunk(
     dtype: DTypeLike,
-    states: tuple[Float[Array, "K V"]],
+    states: Matrices,
     q: Float[Array, "C K"],
     k: Float[Array, "C K"],
     v: Float[Array, "C V"],
     *gates: Float[Array, "2 C"],
-) -> tuple[tuple[Float[Array, "K V"]], tuple[Float[Array, "C V"]]]:
-    """The state after a chunk and the chunk's output."""
+) -> tuple[Matrices, Matrices]:
+    """The state [K, V] after a chunk and the chunk's output [C, V]."""
     (state,) = states
-    decay = decays.token_decay(*gates, q.shape[1], v.shape[1]) if gates else decays.no_decay(q.shape[0])
+    decay = decays.token_decay(gates[0], q.shape[1], v.shape[1]) if gates else decays.no_decay(q.shape[0])
     scores = mm_t(q, k, dtype) * decay.between
     out = mm(scores, v, dtype) + decays.scaled(mm(q, state, dtype), decay.since_start)
     written = t_mm(decays.scaled(k, decay.until_end), v, dtype)
