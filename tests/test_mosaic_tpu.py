@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks import static_tpu
 from recallax.pallas_kernels import mosaic_tpu
 from recallax.pallas_kernels.dispatch import Unsupported, interpreted
 from recallax.pallas_kernels.linear_attention import linear_attention
@@ -137,3 +138,23 @@ def test_linear_attention_is_lowered_for_a_tpu(decay, width):
     op = functools.partial(linear_attention, segments=jnp.ones(SHAPE[:2], jnp.int32)) if decay else linear_attention
     text = lowered(op, inputs | gate)
     assert text.count("tpu_custom_call") >= 3  # forward, reading, writing
+
+
+def test_the_compiler_for_tpus_takes_a_kernel_and_it_has_not_grown():
+    """Where libtpu is installed: the rest is `python -m benchmarks.static_tpu --check`."""
+    if not static_tpu.available():
+        pytest.skip("NOT COMPILED FOR A TPU: libtpu is not installed (the `tpu` extra), so only the lowering is tested")
+    name, target = "linear_attention, token decay", "v5e"
+    row = static_tpu.compiled(name, target, FORM)
+    assert len(row["kernels"]) == 3
+    assert not static_tpu.regressions(row, static_tpu.newest(static_tpu.rows()).get((name, target, FORM)))
+
+
+def test_a_kernel_that_grows_by_more_than_a_tenth_is_a_regression():
+    def row(bundles):
+        return {"case": "a", "target": "v5e", "form": FORM, "kernels": {"k": {"bundles_per_128": bundles}}}
+
+    assert not static_tpu.regressions(row(109.0), row(100.0)) and not static_tpu.regressions(row(1.0), None)
+    assert static_tpu.regressions(row(111.0), row(100.0)) == [
+        "a, v5e, k: 100.0 -> 111.0 bundles per 128 tokens of a head"
+    ]
