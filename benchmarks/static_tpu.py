@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
+from recallax.pallas_kernels.delta_rule import delta_rule
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.train.log import commit
 
@@ -63,10 +64,13 @@ class Case:
 
 
 _TOKEN = (("log_decay", None),)
+_STRENGTHS = (("erase", None), ("write", None))
 CASES: dict[str, Case] = {
     "linear_attention": Case(linear_attention, 128, 128),
     "linear_attention, token decay": Case(linear_attention, 128, 128, _TOKEN),
     "linear_attention, token decay, narrow": Case(linear_attention, 64, 64, _TOKEN),
+    "delta_rule": Case(delta_rule, 128, 128, _STRENGTHS),
+    "delta_rule, token decay": Case(delta_rule, 128, 128, (*_STRENGTHS, *_TOKEN)),
 }
 
 
@@ -110,6 +114,7 @@ def child(name: str, target: str, form: str) -> None:
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (inputs, inputs["v"]))
         traced = jax.jit(both).trace(*placed)
         memory = traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+    assert memory is not None
     steps = {str(name): list(grid) for name, grid in _grids(traced.jaxpr.jaxpr)}
     print(json.dumps({"temporary_bytes": memory.temp_size_in_bytes, "steps": steps}))
 

@@ -13,10 +13,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks import static_tpu
 from recallax.pallas_kernels import mosaic_tpu
+from recallax.pallas_kernels.delta_rule import delta_rule
+from recallax.pallas_kernels.delta_rule import mosaic_tpu as delta_tpu
 from recallax.pallas_kernels.dispatch import Unsupported, interpreted
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.linear_attention import mosaic_tpu as linear_tpu
-from tests.test_ops import CASES, Case, compare, draw, each_dtype, segments
+from tests.test_ops import CASES, Case, compare, delta_inputs, draw, each_dtype, segments
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -29,6 +31,7 @@ SHAPE = (2, 300, 4)
 def short_chunks(request, monkeypatch):
     if "lowered" not in request.function.__name__:
         monkeypatch.setattr(linear_tpu, "CHUNK", 16)
+        monkeypatch.setattr(delta_tpu, "CHUNK", 32)  # two blocks of the triangular system
 
 
 def ids(case: Case) -> jnp.ndarray | None:
@@ -111,6 +114,17 @@ def test_what_it_cannot_take_is_named():
         linear_attention(x, x, x, implementation=FORM)
     with interpreted(), pytest.raises(Unsupported, match="v is bfloat16; they must all be"):
         linear_attention(x, x, x.astype(jnp.bfloat16), implementation=FORM)
+
+
+@each_token_case
+@each_dtype
+@pytest.mark.parametrize("erase", ["token", pytest.param("channel", marks=pytest.mark.full)])
+def test_delta_rule(case, dtype, erase):
+    def op(inputs, state, form):
+        return delta_rule(**inputs, state=state, segments=ids(case), implementation=form)
+
+    with interpreted():
+        compare(op, case, delta_inputs(case, erase), held(case), dtype, FORM)
 
 
 def shaped(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:

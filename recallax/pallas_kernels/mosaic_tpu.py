@@ -9,8 +9,8 @@ independent chains of products fill the units side by side. Chunks are the last 
 another, forward or backward in time; states stay in VMEM, in the blocks that become the final states. Since bodies are
 pure, backward kernels call `jax.vjp` on them inside the kernel.
 
-Sequences are head-major, [B, H, T, W], so that any width is a whole lane axis. Numbers per token are rows,
-[B, H, R, T], with time along the lanes: as columns each would take 128 lanes in memory.
+Sequences are head-major, [B, H, T, W], so that any width is a whole lane axis. Numbers per token are rows of a matrix
+per chunk, [B, H, N, R, C], with time along the lanes: as columns each would take 128 lanes in memory.
 """
 
 import abc
@@ -85,6 +85,11 @@ def time_major(x: Float[Array, "B H P W"], length: int) -> Float[Array, "B T H W
     return jnp.moveaxis(x, 1, 2)[:, :length]
 
 
+def in_chunks(x: Float[Array, "B H P"], steps: Steps) -> Float[Array, "B H N C"]:
+    """Time cut into chunks."""
+    return x.reshape(*x.shape[:2], steps.chunks, steps.chunk)
+
+
 def require_dtypes(**arrays: Array) -> None:
     """Raise Unsupported unless all are float32 or all bfloat16."""
     dtypes = {x.dtype for x in arrays.values()}
@@ -125,14 +130,6 @@ class Tokens(Operand):
         return ref[0] if share == 1 else jnp.stack([ref[0, h // share] for h in range(steps.block)])
 
 
-class Rows(Operand):
-    """[B, H, R, T], numbers per token; a chunk is [R, C]."""
-
-    def spec(self, steps: Steps) -> pl.BlockSpec:
-        rows = self.array.shape[2]
-        return pl.BlockSpec((1, steps.block, rows, steps.chunk), lambda b, h, n: (b, h, 0, steps.time(n)))
-
-
 class States(Operand):
     """[B, H, K, V], the same for all chunks."""
 
@@ -140,8 +137,8 @@ class States(Operand):
         return pl.BlockSpec((1, steps.block, *self.array.shape[2:]), lambda b, h, n: (b, h, 0, 0))
 
 
-class Saved(Operand):
-    """[B, H, N, K, V], a state per chunk."""
+class Chunks(Operand):
+    """[B, H, N, R, W], a matrix per chunk: a state, or rows of numbers per token."""
 
     def spec(self, steps: Steps) -> pl.BlockSpec:
         shape = self.array.shape[3:]

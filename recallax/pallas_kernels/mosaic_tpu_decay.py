@@ -8,14 +8,16 @@ digits behind a strong gate, so L is held as two numbers: the sum of the log-dec
 exact, and the sum of the small rest.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from recallax.pallas_kernels.chunking import Documents
-from recallax.pallas_kernels.mosaic_tpu import mm
+from recallax.pallas_kernels.mosaic_tpu import mm, mm_t
 
 FORGET = 128.0
 """exp(-FORGET) is 0 in float32; stronger log-decays are cut to it, which keeps the rounded sums exact."""
@@ -36,27 +38,30 @@ def log_decay_of(
     return jnp.where(starts, -FORGET, jnp.where(docs.valid[..., None, None], log_decay, 0))
 
 
-def running(log_decay: Float[Array, "B H T"], chunk: int) -> Float[Array, "B H 2 T"]:
+def running(log_decay: Float[Array, "B H N C"]) -> Float[Array, "B H N 2 C"]:
     """The sum since the start of each chunk, the token's own log-decay included: of the rounded parts, of the rests.
 
     The gradient goes through the rests alone.
     """
     rounded = jax.lax.stop_gradient(jnp.round(log_decay * STEP) / STEP)
-    parts = jnp.stack([rounded, log_decay - rounded], axis=2)
-    shape = parts.shape
-    return jnp.cumsum(parts.reshape(*shape[:3], -1, chunk), axis=-1).reshape(shape)
+    return jnp.cumsum(jnp.stack([rounded, log_decay - rounded], axis=3), axis=-1)
 
 
 class Decay(NamedTuple):
-    """The decays of a chunk; None stands for 1."""
+    """What the decays of a chunk do; None stands for no decay at all."""
 
-    between: Float[Array, "C C"]
-    """From token j to token i, 0 for j > i."""
-    since_start: Float[Array, "C V"] | None
-    """The token's own decay included; the same in all columns, as are the others."""
+    scores: Callable[[Array, Array, DTypeLike], Float[Array, "C C"]]
+    """(x, y) -> the sum over channels of x_i y_j times the decay from token j to token i, 0 for j > i."""
+    since_start: Float[Array, "C K"] | None
+    """The token's own decay included."""
     until_end: Float[Array, "C K"] | None
     """The token's own decay left out."""
-    total: Float[Array, "1 1"] | None
+    total: Float[Array, "W 1"] | None
+
+
+def decay_of(gates: tuple[Array, ...], length: int, width: int) -> Decay:
+    """Of no gates, or of the `running` sums [2, C]; `width`: of the keys."""
+    return token_decay(gates[0], width) if gates else no_decay(length)
 
 
 def causal(length: int) -> Bool[Array, "C C"]:
@@ -65,16 +70,27 @@ def causal(length: int) -> Bool[Array, "C C"]:
     return i >= j
 
 
-def token_decay(rows: Float[Array, "2 C"], keys: int, values: int) -> Decay:
-    """The decays of a chunk from its `running` sums, for keys and values of those widths."""
-    length = rows.shape[1]
-    end = rows[:, length - 1 :]
-    rest = (end[:1] - _spread(rows[:1], keys)) + (end[1:] - _spread(rows[1:], keys))
-    since = _spread(rows[:1], values) + _spread(rows[1:], values)
-    return Decay(jnp.exp(_gaps(rows)), jnp.exp(since), jnp.exp(rest), jnp.exp(end[:1] + end[1:]))
+def no_decay(length: int) -> Decay:
+    """Everything is kept."""
+    return Decay(lambda x, y, dtype: jnp.where(causal(length), mm_t(x, y, dtype), 0), None, None, None)
 
 
-def _spread(row: Float[Array, "1 C"], width: int) -> Float[Array, "C W"]:
+def token_decay(rows: Float[Array, "2 C"], width: int) -> Decay:
+    """From the `running` sums of one log-decay per token."""
+    # The sums of rounded parts have no gradient, see `running`; to say so here spares computing it.
+    rows = jnp.concatenate([jax.lax.stop_gradient(rows[:1]), rows[1:]])
+    end = rows[:, rows.shape[1] - 1 :]
+    rest = (end[:1] - spread(rows[:1], width)) + (end[1:] - spread(rows[1:], width))
+    since = spread(rows[:1], width) + spread(rows[1:], width)
+    between = jnp.exp(_gaps(rows))
+
+    def scores(x: Array, y: Array, dtype: DTypeLike) -> Array:
+        return mm_t(x, y, dtype) * between
+
+    return Decay(scores, jnp.exp(since), jnp.exp(rest), jnp.exp(end[:1] + end[1:]))
+
+
+def spread(row: Float[Array, "1 C"], width: int) -> Float[Array, "C W"]:
     """As a column, along the lanes before anything is computed: all widths of 128 share what that costs."""
     return jnp.broadcast_to(row.T, (row.shape[1], width))
 
@@ -82,13 +98,8 @@ def _spread(row: Float[Array, "1 C"], width: int) -> Float[Array, "C W"]:
 def _gaps(rows: Float[Array, "2 C"]) -> Float[Array, "C C"]:
     """The log-decay from token j to token i >= j, minus infinity elsewhere."""
     length = rows.shape[1]
-    gaps = (_spread(rows[:1], length) - rows[:1]) + (_spread(rows[1:], length) - rows[1:])
+    gaps = (spread(rows[:1], length) - rows[:1]) + (spread(rows[1:], length) - rows[1:])
     return jnp.where(causal(length), gaps, -jnp.inf)
-
-
-def no_decay(length: int) -> Decay:
-    """Everything is kept."""
-    return Decay(causal(length).astype(jnp.float32), None, None, None)
 
 
 def scaled(x: Float[Array, "I J"], factor: Float[Array, "..."] | None) -> Float[Array, "I J"]:

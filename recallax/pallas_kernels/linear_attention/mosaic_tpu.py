@@ -21,11 +21,12 @@ from recallax.pallas_kernels import mosaic_tpu_decay as decays
 from recallax.pallas_kernels.chunking import Documents
 from recallax.pallas_kernels.dispatch import Unsupported
 from recallax.pallas_kernels.mosaic_tpu import (
+    Chunks,
     Matrices,
-    Rows,
     Steps,
     Tokens,
     head_major,
+    in_chunks,
     mm,
     mm_t,
     per_group,
@@ -82,8 +83,8 @@ def _core(
     return out, final
 
 
-def _gates(steps: Steps, log_decay: Float[Array, "B H T"] | None) -> tuple[Rows, ...]:
-    return () if log_decay is None else (Rows(decays.running(log_decay, steps.chunk)),)
+def _gates(steps: Steps, log_decay: Float[Array, "B H T"] | None) -> tuple[Chunks, ...]:
+    return () if log_decay is None else (Chunks(decays.running(in_chunks(log_decay, steps))),)
 
 
 def _chunk(
@@ -96,9 +97,8 @@ def _chunk(
 ) -> tuple[Matrices, Matrices]:
     """The state [K, V] after a chunk and the chunk's output [C, V]."""
     (state,) = states
-    decay = decays.token_decay(gates[0], q.shape[1], v.shape[1]) if gates else decays.no_decay(q.shape[0])
-    scores = mm_t(q, k, dtype) * decay.between
-    out = mm(scores, v, dtype) + decays.scaled(mm(q, state, dtype), decay.since_start)
+    decay = decays.decay_of(gates, *q.shape)
+    out = mm(decay.scores(q, k, dtype), v, dtype) + mm(decays.scaled(q, decay.since_start), state, dtype)
     written = t_mm(decays.scaled(k, decay.until_end), v, dtype)
     return (decays.scaled(state, decay.total) + written,), (out,)
 
@@ -161,16 +161,16 @@ def _backward(steps: Steps, residuals: _Residuals, slopes: tuple[Array, Array]) 
     inputs = (Tokens(q), Tokens(k), Tokens(v), Tokens(slope), *_gates(steps, log_decay))
     # One slope per value head; those that share a key head are summed outside, in float32.
     own = Tokens(shaped(rows, heads, length, q.shape[3], dtype=q.dtype if q.shape[1] == heads else jnp.float32))
-    dots = () if log_decay is None else (Rows(shaped(rows, heads, 1, length)),)
+    dots = () if log_decay is None else (Chunks(shaped(rows, heads, steps.chunks, 1, steps.chunk)),)
     sums = () if log_decay is None else (jnp.sum(late * final, axis=(2, 3), keepdims=True),)
     reading, writing = (functools.partial(body, v.dtype) for body in (_reading, _writing))
     _, (dq, *q_dq) = walk("linear_attention_reading", reading, steps, (state,), inputs, (own, *dots))
-    inputs += tuple(Rows(x) for x in q_dq)
+    inputs += tuple(Chunks(x) for x in q_dq)
     (early, *_), (dk, dv, *decay_slope) = walk(
         "linear_attention_writing", writing, back, (late, *sums), inputs, (own, Tokens(v), *dots)
     )
     dq, dk = (per_group(x, q.shape[1]).astype(q.dtype) for x in (dq, dk))
-    return dq, dk, dv, decay_slope[0][:, :, 0] if decay_slope else None, early
+    return dq, dk, dv, decay_slope[0].reshape(rows, heads, length) if decay_slope else None, early
 
 
 _core.defvjp(_forward, _backward)
