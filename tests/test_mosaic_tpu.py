@@ -18,6 +18,7 @@ from recallax.pallas_kernels.delta_rule import mosaic_tpu as delta_tpu
 from recallax.pallas_kernels.dispatch import Unsupported, interpreted
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.linear_attention import mosaic_tpu as linear_tpu
+from recallax.pallas_kernels.mosaic_tpu_solve import solve
 from tests.test_ops import CASES, Case, compare, delta_inputs, draw, each_dtype, segments
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -152,6 +153,28 @@ def test_linear_attention_is_lowered_for_a_tpu(decay, width):
     op = functools.partial(linear_attention, segments=jnp.ones(SHAPE[:2], jnp.int32)) if decay else linear_attention
     text = lowered(op, inputs | gate)
     assert text.count("tpu_custom_call") >= 3  # forward, reading, writing
+
+
+@pytest.mark.parametrize("decay", [None, "token"])
+def test_the_delta_rule_is_lowered_for_a_tpu(decay):
+    inputs = {"q": shaped(*SHAPE[:2], 2, 128), "k": shaped(*SHAPE[:2], 2, 128), "v": shaped(*SHAPE, 128)}
+    names = ("erase", "write", *(("log_decay",) if decay else ()))
+    text = lowered(delta_rule, inputs | {name: shaped(*SHAPE, dtype=jnp.float32) for name in names})
+    assert text.count("tpu_custom_call") >= 2  # forward, backward
+
+
+@pytest.mark.parametrize(("correlation", "beta"), [(0.0, 1.0), (0.9, 1.0), (0.99, 2.0)])
+@pytest.mark.parametrize("size", [16, 128])
+def test_triangular_systems_are_solved_exactly_for_correlated_keys(size, correlation, beta):
+    rng = np.random.default_rng(0)
+    k = np.sqrt(1 - correlation) * rng.normal(size=(3, size, 128)) + np.sqrt(correlation) * rng.normal(size=128)
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    strength = rng.uniform(beta - 1, beta, size=(3, size, 1))
+    a = np.tril(strength * np.einsum("bik,bjk->bij", k, k), -1).astype(np.float32)
+    b = rng.normal(size=(3, size, 8)).astype(np.float32)
+    want = np.linalg.solve(np.eye(size) + a.astype(np.float64), b)
+    got = jax.vmap(solve)(jnp.asarray(a), jnp.asarray(b))
+    assert np.linalg.norm(np.asarray(got) - want) <= 3e-6 * np.linalg.norm(want)
 
 
 def test_the_compiler_for_tpus_takes_a_kernel_and_it_has_not_grown():

@@ -147,20 +147,17 @@ def _backward(
 ) -> tuple[_Inputs, Float[Array, "B H K V"]]:
     inputs, states = residuals
     slope, late = slopes
-    q = inputs.q
+    q, dtype, given = inputs.q, inputs.v.dtype, inputs.operands()
     # One slope per value head; those that share a key head are summed outside, in float32.
     heads = inputs.v.shape[1]
-    own = shaped(q.shape[0], heads, *q.shape[2:], dtype=q.dtype if q.shape[1] == heads else jnp.float32)
-    (early,), results = walk(
-        "delta_rule_backward",
-        functools.partial(_back, inputs.v.dtype),
-        steps._replace(reverse=True),
-        (late,),
-        (Tokens(slope), Chunks(states), *inputs.operands()),
-        _Inputs(own, own, *inputs[2:]).operands(),
-    )
-    dq, dk = (per_group(x, q.shape[1]).astype(q.dtype) for x in results[:2])
-    return _Inputs(dq, dk, *results[2:5], results[5] if len(results) > 5 else None), early
+    own = Tokens(shaped(q.shape[0], heads, *q.shape[2:], dtype=q.dtype if q.shape[1] == heads else jnp.float32))
+    reverse = steps._replace(reverse=True)
+    body = functools.partial(_back, dtype)
+    before = (Tokens(slope), Chunks(states))
+    (early,), results = walk("delta_rule_backward", body, reverse, (late,), (*before, *given), (own, own, *given[2:]))
+    dq, dk, dv, erase, write, *gate = results
+    dq, dk = (per_group(x, q.shape[1]).astype(q.dtype) for x in (dq, dk))
+    return _Inputs(dq, dk, dv, erase, write, gate[0] if gate else None), early
 
 
 _core.defvjp(_forward, _backward)
