@@ -19,7 +19,7 @@ from recallax.pallas_kernels.dispatch import Unsupported, interpreted
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.linear_attention import mosaic_tpu as linear_tpu
 from recallax.pallas_kernels.mosaic_tpu_solve import solve
-from tests.test_ops import CASES, Case, compare, delta_inputs, draw, each_dtype, segments
+from tests.test_ops import CASES, Case, compare, delta_inputs, draw, each_case, each_dtype, segments
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -32,6 +32,7 @@ SHAPE = (2, 300, 4)
 def short_chunks(request, monkeypatch):
     if "lowered" not in request.function.__name__:
         monkeypatch.setattr(linear_tpu, "CHUNK", 16)
+        monkeypatch.setattr(linear_tpu, "CHANNEL_CHUNK", 32)  # two blocks of rows
         monkeypatch.setattr(delta_tpu, "CHUNK", 32)  # two blocks of the triangular system
 
 
@@ -55,11 +56,7 @@ def check_linear(case: Case, dtype: str, groups: int | None = None) -> None:
         compare(op, case, inputs, held(case), dtype, FORM)
 
 
-TOKEN = {name: case for name, case in CASES.items() if "channel" not in (case.decay or "")}
-each_token_case = pytest.mark.parametrize("case", TOKEN.values(), ids=TOKEN)
-
-
-@each_token_case
+@each_case
 @each_dtype
 def test_linear_attention(case, dtype):
     check_linear(case, dtype)
@@ -117,7 +114,7 @@ def test_what_it_cannot_take_is_named():
         linear_attention(x, x, x.astype(jnp.bfloat16), implementation=FORM)
 
 
-@each_token_case
+@each_case
 @each_dtype
 @pytest.mark.parametrize("erase", ["token", pytest.param("channel", marks=pytest.mark.full)])
 def test_delta_rule(case, dtype, erase):
@@ -146,20 +143,23 @@ def lowered(op: Callable, inputs: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("width", [128, pytest.param(64, marks=pytest.mark.full)])
-@pytest.mark.parametrize("decay", [None, "token"])
+@pytest.mark.parametrize("decay", [None, "token", "channel"])
 def test_linear_attention_is_lowered_for_a_tpu(decay, width):
     inputs = {"q": shaped(*SHAPE[:2], 2, width), "k": shaped(*SHAPE[:2], 2, width), "v": shaped(*SHAPE, width)}
-    gate = {"log_decay": shaped(*SHAPE, dtype=jnp.float32)} if decay else {}
+    gates = {None: {}, "token": {"log_decay": SHAPE}, "channel": {"log_decay": (*SHAPE, width)}}[decay]
+    gate = {name: shaped(*shape, dtype=jnp.float32) for name, shape in gates.items()}
     op = functools.partial(linear_attention, segments=jnp.ones(SHAPE[:2], jnp.int32)) if decay else linear_attention
     text = lowered(op, inputs | gate)
     assert text.count("tpu_custom_call") >= 3  # forward, reading, writing
 
 
-@pytest.mark.parametrize("decay", [None, "token"])
+@pytest.mark.parametrize("decay", [None, "token", "channel"])
 def test_the_delta_rule_is_lowered_for_a_tpu(decay):
     inputs = {"q": shaped(*SHAPE[:2], 2, 128), "k": shaped(*SHAPE[:2], 2, 128), "v": shaped(*SHAPE, 128)}
-    names = ("erase", "write", *(("log_decay",) if decay else ()))
-    text = lowered(delta_rule, inputs | {name: shaped(*SHAPE, dtype=jnp.float32) for name in names})
+    gates = {None: {}, "token": {"log_decay": SHAPE}, "channel": {"log_decay": (*SHAPE, 128)}}[decay]
+    gates |= {"erase": (*SHAPE, 128) if decay == "channel" else SHAPE, "write": SHAPE}
+    gate = {name: shaped(*shape, dtype=jnp.float32) for name, shape in gates.items()}
+    text = lowered(delta_rule, inputs | gate)
     assert text.count("tpu_custom_call") >= 2  # forward, backward
 
 

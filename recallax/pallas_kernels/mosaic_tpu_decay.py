@@ -59,11 +59,6 @@ class Decay(NamedTuple):
     total: Float[Array, "W 1"] | None
 
 
-def decay_of(gates: tuple[Array, ...], length: int, width: int) -> Decay:
-    """Of no gates, or of the `running` sums [2, C]; `width`: of the keys."""
-    return token_decay(gates[0], width) if gates else no_decay(length)
-
-
 def causal(length: int) -> Bool[Array, "C C"]:
     """Token i may read token j <= i."""
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))

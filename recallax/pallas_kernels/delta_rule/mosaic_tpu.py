@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 
 from recallax.pallas_kernels import mosaic_tpu_decay as decays
 from recallax.pallas_kernels.chunking import Documents
-from recallax.pallas_kernels.dispatch import Unsupported
 from recallax.pallas_kernels.mosaic_tpu import (
     Chunks,
     Matrices,
@@ -34,6 +33,7 @@ from recallax.pallas_kernels.mosaic_tpu import (
     time_major,
     walk,
 )
+from recallax.pallas_kernels.mosaic_tpu_channels import decay_of
 from recallax.pallas_kernels.mosaic_tpu_solve import solve
 
 CHUNK = 64
@@ -54,12 +54,12 @@ def delta_rule(
     length = q.shape[1]
     steps = steps_of(CHUNK, length, v, q.shape[2])
     require_dtypes(q=q, k=k, v=v)
-    if log_decay is not None and log_decay.shape[-1] > 1:
-        raise Unsupported(f"log_decay has {log_decay.shape[-1]} channels; it takes one log-decay per token")
     if docs is not None:
         k = jnp.where(docs.valid[..., None, None], k, jnp.zeros((), k.dtype))  # padding neither erases nor writes
     gate = decays.log_decay_of(log_decay, docs, v.shape[2])
-    gate = None if gate is None else decays.running(in_chunks(head_major(gate, steps)[..., 0], steps))
+    gate = None if gate is None else head_major(gate, steps)
+    if gate is not None and gate.shape[-1] == 1:
+        gate = decays.running(in_chunks(gate[..., 0], steps))
     erase, write = (head_major(x.astype(jnp.float32), steps) for x in (erase, write))
     rows = (in_chunks(x[..., 0], steps)[:, :, :, None] for x in (erase, write))
     erase_row, write = rows
@@ -76,8 +76,8 @@ class _Inputs(NamedTuple):
     v: Float[Array, "B H T V"]
     erase: Float[Array, "B H N 1 C"] | Float[Array, "B H T K"]
     write: Float[Array, "B H N 1 C"]
-    gate: Float[Array, "B H N 2 C"] | None
-    """Running sums of the log-decay, with the borders of documents inside."""
+    gate: Float[Array, "B H N 2 C"] | Float[Array, "B H T K"] | None
+    """Running sums of the log-decay per token, or the log-decay per channel; with the borders of documents inside."""
 
     def operands(self) -> list[Operand]:
         return [Chunks(x) if x.ndim == 5 else Tokens(x) for x in self if x is not None]
@@ -100,11 +100,11 @@ def _chunk(
     v: Float[Array, "C V"],
     erase: Float[Array, "1 C"] | Float[Array, "C K"],
     write: Float[Array, "1 C"],
-    *gates: Float[Array, "2 C"],
+    *gates: Float[Array, "2 C"] | Float[Array, "C K"],
 ) -> tuple[Matrices, Matrices]:
     """The state [K, V] after a chunk and the chunk's output [C, V]."""
     (state,) = states
-    decay = decays.decay_of(gates, *q.shape)
+    decay = decay_of(gates, *q.shape)
     # A strength per token scales rows in float32, after a product of the keys as they are.
     per_token = erase.shape[0] == 1
     erasers = k if per_token else k * erase

@@ -19,10 +19,10 @@ from jaxtyping import Array, Float
 
 from recallax.pallas_kernels import mosaic_tpu_decay as decays
 from recallax.pallas_kernels.chunking import Documents
-from recallax.pallas_kernels.dispatch import Unsupported
 from recallax.pallas_kernels.mosaic_tpu import (
     Chunks,
     Matrices,
+    Operand,
     Steps,
     Tokens,
     head_major,
@@ -37,8 +37,11 @@ from recallax.pallas_kernels.mosaic_tpu import (
     time_major,
     walk,
 )
+from recallax.pallas_kernels.mosaic_tpu_channels import decay_of, suffix_sums
 
 CHUNK = 128
+CHANNEL_CHUNK = 64
+"""With a decay per channel."""
 
 
 def linear_attention(
@@ -52,16 +55,15 @@ def linear_attention(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The op's form for TPUs, of float32 or bfloat16 inputs of one dtype."""
     length = q.shape[1]
-    steps = steps_of(CHUNK, length, v, q.shape[2])
+    per_channel = log_decay is not None and log_decay.shape[-1] > 1
+    steps = steps_of(CHANNEL_CHUNK if per_channel else CHUNK, length, v, q.shape[2])
     require_dtypes(q=q, k=k, v=v)
-    if log_decay is not None and log_decay.shape[-1] > 1:
-        raise Unsupported(f"log_decay has {log_decay.shape[-1]} channels; it takes one log-decay per token")
     if docs is not None:
         k = jnp.where(docs.valid[..., None, None], k, jnp.zeros((), k.dtype))  # padding does not write
     if state is None:
         state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), jnp.float32)
     gate = decays.log_decay_of(log_decay, docs, v.shape[2])
-    gate = None if gate is None else head_major(gate, steps)[..., 0]
+    gate = None if gate is None else head_major(gate, steps)
     q, k, v = (head_major(x, steps) for x in (q * jnp.asarray(scale, q.dtype), k, v))
     out, final = _core(steps, q, k, v, gate, state)
     return time_major(out, length), final
@@ -73,7 +75,7 @@ def _core(
     q: Float[Array, "B G T K"],
     k: Float[Array, "B G T K"],
     v: Float[Array, "B H T V"],
-    log_decay: Float[Array, "B H T"] | None,
+    log_decay: Float[Array, "B H T W"] | None,
     state: Float[Array, "B H K V"],
 ) -> tuple[Float[Array, "B H T V"], Float[Array, "B H K V"]]:
     """Of whole chunks, head-major, with the borders of documents inside the log-decay."""
@@ -83,8 +85,12 @@ def _core(
     return out, final
 
 
-def _gates(steps: Steps, log_decay: Float[Array, "B H T"] | None) -> tuple[Chunks, ...]:
-    return () if log_decay is None else (Chunks(decays.running(in_chunks(log_decay, steps))),)
+def _gates(steps: Steps, log_decay: Float[Array, "B H T W"] | None) -> tuple[Operand, ...]:
+    if log_decay is None:
+        return ()
+    if log_decay.shape[-1] > 1:
+        return (Tokens(log_decay),)
+    return (Chunks(decays.running(in_chunks(log_decay[..., 0], steps))),)
 
 
 def _chunk(
@@ -93,11 +99,11 @@ def _chunk(
     q: Float[Array, "C K"],
     k: Float[Array, "C K"],
     v: Float[Array, "C V"],
-    *gates: Float[Array, "2 C"],
+    *gates: Float[Array, "2 C"] | Float[Array, "C K"],
 ) -> tuple[Matrices, Matrices]:
     """The state [K, V] after a chunk and the chunk's output [C, V]."""
     (state,) = states
-    decay = decays.decay_of(gates, *q.shape)
+    decay = decay_of(gates, *q.shape)
     out = mm(decay.scores(q, k, dtype), v, dtype) + mm(decays.scaled(q, decay.since_start), state, dtype)
     written = t_mm(decays.scaled(k, decay.until_end), v, dtype)
     return (decays.scaled(state, decay.total) + written,), (out,)
@@ -114,7 +120,7 @@ def _reading(
 
     _, pull, after = jax.vjp(read, q, has_aux=True)
     (dq,) = pull((slope,))
-    return after, (dq, _dots(q, dq)) if gates else (dq,)
+    return after, (dq, _dots(q, dq, *gates)) if gates else (dq,)
 
 
 def _writing(
@@ -135,12 +141,14 @@ def _writing(
     early, dk, dv = pull(((late,), (slope,)))
     if not gates:
         return (early,), (dk, dv)
-    decay_slope, earlier = decays.suffix_sums(q_dq[0] - _dots(k, dk), *sums, *rows)
+    sum_up = suffix_sums if rows[0].shape == k.shape else decays.suffix_sums
+    decay_slope, earlier = sum_up(q_dq[0] - _dots(k, dk, *rows), *sums, *rows)
     return (early, earlier), (dk, dv, decay_slope)
 
 
-def _dots(x: Float[Array, "C K"], y: Float[Array, "C K"]) -> Float[Array, "1 C"]:
-    return mm_t(jnp.ones((1, x.shape[1]), jnp.float32), x * y, jnp.float32)
+def _dots(x: Float[Array, "C K"], y: Float[Array, "C K"], gate: Array) -> Float[Array, "1 C"] | Float[Array, "C K"]:
+    """x.y of each token, or of each channel."""
+    return x * y if gate.shape == x.shape else mm_t(jnp.ones((1, x.shape[1]), jnp.float32), x * y, jnp.float32)
 
 
 type _Residuals = tuple[Array, Array, Array, Array | None, Array, Array]
@@ -161,16 +169,21 @@ def _backward(steps: Steps, residuals: _Residuals, slopes: tuple[Array, Array]) 
     inputs = (Tokens(q), Tokens(k), Tokens(v), Tokens(slope), *_gates(steps, log_decay))
     # One slope per value head; those that share a key head are summed outside, in float32.
     own = Tokens(shaped(rows, heads, length, q.shape[3], dtype=q.dtype if q.shape[1] == heads else jnp.float32))
-    dots = () if log_decay is None else (Chunks(shaped(rows, heads, steps.chunks, 1, steps.chunk)),)
-    sums = () if log_decay is None else (jnp.sum(late * final, axis=(2, 3), keepdims=True),)
+    dots, sums = (), ()
+    if log_decay is not None:
+        per_channel = log_decay.shape[-1] > 1
+        row = Chunks(shaped(rows, heads, steps.chunks, 1, steps.chunk))
+        dots = (Tokens(log_decay) if per_channel else row,)
+        at_end = jnp.sum(late * final, axis=3)[:, :, None]
+        sums = (at_end if per_channel else jnp.sum(at_end, axis=3, keepdims=True),)
     reading, writing = (functools.partial(body, v.dtype) for body in (_reading, _writing))
     _, (dq, *q_dq) = walk("linear_attention_reading", reading, steps, (state,), inputs, (own, *dots))
-    inputs += tuple(Chunks(x) for x in q_dq)
+    inputs += tuple(type(operand)(x) for operand, x in zip(dots, q_dq, strict=True))
     (early, *_), (dk, dv, *decay_slope) = walk(
         "linear_attention_writing", writing, back, (late, *sums), inputs, (own, Tokens(v), *dots)
     )
     dq, dk = (per_group(x, q.shape[1]).astype(q.dtype) for x in (dq, dk))
-    return dq, dk, dv, decay_slope[0].reshape(rows, heads, length) if decay_slope else None, early
+    return dq, dk, dv, None if log_decay is None else decay_slope[0].reshape(log_decay.shape), early
 
 
 _core.defvjp(_forward, _backward)
