@@ -69,8 +69,10 @@ CASES: dict[str, Case] = {
     "linear_attention": Case(linear_attention, 128, 128),
     "linear_attention, token decay": Case(linear_attention, 128, 128, _TOKEN),
     "linear_attention, token decay, narrow": Case(linear_attention, 64, 64, _TOKEN),
+    "linear_attention, channel decay": Case(linear_attention, 128, 128, (("log_decay", 128),)),
     "delta_rule": Case(delta_rule, 128, 128, _STRENGTHS),
     "delta_rule, token decay": Case(delta_rule, 128, 128, (*_STRENGTHS, *_TOKEN)),
+    "delta_rule, channel decay": Case(delta_rule, 128, 128, (*_STRENGTHS, ("log_decay", 128))),
 }
 
 

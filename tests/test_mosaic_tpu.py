@@ -70,9 +70,10 @@ def test_linear_attention_of_grouped_heads(monkeypatch, heads, groups, block):
     check_linear(case, "bfloat16" if block == 1 else "float32", groups)
 
 
-def test_no_rounding_crosses_a_border_of_documents():
+@pytest.mark.parametrize("decay", ["token", "channel"])
+def test_no_rounding_crosses_a_border_of_documents(decay):
     """The decay's slope is a sum over all later tokens, but bit for bit not over those of other documents."""
-    case = Case(40, decay="token", documents=(20, 20))
+    case = Case(40, decay=decay, documents=(20, 20), heads=1)
     inputs = {name: jnp.asarray(x, jnp.bfloat16) for name, x in draw(case).items()}
     inputs["log_decay"] = inputs["log_decay"].astype(jnp.float32)
     later = inputs | {"v": inputs["v"].at[0, 20:].multiply(3)}

@@ -223,10 +223,20 @@ def t_mm(a: Float[Array, "J I"], b: Float[Array, "J K"], dtype: DTypeLike) -> Fl
 
 
 def _contract(a: Array, b: Array, i: int, j: int, dtype: DTypeLike) -> Array:
+    """The product over axis i of a and j of b. Heads stay in front, also where one operand is the same for all."""
     exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    axes = (((i,), (j,)), ((), ()))
-    a, b = a.astype(dtype), b.astype(dtype)
-    return jax.lax.dot_general(a, b, axes, precision=exact, preferred_element_type=jnp.float32)
+    multiply = functools.partial(jax.lax.dot_general, precision=exact, preferred_element_type=jnp.float32)
+
+    @jax.custom_batching.custom_vmap
+    def product(a: Array, b: Array) -> Array:
+        return multiply(a, b, (((i,), (j,)), ((), ())))
+
+    @product.def_vmap
+    def _(size: int, batched: list[bool], a: Array, b: Array) -> tuple[Array, bool]:
+        a, b = (x if own else jnp.broadcast_to(x, (size, *x.shape)) for x, own in zip((a, b), batched, strict=True))
+        return multiply(a, b, (((i + 1,), (j + 1,)), ((0,), (0,)))), True
+
+    return product(a.astype(dtype), b.astype(dtype))
 
 
 def _differentiable(product: Any, left: Callable[..., Array], right: Callable[..., Array]) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.pallas_kernels.mosaic_tpu import mm, mm_t
+from recallax.pallas_kernels.mosaic_tpu import mm, mm_t, t_mm
 from recallax.pallas_kernels.mosaic_tpu_decay import FORGET, Decay, no_decay, token_decay
 
 ROWS = 16
@@ -43,7 +43,7 @@ def _indices(length: int) -> tuple[Int[Array, "C C"], Int[Array, "C C"]]:
 
 def _sums(which: Bool[Array, "C C"], x: Float[Array, "C K"]) -> Float[Array, "C K"]:
     """For each row the sum of those rows of x that its mask names."""
-    return mm(which.astype(jnp.float32), x, jnp.float32)
+    return mm(jnp.where(which, 1.0, 0.0).astype(jnp.float32), x, jnp.float32)
 
 
 def _across_blocks(
@@ -88,9 +88,11 @@ def suffix_sums(
 ) -> tuple[Float[Array, "C K"], Float[Array, "1 K"]]:
     """As of `mosaic_tpu_decay`, up to where all channels forget everything."""
     row, column = _indices(change.shape[0])
-    forgets = (jnp.max(log_decay, axis=1, keepdims=True) <= 1 - FORGET).astype(jnp.float32)
-    count = _sums(column <= row, jnp.broadcast_to(forgets, (forgets.shape[0], forgets.shape[0])))
-    reaches = (count == count.T) & (column >= row)
+    forgets = jnp.where(jnp.max(log_decay, axis=1, keepdims=True) <= 1 - FORGET, 1.0, 0.0).astype(jnp.float32)
+    # How many tokens up to each one forget everything, as columns and as rows.
+    forgets = jnp.broadcast_to(forgets, row.shape)
+    count = _sums(column <= row, forgets)
+    reaches = (count == t_mm(forgets, jnp.where(row <= column, 1.0, 0.0), jnp.float32)) & (column >= row)
     at_start, at_end = count[:, :1] == 0, count[:, :1] == count[-1:, :1]
     earlier = jnp.sum(jnp.where(at_start, change, 0), axis=0, keepdims=True)
     whole = (count[-1:, :1] == 0).astype(jnp.float32)
