@@ -32,6 +32,7 @@ from jax.experimental import topologies
 
 from recallax.pallas_kernels.delta_rule import delta_rule
 from recallax.pallas_kernels.linear_attention import linear_attention
+from recallax.pallas_kernels.taylor_attention import taylor_attention
 from recallax.train.log import commit
 
 RESULTS = Path(__file__).parent / "results" / "static_tpu.jsonl"
@@ -73,6 +74,7 @@ CASES: dict[str, Case] = {
     "delta_rule": Case(delta_rule, 128, 128, _STRENGTHS),
     "delta_rule, token decay": Case(delta_rule, 128, 128, (*_STRENGTHS, *_TOKEN)),
     "delta_rule, channel decay": Case(delta_rule, 128, 128, (*_STRENGTHS, ("log_decay", 128))),
+    "taylor_attention": Case(taylor_attention, 16, 64),
 }
 
 

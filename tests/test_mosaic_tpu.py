@@ -19,7 +19,9 @@ from recallax.pallas_kernels.dispatch import Unsupported, interpreted
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.linear_attention import mosaic_tpu as linear_tpu
 from recallax.pallas_kernels.mosaic_tpu_solve import solve
-from tests.test_ops import CASES, Case, compare, delta_inputs, draw, each_case, each_dtype, segments
+from recallax.pallas_kernels.taylor_attention import mosaic_tpu as taylor_tpu
+from recallax.pallas_kernels.taylor_attention import taylor_attention
+from tests.test_ops import CASES, Case, compare, delta_inputs, draw, each_case, each_dtype, segments, taylor_past
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -33,6 +35,7 @@ def short_chunks(request, monkeypatch):
     if "lowered" not in request.function.__name__:
         monkeypatch.setattr(linear_tpu, "CHUNK", 16)
         monkeypatch.setattr(linear_tpu, "CHANNEL_CHUNK", 32)  # two blocks of rows
+        monkeypatch.setattr(taylor_tpu, "CHUNK", 16)
         monkeypatch.setattr(delta_tpu, "CHUNK", 32)  # two blocks of the triangular system
 
 
@@ -73,16 +76,16 @@ def test_linear_attention_of_grouped_heads(monkeypatch, heads, groups, block):
 @pytest.mark.parametrize("decay", ["token", "channel"])
 def test_no_rounding_crosses_a_border_of_documents(decay):
     """The decay's slope is a sum over all later tokens, but bit for bit not over those of other documents."""
-    case = Case(40, decay=decay, documents=(20, 20), heads=1)
+    case = Case(70, decay=decay, documents=(40, 30), heads=1)
     inputs = {name: jnp.asarray(x, jnp.bfloat16) for name, x in draw(case).items()}
     inputs["log_decay"] = inputs["log_decay"].astype(jnp.float32)
-    later = inputs | {"v": inputs["v"].at[0, 20:].multiply(3)}
+    later = inputs | {"v": inputs["v"].at[0, 40:].multiply(3)}
 
     def total(inputs):
         return jnp.sum(linear_attention(**inputs, segments=segments(case), implementation=FORM)[0].astype(jnp.float32))
 
     with interpreted():
-        one, other = (jax.grad(total)(x)["log_decay"][0, :20] for x in (inputs, later))
+        one, other = (jax.grad(total)(x)["log_decay"][0, :40] for x in (inputs, later))
     np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
@@ -126,6 +129,27 @@ def test_delta_rule(case, dtype, erase):
         compare(op, case, delta_inputs(case, erase), held(case), dtype, FORM)
 
 
+PLAIN = {name: case for name, case in CASES.items() if case.decay is None or case.documents}
+
+
+@pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
+@each_dtype
+def test_taylor_attention(case, dtype):
+    inputs = {name: x for name, x in draw(case).items() if name != "log_decay"}
+
+    def op(inputs, state, form):
+        return taylor_attention(**inputs, state=state, segments=ids(case), implementation=form)
+
+    with interpreted():
+        compare(op, case, inputs, taylor_past(case), dtype, FORM)
+
+
+def test_taylor_attention_declines_features_that_hold_products_twice():
+    x = jnp.zeros((1, 4, 2, 8))
+    with interpreted(), pytest.raises(Unsupported, match="not symmetric"):
+        taylor_attention(x, x, x, features="full", implementation=FORM)
+
+
 def shaped(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -162,6 +186,12 @@ def test_the_delta_rule_is_lowered_for_a_tpu(decay):
     gate = {name: shaped(*shape, dtype=jnp.float32) for name, shape in gates.items()}
     text = lowered(delta_rule, inputs | gate)
     assert text.count("tpu_custom_call") >= 2  # forward, backward
+
+
+def test_taylor_attention_is_lowered_for_a_tpu():
+    inputs = {"q": shaped(*SHAPE, 16), "k": shaped(*SHAPE, 16), "v": shaped(*SHAPE, 64)}
+    op = functools.partial(taylor_attention, segments=jnp.ones(SHAPE[:2], jnp.int32))
+    assert lowered(op, inputs).count("tpu_custom_call") >= 2  # forward, backward
 
 
 @pytest.mark.parametrize(("correlation", "beta"), [(0.0, 1.0), (0.9, 1.0), (0.99, 2.0)])

@@ -232,18 +232,22 @@ def test_selective_scan(case, dtype, states):
     compare(op, case, scan_inputs(case, states), state, dtype, "xla")
 
 
-@each_case
-@each_dtype
-@pytest.mark.parametrize("features", ["symmetric", pytest.param("full", marks=pytest.mark.full)])
-def test_taylor_attention(case, dtype, features):
-    inputs = {name: x for name, x in draw(case).items() if name != "log_decay"}
-    # A state that tokens could have left: random sums would make the denominator vanish somewhere.
+def taylor_past(case: Case, features: str = "symmetric") -> TaylorState:
+    """A state that tokens could have left: random sums would make the denominator vanish somewhere."""
     past = np.random.default_rng(6).normal(size=(2, 7, case.heads, case.width)) * case.width**-0.25
     expand = feature_maps.taylor if features == "symmetric" else feature_maps.taylor_full
     with jax.enable_x64(True):
         phi = np.asarray(expand(jnp.asarray(past)))
     v = np.random.default_rng(7).normal(size=(2, 7, case.heads, case.values))
-    state: Any = TaylorState(*map(jnp.asarray, (np.einsum("bthf,bthv->bhfv", phi, v), phi.sum(axis=1))))
+    return TaylorState(*map(jnp.asarray, (np.einsum("bthf,bthv->bhfv", phi, v), phi.sum(axis=1))))
+
+
+@each_case
+@each_dtype
+@pytest.mark.parametrize("features", ["symmetric", pytest.param("full", marks=pytest.mark.full)])
+def test_taylor_attention(case, dtype, features):
+    inputs = {name: x for name, x in draw(case).items() if name != "log_decay"}
+    state: Any = taylor_past(case, features)
     assert state.z.shape[-1] == state_width(case.width, features)
 
     def op(inputs, state, form):

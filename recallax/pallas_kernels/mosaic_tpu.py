@@ -137,6 +137,16 @@ class States(Operand):
         return pl.BlockSpec((1, steps.block, *self.array.shape[2:]), lambda b, h, n: (b, h, 0, 0))
 
 
+class Shared(Operand):
+    """[R, W], one matrix for all."""
+
+    def spec(self, steps: Steps) -> pl.BlockSpec:
+        return pl.BlockSpec(self.array.shape, lambda b, h, n: (0, 0))
+
+    def read(self, ref: Any, steps: Steps) -> Array:
+        return jnp.broadcast_to(ref[...], (steps.block, *self.array.shape))
+
+
 class Chunks(Operand):
     """[B, H, N, R, W], a matrix per chunk: a state, or rows of numbers per token."""
 

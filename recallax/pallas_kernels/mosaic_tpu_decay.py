@@ -50,8 +50,11 @@ def running(log_decay: Float[Array, "B H N C"]) -> Float[Array, "B H N 2 C"]:
 class Decay(NamedTuple):
     """What the decays of a chunk do; None stands for no decay at all."""
 
-    scores: Callable[[Array, Array, DTypeLike], Float[Array, "C C"]]
-    """(x, y) -> the sum over channels of x_i y_j times the decay from token j to token i, 0 for j > i."""
+    scores: Callable[..., Float[Array, "C C"]]
+    """(x, y, dtype) -> the sum over channels of x_i y_j times the decay from token j to token i, 0 for j > i.
+
+    Without a decay per channel there is a fourth argument: a function that is applied to x_i.y_j before the decay.
+    """
     since_start: Float[Array, "C K"] | None
     """The token's own decay included."""
     until_end: Float[Array, "C K"] | None
@@ -67,7 +70,11 @@ def causal(length: int) -> Bool[Array, "C C"]:
 
 def no_decay(length: int) -> Decay:
     """Everything is kept."""
-    return Decay(lambda x, y, dtype: jnp.where(causal(length), mm_t(x, y, dtype), 0), None, None, None)
+
+    def scores(x: Array, y: Array, dtype: DTypeLike, score: Callable[[Array], Array] = lambda s: s) -> Array:
+        return jnp.where(causal(length), score(mm_t(x, y, dtype)), 0)
+
+    return Decay(scores, None, None, None)
 
 
 def token_decay(rows: Float[Array, "2 C"], width: int) -> Decay:
@@ -79,8 +86,8 @@ def token_decay(rows: Float[Array, "2 C"], width: int) -> Decay:
     since = spread(rows[:1], width) + spread(rows[1:], width)
     between = jnp.exp(_gaps(rows))
 
-    def scores(x: Array, y: Array, dtype: DTypeLike) -> Array:
-        return mm_t(x, y, dtype) * between
+    def scores(x: Array, y: Array, dtype: DTypeLike, score: Callable[[Array], Array] = lambda s: s) -> Array:
+        return score(mm_t(x, y, dtype)) * between
 
     return Decay(scores, jnp.exp(since), jnp.exp(rest), jnp.exp(end[:1] + end[1:]))
 

@@ -151,17 +151,17 @@ def _dots(x: Float[Array, "C K"], y: Float[Array, "C K"], gate: Array) -> Float[
     return x * y if gate.shape == x.shape else mm_t(jnp.ones((1, x.shape[1]), jnp.float32), x * y, jnp.float32)
 
 
-type _Residuals = tuple[Array, Array, Array, Array | None, Array, Array]
+type LinearResiduals = tuple[Array, Array, Array, Array | None, Array, Array]
 
 
 def _forward(
     steps: Steps, q: Array, k: Array, v: Array, log_decay: Array | None, state: Array
-) -> tuple[tuple[Array, Array], _Residuals]:
+) -> tuple[tuple[Array, Array], LinearResiduals]:
     out, final = _core(steps, q, k, v, log_decay, state)
     return (out, final), (q, k, v, log_decay, state, final)
 
 
-def _backward(steps: Steps, residuals: _Residuals, slopes: tuple[Array, Array]) -> tuple[Array | None, ...]:
+def _backward(steps: Steps, residuals: LinearResiduals, slopes: tuple[Array, Array]) -> tuple[Array | None, ...]:
     q, k, v, log_decay, state, final = residuals
     slope, late = slopes
     back = steps._replace(reverse=True)
