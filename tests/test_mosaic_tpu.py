@@ -19,9 +19,22 @@ from recallax.pallas_kernels.dispatch import Unsupported, interpreted
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.linear_attention import mosaic_tpu as linear_tpu
 from recallax.pallas_kernels.mosaic_tpu_solve import solve
+from recallax.pallas_kernels.selective_scan import mosaic_tpu as scan_tpu
+from recallax.pallas_kernels.selective_scan import selective_scan
 from recallax.pallas_kernels.taylor_attention import mosaic_tpu as taylor_tpu
 from recallax.pallas_kernels.taylor_attention import taylor_attention
-from tests.test_ops import CASES, Case, compare, delta_inputs, draw, each_case, each_dtype, segments, taylor_past
+from tests.test_ops import (
+    CASES,
+    Case,
+    compare,
+    delta_inputs,
+    draw,
+    each_case,
+    each_dtype,
+    scan_inputs,
+    segments,
+    taylor_past,
+)
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -35,6 +48,7 @@ def short_chunks(request, monkeypatch):
     if "lowered" not in request.function.__name__:
         monkeypatch.setattr(linear_tpu, "CHUNK", 16)
         monkeypatch.setattr(linear_tpu, "CHANNEL_CHUNK", 32)  # two blocks of rows
+        monkeypatch.setattr(scan_tpu, "CHUNK", 16)
         monkeypatch.setattr(taylor_tpu, "CHUNK", 16)
         monkeypatch.setattr(delta_tpu, "CHUNK", 32)  # two blocks of the triangular system
 
@@ -150,6 +164,23 @@ def test_taylor_attention_declines_features_that_hold_products_twice():
         taylor_attention(x, x, x, features="full", implementation=FORM)
 
 
+SCANNED = {name: case for name, case in CASES.items() if case.decay in ("extreme", "token") or case.correlation == 0}
+SCANNED["a document of one token at the end of an unfilled chunk"] = Case(35, documents=(34, 1))
+
+
+@pytest.mark.parametrize("case", SCANNED.values(), ids=SCANNED)
+@each_dtype
+@pytest.mark.parametrize("states", [3, pytest.param(None, marks=pytest.mark.full)])
+def test_selective_scan(case, dtype, states):
+    def op(inputs, state, form):
+        out, state = selective_scan(**inputs, state=state, segments=ids(case), implementation=form)
+        return out[:, :, None], state  # as if of one head
+
+    state = np.random.default_rng(5).normal(size=(2, 5, states or 1))
+    with interpreted():
+        compare(op, case, scan_inputs(case, states), state, dtype, FORM)
+
+
 def shaped(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -191,6 +222,14 @@ def test_the_delta_rule_is_lowered_for_a_tpu(decay):
 def test_taylor_attention_is_lowered_for_a_tpu():
     inputs = {"q": shaped(*SHAPE, 16), "k": shaped(*SHAPE, 16), "v": shaped(*SHAPE, 64)}
     op = functools.partial(taylor_attention, segments=jnp.ones(SHAPE[:2], jnp.int32))
+    assert lowered(op, inputs).count("tpu_custom_call") >= 2  # forward, backward
+
+
+def test_the_selective_scan_is_lowered_for_a_tpu():
+    rows, length = SHAPE[:2]
+    inputs = {name: shaped(rows, length, 700) for name in ("x", "rate")}
+    inputs |= {name: shaped(rows, length, 16) for name in ("b", "c")} | {"a": shaped(700, 16, dtype=jnp.float32)}
+    op = functools.partial(selective_scan, segments=jnp.ones(SHAPE[:2], jnp.int32))
     assert lowered(op, inputs).count("tpu_custom_call") >= 2  # forward, backward
 
 

@@ -68,11 +68,16 @@ class Steps(NamedTuple):
 def steps_of(op_chunk: int, length: int, v: Float[Array, "B T H V"], groups: int) -> Steps:
     """Steps over a sequence that is padded to whole chunks. Raises Unsupported where there is no TPU."""
     interpret = interpreting("tpu")
-    chunk = min(op_chunk, -(-length // ROWS_OF_A_TILE) * ROWS_OF_A_TILE)
     rows, _, heads, _ = v.shape
     share = heads // groups
     fits = (n for n in range(SIDE_BY_SIDE, 0, -1) if heads % n == 0 and (share % n == 0 or n % share == 0))
-    return Steps(rows, heads, next(fits), chunk, -(-length // chunk), interpret)
+    return Steps(rows, heads, next(fits), *whole_chunks(op_chunk, length), interpret)
+
+
+def whole_chunks(op_chunk: int, length: int) -> tuple[int, int]:
+    """Length and number of the chunks of a sequence; one that is shorter than a chunk is one chunk."""
+    chunk = min(op_chunk, -(-length // ROWS_OF_A_TILE) * ROWS_OF_A_TILE)
+    return chunk, -(-length // chunk)
 
 
 def head_major(x: Float[Array, "B T H W"], steps: Steps) -> Float[Array, "B H P W"]:
@@ -135,6 +140,32 @@ class States(Operand):
 
     def spec(self, steps: Steps) -> pl.BlockSpec:
         return pl.BlockSpec((1, steps.block, *self.array.shape[2:]), lambda b, h, n: (b, h, 0, 0))
+
+
+@dataclass(frozen=True)
+class Lanes(Operand):
+    """[B, T, D], whose channels are the heads, `lanes` of them each; a chunk is [C, lanes]. One head per grid step."""
+
+    lanes: int
+
+    def spec(self, steps: Steps) -> pl.BlockSpec:
+        return pl.BlockSpec((1, steps.chunk, self.lanes), lambda b, h, n: (b, steps.time(n), h))
+
+    def read(self, ref: Any, steps: Steps) -> Array:
+        return ref[...]
+
+    def write(self, ref: Any, value: Array) -> None:
+        ref[...] = value.astype(ref.dtype)
+
+
+class PerHead(Operand):
+    """[H, R, W], a matrix for all chunks and rows. One head per grid step."""
+
+    def spec(self, steps: Steps) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *self.array.shape[1:]), lambda b, h, n: (h, 0, 0))
+
+    def read(self, ref: Any, steps: Steps) -> Array:
+        return ref[...]
 
 
 class Shared(Operand):
