@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from jax.experimental import topologies
 
 from recallax.pallas_kernels.delta_rule import delta_rule
 from recallax.pallas_kernels.linear_attention import linear_attention
+from recallax.pallas_kernels.selective_scan import selective_scan
 from recallax.pallas_kernels.taylor_attention import taylor_attention
 from recallax.train.log import commit
 
@@ -48,34 +49,45 @@ type Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """An op in one use, in bfloat16."""
+    """An op in one use: bfloat16 inputs and float32 ones by name, each with its axes behind rows and tokens."""
 
     op: Callable[..., Any]
-    keys: int
-    values: int
-    gates: tuple[tuple[str, int | None], ...] = ()
-    """Float32 inputs [B, T, H] by name, or [B, T, H, width]."""
+    narrow: dict[str, tuple[int, ...]]
+    wide: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    constant: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Float32, with neither rows nor tokens."""
 
     def inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-        tokens = (ROWS, LENGTH, HEADS)
-        arrays = {"q": self.keys, "k": self.keys, "v": self.values}
-        named = {name: jax.ShapeDtypeStruct((*tokens, width), jnp.bfloat16) for name, width in arrays.items()}
-        gates = {name: tokens if width is None else (*tokens, width) for name, width in self.gates}
-        return named | {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in gates.items()}
+        tokens = (ROWS, LENGTH)
+        narrow = {name: jax.ShapeDtypeStruct((*tokens, *axes), jnp.bfloat16) for name, axes in self.narrow.items()}
+        wide = {name: (*tokens, *axes) for name, axes in self.wide.items()} | self.constant
+        return narrow | {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in wide.items()}
 
 
-_TOKEN = (("log_decay", None),)
-_STRENGTHS = (("erase", None), ("write", None))
+def _heads(keys: int, values: int) -> dict[str, tuple[int, ...]]:
+    return {"v": (HEADS, values), "q": (HEADS, keys), "k": (HEADS, keys)}
+
+
+_TOKEN, _CHANNEL = {"log_decay": (HEADS,)}, {"log_decay": (HEADS, 128)}
+_STRENGTHS = {"erase": (HEADS,), "write": (HEADS,)}
+_CHANNELS, _STATES = HEADS * 128, 16
 CASES: dict[str, Case] = {
-    "linear_attention": Case(linear_attention, 128, 128),
-    "linear_attention, token decay": Case(linear_attention, 128, 128, _TOKEN),
-    "linear_attention, token decay, narrow": Case(linear_attention, 64, 64, _TOKEN),
-    "linear_attention, channel decay": Case(linear_attention, 128, 128, (("log_decay", 128),)),
-    "delta_rule": Case(delta_rule, 128, 128, _STRENGTHS),
-    "delta_rule, token decay": Case(delta_rule, 128, 128, (*_STRENGTHS, *_TOKEN)),
-    "delta_rule, channel decay": Case(delta_rule, 128, 128, (*_STRENGTHS, ("log_decay", 128))),
-    "taylor_attention": Case(taylor_attention, 16, 64),
+    "linear_attention": Case(linear_attention, _heads(128, 128)),
+    "linear_attention, token decay": Case(linear_attention, _heads(128, 128), _TOKEN),
+    "linear_attention, token decay, narrow": Case(linear_attention, _heads(64, 64), _TOKEN),
+    "linear_attention, channel decay": Case(linear_attention, _heads(128, 128), _CHANNEL),
+    "delta_rule": Case(delta_rule, _heads(128, 128), _STRENGTHS),
+    "delta_rule, token decay": Case(delta_rule, _heads(128, 128), _STRENGTHS | _TOKEN),
+    "delta_rule, channel decay": Case(delta_rule, _heads(128, 128), _STRENGTHS | _CHANNEL),
+    "taylor_attention": Case(taylor_attention, _heads(16, 64)),
+    "selective_scan": Case(
+        selective_scan,
+        {"x": (_CHANNELS,), "b": (_STATES,), "c": (_STATES,)},
+        {"rate": (_CHANNELS,)},
+        {"a": (_CHANNELS, _STATES)},
+    ),
 }
+"""The first input has the output's shape. A head of the scan is 128 channels."""
 
 
 def available() -> bool:
@@ -96,7 +108,7 @@ def compiled(name: str, target: str, form: str) -> Row:
             raise RuntimeError(f"{name} does not compile for {target}: {done.stderr.strip()[-2000:]}")
         child = json.loads(done.stdout.splitlines()[-1])
         kernels = {} if form == "xla" else dict(_kernels(Path(folder), child.pop("steps")))
-    sizes = {"batch": ROWS, "length": LENGTH, "heads": HEADS, "keys": CASES[name].keys, "values": CASES[name].values}
+    sizes = {"shapes": {key: list(x.shape) for key, x in CASES[name].inputs().items()}}
     versions = {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
     row = {"case": name, "form": form, "target": target, **sizes, "dtype": "bfloat16", "kernels": kernels}
     return row | child | {"versions": versions, "commit": commit()}
@@ -115,7 +127,9 @@ def child(name: str, target: str, form: str) -> None:
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     inputs = case.inputs()
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (inputs, inputs["v"]))
+        placed = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (inputs, next(iter(inputs.values())))
+        )
         traced = jax.jit(both).trace(*placed)
         memory = traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
     assert memory is not None
