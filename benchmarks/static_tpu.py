@@ -111,7 +111,7 @@ def compiled(name: str, target: str, form: str) -> Row:
     sizes = {"shapes": {key: list(x.shape) for key, x in CASES[name].inputs().items()}}
     versions = {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
     row = {"case": name, "form": form, "target": target, **sizes, "dtype": "bfloat16", "kernels": kernels}
-    return row | child | {"versions": versions, "commit": commit()}
+    return row | child | {"versions": versions}
 
 
 def child(name: str, target: str, form: str) -> None:
@@ -222,6 +222,7 @@ def main() -> None:
     if not available():
         sys.exit("libtpu is not installed: pip install 'recallax[tpu]'")
     grown: list[str] = []
+    at = commit()  # before the rows that are appended make it a changed one
     for case in asked.case:
         for target in asked.target:
             for form in asked.form:
@@ -232,7 +233,7 @@ def main() -> None:
                 grown += regressions(row, newest(recorded).get((case, target, form)))
                 if not asked.check:
                     with RESULTS.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                        file.write(json.dumps(row | {"commit": at}) + "\n")
     if grown:
         print("\n".join(grown), file=sys.stderr)
     sys.exit(bool(asked.check and grown))

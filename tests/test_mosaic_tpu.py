@@ -29,7 +29,6 @@ from tests.test_ops import (
     compare,
     delta_inputs,
     draw,
-    each_case,
     each_dtype,
     scan_inputs,
     segments,
@@ -53,6 +52,16 @@ def short_chunks(request, monkeypatch):
         monkeypatch.setattr(delta_tpu, "CHUNK", 32)  # two blocks of the triangular system
 
 
+def cases(*gate: str, **more: Case) -> Any:
+    """All cases, of which those named stay in the gate."""
+    full = pytest.mark.full
+    params = {name: pytest.param(case, marks=() if name in gate else full) for name, case in (CASES | more).items()}
+    return pytest.mark.parametrize("case", params.values(), ids=params)
+
+
+BASIC = ("odd", "packed, decay, padding", "packed, channel decay, padding")
+
+
 def ids(case: Case) -> jnp.ndarray | None:
     """Segments, or None where a row is one document: two paths of every kernel."""
     return segments(case) if case.documents else None
@@ -73,13 +82,15 @@ def check_linear(case: Case, dtype: str, groups: int | None = None) -> None:
         compare(op, case, inputs, held(case), dtype, FORM)
 
 
-@each_case
+@cases("one token", "below a chunk", "exactly two chunks", "extreme decay", "extreme channel decay", *BASIC)
 @each_dtype
 def test_linear_attention(case, dtype):
     check_linear(case, dtype)
 
 
-@pytest.mark.parametrize(("heads", "groups", "block"), [(4, 2, 4), (3, 1, 4), (4, 2, 1)])
+@pytest.mark.parametrize(
+    ("heads", "groups", "block"), [(4, 2, 4), (4, 2, 1), pytest.param(3, 1, 4, marks=pytest.mark.full)]
+)
 def test_linear_attention_of_grouped_heads(monkeypatch, heads, groups, block):
     """Several groups in a grid step, all of one, and a part of one."""
     monkeypatch.setattr(mosaic_tpu, "SIDE_BY_SIDE", block)
@@ -99,7 +110,8 @@ def test_no_rounding_crosses_a_border_of_documents(decay):
         return jnp.sum(linear_attention(**inputs, segments=segments(case), implementation=FORM)[0].astype(jnp.float32))
 
     with interpreted():
-        one, other = (jax.grad(total)(x)["log_decay"][0, :40] for x in (inputs, later))
+        slope = jax.jit(jax.grad(total))
+        one, other = (slope(x)["log_decay"][0, :40] for x in (inputs, later))
     np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
@@ -132,7 +144,7 @@ def test_what_it_cannot_take_is_named():
         linear_attention(x, x, x.astype(jnp.bfloat16), implementation=FORM)
 
 
-@each_case
+@cases("one token", "extreme decay", "correlated .9, negative eigenvalues, channel decay", *BASIC)
 @each_dtype
 @pytest.mark.parametrize("erase", ["token", pytest.param("channel", marks=pytest.mark.full)])
 def test_delta_rule(case, dtype, erase):
@@ -143,10 +155,7 @@ def test_delta_rule(case, dtype, erase):
         compare(op, case, delta_inputs(case, erase), held(case), dtype, FORM)
 
 
-PLAIN = {name: case for name, case in CASES.items() if case.decay is None or case.documents}
-
-
-@pytest.mark.parametrize("case", PLAIN.values(), ids=PLAIN)
+@cases("one token", "odd", "packed, decay, padding")
 @each_dtype
 def test_taylor_attention(case, dtype):
     inputs = {name: x for name, x in draw(case).items() if name != "log_decay"}
@@ -164,11 +173,10 @@ def test_taylor_attention_declines_features_that_hold_products_twice():
         taylor_attention(x, x, x, features="full", implementation=FORM)
 
 
-SCANNED = {name: case for name, case in CASES.items() if case.decay in ("extreme", "token") or case.correlation == 0}
-SCANNED["a document of one token at the end of an unfilled chunk"] = Case(35, documents=(34, 1))
+LAST = "a document of one token at the end of an unfilled chunk"
 
 
-@pytest.mark.parametrize("case", SCANNED.values(), ids=SCANNED)
+@cases("one token", "extreme decay", "packed, decay, padding", LAST, **{LAST: Case(35, documents=(34, 1))})
 @each_dtype
 @pytest.mark.parametrize("states", [3, pytest.param(None, marks=pytest.mark.full)])
 def test_selective_scan(case, dtype, states):

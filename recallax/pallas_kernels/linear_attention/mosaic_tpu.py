@@ -28,7 +28,6 @@ from recallax.pallas_kernels.mosaic_tpu import (
     head_major,
     in_chunks,
     mm,
-    mm_t,
     per_group,
     require_dtypes,
     shaped,
@@ -148,7 +147,7 @@ def _writing(
 
 def _dots(x: Float[Array, "C K"], y: Float[Array, "C K"], gate: Array) -> Float[Array, "1 C"] | Float[Array, "C K"]:
     """x.y of each token, or of each channel."""
-    return x * y if gate.shape == x.shape else mm_t(jnp.ones((1, x.shape[1]), jnp.float32), x * y, jnp.float32)
+    return x * y if gate.shape == x.shape else jnp.sum(x * y, axis=1, keepdims=True).T
 
 
 type LinearResiduals = tuple[Array, Array, Array, Array | None, Array, Array]
