@@ -16,9 +16,13 @@ from jaxtyping import Array, Bool, Float, Int
 from recallax.pallas_kernels.chunking import documents
 from recallax.pallas_kernels.decay import broadcast_decay, step_decay
 from recallax.pallas_kernels.delta_rule import reference, xla
-from recallax.pallas_kernels.dispatch import call, require
+from recallax.pallas_kernels.dispatch import call, kernel, require
 
-FORMS = {"reference": reference.delta_rule, "xla": xla.delta_rule}
+FORMS = {
+    "reference": reference.delta_rule,
+    "xla": xla.delta_rule,
+    "mosaic_tpu": kernel("recallax.pallas_kernels.delta_rule.mosaic_tpu", "delta_rule"),
+}
 
 
 def delta_rule(

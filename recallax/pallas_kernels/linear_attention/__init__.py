@@ -19,6 +19,7 @@ FORMS = {
     "reference": reference.linear_attention,
     "xla": xla.linear_attention,
     "mosaic_gpu": kernel("recallax.pallas_kernels.linear_attention.mosaic_gpu", "linear_attention"),
+    "mosaic_tpu": kernel("recallax.pallas_kernels.linear_attention.mosaic_tpu", "linear_attention"),
 }
 
 

@@ -11,10 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import documents
-from recallax.pallas_kernels.dispatch import call, require
+from recallax.pallas_kernels.dispatch import call, kernel, require
 from recallax.pallas_kernels.selective_scan import reference, xla
 
-FORMS = {"reference": reference.selective_scan, "xla": xla.selective_scan}
+FORMS = {
+    "reference": reference.selective_scan,
+    "xla": xla.selective_scan,
+    "mosaic_tpu": kernel("recallax.pallas_kernels.selective_scan.mosaic_tpu", "selective_scan"),
+}
 
 
 def selective_scan(

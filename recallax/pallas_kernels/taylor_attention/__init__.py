@@ -21,6 +21,7 @@ FORMS = {
     "reference": reference.taylor_attention,
     "xla": xla.taylor_attention,
     "mosaic_gpu": kernel("recallax.pallas_kernels.taylor_attention.mosaic_gpu", "taylor_attention"),
+    "mosaic_tpu": kernel("recallax.pallas_kernels.taylor_attention.mosaic_tpu", "taylor_attention"),
 }
 FEATURES = {"symmetric": feature_maps.taylor, "full": feature_maps.taylor_full}
 

@@ -1,0 +1,99 @@
+"""Decays per channel of the key in kernels for TPUs, and which decay a chunk has.
+
+exp(L_i - L_j) differs from channel to channel, so it goes inside the scores. A chunk is cut into blocks of 16 rows.
+Scores against earlier blocks meet at the start of the query's block, both sides decayed towards it; those within a
+block are computed key by key. Every exponent is a sum of log-decays taken outwards from there: never positive, and no
+digits cancel. Source: secondary chunking, GLA (Yang et al. 2023, arXiv 2312.06635), section 4.3.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from recallax.pallas_kernels.mosaic_tpu import mm, mm_t, t_mm
+from recallax.pallas_kernels.mosaic_tpu_decay import FORGET, Decay, no_decay, token_decay
+
+ROWS = 16
+
+
+def channel_decay(log_decay: Float[Array, "C K"]) -> Decay:
+    """From the log-decays themselves, at least -FORGET."""
+    row, column = _indices(log_decay.shape[0])
+    since, rest = _sums(column <= row, log_decay), _sums(column > row, log_decay)
+
+    def scores(x: Array, y: Array, dtype: DTypeLike) -> Array:
+        return _across_blocks(x, y, log_decay, dtype) + _within_blocks(x, y, log_decay)
+
+    return Decay(scores, jnp.exp(since), jnp.exp(rest), jnp.exp(since[-1:]).T)
+
+
+def decay_of(gates: tuple[Array, ...], length: int, width: int) -> Decay:
+    """Of no gates, of the `running` sums [2, C] of one per token, or of one per channel [C, K]."""
+    if not gates:
+        return no_decay(length)
+    (gate,) = gates
+    return token_decay(gate, width) if gate.shape[0] == 2 else channel_decay(gate)
+
+
+def _indices(length: int) -> tuple[Int[Array, "C C"], Int[Array, "C C"]]:
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
+    return row, column
+
+
+def _sums(which: Bool[Array, "C C"], x: Float[Array, "C K"]) -> Float[Array, "C K"]:
+    """For each row the sum of those rows of x that its mask names."""
+    return mm(jnp.where(which, 1.0, 0.0).astype(jnp.float32), x, jnp.float32)
+
+
+def _across_blocks(
+    x: Float[Array, "C K"], y: Float[Array, "C K"], log_decay: Float[Array, "C K"], dtype: DTypeLike
+) -> Float[Array, "C C"]:
+    length = x.shape[0]
+    row, column = _indices(length)
+    same = row // ROWS == column // ROWS
+    queries = x * jnp.exp(_sums(same & (column <= row), log_decay))
+    own = _sums(same & (column > row), log_decay)  # from a key to the end of its block
+    bands, keys, behind = [jnp.zeros((ROWS, length), jnp.float32)], own[:ROWS], None
+    for start in range(ROWS, length, ROWS):
+        if behind is not None:
+            keys = jnp.concatenate([keys + behind, own[start - ROWS : start]])
+        decayed = jnp.concatenate([y[:start] * jnp.exp(keys), jnp.zeros_like(y[start:])])
+        bands.append(mm_t(queries[start : start + ROWS], decayed, dtype))
+        behind = own[start : start + 1] + log_decay[start : start + 1]  # of the whole block
+    return jnp.concatenate(bands)
+
+
+def _within_blocks(x: Float[Array, "C K"], y: Float[Array, "C K"], log_decay: Float[Array, "C K"]) -> Array:
+    """Key j of all blocks at once, from the last to the first; `gap` is the log-decay from there to each row."""
+    row, column = _indices(x.shape[0])
+    inside = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) % ROWS
+    gap, scores = jnp.zeros_like(x), jnp.zeros((x.shape[0], x.shape[0]), jnp.float32)
+    for j in reversed(range(ROWS)):
+        pairs = x * _each_block(y, j) * jnp.exp(gap)
+        sums = jnp.sum(pairs, axis=1, keepdims=True)
+        scores = scores + jnp.where((column == row // ROWS * ROWS + j) & (row >= column), sums, 0)
+        gap = jnp.where(inside >= j, gap + _each_block(log_decay, j), 0)
+    return scores
+
+
+def _each_block(x: Float[Array, "C K"], j: int) -> Float[Array, "C K"]:
+    """Row j of each block in all of the block's rows."""
+    starts = range(0, x.shape[0], ROWS)
+    return jnp.concatenate([jnp.broadcast_to(x[i + j : i + j + 1], (ROWS, x.shape[1])) for i in starts])
+
+
+def suffix_sums(
+    change: Float[Array, "C K"], later: Float[Array, "1 K"], log_decay: Float[Array, "C K"]
+) -> tuple[Float[Array, "C K"], Float[Array, "1 K"]]:
+    """As of `mosaic_tpu_decay`, up to where all channels forget everything."""
+    row, column = _indices(change.shape[0])
+    forgets = jnp.where(jnp.max(log_decay, axis=1, keepdims=True) <= 1 - FORGET, 1.0, 0.0).astype(jnp.float32)
+    # How many tokens up to each one forget everything, as columns and as rows.
+    forgets = jnp.broadcast_to(forgets, row.shape)
+    count = _sums(column <= row, forgets)
+    reaches = (count == t_mm(forgets, jnp.where(row <= column, 1.0, 0.0), jnp.float32)) & (column >= row)
+    at_start, at_end = count[:, :1] == 0, count[:, :1] == count[-1:, :1]
+    earlier = jnp.sum(jnp.where(at_start, change, 0), axis=0, keepdims=True)
+    whole = (count[-1:, :1] == 0).astype(jnp.float32)
+    return _sums(reaches, change) + jnp.where(at_end, later, 0), earlier + later * whole

@@ -1,0 +1,161 @@
+"""The element-wise gated recurrence on TPUs: channels on the lanes, states on the sublanes, token after token.
+
+Nothing but its inputs and outputs crosses memory, and a state per chunk for the backward pass, which walks each chunk
+again. B, C and the borders of documents are the same for all channels and share one array: alone each would be padded
+to 128 lanes.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from recallax.pallas_kernels.chunking import Documents
+from recallax.pallas_kernels.dispatch import interpreting
+from recallax.pallas_kernels.mosaic_tpu import (
+    Chunks,
+    Lanes,
+    Matrices,
+    Operand,
+    PerHead,
+    Steps,
+    Tokens,
+    require_dtypes,
+    shaped,
+    walk,
+    whole_chunks,
+)
+
+CHUNK = 64
+LANES = 512
+"""Channels of a grid step at most: independent recurrences, which hide each other's latency."""
+
+
+def selective_scan(
+    x: Float[Array, "B T D"],
+    rate: Float[Array, "B T D"],
+    a: Float[Array, "D N"],
+    b: Float[Array, "B T N"],
+    c: Float[Array, "B T N"],
+    state: Float[Array, "B D N"],
+    docs: Documents | None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
+    """The op's form for TPUs; x is float32 or bfloat16."""
+    interpret = interpreting("tpu")
+    require_dtypes(x=x)
+    rows, length, channels = x.shape
+    lanes = min(LANES, -(-channels // 128) * 128)
+    heads = -(-channels // lanes)
+    steps = Steps(rows, heads, 1, *whole_chunks(CHUNK, length), interpret)
+    mix = jnp.concatenate([b.astype(jnp.float32), c.astype(jnp.float32)], axis=-1)
+    if docs is not None:  # padding keeps its state and does not write; a document's first token drops what was before
+        valid = docs.valid[..., None]
+        x, rate = (jnp.where(valid, part, jnp.zeros((), part.dtype)) for part in (x, rate))
+        before = jnp.pad(docs.index[:, :-1], ((0, 0), (1, 0)))
+        mix = jnp.concatenate([mix, (docs.index != before).astype(jnp.float32)[..., None]], axis=-1)
+    wide = ((0, 0), (0, steps.length - length), (0, heads * lanes - channels))
+    x, rate = jnp.pad(x, wide), jnp.pad(rate.astype(jnp.float32), wide)
+    mix = jnp.pad(mix, (*wide[:2], (0, 0)))
+
+    def by_block(part: Float[Array, "R D N"]) -> Float[Array, "R H N L"]:
+        padded = jnp.pad(part.astype(jnp.float32), ((0, 0), (0, wide[2][1]), (0, 0)))
+        return jnp.moveaxis(padded.reshape(part.shape[0], heads, lanes, -1), 2, 3)
+
+    out, final = _core(steps, _Inputs(by_block(a[None])[0], x, rate, mix[:, None]), by_block(state))
+    final = jnp.moveaxis(final, 3, 2).reshape(rows, heads * lanes, -1)
+    return out[:, :length, :channels], final[:, :channels]
+
+
+class _Inputs(NamedTuple):
+    """Of whole chunks and whole blocks of lanes."""
+
+    a: Float[Array, "H N L"]
+    x: Float[Array, "B T D"]
+    rate: Float[Array, "B T D"]
+    mix: Float[Array, "B 1 T W"]
+    """b, c and, with documents, 1 where one starts."""
+
+    def operands(self) -> tuple[Operand, ...]:
+        a, x, rate, mix = self
+        lanes = a.shape[2]
+        return PerHead(a), Lanes(x, lanes), Lanes(rate, lanes), Tokens(mix)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _core(
+    steps: Steps, inputs: _Inputs, state: Float[Array, "B H N L"]
+) -> tuple[Float[Array, "B T D"], Float[Array, "B H N L"]]:
+    operands = inputs.operands()
+    (final,), (out,) = walk("selective_scan_forward", _chunk, steps, (state,), operands, operands[1:2])
+    return out, final
+
+
+def _chunk(
+    states: Matrices,
+    a: Float[Array, "N L"],
+    x: Float[Array, "C L"],
+    rate: Float[Array, "C L"],
+    mix: Float[Array, "C W"],
+) -> tuple[Matrices, Matrices]:
+    """The state [N, L] after a chunk and the chunk's output [C, L]."""
+    (state,) = states
+    count, columns = a.shape[0], mix.T
+    lane = jax.lax.broadcasted_iota(jnp.int32, columns.shape, 1)
+    out = []
+    for t in range(x.shape[0]):
+        # A sum over one lane, since its gradient puts the slope into that lane without moving the others.
+        token = jnp.sum(jnp.where(lane == t, columns, 0), axis=1, keepdims=True)
+        kept = jnp.exp(rate[t : t + 1] * a)
+        if columns.shape[0] > 2 * count:
+            kept = kept * (1 - token[2 * count :])
+        state = kept * state + x[t : t + 1] * token[:count]
+        out.append(jnp.sum(token[count : 2 * count] * state, axis=0, keepdims=True))
+    return (state,), (jnp.concatenate(out),)
+
+
+def _keeping(states: Matrices, *inputs: Array) -> tuple[Matrices, Matrices]:
+    """As `_chunk`, with the state before the chunk as a second output."""
+    after, out = _chunk(states, *inputs)
+    return after, (*out, *states)
+
+
+def _back(states: Matrices, slope: Array, state: Array, *inputs: Array) -> tuple[Matrices, Matrices]:
+    """The slopes of the state before a chunk and of a (summed so far), of x, rate and mix; backward in time."""
+    late, summed = states
+    _, pull = jax.vjp(lambda state, *inputs: _chunk((state,), *inputs), state, *inputs)
+    early, da, dx, drate, dmix = pull(((late,), (slope,)))
+    return (early, summed + da), (dx, drate, dmix)
+
+
+def _forward(
+    steps: Steps, inputs: _Inputs, state: Array
+) -> tuple[tuple[Array, Array], tuple[_Inputs, Float[Array, "B H J N L"]]]:
+    operands = inputs.operands()
+    kept = Chunks(shaped(*state.shape[:2], steps.chunks, *state.shape[2:]))
+    (final,), (out, states) = walk(
+        "selective_scan_forward", _keeping, steps, (state,), operands, (*operands[1:2], kept)
+    )
+    return (out, final), (inputs, states)
+
+
+def _backward(
+    steps: Steps, residuals: tuple[_Inputs, Array], slopes: tuple[Array, Array]
+) -> tuple[_Inputs, Float[Array, "B H N L"]]:
+    inputs, states = residuals
+    slope, late = slopes
+    operands = inputs.operands()
+    mix = Tokens(shaped(late.shape[0], late.shape[1], *inputs.mix.shape[2:]))  # one per block of channels
+    (early, da), (dx, drate, dmix) = walk(
+        "selective_scan_backward",
+        _back,
+        steps._replace(reverse=True),
+        (late, jnp.zeros_like(late)),
+        (Lanes(slope, inputs.a.shape[2]), Chunks(states), *operands),
+        (*operands[1:3], mix),
+    )
+    return _Inputs(jnp.sum(da, axis=0), dx, drate, jnp.sum(dmix, axis=1, keepdims=True)), early
+
+
+_core.defvjp(_forward, _backward)

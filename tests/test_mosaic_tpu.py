@@ -1,0 +1,275 @@
+"""The kernels for TPUs: interpreted on any machine, against the definitions in float64, and lowered for a TPU."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from benchmarks import static_tpu
+from recallax.pallas_kernels import mosaic_tpu
+from recallax.pallas_kernels.delta_rule import delta_rule
+from recallax.pallas_kernels.delta_rule import mosaic_tpu as delta_tpu
+from recallax.pallas_kernels.dispatch import Unsupported, interpreted
+from recallax.pallas_kernels.linear_attention import linear_attention
+from recallax.pallas_kernels.linear_attention import mosaic_tpu as linear_tpu
+from recallax.pallas_kernels.mosaic_tpu_solve import solve
+from recallax.pallas_kernels.selective_scan import mosaic_tpu as scan_tpu
+from recallax.pallas_kernels.selective_scan import selective_scan
+from recallax.pallas_kernels.taylor_attention import mosaic_tpu as taylor_tpu
+from recallax.pallas_kernels.taylor_attention import taylor_attention
+from recallax.pallas_kernels.taylor_attention.cases import state as taylor_state
+from tests.test_ops import (
+    CASES,
+    Case,
+    compare,
+    delta_inputs,
+    draw,
+    each_dtype,
+    scan_inputs,
+    segments,
+)
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+FORM = "mosaic_tpu"
+SHAPE = (2, 300, 4)
+"""Rows, tokens and heads of what is lowered for a TPU: three chunks, the last one unfilled."""
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(request, monkeypatch):
+    if "lowered" not in request.function.__name__:
+        monkeypatch.setattr(linear_tpu, "CHUNK", 16)
+        monkeypatch.setattr(linear_tpu, "CHANNEL_CHUNK", 32)  # two blocks of rows
+        monkeypatch.setattr(scan_tpu, "CHUNK", 16)
+        monkeypatch.setattr(taylor_tpu, "CHUNK", 16)
+        monkeypatch.setattr(delta_tpu, "CHUNK", 32)  # two blocks of the triangular system
+
+
+def cases(*gate: str, **more: Case) -> Any:
+    """All cases, of which those named stay in the gate."""
+    full = pytest.mark.full
+    params = {name: pytest.param(case, marks=() if name in gate else full) for name, case in (CASES | more).items()}
+    return pytest.mark.parametrize("case", params.values(), ids=params)
+
+
+BASIC = ("odd", "packed, decay, padding", "packed, channel decay, padding")
+
+
+def ids(case: Case) -> jnp.ndarray | None:
+    """Segments, or None where a row is one document: two paths of every kernel."""
+    return segments(case) if case.documents else None
+
+
+def held(case: Case) -> np.ndarray:
+    return np.random.default_rng(5).normal(size=(2, case.heads, case.width, case.values))
+
+
+def check_linear(case: Case, dtype: str, groups: int | None = None) -> None:
+    inputs = draw(case)
+    inputs |= {name: inputs[name][:, :, :groups] for name in ("q", "k")}
+
+    def op(inputs, state, form):
+        return linear_attention(**inputs, state=state, segments=ids(case), implementation=form)
+
+    with interpreted():
+        compare(op, case, inputs, held(case), dtype, FORM)
+
+
+@cases("one token", "below a chunk", "exactly two chunks", "extreme decay", "extreme channel decay", *BASIC)
+@each_dtype
+def test_linear_attention(case, dtype):
+    check_linear(case, dtype)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "block"), [(4, 2, 4), (4, 2, 1), pytest.param(3, 1, 4, marks=pytest.mark.full)]
+)
+def test_linear_attention_of_grouped_heads(monkeypatch, heads, groups, block):
+    """Several groups in a grid step, all of one, and a part of one."""
+    monkeypatch.setattr(mosaic_tpu, "SIDE_BY_SIDE", block)
+    case = dataclasses.replace(CASES["packed, decay, padding"], heads=heads)
+    check_linear(case, "bfloat16" if block == 1 else "float32", groups)
+
+
+@pytest.mark.parametrize("decay", ["token", "channel"])
+def test_no_rounding_crosses_a_border_of_documents(decay):
+    """The decay's slope is a sum over all later tokens, but bit for bit not over those of other documents."""
+    case = Case(70, decay=decay, documents=(40, 30), heads=1)
+    inputs = {name: jnp.asarray(x, jnp.bfloat16) for name, x in draw(case).items()}
+    inputs["log_decay"] = inputs["log_decay"].astype(jnp.float32)
+    later = inputs | {"v": inputs["v"].at[0, 40:].multiply(3)}
+
+    def total(inputs):
+        return jnp.sum(linear_attention(**inputs, segments=segments(case), implementation=FORM)[0].astype(jnp.float32))
+
+    with interpreted():
+        slope = jax.jit(jax.grad(total))
+        one, other = (slope(x)["log_decay"][0, :40] for x in (inputs, later))
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_linear_attention_of_documents_without_a_decay_in_bfloat16():
+    check_linear(CASES["packed"], "bfloat16")
+
+
+def test_chunks_follow_one_another_and_no_copies_race(monkeypatch):
+    """The interpreter takes the grid's parallel axes in random order: rows and heads may be, chunks may not."""
+    interpreter = pltpu.InterpretParams(detect_races=True, random_seed=3)
+    monkeypatch.setattr(mosaic_tpu, "INTERPRETER", interpreter)
+    check_linear(dataclasses.replace(CASES["token decay"], heads=6), "float32")
+
+
+def test_an_incoming_state_need_not_be_given():
+    case = CASES["token decay"]
+    inputs: dict[str, Any] = {name: jnp.asarray(x, jnp.float32) for name, x in draw(case).items()}
+    with interpreted():
+        got = linear_attention(**inputs, implementation=FORM)
+    want = linear_attention(**inputs, implementation="reference")
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_what_it_cannot_take_is_named():
+    x = jnp.zeros((1, 4, 2, 8))
+    with pytest.raises(Unsupported, match="it is for a TPU"):
+        linear_attention(x, x, x, implementation=FORM)
+    with interpreted(), pytest.raises(Unsupported, match="v is bfloat16; they must all be"):
+        linear_attention(x, x, x.astype(jnp.bfloat16), implementation=FORM)
+
+
+@cases("one token", "extreme decay", "correlated .9, negative eigenvalues, channel decay", *BASIC)
+@each_dtype
+@pytest.mark.parametrize("erase", ["token", pytest.param("channel", marks=pytest.mark.full)])
+def test_delta_rule(case, dtype, erase):
+    def op(inputs, state, form):
+        return delta_rule(**inputs, state=state, segments=ids(case), implementation=form)
+
+    with interpreted():
+        compare(op, case, delta_inputs(case, erase), held(case), dtype, FORM)
+
+
+@cases("one token", "odd", "packed, decay, padding")
+@each_dtype
+def test_taylor_attention(case, dtype):
+    inputs = {name: x for name, x in draw(case).items() if name != "log_decay"}
+
+    def op(inputs, state, form):
+        return taylor_attention(**inputs, state=state, segments=ids(case), implementation=form)
+
+    with interpreted():
+        compare(op, case, inputs, taylor_state(case, "symmetric"), dtype, FORM)
+
+
+def test_taylor_attention_declines_features_that_hold_products_twice():
+    x = jnp.zeros((1, 4, 2, 8))
+    with interpreted(), pytest.raises(Unsupported, match="not symmetric"):
+        taylor_attention(x, x, x, features="full", implementation=FORM)
+
+
+LAST = "a document of one token at the end of an unfilled chunk"
+
+
+@cases("one token", "extreme decay", "packed, decay, padding", LAST, **{LAST: Case(35, documents=(34, 1))})
+@each_dtype
+@pytest.mark.parametrize("states", [3, pytest.param(None, marks=pytest.mark.full)])
+def test_selective_scan(case, dtype, states):
+    def op(inputs, state, form):
+        out, state = selective_scan(**inputs, state=state, segments=ids(case), implementation=form)
+        return out[:, :, None], state  # as if of one head
+
+    state = np.random.default_rng(5).normal(size=(2, 5, states or 1))
+    with interpreted():
+        compare(op, case, scan_inputs(case, states), state, dtype, FORM)
+
+
+def shaped(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def lowered(op: Callable, inputs: dict[str, Any]) -> str:
+    """The module for a TPU that computes outputs and all gradients, for a device nobody has to have."""
+
+    def both(inputs):
+        out, pull = jax.vjp(lambda inputs: op(**inputs, implementation=FORM), inputs)
+        return out, pull(out)
+
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5e", num_cores=1, platform="tpu")
+    axis = (jax.sharding.AxisType.Explicit,)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), axis, abstract_device=device)):
+        return jax.jit(both).trace(inputs).lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("width", [128, pytest.param(64, marks=pytest.mark.full)])
+@pytest.mark.parametrize("decay", [None, "token", "channel"])
+def test_linear_attention_is_lowered_for_a_tpu(decay, width):
+    inputs = {"q": shaped(*SHAPE[:2], 2, width), "k": shaped(*SHAPE[:2], 2, width), "v": shaped(*SHAPE, width)}
+    gates = {None: {}, "token": {"log_decay": SHAPE}, "channel": {"log_decay": (*SHAPE, width)}}[decay]
+    gate = {name: shaped(*shape, dtype=jnp.float32) for name, shape in gates.items()}
+    op = functools.partial(linear_attention, segments=jnp.ones(SHAPE[:2], jnp.int32)) if decay else linear_attention
+    text = lowered(op, inputs | gate)
+    assert text.count("tpu_custom_call") >= 3  # forward, reading, writing
+
+
+@pytest.mark.parametrize("decay", [None, "token", "channel"])
+def test_the_delta_rule_is_lowered_for_a_tpu(decay):
+    inputs = {"q": shaped(*SHAPE[:2], 2, 128), "k": shaped(*SHAPE[:2], 2, 128), "v": shaped(*SHAPE, 128)}
+    gates = {None: {}, "token": {"log_decay": SHAPE}, "channel": {"log_decay": (*SHAPE, 128)}}[decay]
+    gates |= {"erase": (*SHAPE, 128) if decay == "channel" else SHAPE, "write": SHAPE}
+    gate = {name: shaped(*shape, dtype=jnp.float32) for name, shape in gates.items()}
+    text = lowered(delta_rule, inputs | gate)
+    assert text.count("tpu_custom_call") >= 2  # forward, backward
+
+
+def test_taylor_attention_is_lowered_for_a_tpu():
+    inputs = {"q": shaped(*SHAPE, 16), "k": shaped(*SHAPE, 16), "v": shaped(*SHAPE, 64)}
+    op = functools.partial(taylor_attention, segments=jnp.ones(SHAPE[:2], jnp.int32))
+    assert lowered(op, inputs).count("tpu_custom_call") >= 2  # forward, backward
+
+
+def test_the_selective_scan_is_lowered_for_a_tpu():
+    rows, length = SHAPE[:2]
+    inputs = {name: shaped(rows, length, 700) for name in ("x", "rate")}
+    inputs |= {name: shaped(rows, length, 16) for name in ("b", "c")} | {"a": shaped(700, 16, dtype=jnp.float32)}
+    op = functools.partial(selective_scan, segments=jnp.ones(SHAPE[:2], jnp.int32))
+    assert lowered(op, inputs).count("tpu_custom_call") >= 2  # forward, backward
+
+
+@pytest.mark.parametrize(("correlation", "beta"), [(0.0, 1.0), (0.9, 1.0), (0.99, 2.0)])
+@pytest.mark.parametrize("size", [16, 128])
+def test_triangular_systems_are_solved_exactly_for_correlated_keys(size, correlation, beta):
+    rng = np.random.default_rng(0)
+    k = np.sqrt(1 - correlation) * rng.normal(size=(3, size, 128)) + np.sqrt(correlation) * rng.normal(size=128)
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    strength = rng.uniform(beta - 1, beta, size=(3, size, 1))
+    a = np.tril(strength * np.einsum("bik,bjk->bij", k, k), -1).astype(np.float32)
+    b = rng.normal(size=(3, size, 8)).astype(np.float32)
+    want = np.linalg.solve(np.eye(size) + a.astype(np.float64), b)
+    got = jax.vmap(solve)(jnp.asarray(a), jnp.asarray(b))
+    assert np.linalg.norm(np.asarray(got) - want) <= 3e-6 * np.linalg.norm(want)
+
+
+def test_the_compiler_for_tpus_takes_a_kernel_and_it_has_not_grown():
+    """Where libtpu is installed: the rest is `python -m benchmarks.static_tpu --check`."""
+    if not static_tpu.available():
+        pytest.skip("NOT COMPILED FOR A TPU: libtpu is not installed (the `tpu` extra), so only the lowering is tested")
+    name, target = "linear_attention, token decay", "v5e"
+    row = static_tpu.compiled(name, target, FORM)
+    assert len(row["kernels"]) == 3
+    assert not static_tpu.regressions(row, static_tpu.newest(static_tpu.rows()).get((name, target, FORM)))
+
+
+def test_a_kernel_that_grows_by_more_than_a_tenth_is_a_regression():
+    def row(bundles):
+        return {"case": "a", "target": "v5e", "form": FORM, "kernels": {"k": {"bundles_per_128": bundles}}}
+
+    assert not static_tpu.regressions(row(109.0), row(100.0)) and not static_tpu.regressions(row(1.0), None)
+    assert static_tpu.regressions(row(111.0), row(100.0)) == [
+        "a, v5e, k: 100.0 -> 111.0 bundles per 128 tokens of a head"
+    ]
