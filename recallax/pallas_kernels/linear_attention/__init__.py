@@ -12,10 +12,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import documents
 from recallax.pallas_kernels.decay import broadcast_decay, step_decay
-from recallax.pallas_kernels.dispatch import call, require
+from recallax.pallas_kernels.dispatch import call, kernel, require
 from recallax.pallas_kernels.linear_attention import reference, xla
 
-FORMS = {"reference": reference.linear_attention, "xla": xla.linear_attention}
+FORMS = {
+    "reference": reference.linear_attention,
+    "xla": xla.linear_attention,
+    "mosaic_gpu": kernel("recallax.pallas_kernels.linear_attention.mosaic_gpu", "linear_attention"),
+}
 
 
 def linear_attention(

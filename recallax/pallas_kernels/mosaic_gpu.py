@@ -1,0 +1,179 @@
+"""What the Mosaic GPU kernels share: tiles in shared memory, products on the tensor cores, the pipeline, the launch.
+
+The kernels are written for Hopper in lane semantics, where the layout of every register array is explicit: accumulators
+have `Layout.WGMMA`, a vector along their rows `ROWS`, one along their columns `COLUMNS`. One Pallas thread is a
+warpgroup of 128 CUDA threads; the last warpgroup of a kernel only issues TMA copies.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+MATRIX = plgpu.Layout.WGMMA
+ROWS = MATRIX.reduce(1)
+COLUMNS = MATRIX.reduce(0)
+
+CHUNK = 64
+"""Tokens that are worked on together: the fewest that the tensor cores take."""
+
+
+MEMORY_REGISTERS = 40
+"""Of the warpgroup that copies; the others share what it gives up."""
+
+INTERPRETER = plgpu.InterpretGPUParams()
+
+type Ref = Any
+"""A reference into global or shared memory."""
+
+
+def transforms(width: int, dtype: Any) -> tuple[Any, ...]:
+    """How a matrix of that many columns lies in shared memory, for TMA and the tensor cores alike."""
+    size = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(width * size * 8)
+    tiling: Any = plgpu.TilingTransform  # pyright takes the two for abstract
+    swizzling: Any = plgpu.SwizzleTransform
+    return tiling((8, swizzle // size)), swizzling(swizzle)
+
+
+def matrix(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+    """Shared memory for matrices."""
+    return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype))
+
+
+def zeros(*shape: int) -> jax.Array:
+    """A float32 accumulator."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+
+
+def accumulate(*sums: tuple[Any, ...], interpret: bool) -> list[jax.Array]:
+    """acc + a @ b + ... for each (acc, (a, b), ...), issued together and awaited once.
+
+    b is a reference into shared memory, a one or an array in registers. The interpreter has no such accumulators.
+    """
+    if interpret:
+        return [sum((jnp.dot(_wide(a), _wide(b)) for a, b in pairs), start=acc) for acc, *pairs in sums]
+
+    def issue(accumulators):
+        for accumulator, (_, *pairs) in zip(accumulators, sums, strict=True):
+            for a, b in pairs:
+                plgpu.wgmma(accumulator, a, b)
+
+    accumulators: Any = [plgpu.ACC.init(acc) for acc, *_ in sums]  # pyright: ignore[reportPrivateImportUsage]
+    return pl.run_state(issue)(accumulators)
+
+
+def _wide(x: Any) -> jax.Array:
+    return x[...].astype(jnp.float32)
+
+
+def along_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A vector with one entry per row, repeated over the columns."""
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def along_columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A vector with one entry per column, repeated over the rows."""
+    return lax.broadcast_in_dim(x, shape, [1])
+
+
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """The row and the column number of each entry of a matrix."""
+    rows = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROWS)
+    columns = plgpu.broadcasted_iota(jnp.int32, shape[1:], 0, layout=COLUMNS)
+    return along_rows(rows, shape), along_columns(columns, shape)
+
+
+def unknown_zero(step: jax.Array) -> jax.Array:
+    """0, which the compiler cannot know.
+
+    Shared memory that is indexed with it is addressed anew in each chunk; else the compiler keeps some fifty addresses
+    and descriptors in registers from chunk to chunk, and spills.
+    """
+    return lax.shift_right_logical(step, 30)
+
+
+def load(matrix: Ref) -> jax.Array:
+    """A matrix from shared memory, in float32."""
+    return plgpu.load(matrix, layout=MATRIX).astype(jnp.float32)
+
+
+def rounded(x: jax.Array, dtype: Any, interpret: bool) -> jax.Array:
+    """x as it is after rounding to a dtype, in float32. The interpreter's compiler would leave the rounding out."""
+    return lax.reduce_precision(x, 8, 7) if interpret else x.astype(dtype).astype(jnp.float32)
+
+
+def decayed_rows(matrix: Ref, factor: jax.Array, *, interpret: bool, scale: float = 1.0) -> jax.Array:
+    """A matrix from shared memory with its rows scaled, rounded to its dtype, in float32."""
+    return rounded(load(matrix) * along_rows(factor * scale, matrix.shape), matrix.dtype, interpret)
+
+
+def write(*copies: tuple[Ref, jax.Array, Ref]) -> None:
+    """Send arrays to global memory, each through its own shared memory, once the last call's copies have left it."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for staged, value, _ in copies:
+        staged[...] = value
+    plgpu.commit_smem()
+    for staged, _, target in copies:
+        plgpu.copy_smem_to_gmem(staged, target, commit_group=False)
+    plgpu.commit_smem_to_gmem_group()
+
+
+def pipelined(
+    body: Callable[..., Any],
+    tokens: Sequence[Ref],
+    gates: Sequence[Ref],
+    context: Callable[[Callable[[Any], Any]], None],
+    workers: int,
+    ahead: int,
+    order: Callable[[Any], Any],
+) -> None:
+    """Call body((step,), *blocks, carry) -> carry for each chunk in `order`, while TMA brings in that many more.
+
+    tokens: references [T, width]; gates: references [T]. `context` is given the walk as a function of the first carry.
+    """
+
+    def index(step):
+        return (order(step), 0)
+
+    blocks = [plgpu.BlockSpec((CHUNK, x.shape[1]), index, transforms=transforms(x.shape[1], x.dtype)) for x in tokens]
+    vectors = [plgpu.BlockSpec((CHUNK,), lambda step: (order(step),)) for _ in gates]
+    plgpu.emit_pipeline_warp_specialized(
+        body,
+        grid=(tokens[0].shape[0] // CHUNK,),
+        in_specs=[*blocks, *vectors],
+        max_concurrent_steps=ahead + 1,
+        num_compute_wgs=workers,
+        wg_axis="worker",
+        memory_registers=MEMORY_REGISTERS,
+        compute_context=context,
+    )(*tokens, *gates)
+
+
+def launch(
+    body: Callable[..., None],
+    *,
+    out: Any,
+    grid: dict[str, int],
+    workers: int,
+    interpret: bool,
+) -> Callable[..., Any]:
+    """The kernel with that many computing warpgroups, on axis "worker", and one that copies."""
+    return plgpu.kernel(
+        body,
+        out_type=out,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=workers + 1,
+        thread_name="worker",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            reduction_scratch_bytes=0,  # sums are along rows, which lie within a warp
+        ),
+        interpret=INTERPRETER if interpret else None,
+    )

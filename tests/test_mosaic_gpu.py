@@ -1,0 +1,155 @@
+"""The GPU kernels: against the definition in Pallas' interpreter, and lowered for an H100 that is not there."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from recallax.pallas_kernels import dispatch, mosaic_gpu
+from recallax.pallas_kernels.linear_attention import linear_attention
+from tests.test_ops import Case, compare, draw, segments
+
+THREADS = 4
+"""The interpreter runs each warpgroup of a block in a thread of its own, and they wait for each other; XLA needs as
+many, or they wait for ever."""
+VARIABLES = ("PJRT_NPROC", "NPROC")
+"""Where XLA reads how many threads it may have, in newer and in older versions of jax."""
+
+
+def enough_threads() -> bool:
+    told = [int(os.environ[name]) for name in VARIABLES if name in os.environ]
+    return min(told or [os.cpu_count() or 1]) >= THREADS
+
+
+interpreted = pytest.mark.skipif(not enough_threads(), reason="runs in the process that the first test starts")
+
+
+@pytest.mark.skipif(enough_threads(), reason="this process can run them itself")
+def test_the_interpreted_kernels_in_a_process_with_enough_threads(request):
+    chosen = request.config.getoption("markexpr")
+    environment = os.environ | dict.fromkeys(VARIABLES, str(THREADS))
+    others = "not lowers and not refused"
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-m", chosen, "-k", others, __file__]
+    folder = Path(__file__).parents[1]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+CASES = {
+    "one token": Case(1, 64, 64, heads=1, decay="token"),
+    "below a chunk": Case(13, 128, 64, heads=1),
+    "exactly two chunks": Case(128, 64, 64, heads=1, decay="constant"),
+    "odd": Case(67, 128, 128, heads=1, decay="token"),
+    "extreme decay": Case(131, 64, 64, heads=1, decay="extreme"),
+    "packed": Case(67, 64, 128, heads=1, documents=(1, 15, 1, 1, 20, 29)),
+    "packed, decay, padding": Case(131, 64, 64, heads=1, decay="token", documents=(16, 1, 50, 33), padded=31),
+}
+
+
+def check(case: Case, heads: int | None = None, *, state: bool = True) -> None:
+    """Values, final state and every gradient of the kernel; `heads` value heads if they are more than q's and k's."""
+    inputs = draw(case)
+    if heads:
+        rng = np.random.default_rng(3)
+        inputs["v"] = rng.normal(size=(2, case.length, heads, case.values))
+        inputs["log_decay"] = -np.abs(rng.normal(size=(2, case.length, heads)))
+    shape = (2, heads or case.heads, case.width, case.values)
+    first = np.random.default_rng(5).normal(size=shape) if state else None
+    ids = segments(case) if case.documents else None
+
+    def op(inputs, state, form):
+        with dispatch.interpreted():
+            return linear_attention(**inputs, state=state, segments=ids, implementation=form)
+
+    compare(op, case, inputs, first, "bfloat16", "mosaic_gpu")
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_linear_attention(case):
+    check(case)
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+def test_value_heads_share_a_query_head_and_no_state_is_an_empty_one():
+    check(Case(67, 64, 64, heads=1), heads=2, state=False)
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("values", [64, 128])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_linear_attention_at_every_width(case, width, values):
+    check(dataclasses.replace(case, width=width, values=values, heads=2))
+
+
+@interpreted
+def test_warpgroups_do_not_race(monkeypatch):
+    """Two warpgroups that share the state's operand, over more chunks than the pipeline has room for."""
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    monkeypatch.setattr(mosaic_gpu, "INTERPRETER", params)
+    case = Case(300, 128, 128, heads=1, decay="token")
+    inputs = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in draw(case).items()}
+
+    def total(inputs):
+        with dispatch.interpreted():
+            out, state = linear_attention(**inputs, implementation="mosaic_gpu")
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
+
+    slopes = jax.jit(jax.grad(total))(inputs)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(slopes))
+
+
+def h100():
+    """Trace for an H100, without one and without its plugin."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Explicit,), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("decay", [True, False], ids=["decay", "no decay"])
+@pytest.mark.parametrize("docs", [True, False], ids=["docs", "no docs"])
+def test_it_lowers_for_an_h100(width, decay, docs):
+    tokens = jax.ShapeDtypeStruct((2, 200, 2, width), jnp.bfloat16)
+    gate = jax.ShapeDtypeStruct((2, 200, 2), jnp.float32) if decay else None
+    ids = jax.ShapeDtypeStruct((2, 200), jnp.int32) if docs else None
+
+    def op(q, k, v, gate, ids):
+        return linear_attention(q, k, v, log_decay=gate, segments=ids, implementation="mosaic_gpu")
+
+    def slopes(q, k, v, gate, ids):
+        out, pull = jax.vjp(lambda q, k, v, gate: op(q, k, v, gate, ids), q, k, v, gate)
+        return pull(out)
+
+    with h100():
+        for function, kernels in ((op, 1), (slopes, 3)):
+            lowered = jax.jit(function).trace(tokens, tokens, tokens, gate, ids).lower(lowering_platforms=("cuda",))
+            assert lowered.as_text().count("custom_call @mosaic_gpu") == kernels
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"q": jnp.zeros((1, 4, 1, 32), jnp.bfloat16), "k": jnp.zeros((1, 4, 1, 32), jnp.bfloat16)}, "K is 32"),
+        ({"v": jnp.zeros((1, 4, 1, 64))}, "v is float32"),
+        ({"log_decay": jnp.zeros((1, 4, 1, 64))}, "64 channels"),
+    ],
+)
+def test_what_it_cannot_take_is_refused_with_the_reason(change, reason):
+    inputs = {name: jnp.zeros((1, 4, 1, 64), jnp.bfloat16) for name in "qkv"} | change
+    with dispatch.interpreted(), pytest.raises(dispatch.Unsupported, match=reason):
+        linear_attention(**inputs, implementation="mosaic_gpu")
+    with pytest.raises(dispatch.Unsupported, match="it is for a GPU and this is a CPU"):
+        linear_attention(**inputs, implementation="mosaic_gpu")
