@@ -6,8 +6,8 @@ cumulative log2-decay of a chunk, in the notation of `xla.py`,
 
     o_i = 2^L_i S^T q_i + sum_{j<=i} 2^(L_i - L_j) (q_i.k_j) v_j        S <- 2^L_C S + sum_j k_j (2^(L_C - L_j) v_j)^T
 
-A new document is a gate that forgets everything (`RESTART`), and padding is a key whose gate is so high that nothing is
-left of it (`PADDING`): the kernel knows neither. Operands of products are bfloat16, sums and the state float32.
+Documents and padding are in the gates (`gates.py`); without decays and documents there are none. Operands of products
+are bfloat16, sums and the state float32.
 """
 
 import functools
@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunking import Documents
 from recallax.pallas_kernels.dispatch import Unsupported, interpreting
+from recallax.pallas_kernels.linear_attention.gates import decay_slope, gates_of, log2_decay
 from recallax.pallas_kernels.mosaic_gpu import (
     CHUNK,
     COLUMNS,
@@ -44,20 +45,6 @@ from recallax.pallas_kernels.mosaic_gpu import (
 
 WIDTHS = (64, 128)
 """Of keys and of values: what a warpgroup's registers and the tensor cores' tiles are made for."""
-LOWEST = -150.0
-"""Log2-decay of a token at least: 2^-150 is 0 in float32, and differences of cumulative sums keep their digits."""
-RESTART = -200.0
-"""Log2-decay where a document starts."""
-PADDING = 1e9
-"""Cumulative log2-decay of a key that is padding."""
-LOG2E = 1.4426950408889634
-
-
-class Gates(NamedTuple):
-    """Log2-decay from the chunk's start to each token, its own included, as queries and as keys see it."""
-
-    query: Float[Array, "B H T"]
-    key: Float[Array, "B H T"]
 
 
 class _Inputs(NamedTuple):
@@ -96,7 +83,7 @@ def linear_attention(
     def padded(x):
         return jnp.pad(x, ((0, 0), (0, -length % CHUNK)) + ((0, 0),) * (x.ndim - 2))
 
-    decay = None if log_decay is None else jnp.maximum(log_decay[..., 0].astype(jnp.float32) * LOG2E, LOWEST)
+    decay = None if log_decay is None else log2_decay(log_decay)
     if docs is not None:
         docs = Documents(jnp.pad(docs.index, ((0, 0), (0, -length % CHUNK)), mode="edge"), padded(docs.valid))
     gate = None if decay is None else padded(decay)
@@ -111,7 +98,7 @@ def _attend(scale: float, interpret: bool, inputs: _Inputs, docs: Documents | No
 
 
 def _attend_fwd(scale, interpret, inputs, docs):
-    gates = _gates(inputs.decay, docs, inputs.v.shape[2])
+    gates = gates_of(inputs.decay, docs, inputs.v.shape[2], CHUNK)
     out, final = _forward(inputs, gates, scale, interpret)
     return (out, final), (inputs, docs)
 
@@ -127,7 +114,7 @@ def _attend_bwd(scale, interpret, kept, cotangents):
     inputs, docs = kept
     q, _, v, decay, _ = inputs
     grad, state_grad = cotangents
-    gates, gated = _gates(decay, docs, v.shape[2]), decay is not None
+    gates, gated = gates_of(decay, docs, v.shape[2], CHUNK), decay is not None
     dq, ascended = _query_gradient(inputs, gates, grad, scale, interpret, gated=gated)
     dk, dv, dstate, descended = _key_gradients(inputs, gates, grad, state_grad, scale, interpret, gated=gated)
     dq, dk = (jnp.sum(x.reshape(*q.shape[:3], -1, q.shape[3]), 3, jnp.float32).astype(q.dtype) for x in (dq, dk))
@@ -135,53 +122,11 @@ def _attend_bwd(scale, interpret, kept, cotangents):
     if gated:
         final, queries = ascended
         at_end = jnp.sum(jnp.swapaxes(final, 2, 3) * state_grad, axis=(2, 3))
-        slope = _decay_slope(jnp.sum(queries, axis=2) - jnp.sum(descended[0], axis=2), at_end, docs)
+        slope = decay_slope(jnp.sum(queries, axis=2) - jnp.sum(descended[0], axis=2), at_end, docs)
     return _Inputs(dq, dk, dv, slope, dstate), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _gates(decay: Float[Array, "B T H"] | None, docs: Documents | None, heads: int) -> Gates | None:
-    """The gates of every head; None where nothing decays and no document ends."""
-    if decay is None and docs is None:
-        return None
-    if docs is not None:
-        decay = jnp.zeros((*docs.valid.shape, heads), jnp.float32) if decay is None else decay
-        decay = jnp.where(_restarts(docs)[..., None], RESTART, jnp.where(docs.valid[..., None], decay, 0.0))
-    assert decay is not None
-    chunks = jnp.moveaxis(decay, 2, 1).reshape(decay.shape[0], heads, -1, CHUNK)
-    query = jnp.cumsum(chunks, axis=-1).reshape(*chunks.shape[:2], -1)
-    return Gates(query, query if docs is None else jnp.where(docs.valid[:, None], query, PADDING))
-
-
-def _restarts(docs: Documents) -> Bool[Array, "B T"]:
-    """Where documents start, other than the one that the incoming state belongs to."""
-    return jnp.diff(docs.index, axis=1, prepend=0) > 0
-
-
-def _decay_slope(
-    through: Float[Array, "B H T"], at_end: Float[Array, "B H"], docs: Documents | None
-) -> Float[Array, "B T H"]:
-    """The gradient of the log2-decay from each token's q.dq - k.dk and from the final state's product with its own.
-
-    A token's decay weighs every pair of an earlier key and a query that is the token's own or later, so its gradient
-    is what later queries see less what later keys are seen, up to the document's end, and the final state's part.
-    """
-    through = through.at[:, :, -1].add(at_end)
-    if docs is None:
-        slopes = lax.cumsum(through, axis=2, reverse=True)
-    else:
-        restarts = _restarts(docs)[:, None]
-
-        def join(later, earlier):
-            return jnp.where(earlier[1], earlier[0], earlier[0] + later[0]), earlier[1] | later[1]
-
-        ends = jnp.concatenate([restarts[:, :, 1:], jnp.zeros_like(restarts[:, :, :1])], axis=2)
-        ends = jnp.broadcast_to(ends, through.shape)
-        slopes, _ = lax.associative_scan(join, (through, ends), axis=2, reverse=True)
-        slopes = jnp.where(restarts | ~docs.valid[:, None], 0.0, slopes)
-    return jnp.moveaxis(slopes, 1, 2) / LOG2E
 
 
 class _Walk(NamedTuple):
@@ -209,7 +154,7 @@ def _forward(inputs, gates, scale, interpret):
     (b, t, groups, width), (h, values) = q.shape, v.shape[2:]
     sizes = _Walk(t, width, values, scale, interpret)
 
-    def kernel(q, k, v, gates, start, out, final):
+    def forward(q, k, v, gates, start, out, final):
         row, head = lax.axis_index("row"), lax.axis_index("head")
         group = lax.div(head, jnp.int32(h // groups))
         tokens = q.at[row, :, group], k.at[row, :, group], v.at[row, :, head]
@@ -217,7 +162,7 @@ def _forward(inputs, gates, scale, interpret):
         _ascend(sizes, tokens, gates, start.at[row, head], out.at[row, :, head], final=final.at[row, head])
 
     return launch(
-        kernel,
+        forward,
         out=(jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32)),
         grid={"row": b, "head": h},
         workers=sizes.workers,
@@ -234,7 +179,7 @@ def _query_gradient(inputs, gates, grad, scale, interpret, *, gated):
     (b, t, groups, width), (h, values) = q.shape, v.shape[2:]
     sizes = _Walk(t, values, width, scale, interpret)
 
-    def kernel(q, k, v, gates, start, grad, dq, kept):
+    def query_gradient(q, k, v, gates, start, grad, dq, kept):
         row, head = lax.axis_index("row"), lax.axis_index("head")
         group = lax.div(head, jnp.int32(h // groups))
         tokens = [grad.at[row, :, head], v.at[row, :, head], k.at[row, :, group]]
@@ -248,7 +193,7 @@ def _query_gradient(inputs, gates, grad, scale, interpret, *, gated):
         jax.ShapeDtypeStruct((b, h, sizes.workers, t), jnp.float32),
     )
     return launch(
-        kernel,
+        query_gradient,
         out=(jax.ShapeDtypeStruct((b, t, h, width), q.dtype), kept if gated else ()),
         grid={"row": b, "head": h},
         workers=sizes.workers,
@@ -262,7 +207,7 @@ def _key_gradients(inputs, gates, grad, state_grad, scale, interpret, *, gated):
     (b, t, groups, width), (h, values) = q.shape, v.shape[2:]
     sizes = _Walk(t, width, values, scale, interpret)
 
-    def kernel(q, k, v, gates, grad, end, dk, dv, start, sums):
+    def key_gradients(q, k, v, gates, grad, end, dk, dv, start, sums):
         row, head = lax.axis_index("row"), lax.axis_index("head")
         group = lax.div(head, jnp.int32(h // groups))
         tokens = q.at[row, :, group], k.at[row, :, group], v.at[row, :, head], grad.at[row, :, head]
@@ -272,7 +217,7 @@ def _key_gradients(inputs, gates, grad, state_grad, scale, interpret, *, gated):
 
     sums = jax.ShapeDtypeStruct((b, h, sizes.workers, t), jnp.float32)
     return launch(
-        kernel,
+        key_gradients,
         out=(
             jax.ShapeDtypeStruct((b, t, h, width), k.dtype),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
@@ -400,7 +345,7 @@ def _descend(sizes, tokens, gates, start, dk, dv, final, sums):
             time = pl.ds((last - index[0]) * CHUNK, CHUNK)
             if sums is not None:
                 sums[worker, time] = part_sums
-            if staged is None:  # shared memory is short: where the state's lower digits were
+            if low is not None and staged is None:  # shared memory is short: where the state's lower digits were
                 staged_k, staged_v = (low.at[zero, worker, pl.ds(i * CHUNK, CHUNK)] for i in range(2))
             else:
                 staged_k, staged_v = (x.at[zero, worker] for x in staged)

@@ -1,0 +1,191 @@
+"""What the GPU kernels compile to, for an H100 that is not there: registers, spills, shared memory, instructions.
+
+    python -m benchmarks.static_gpu            compile every case; append a row per kernel to results/static_gpu.jsonl
+    python -m benchmarks.static_gpu --report   the newest rows as a table
+
+It needs jax with its CUDA plugin (no GPU), and `ptxas` and `nvdisasm` (in the package nvidia-cuda-nvdisasm) on the
+PATH. A row is a fact about a program and says nothing about its speed; a spill, or more shared memory than a block
+has, is a defect.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parent / "results" / "static_gpu.jsonl"
+BATCH, LENGTH, HEADS = 8, 4096, 16
+SHARED_BYTES = 227 << 10
+"""That a block may have."""
+H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 19 }
+runtime_version { major: 13 minor: 0 patch: 0 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132
+  clock_rate_ghz: 1.98
+  fpus_per_core: 128
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_core: 233472
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  device_memory_size: 84929347584
+}
+"""
+
+type Row = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """Arguments of an op."""
+
+    op: str
+    keys: int
+    values: int
+    decay: bool
+    docs: bool
+
+
+CASES = [
+    Case("linear_attention", keys, values, decay, docs)
+    for keys in (64, 128)
+    for values in (64, 128)
+    for decay, docs in ((False, False), (True, False), (False, True))
+]
+"""Documents with a decay are the kernels of a decay alone."""
+
+
+def traced(case: Case) -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]]:
+    """The op with its gradients, and the shapes and dtypes of its arguments."""
+    import jax
+    import jax.numpy as jnp
+
+    from recallax.pallas_kernels.linear_attention import linear_attention
+
+    tokens = (BATCH, LENGTH, HEADS)
+    arguments = [((*tokens, w), jnp.bfloat16) for w in (case.keys, case.keys, case.values)]
+    arguments += [(tokens, jnp.float32)] * case.decay + [(tokens[:2], jnp.int32)] * case.docs
+
+    def run(q, k, v, *rest):
+        gate, ids = rest[0] if case.decay else None, rest[-1] if case.docs else None
+
+        def op(q, k, v, gate):
+            return linear_attention(q, k, v, log_decay=gate, segments=ids, implementation="mosaic_gpu")
+
+        out, pull = jax.vjp(op, q, k, v, gate)
+        return out, pull(out)
+
+    return run, arguments
+
+
+def compiled(case: Case, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Names of the case's kernels and where they were left as PTX."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    function, arguments = traced(case)
+    for old in folder.iterdir():
+        old.unlink()
+    axis = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",), axis_types=axis)
+    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    shapes = [jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for shape, dtype in arguments]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).compile()
+    for path in sorted(folder.glob("*.ptx"), key=lambda path: path.stat().st_mtime_ns):
+        yield path.stem.rsplit("_", 1)[0], path
+
+
+def facts(ptx: Path) -> Row:
+    """What ptxas and the disassembler say of a kernel."""
+    cubin = ptx.with_suffix(".cubin")
+    command = ["ptxas", "-arch=sm_90a", "-O3", "-v", str(ptx), "-o", str(cubin)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    code = subprocess.run(["nvdisasm", "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+    resources = ptx.with_suffix(".resources.txt").read_text()
+
+    def number(pattern: str, text: str) -> int:
+        found = re.search(pattern, text)
+        if found is None:
+            raise ValueError(f"no {pattern!r} in what was said of {ptx.name}:\n{text}")
+        return int(found.group(1))
+
+    return {
+        "registers": number(r"Used (\d+) registers", said),
+        "spill_store_bytes": number(r"(\d+) bytes spill stores", said),
+        "spill_load_bytes": number(r"(\d+) bytes spill loads", said),
+        "serialized_products": "wgmma.mma_async instructions are serialized" in said,
+        "shared_bytes": number(r"smem_scratch_bytes=(\d+)", resources),
+        "HGMMA": code.count("HGMMA"),
+        "UTMALDG": code.count("UTMALDG"),
+        "UTMASTG": code.count("UTMASTG"),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.MULTILINE)),
+    }
+
+
+def measure() -> Iterator[Row]:
+    import jax
+
+    from recallax.train.log import commit
+
+    with tempfile.TemporaryDirectory() as name:
+        os.environ["MOSAIC_GPU_DUMP_TO"] = name
+        for case in CASES:
+            for kernel, path in compiled(case, Path(name)):
+                yield {
+                    "kind": "static",
+                    "target": "sm_90a",
+                    **case._asdict(),
+                    "kernel": kernel,
+                    **facts(path),
+                    "versions": {"jax": jax.__version__},
+                    "commit": commit(),
+                }
+
+
+def report() -> None:
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    columns = ("op", "keys", "values", "decay", "docs", "kernel", "registers", "spill_store_bytes", "shared_bytes")
+    columns += ("HGMMA", "UTMALDG")
+    newest = {tuple(row[name] for name in columns[:6]): row for row in rows}
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in newest.values():
+        print("| " + " | ".join(str(row[name]) for name in columns) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="print the newest rows")
+    if parser.parse_args().report:
+        return report()
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    defects = 0
+    for row in measure():
+        print(json.dumps(row), flush=True)
+        defects += row["spill_store_bytes"] > 0 or row["shared_bytes"] > SHARED_BYTES or row["serialized_products"]
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    sys.exit(f"{defects} kernels spill, ask for too much shared memory, or wait for each product" if defects else 0)
+
+
+if __name__ == "__main__":
+    main()
