@@ -47,6 +47,7 @@ CASES = {
     "below a chunk": Case(13, 128, 64, heads=1),
     "exactly two chunks": Case(128, 64, 64, heads=1, decay="constant"),
     "odd": Case(67, 128, 128, heads=1, decay="token"),
+    "wide keys": Case(67, 128, 64, heads=1, decay="token"),
     "extreme decay": Case(131, 64, 64, heads=1, decay="extreme"),
     "packed": Case(67, 64, 128, heads=1, documents=(1, 15, 1, 1, 20, 29)),
     "packed, decay, padding": Case(131, 64, 64, heads=1, decay="token", documents=(16, 1, 50, 33), padded=31),

@@ -31,18 +31,19 @@ type Ref = Any
 """A reference into global or shared memory."""
 
 
-def transforms(width: int, dtype: Any) -> tuple[Any, ...]:
-    """How a matrix of that many columns lies in shared memory, for TMA and the tensor cores alike."""
-    size = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(width * size * 8)
+def transforms(tile: int) -> tuple[Any, ...]:
+    """How bfloat16 matrices lie in shared memory, for TMA and the tensor cores alike, in tiles of so many columns.
+
+    Both operands of a product need the same tiles, and a matrix can only be cut between them.
+    """
     tiling: Any = plgpu.TilingTransform  # pyright takes the two for abstract
     swizzling: Any = plgpu.SwizzleTransform
-    return tiling((8, swizzle // size)), swizzling(swizzle)
+    return tiling((8, tile)), swizzling(2 * tile)
 
 
-def matrix(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
-    """Shared memory for matrices."""
-    return plgpu.SMEM(shape, dtype, transforms=transforms(shape[-1], dtype))
+def matrix(*shape: int, tile: int) -> Any:
+    """Shared memory for bfloat16 matrices."""
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms(tile))
 
 
 def zeros(*shape: int) -> jax.Array:
@@ -129,6 +130,7 @@ def pipelined(
     gates: Sequence[Ref],
     context: Callable[[Callable[[Any], Any]], None],
     workers: int,
+    tile: int,
     ahead: int,
     order: Callable[[Any], Any],
 ) -> None:
@@ -140,7 +142,7 @@ def pipelined(
     def index(step):
         return (order(step), 0)
 
-    blocks = [plgpu.BlockSpec((CHUNK, x.shape[1]), index, transforms=transforms(x.shape[1], x.dtype)) for x in tokens]
+    blocks = [plgpu.BlockSpec((CHUNK, x.shape[1]), index, transforms=transforms(tile)) for x in tokens]
     vectors = [plgpu.BlockSpec((CHUNK,), lambda step: (order(step),)) for _ in gates]
     plgpu.emit_pipeline_warp_specialized(
         body,

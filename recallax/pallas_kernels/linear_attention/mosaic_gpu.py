@@ -137,11 +137,13 @@ class _Walk(NamedTuple):
     values: int
     scale: float
     interpret: bool
+    workers: int
+    """Computing warpgroups: the state and each product's result are divided among them by columns."""
 
     @property
-    def workers(self) -> int:
-        """Computing warpgroups: the state and each product's result are divided among them by columns."""
-        return min(self.width, self.values) // 64
+    def tile(self) -> int:
+        """Columns that every matrix can be cut at."""
+        return min(64, self.width // self.workers, self.values // self.workers)
 
     @property
     def worker(self) -> jax.Array | int:
@@ -152,7 +154,7 @@ class _Walk(NamedTuple):
 def _forward(inputs, gates, scale, interpret):
     q, k, v, _, state = inputs
     (b, t, groups, width), (h, values) = q.shape, v.shape[2:]
-    sizes = _Walk(t, width, values, scale, interpret)
+    sizes = _Walk(t, width, values, scale, interpret, min(width, values) // 64)
 
     def forward(q, k, v, gates, start, out, final):
         row, head = lax.axis_index("row"), lax.axis_index("head")
@@ -177,7 +179,7 @@ def _query_gradient(inputs, gates, grad, scale, interpret, *, gated):
     """
     q, k, v, _, state = inputs
     (b, t, groups, width), (h, values) = q.shape, v.shape[2:]
-    sizes = _Walk(t, values, width, scale, interpret)
+    sizes = _Walk(t, values, width, scale, interpret, min(width, values) // 64)
 
     def query_gradient(q, k, v, gates, start, grad, dq, kept):
         row, head = lax.axis_index("row"), lax.axis_index("head")
@@ -205,7 +207,7 @@ def _key_gradients(inputs, gates, grad, state_grad, scale, interpret, *, gated):
     """The gradients of k per value head, of v and of the state; if `gated` also sums for the decay's gradient."""
     q, k, v, _, state = inputs
     (b, t, groups, width), (h, values) = q.shape, v.shape[2:]
-    sizes = _Walk(t, width, values, scale, interpret)
+    sizes = _Walk(t, width, values, scale, interpret, max(width, values) // 64)
 
     def key_gradients(q, k, v, gates, grad, end, dk, dv, start, sums):
         row, head = lax.axis_index("row"), lax.axis_index("head")
@@ -261,10 +263,10 @@ def _ascend(sizes, tokens, gates, start, out, *, final=None, sums=None):
             return state
 
         ahead = 3 if sums is None and sizes.width + sizes.values == 2 * WIDTHS[0] else 1
-        pipelined(chunk, tokens, gates, context, workers, ahead, order=lambda step: step)
+        pipelined(chunk, tokens, gates, context, workers, sizes.tile, ahead, order=lambda step: step)
 
-    state = matrix(1, workers, sizes.width, own)
-    decayed, staged = matrix(1, workers, CHUNK, own), matrix(workers, CHUNK, own)
+    state = matrix(1, workers, sizes.width, own, tile=sizes.tile)
+    decayed, staged = (matrix(*shape, CHUNK, own, tile=sizes.tile) for shape in ((1, workers), (workers,)))
     pl.run_scoped(scoped, state, None if sums is None else state, decayed, staged, collective_axes="worker")
 
 
@@ -353,15 +355,17 @@ def _descend(sizes, tokens, gates, start, dk, dv, final, sums):
             return state
 
         last = sizes.tokens // CHUNK - 1
-        pipelined(chunk, tokens, gates, context, workers, 1, order=lambda step: last - step)
+        pipelined(chunk, tokens, gates, context, workers, sizes.tile, 1, order=lambda step: last - step)
 
-    state = matrix(1, workers, sizes.width, own)
-    staged = (matrix(1, workers, CHUNK, keys), matrix(1, workers, CHUNK, own)) if sums is None or workers == 1 else None
+    state = matrix(1, workers, sizes.width, own, tile=sizes.tile)
+    staged = None
+    if sums is None or workers == 1 or keys != own:
+        staged = tuple(matrix(1, workers, CHUNK, columns, tile=sizes.tile) for columns in (keys, own))
     pl.run_scoped(
         scoped,
         state,
         None if sums is None else state,
-        matrix(1, CHUNK, sizes.width),
+        matrix(1, CHUNK, sizes.width, tile=sizes.tile),
         staged,
         plgpu.Barrier(num_arrivals=workers),
         collective_axes="worker",
