@@ -72,7 +72,7 @@ CASES = [
 """Documents with a decay are the kernels of a decay alone."""
 
 
-def traced(case: Case) -> tuple[Callable[..., Any], list[tuple[tuple[int, ...], Any]]]:
+def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     """The op with its gradients, and the shapes and dtypes of its arguments."""
     import jax
     import jax.numpy as jnp
