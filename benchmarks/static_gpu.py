@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results" / "static_gpu.jsonl"
-BATCH, LENGTH, HEADS = 8, 4096, 16
+LENGTH, HEADS = 4096, 16
 SHARED_BYTES = 227 << 10
 """That a block may have."""
 H100 = """
@@ -61,6 +61,7 @@ class Case(NamedTuple):
     values: int
     decay: bool
     docs: bool
+    batch: int = 8
 
 
 CASES = [
@@ -70,6 +71,10 @@ CASES = [
     for decay, docs in ((False, False), (True, False), (False, True))
 ]
 """Documents with a decay are the kernels of a decay alone."""
+CASES += [
+    Case("linear_attention", width, width, decay, False, batch=1) for width in (64, 128) for decay in (False, True)
+]
+"""In segments."""
 
 
 def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
@@ -79,7 +84,7 @@ def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
 
     from recallax.pallas_kernels.linear_attention import linear_attention
 
-    tokens = (BATCH, LENGTH, HEADS)
+    tokens = (case.batch, LENGTH, HEADS)
     arguments = [((*tokens, w), jnp.bfloat16) for w in (case.keys, case.keys, case.values)]
     arguments += [(tokens, jnp.float32)] * case.decay + [(tokens[:2], jnp.int32)] * case.docs
 
@@ -164,12 +169,13 @@ def measure() -> Iterator[Row]:
 
 def report() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    columns = ("op", "keys", "values", "decay", "docs", "kernel", "registers", "spill_store_bytes", "shared_bytes")
+    columns = ("op", "batch", "keys", "values", "decay", "docs", "kernel")
+    columns += ("registers", "spill_store_bytes", "shared_bytes")
     columns += ("HGMMA", "UTMALDG")
-    newest = {tuple(row[name] for name in columns[:6]): row for row in rows}
+    newest = {tuple(row.get(name) for name in columns[:7]): row for row in rows}
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in newest.values():
-        print("| " + " | ".join(str(row[name]) for name in columns) + " |")
+        print("| " + " | ".join(str(row.get(name)) for name in columns) + " |")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from recallax.pallas_kernels import dispatch, mosaic_gpu
 from recallax.pallas_kernels.linear_attention import linear_attention
+from recallax.pallas_kernels.linear_attention import segments as segments_of
 from tests.test_ops import Case, compare, draw, segments
 
 THREADS = 4
@@ -86,6 +87,15 @@ def test_value_heads_share_a_query_head_and_no_state_is_an_empty_one():
 
 
 @interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("documents", [(), (60, 1, 70, 5)], ids=["one document", "documents"])
+def test_few_heads_walk_segments_at_once(documents, monkeypatch):
+    """Rows of four chunks as four blocks, each with the state that it starts from."""
+    monkeypatch.setattr(segments_of, "LEAST_CHUNKS", 1)
+    check(Case(200, 64, 64, heads=1, decay="token", documents=documents, padded=200 - sum(documents)))
+
+
+@interpreted
 @pytest.mark.full
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("values", [64, 128])
@@ -138,6 +148,18 @@ def test_it_lowers_for_an_h100(width, decay, docs):
         for function, kernels in ((op, 1), (slopes, 3)):
             lowered = jax.jit(function).trace(tokens, tokens, tokens, gate, ids).lower(lowering_platforms=("cuda",))
             assert lowered.as_text().count("custom_call @mosaic_gpu") == kernels
+
+
+def test_few_heads_lower_with_the_segments_that_an_h100_has_room_for():
+    tokens = jax.ShapeDtypeStruct((1, 8192, 4, 128), jnp.bfloat16)
+
+    def op(q, k, v):
+        return linear_attention(q, k, v, implementation="mosaic_gpu")
+
+    with h100():
+        lowered = jax.jit(op).trace(tokens, tokens, tokens).lower(lowering_platforms=("cuda",)).as_text()
+    assert segments_of.number_of_segments(4, 128) == 16
+    assert lowered.count("custom_call @mosaic_gpu") == 2 and "tensor<16x512x4x128xbf16>" in lowered
 
 
 @pytest.mark.parametrize(

@@ -11,37 +11,26 @@ are bfloat16, sums and the state float32.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunking import Documents
 from recallax.pallas_kernels.dispatch import Unsupported, interpreting
-from recallax.pallas_kernels.linear_attention.gates import decay_slope, gates_of, log2_decay
-from recallax.pallas_kernels.mosaic_gpu import (
-    CHUNK,
-    COLUMNS,
-    MATRIX,
-    ROWS,
-    accumulate,
-    along_columns,
-    along_rows,
-    decayed_rows,
-    launch,
-    load,
-    matrix,
-    pipelined,
-    rounded,
-    rows_and_columns,
-    unknown_zero,
-    write,
-    zeros,
+from recallax.pallas_kernels.linear_attention.gates import Gates, decay_slope, gates_of, log2_decay
+from recallax.pallas_kernels.linear_attention.segments import (
+    cut,
+    cut_last,
+    first_states,
+    join,
+    join_last,
+    number_of_segments,
 )
+from recallax.pallas_kernels.linear_attention.walks import Walk, ascend, descend
+from recallax.pallas_kernels.mosaic_gpu import CHUNK, launch
 
 WIDTHS = (64, 128)
 """Of keys and of values: what a warpgroup's registers and the tensor cores' tiles are made for."""
@@ -80,30 +69,42 @@ def linear_attention(
     if state is None:
         state = jnp.zeros((v.shape[0], v.shape[2], width, values), jnp.float32)
 
-    def padded(x):
-        return jnp.pad(x, ((0, 0), (0, -length % CHUNK)) + ((0, 0),) * (x.ndim - 2))
+    segments = number_of_segments(v.shape[0] * v.shape[2], -(-length // CHUNK))
+    extra = -length % (CHUNK * segments)
 
-    decay = None if log_decay is None else log2_decay(log_decay)
+    def padded(x):
+        return jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
+
     if docs is not None:
-        docs = Documents(jnp.pad(docs.index, ((0, 0), (0, -length % CHUNK)), mode="edge"), padded(docs.valid))
-    gate = None if decay is None else padded(decay)
-    inputs = _Inputs(padded(q), padded(k), padded(v), gate, state)
-    out, final = _attend(scale, interpret, inputs, docs)
+        docs = Documents(jnp.pad(docs.index, ((0, 0), (0, extra)), mode="edge"), padded(docs.valid))
+    decay = None if log_decay is None else padded(log2_decay(log_decay))
+    inputs = _Inputs(padded(q), padded(k), padded(v), decay, state)
+    out, final = _attend(_How(scale, segments, interpret), inputs, docs)
     return out[:, :length], final
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(scale: float, interpret: bool, inputs: _Inputs, docs: Documents | None):
-    return _attend_fwd(scale, interpret, inputs, docs)[0]
+class _How(NamedTuple):
+    """What is known when a kernel is built."""
+
+    scale: float
+    segments: int
+    interpret: bool
 
 
-def _attend_fwd(scale, interpret, inputs, docs):
-    gates = gates_of(inputs.decay, docs, inputs.v.shape[2], CHUNK)
-    out, final = _forward(inputs, gates, scale, interpret)
-    return (out, final), (inputs, docs)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(how: _How, inputs: _Inputs, docs: Documents | None):
+    return _attend_fwd(how, inputs, docs)[0]
 
 
-def _attend_bwd(scale, interpret, kept, cotangents):
+def _attend_fwd(how, inputs, docs):
+    n, (_, k, v, decay, state) = how.segments, inputs
+    gates = gates_of(decay, docs, v.shape[2], CHUNK)
+    starts = first_states(k, v, gates, state, n, reverse=False, interpret=how.interpret)
+    out, finals = _forward(_in_segments(inputs, n), _cut_gates(gates, n), starts, how)
+    return (join(out, n), finals[n - 1 :: n]), (inputs, docs)
+
+
+def _attend_bwd(how, kept, cotangents):
     """Two walks, as for the forward pass.
 
     A pair of tokens is in the sums for the decay's gradient twice, as q.dq and as k.dk, and in that gradient only
@@ -111,75 +112,67 @@ def _attend_bwd(scale, interpret, kept, cotangents):
     into the queries of the second, the sums are of those, pairs within a chunk are float32 in both, and in the
     products for the sums the states have their lower digits too.
     """
-    inputs, docs = kept
-    q, _, v, decay, _ = inputs
+    (inputs, docs), n = kept, how.segments
+    q, k, v, decay, state = inputs
     grad, state_grad = cotangents
     gates, gated = gates_of(decay, docs, v.shape[2], CHUNK), decay is not None
-    dq, ascended = _query_gradient(inputs, gates, grad, scale, interpret, gated=gated)
-    dk, dv, dstate, descended = _key_gradients(inputs, gates, grad, state_grad, scale, interpret, gated=gated)
+    state, end = jnp.swapaxes(state, 2, 3), jnp.swapaxes(state_grad, 2, 3)
+    starts = first_states(v, k, gates, state, n, reverse=False, interpret=how.interpret)
+    ends = first_states(grad, q, gates, end, n, scale=how.scale, reverse=True, interpret=how.interpret)
+    gates, parts, grad = _cut_gates(gates, n), _in_segments(inputs, n), cut(grad, n)
+    dq, ascended = _query_gradient(parts, gates, grad, starts, how, gated=gated)
+    dk, dv, dstates, descended = _key_gradients(parts, gates, grad, jnp.swapaxes(ends, 2, 3), how, gated=gated)
+    dq, dk, dv = join(dq, n), join(dk, n), join(dv, n)
     dq, dk = (jnp.sum(x.reshape(*q.shape[:3], -1, q.shape[3]), 3, jnp.float32).astype(q.dtype) for x in (dq, dk))
     slope = None
     if gated:
-        final, queries = ascended
-        at_end = jnp.sum(jnp.swapaxes(final, 2, 3) * state_grad, axis=(2, 3))
-        slope = decay_slope(jnp.sum(queries, axis=2) - jnp.sum(descended[0], axis=2), at_end, docs)
-    return _Inputs(dq, dk, dv, slope, dstate), None
+        finals, queries = ascended
+        at_end = jnp.sum(finals[n - 1 :: n] * end, axis=(2, 3))
+        through = jnp.sum(queries, axis=2) - jnp.sum(descended[0], axis=2)
+        slope = decay_slope(join_last(through, n), at_end, docs)
+    return _Inputs(dq, dk, dv, slope, dstates[::n]), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-class _Walk(NamedTuple):
-    """Sizes of one head's walk over time."""
-
-    tokens: int
-    width: int
-    values: int
-    scale: float
-    interpret: bool
-    workers: int
-    """Computing warpgroups: the state and each product's result are divided among them by columns."""
-
-    @property
-    def tile(self) -> int:
-        """Columns that every matrix can be cut at."""
-        return min(64, self.width // self.workers, self.values // self.workers)
-
-    @property
-    def worker(self) -> jax.Array | int:
-        """Which of them this is."""
-        return lax.axis_index("worker")
+def _in_segments(inputs: _Inputs, segments: int) -> tuple[Array, Array, Array]:
+    return cut(inputs.q, segments), cut(inputs.k, segments), cut(inputs.v, segments)
 
 
-def _forward(inputs, gates, scale, interpret):
-    q, k, v, _, state = inputs
+def _cut_gates(gates: Gates | None, segments: int) -> Gates | None:
+    return None if gates is None else Gates(cut_last(gates.query, segments), cut_last(gates.key, segments))
+
+
+def _forward(tokens, gates, state, how):
+    q, k, v = tokens
     (b, t, groups, width), (h, values) = q.shape, v.shape[2:]
-    sizes = _Walk(t, width, values, scale, interpret, min(width, values) // 64)
+    sizes = Walk(t, width, values, how.scale, how.interpret, min(width, values) // 64)
 
     def forward(q, k, v, gates, start, out, final):
         row, head = lax.axis_index("row"), lax.axis_index("head")
         group = lax.div(head, jnp.int32(h // groups))
         tokens = q.at[row, :, group], k.at[row, :, group], v.at[row, :, head]
         gates = [gate.at[row, head] for gate in gates]
-        _ascend(sizes, tokens, gates, start.at[row, head], out.at[row, :, head], final=final.at[row, head])
+        ascend(sizes, tokens, gates, start.at[row, head], out.at[row, :, head], final=final.at[row, head])
 
     return launch(
         forward,
         out=(jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32)),
         grid={"row": b, "head": h},
         workers=sizes.workers,
-        interpret=interpret,
+        interpret=how.interpret,
     )(q, k, v, gates or (), state)
 
 
-def _query_gradient(inputs, gates, grad, scale, interpret, *, gated):
+def _query_gradient(tokens, gates, grad, state, how, *, gated):
     """The gradient of q per value head. If `gated` also the final state transposed and sums for the decay's gradient.
 
-    That is linear attention itself, of the queries `grad`, the keys v and the values k.
+    That is linear attention itself, of the queries `grad`, the keys v, the values k and the transposed state.
     """
-    q, k, v, _, state = inputs
+    q, k, v = tokens
     (b, t, groups, width), (h, values) = q.shape, v.shape[2:]
-    sizes = _Walk(t, values, width, scale, interpret, min(width, values) // 64)
+    sizes = Walk(t, values, width, how.scale, how.interpret, min(width, values) // 64)
 
     def query_gradient(q, k, v, gates, start, grad, dq, kept):
         row, head = lax.axis_index("row"), lax.axis_index("head")
@@ -188,7 +181,7 @@ def _query_gradient(inputs, gates, grad, scale, interpret, *, gated):
         tokens += [q.at[row, :, group]] if gated else []
         final, sums = (x.at[row, head] for x in kept) if gated else (None, None)
         gates = [gate.at[row, head] for gate in gates]
-        _ascend(sizes, tokens, gates, start.at[row, head], dq.at[row, :, head], final=final, sums=sums)
+        ascend(sizes, tokens, gates, start.at[row, head], dq.at[row, :, head], final=final, sums=sums)
 
     kept = (
         jax.ShapeDtypeStruct((b, h, values, width), jnp.float32),
@@ -199,15 +192,15 @@ def _query_gradient(inputs, gates, grad, scale, interpret, *, gated):
         out=(jax.ShapeDtypeStruct((b, t, h, width), q.dtype), kept if gated else ()),
         grid={"row": b, "head": h},
         workers=sizes.workers,
-        interpret=interpret,
-    )(q, k, v, gates or (), jnp.swapaxes(state, 2, 3), grad)
+        interpret=how.interpret,
+    )(q, k, v, gates or (), state, grad)
 
 
-def _key_gradients(inputs, gates, grad, state_grad, scale, interpret, *, gated):
+def _key_gradients(tokens, gates, grad, state_grad, how, *, gated):
     """The gradients of k per value head, of v and of the state; if `gated` also sums for the decay's gradient."""
-    q, k, v, _, state = inputs
+    q, k, v = tokens
     (b, t, groups, width), (h, values) = q.shape, v.shape[2:]
-    sizes = _Walk(t, width, values, scale, interpret, max(width, values) // 64)
+    sizes = Walk(t, width, values, how.scale, how.interpret, max(width, values) // 64)
 
     def key_gradients(q, k, v, gates, grad, end, dk, dv, start, sums):
         row, head = lax.axis_index("row"), lax.axis_index("head")
@@ -215,7 +208,7 @@ def _key_gradients(inputs, gates, grad, state_grad, scale, interpret, *, gated):
         tokens = q.at[row, :, group], k.at[row, :, group], v.at[row, :, head], grad.at[row, :, head]
         dk, dv, start, end = dk.at[row, :, head], dv.at[row, :, head], start.at[row, head], end.at[row, head]
         sums = sums[0].at[row, head] if gated else None
-        _descend(sizes, tokens, [gate.at[row, head] for gate in gates], end, dk, dv, start, sums)
+        descend(sizes, tokens, [gate.at[row, head] for gate in gates], end, dk, dv, start, sums)
 
     sums = jax.ShapeDtypeStruct((b, h, sizes.workers, t), jnp.float32)
     return launch(
@@ -223,219 +216,10 @@ def _key_gradients(inputs, gates, grad, state_grad, scale, interpret, *, gated):
         out=(
             jax.ShapeDtypeStruct((b, t, h, width), k.dtype),
             jax.ShapeDtypeStruct(v.shape, v.dtype),
-            jax.ShapeDtypeStruct(state.shape, jnp.float32),
+            jax.ShapeDtypeStruct(state_grad.shape, jnp.float32),
             (sums,) if gated else (),
         ),
         grid={"row": b, "head": h},
         workers=sizes.workers,
-        interpret=interpret,
+        interpret=how.interpret,
     )(q, k, v, gates or (), grad, state_grad)
-
-
-def _ascend(sizes, tokens, gates, start, out, *, final=None, sums=None):
-    """One head forward in time.
-
-    tokens: q, k and v as [T, width] each in global memory. With `sums` also x, as wide as v: the sums over columns of
-    x times what the output owes to the state are written there, [workers, T] in float32, those of x times the rest
-    too: what the decay's gradient needs.
-    """
-    workers, worker = sizes.workers, sizes.worker
-    own = sizes.values // workers
-    columns = pl.ds(worker * own, own)
-
-    def scoped(held, low, decayed, staged):
-        def context(pipeline):
-            state = pipeline(plgpu.load(start.at[:, columns], layout=MATRIX, optimized=False))
-            if final is not None:
-                final[:, columns] = state
-            plgpu.wait_smem_to_gmem(0)
-
-        def chunk(index, *refs):
-            q, k, v, *x = refs[: len(tokens)]
-            v, x = v.at[:, columns], x[0].at[:, columns] if x else None
-            *gates, state = refs[len(tokens) :]
-            room = [None if x is None else x.at[unknown_zero(index[0]), worker] for x in (held, low, decayed)]
-            part, part_sums, state = _ascend_chunk(sizes, (q, k, v, x), gates, state, room)
-            time = pl.ds(index[0] * CHUNK, CHUNK)
-            if sums is not None:
-                sums[worker, time] = part_sums
-            write((staged.at[worker], part, out.at[time, columns]))
-            return state
-
-        ahead = 3 if sums is None and sizes.width + sizes.values == 2 * WIDTHS[0] else 1
-        pipelined(chunk, tokens, gates, context, workers, sizes.tile, ahead, order=lambda step: step)
-
-    state = matrix(1, workers, sizes.width, own, tile=sizes.tile)
-    decayed, staged = (matrix(*shape, CHUNK, own, tile=sizes.tile) for shape in ((1, workers), (workers,)))
-    pl.run_scoped(scoped, state, None if sums is None else state, decayed, staged, collective_axes="worker")
-
-
-def _ascend_chunk(sizes, tokens, gates, state, room):
-    """One chunk's output, its sums with x, and the state behind it.
-
-    room: for the state as an operand, for the digits that it loses so or None, and for the values as they reach the
-    chunk's end.
-    """
-    (q, k, v, x), (held, low, decayed) = tokens, room
-    square, shape, dtype, interpret = (CHUNK, CHUNK), v.shape, v.dtype, sizes.interpret
-    held[...] = state.astype(dtype)
-    if gates:
-        rows, last = plgpu.load(gates[0], layout=ROWS), plgpu.load(gates[0].at[CHUNK - 1])
-        left = jnp.exp2(last - plgpu.load(gates[1], layout=ROWS))
-        decayed[...] = decayed_rows(v, left, interpret=interpret).astype(dtype)
-    else:
-        decayed = v
-    if x is not None:
-        low[...] = (state - rounded(state, dtype, interpret)).astype(dtype)
-    plgpu.commit_smem()
-    query, key = rows_and_columns(square)
-    seen = query >= key
-
-    def decayed_scores(scores):
-        if not gates:
-            return jnp.where(seen, scores, 0.0)
-        gap = along_rows(rows, square) - along_columns(plgpu.load(gates[1], layout=COLUMNS), square)
-        return scores * jnp.exp2(jnp.where(seen, gap, -jnp.inf))
-
-    scores, out = (zeros(*square), (q, k.transpose((1, 0)))), (zeros(*shape), (q, held))
-    sums = None
-    if x is None:
-        scores, out = accumulate(scores, out, interpret=interpret)
-        scores = decayed_scores(scores).astype(dtype)
-    else:  # in two steps, or registers run out
-        scores, others = accumulate(scores, (zeros(*square), (x, v.transpose((1, 0)))), interpret=interpret)
-        scores = decayed_scores(scores)
-        sums = jnp.sum(scores * others, axis=1) * sizes.scale
-        scores = scores.astype(dtype)
-        (out,) = accumulate((*out, (q, low)), interpret=interpret)
-        seen_by = decayed_rows(x, jnp.exp2(rows), interpret=interpret, scale=sizes.scale)
-        sums += jnp.sum(out * seen_by, axis=1)
-    if gates:
-        out *= along_rows(jnp.exp2(rows), shape)
-        state *= jnp.exp2(last)
-    out, state = accumulate((out, (scores, v)), (state, (k.transpose((1, 0)), decayed)), interpret=interpret)
-    return (out * sizes.scale).astype(dtype), sums, state
-
-
-def _descend(sizes, tokens, gates, start, dk, dv, final, sums):
-    """One head backward in time: the gradients of k, v and the state, given the final state's.
-
-    tokens: q, k, v and the output's gradient, [T, width] each in global memory. sums: where to write the sums over
-    columns of k times its gradient, [workers, T], or None. Each warpgroup owns columns of dv and of the state's
-    gradient, and columns of dk.
-    """
-    workers, worker = sizes.workers, sizes.worker
-    keys, own = sizes.width // workers, sizes.values // workers
-    key_columns, columns = pl.ds(worker * keys, keys), pl.ds(worker * own, own)
-
-    def scoped(held, low, decayed, staged, published):
-        def context(pipeline):
-            state = pipeline(plgpu.load(start.at[:, columns], layout=MATRIX, optimized=False))
-            final[:, columns] = state
-            plgpu.wait_smem_to_gmem(0)
-
-        def meet():
-            if workers > 1:
-                plgpu.barrier_arrive(published)
-                plgpu.barrier_wait(published)
-
-        def chunk(index, q, k, v, grad, *rest):
-            *gates, state = rest
-            zero = unknown_zero(index[0])
-            room = held.at[zero], None if low is None else low.at[zero], decayed.at[zero]
-            dk_part, dv_part, part_sums, state = _descend_chunk(sizes, (q, k, v, grad), gates, state, room, meet)
-            time = pl.ds((last - index[0]) * CHUNK, CHUNK)
-            if sums is not None:
-                sums[worker, time] = part_sums
-            if low is not None and staged is None:  # shared memory is short: where the state's lower digits were
-                staged_k, staged_v = (low.at[zero, worker, pl.ds(i * CHUNK, CHUNK)] for i in range(2))
-            else:
-                staged_k, staged_v = (x.at[zero, worker] for x in staged)
-            write((staged_k, dk_part, dk.at[time, key_columns]), (staged_v, dv_part, dv.at[time, columns]))
-            return state
-
-        last = sizes.tokens // CHUNK - 1
-        pipelined(chunk, tokens, gates, context, workers, sizes.tile, 1, order=lambda step: last - step)
-
-    state = matrix(1, workers, sizes.width, own, tile=sizes.tile)
-    staged = None
-    if sums is None or workers == 1 or keys != own:
-        staged = tuple(matrix(1, workers, CHUNK, columns, tile=sizes.tile) for columns in (keys, own))
-    pl.run_scoped(
-        scoped,
-        state,
-        None if sums is None else state,
-        matrix(1, CHUNK, sizes.width, tile=sizes.tile),
-        staged,
-        plgpu.Barrier(num_arrivals=workers),
-        collective_axes="worker",
-    )
-
-
-def _descend_chunk(sizes, tokens, gates, state, room, meet):
-    """One chunk's gradients of k and v, the sums for the gates, and the gradient of the state before it.
-
-    Matrices of pairs have keys along the rows and queries along the columns. room: for the state's gradient as an
-    operand, for the digits that it loses so or None, and for the queries as they reach the chunk's start, of all
-    warpgroups; `meet` makes these wait for each other.
-    """
-    (q, k, v, grad), (held, low, decayed) = tokens, room
-    square, interpret, workers, worker = (CHUNK, CHUNK), sizes.interpret, sizes.workers, sizes.worker
-    keys, own = sizes.width // workers, sizes.values // workers
-    key_columns, columns = pl.ds(worker * keys, keys), pl.ds(worker * own, own)
-    dtype = v.dtype
-    if gates:
-        since = jnp.exp2(plgpu.load(gates[0], layout=ROWS))
-        arriving = decayed_rows(q.at[:, key_columns], since, interpret=interpret, scale=sizes.scale)
-    else:
-        arriving = load(q.at[:, key_columns]) * sizes.scale
-    decayed.at[:, key_columns][...] = arriving.astype(dtype)
-    scores, slopes = accumulate(
-        (zeros(*square), (k, q.transpose((1, 0)))), (zeros(*square), (v, grad.transpose((1, 0)))), interpret=interpret
-    )
-    key, query = rows_and_columns(square)
-    seen = key <= query
-    sums: Any = None
-    if gates:
-        rows = plgpu.load(gates[1], layout=ROWS)
-        gap = along_columns(plgpu.load(gates[0], layout=COLUMNS), square) - along_rows(rows, square)
-        decay = jnp.exp2(jnp.where(seen, gap, -jnp.inf)) * sizes.scale
-        scores *= decay
-        if low is not None:
-            sums = jnp.sum(scores * slopes, axis=1) / workers
-        slopes *= decay
-    else:
-        # Not a product with a mask of 0 and 1: the compiler would keep that in registers from chunk to chunk.
-        scores, slopes = (jnp.where(seen, x * sizes.scale, 0.0) for x in (scores, slopes))
-    scores, slopes = scores.astype(dtype), slopes.astype(dtype)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    held.at[worker][...] = state.astype(dtype)
-    if low is not None:
-        low.at[worker][...] = (state - rounded(state, dtype, interpret)).astype(dtype)
-    plgpu.commit_smem()
-    meet()
-    states = [held] if low is None else [held, low]
-    blocks = [(i, pl.ds(i * own, own)) for i in range(workers)]
-    from_keys = k, held.at[worker]
-    from_values = [(v.at[:, block], x.at[i, key_columns].transpose((1, 0))) for x in states for i, block in blocks]
-    within_values, within_keys = (scores, grad.at[:, columns]), (slopes, q.at[:, key_columns])
-    update = decayed.transpose((1, 0)), grad.at[:, columns]
-    dv, dk = zeros(CHUNK, own), zeros(CHUNK, keys)
-    if gates:  # one after another, or registers run out
-        last = plgpu.load(gates[0].at[CHUNK - 1])
-        left = jnp.exp2(last - rows)
-        (dv,) = accumulate((dv, from_keys), interpret=interpret)
-        dv, state = accumulate(
-            (dv * along_rows(left, dv.shape), within_values), (state * jnp.exp2(last), update), interpret=interpret
-        )
-        dv = dv.astype(dtype)
-        (dk,) = accumulate((dk, *from_values), interpret=interpret)
-        if low is not None:
-            sums += jnp.sum(dk * decayed_rows(k.at[:, key_columns], left, interpret=interpret), axis=1)
-        (dk,) = accumulate((dk * along_rows(left, dk.shape), within_keys), interpret=interpret)
-    else:
-        dv, dk, state = accumulate(
-            (dv, from_keys, within_values), (dk, *from_values, within_keys), (state, update), interpret=interpret
-        )
-    meet()  # before any of them overwrites what the others read
-    return dk.astype(dtype), dv.astype(dtype), sums, state
