@@ -9,6 +9,7 @@ has, is a defect.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -75,6 +76,7 @@ CASES += [
     Case("linear_attention", width, width, decay, False, batch=1) for width in (64, 128) for decay in (False, True)
 ]
 """In segments."""
+CASES += [Case("taylor_attention", 16, 64, False, docs) for docs in (False, True)]
 
 
 def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
@@ -83,18 +85,18 @@ def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     import jax.numpy as jnp
 
     from recallax.pallas_kernels.linear_attention import linear_attention
+    from recallax.pallas_kernels.taylor_attention import taylor_attention
 
+    ops = {"linear_attention": linear_attention, "taylor_attention": taylor_attention}
     tokens = (case.batch, LENGTH, HEADS)
     arguments = [((*tokens, w), jnp.bfloat16) for w in (case.keys, case.keys, case.values)]
     arguments += [(tokens, jnp.float32)] * case.decay + [(tokens[:2], jnp.int32)] * case.docs
 
     def run(q, k, v, *rest):
-        gate, ids = rest[0] if case.decay else None, rest[-1] if case.docs else None
-
-        def op(q, k, v, gate):
-            return linear_attention(q, k, v, log_decay=gate, segments=ids, implementation="mosaic_gpu")
-
-        out, pull = jax.vjp(op, q, k, v, gate)
+        ids = rest[-1] if case.docs else None
+        inputs = {"q": q, "k": k, "v": v} | ({"log_decay": rest[0]} if case.decay else {})
+        op = functools.partial(ops[case.op], segments=ids, implementation="mosaic_gpu")
+        out, pull = jax.vjp(lambda inputs: op(**inputs), inputs)
         return out, pull(out)
 
     return run, arguments
@@ -147,14 +149,14 @@ def facts(ptx: Path) -> Row:
     }
 
 
-def measure() -> Iterator[Row]:
+def measure(op: str | None) -> Iterator[Row]:
     import jax
 
     from recallax.train.log import commit
 
     with tempfile.TemporaryDirectory() as name:
         os.environ["MOSAIC_GPU_DUMP_TO"] = name
-        for case in CASES:
+        for case in (case for case in CASES if op in (None, case.op)):
             for kernel, path in compiled(case, Path(name)):
                 yield {
                     "kind": "static",
@@ -180,12 +182,14 @@ def report() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", help="the cases of one op alone")
     parser.add_argument("--report", action="store_true", help="print the newest rows")
-    if parser.parse_args().report:
+    chosen = parser.parse_args()
+    if chosen.report:
         return report()
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     defects = 0
-    for row in measure():
+    for row in measure(chosen.op):
         print(json.dumps(row), flush=True)
         defects += row["spill_store_bytes"] > 0 or row["shared_bytes"] > SHARED_BYTES or row["serialized_products"]
         with RESULTS.open("a") as file:

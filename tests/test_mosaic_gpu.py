@@ -15,7 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from recallax.pallas_kernels import dispatch, mosaic_gpu
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.linear_attention import segments as segments_of
-from tests.test_ops import Case, compare, draw, segments
+from recallax.pallas_kernels.taylor_attention import taylor_attention
+from tests.test_ops import Case, compare, draw, segments, taylor_state
 
 THREADS = 4
 """The interpreter runs each warpgroup of a block in a thread of its own, and they wait for each other; XLA needs as
@@ -105,6 +106,27 @@ def test_linear_attention_at_every_width(case, width, values):
     check(dataclasses.replace(case, width=width, values=values, heads=2))
 
 
+TAYLOR_CASES = {
+    "one token": Case(1, 16, 64, heads=1),
+    "odd": Case(67, 16, 64, heads=1),
+    "exactly two chunks": Case(128, 16, 64, heads=1),
+    "packed, padding": Case(131, 16, 64, heads=1, documents=(16, 1, 50, 33), padded=31),
+}
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("case", TAYLOR_CASES.values(), ids=TAYLOR_CASES)
+def test_taylor_attention(case):
+    ids = segments(case) if case.documents else None
+
+    def op(inputs, state, form):
+        with dispatch.interpreted():
+            return taylor_attention(**inputs, state=state, segments=ids, implementation=form)
+
+    compare(op, case, draw(case), taylor_state(case, "symmetric"), "bfloat16", "mosaic_gpu")
+
+
 @interpreted
 def test_warpgroups_do_not_race(monkeypatch):
     """Two warpgroups that share the state's operand, over more chunks than the pipeline has room for."""
@@ -160,6 +182,19 @@ def test_few_heads_lower_with_the_segments_that_an_h100_has_room_for():
         lowered = jax.jit(op).trace(tokens, tokens, tokens).lower(lowering_platforms=("cuda",)).as_text()
     assert segments_of.number_of_segments(4, 128) == 16
     assert lowered.count("custom_call @mosaic_gpu") == 2 and "tensor<16x512x4x128xbf16>" in lowered
+
+
+@pytest.mark.parametrize("docs", [True, False], ids=["docs", "no docs"])
+def test_taylor_attention_lowers_for_an_h100(docs):
+    keys, values = (jax.ShapeDtypeStruct((2, 200, 2, width), jnp.bfloat16) for width in (16, 64))
+    ids = jax.ShapeDtypeStruct((2, 200), jnp.int32) if docs else None
+
+    def op(q, k, v, ids):
+        return taylor_attention(q, k, v, segments=ids, implementation="mosaic_gpu")
+
+    with h100():
+        lowered = jax.jit(op).trace(keys, keys, values, ids).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
 
 
 @pytest.mark.parametrize(

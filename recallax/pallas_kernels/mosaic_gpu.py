@@ -130,19 +130,20 @@ def pipelined(
     gates: Sequence[Ref],
     context: Callable[[Callable[[Any], Any]], None],
     workers: int,
-    tile: int,
+    tile: int | None,
     ahead: int,
     order: Callable[[Any], Any],
 ) -> None:
     """Call body((step,), *blocks, carry) -> carry for each chunk in `order`, while TMA brings in that many more.
 
-    tokens: references [T, width]; gates: references [T]. `context` is given the walk as a function of the first carry.
+    tokens: references [T, width], in tiles of so many columns, None: of their widths; gates: references [T]. `context`
+    is given the walk as a function of the first carry.
     """
 
     def index(step):
         return (order(step), 0)
 
-    blocks = [plgpu.BlockSpec((CHUNK, x.shape[1]), index, transforms=transforms(tile)) for x in tokens]
+    blocks = [plgpu.BlockSpec((CHUNK, x.shape[1]), index, transforms=transforms(tile or x.shape[1])) for x in tokens]
     vectors = [plgpu.BlockSpec((CHUNK,), lambda step: (order(step),)) for _ in gates]
     plgpu.emit_pipeline_warp_specialized(
         body,

@@ -14,10 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels import feature_maps
 from recallax.pallas_kernels.chunking import documents
-from recallax.pallas_kernels.dispatch import call, require
+from recallax.pallas_kernels.dispatch import call, kernel, require
 from recallax.pallas_kernels.taylor_attention import reference, xla
 
-FORMS = {"reference": reference.taylor_attention, "xla": xla.taylor_attention}
+FORMS = {
+    "reference": reference.taylor_attention,
+    "xla": xla.taylor_attention,
+    "mosaic_gpu": kernel("recallax.pallas_kernels.taylor_attention.mosaic_gpu", "taylor_attention"),
+}
 FEATURES = {"symmetric": feature_maps.taylor, "full": feature_maps.taylor_full}
 
 type Features = Literal["symmetric", "full"]
