@@ -37,10 +37,10 @@ from recallax.pallas_kernels.mosaic_gpu import (
     accumulate,
     along_columns,
     along_rows,
+    decayed_rows,
     launch,
     matrix,
     pipelined,
-    rows_and_columns,
     unknown_zero,
     write,
     zeros,
@@ -150,25 +150,24 @@ def _forward(q, k, v, gates, state, totals, interpret):
     def forward(q, k, v, gates, picks, start, start_total, out, total, final, final_total):
         row, head = lax.axis_index("row"), lax.axis_index("head")
 
-        def scoped(held, sums, picked, staged, arrived):
+        def scoped(held, sums, picked, kept, staged, arrived):
             def context(pipeline):
                 plgpu.copy_gmem_to_smem(picks, picked, arrived)
+                plgpu.copy_gmem_to_smem(start_total.at[row, head], sums.at[0], arrived)
                 plgpu.barrier_wait(arrived)
-                for i in range(TILES):
-                    at = row, head, _tile(i)
-                    sums.at[0, _tile(i)][...] = plgpu.load(start_total.at[at], layout=ROWS, optimized=False)
                 states = pipeline(
                     [plgpu.load(start.at[row, head, _tile(i)], layout=MATRIX, optimized=False) for i in range(TILES)]
                 )
                 for i in range(TILES):
                     final[row, head, _tile(i)] = states[i]
-                    final_total[row, head, _tile(i)] = plgpu.load(sums.at[0, _tile(i)], layout=ROWS)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(sums.at[0], final_total.at[row, head])
                 plgpu.wait_smem_to_gmem(0)
 
             def chunk(index, q, k, v, *rest):
                 *gates, states = rest
                 zero = unknown_zero(index[0])
-                room = held.at[zero], sums.at[zero], picked.at[zero]
+                room = held.at[zero], sums.at[zero], picked.at[zero], kept.at[zero] if gates else None
                 time = pl.ds(index[0] * CHUNK, CHUNK)
                 part, total[row, head, time] = _read(q, k, v, gates, states, room, interpret)
                 write((staged.at[zero], part, out.at[row, time, head]))
@@ -183,8 +182,9 @@ def _forward(q, k, v, gates, state, totals, interpret):
             matrix(1, TILES * TILE, VALUES, tile=64),
             plgpu.SMEM((1, TILES * TILE), jnp.float32),
             matrix(1, 3, TILES * TILE, COLUMN, tile=32),
+            matrix(1, 2, CHUNK, COLUMN, tile=COLUMN),
             matrix(1, CHUNK, VALUES, tile=64),
-            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=2),
             collective_axes="worker",
         )
 
@@ -209,29 +209,35 @@ def _tile(i: int) -> Any:
 def _read(q, k, v, gates, states, room, interpret):
     """One chunk's numerators and denominators.
 
-    room: for the state as an operand, the features' sums, and the matrices that pick columns.
+    room: for the state as an operand, the features' sums, the matrices that pick columns, and, with documents, for the
+    queries and keys that do not see the state before the chunk or are not in the one behind it as zeros.
     """
-    square, dtype, (held, sums, picked) = (CHUNK, CHUNK), v.dtype, room
+    square, dtype, (held, sums, picked, kept) = (CHUNK, CHUNK), v.dtype, room
+    own = q
+    if gates:
+        rows, last = plgpu.load(gates[0], layout=ROWS), plgpu.load(gates[0].at[CHUNK - 1])
+        left = jnp.exp2(last - plgpu.load(gates[1], layout=ROWS))
+        for i, (x, factor) in enumerate(((q, jnp.exp2(rows)), (k, left))):
+            kept.at[i][...] = decayed_rows(x, factor, interpret=interpret).astype(dtype)
+        own = kept.at[0]
     for i in range(TILES):
         held.at[_tile(i)][...] = states[i].astype(dtype)
     plgpu.commit_smem()
     out, totals = zeros(CHUNK, VALUES), []
     for i in range(TILES):
-        features = _features(q, picked, i, 2, interpret)
+        features = _features(own, picked, i, 2, interpret)
         seen_sums = features * along_columns(plgpu.load(sums.at[_tile(i)], layout=COLUMNS), square)
         totals.append(jnp.sum(seen_sums, axis=1))
         (out,) = accumulate((out, (features.astype(dtype), held.at[_tile(i)])), interpret=interpret)
     total = totals[0] + totals[1] + totals[2]
     (scores,) = accumulate((zeros(*square), (q, k.transpose((1, 0)))), interpret=interpret)
     scores = 0.5 + 0.5 * scores * scores
-    query, key = rows_and_columns(square)
+    query, key = (plgpu.broadcasted_iota(jnp.int32, square, axis, layout=MATRIX) for axis in (0, 1))
     seen = query >= key
     if gates:
         rows = plgpu.load(gates[0], layout=ROWS)
         gap = along_rows(rows, square) - along_columns(plgpu.load(gates[1], layout=COLUMNS), square)
         scores *= jnp.exp2(jnp.where(seen, gap, -jnp.inf))
-        out *= along_rows(jnp.exp2(rows), out.shape)
-        total *= jnp.exp2(rows)
     else:
         scores = jnp.where(seen, scores, 0.0)
     total += jnp.sum(scores, axis=1)
@@ -241,15 +247,14 @@ def _read(q, k, v, gates, states, room, interpret):
 
 def _updated(k, v, gates, states, room, interpret):
     """The state behind a chunk; the features' sums are replaced."""
-    (_, sums, picked), after = room, []
+    (_, sums, picked, kept), after = room, []
+    k = kept.at[1] if gates else k
     for i, state in enumerate(states):
         features = _features(k, picked, i, 1, interpret, transposed=True)
         total = plgpu.load(sums.at[_tile(i)], layout=ROWS)
         if gates:
-            last = plgpu.load(gates[0].at[CHUNK - 1])
-            left = jnp.exp2(last - plgpu.load(gates[1], layout=COLUMNS))
-            features *= along_columns(left, features.shape)
-            state, total = state * jnp.exp2(last), total * jnp.exp2(last)
+            remaining = jnp.exp2(plgpu.load(gates[0].at[CHUNK - 1]))
+            state, total = state * remaining, total * remaining
         sums.at[_tile(i)][...] = total + jnp.sum(features, axis=1)
         (state,) = accumulate((state, (features.astype(v.dtype), v)), interpret=interpret)
         after.append(state)
