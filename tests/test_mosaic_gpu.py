@@ -13,10 +13,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from recallax.pallas_kernels import dispatch, mosaic_gpu
+from recallax.pallas_kernels.cases import Case, draw, segments
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.linear_attention import segments as segments_of
+from recallax.pallas_kernels.taylor_attention import cases as taylor_cases
 from recallax.pallas_kernels.taylor_attention import taylor_attention
-from tests.test_ops import Case, compare, draw, segments, taylor_state
+from tests.test_ops import compare
 
 THREADS = 4
 """The interpreter runs each warpgroup of a block in a thread of its own, and they wait for each other; XLA needs as
@@ -124,7 +126,7 @@ def test_taylor_attention(case):
         with dispatch.interpreted():
             return taylor_attention(**inputs, state=state, segments=ids, implementation=form)
 
-    compare(op, case, draw(case), taylor_state(case, "symmetric"), "bfloat16", "mosaic_gpu")
+    compare(op, case, taylor_cases.inputs(case), taylor_cases.state(case, "symmetric"), "bfloat16", "mosaic_gpu")
 
 
 @interpreted
