@@ -91,7 +91,7 @@ def test_value_heads_share_a_query_head_and_no_state_is_an_empty_one():
 
 @interpreted
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("documents", [(), (60, 1, 70, 5)], ids=["one document", "documents"])
+@pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 70, 5)], ids=["one", "four"])
 def test_few_heads_walk_segments_at_once(documents, monkeypatch):
     """Rows of four chunks as four blocks, each with the state that it starts from."""
     monkeypatch.setattr(segments_of, "LEAST_CHUNKS", 1)
