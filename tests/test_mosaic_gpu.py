@@ -13,11 +13,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from recallax.pallas_kernels import dispatch, mosaic_gpu
+from recallax.pallas_kernels.cases import Case, draw, segments
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.linear_attention import segments as segments_of
+from recallax.pallas_kernels.taylor_attention import cases as taylor_cases
 from recallax.pallas_kernels.taylor_attention import taylor_attention
-from recallax.pallas_kernels.taylor_attention.cases import state as taylor_state
-from tests.test_ops import Case, compare, draw, segments
+from tests.test_ops import compare
 
 THREADS = 4
 """The interpreter runs each warpgroup of a block in a thread of its own, and they wait for each other; XLA needs as
@@ -90,7 +91,7 @@ def test_value_heads_share_a_query_head_and_no_state_is_an_empty_one():
 
 @interpreted
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("documents", [(), (60, 1, 70, 5)], ids=["one document", "documents"])
+@pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 70, 5)], ids=["one", "four"])
 def test_few_heads_walk_segments_at_once(documents, monkeypatch):
     """Rows of four chunks as four blocks, each with the state that it starts from."""
     monkeypatch.setattr(segments_of, "LEAST_CHUNKS", 1)
@@ -125,7 +126,7 @@ def test_taylor_attention(case):
         with dispatch.interpreted():
             return taylor_attention(**inputs, state=state, segments=ids, implementation=form)
 
-    compare(op, case, draw(case), taylor_state(case, "symmetric"), "bfloat16", "mosaic_gpu")
+    compare(op, case, taylor_cases.inputs(case), taylor_cases.state(case, "symmetric"), "bfloat16", "mosaic_gpu")
 
 
 @interpreted
