@@ -60,7 +60,7 @@ def over_every_memory() -> list[MoM]:
 each_mixer = pytest.mark.parametrize(
     "config", [*mixers(), *(pytest.param(m, marks=pytest.mark.full) for m in over_every_memory())], ids=label
 )
-each_model = pytest.mark.parametrize("name", tiny_models())
+each_model = pytest.mark.parametrize("name", {repr(model): name for name, model in tiny_models().items()}.values())
 
 
 @pytest.fixture

@@ -90,7 +90,14 @@ ONCE = {"deep": 1, "exact": 1}
 """At one token as well."""
 
 
-@pytest.mark.parametrize(("name", "length"), [*((name, 29) for name in LEARNERS), *ONCE.items()])
+WIDE = ("linear", "three layers, huber", "exact, no momentum", "exact, decay to zero", "exact at the decayed")
+"""What other learners show as well: left to `make test-full`."""
+
+
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [*(pytest.param(n, 29, marks=[pytest.mark.full] * (n in WIDE)) for n in LEARNERS), *ONCE.items()],
+)
 def test_the_dual_form_is_the_token_loop_in_values_and_gradients(name, length):
     learner = LEARNERS[name]
     tokens, fixed = draw(learner, length)
