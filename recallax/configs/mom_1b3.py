@@ -7,8 +7,9 @@ the counts of `recallax show` are tested. Cost: hours on one H100.
     recallax show mom_1b3
 """
 
-from recallax.configs import mom_380m
 from recallax.configs.based_360m import language_model_size, tiny_stack
+from recallax.configs.mom_380m import tiny_blocks
+from recallax.models import LMConfig
 from recallax.models.mom import mom_1b3
 from recallax.train.run import RunConfig
 
@@ -18,4 +19,4 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    return tiny_stack(get_config(), mom_380m.get_tiny().model)
+    return tiny_stack(get_config(), LMConfig(d_model=16, pattern="mom*2", blocks=tiny_blocks()))
