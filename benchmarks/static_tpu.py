@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
+from recallax.models.accounting import programs_inside
 from recallax.pallas_kernels.delta_rule import delta_rule
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.selective_scan import selective_scan
@@ -142,9 +143,8 @@ def _grids(jaxpr: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             yield equation.params["name"], equation.params["grid_mapping"].grid
-        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                yield from _grids(getattr(inner, "jaxpr", inner))
+        for inner in programs_inside(equation.params):
+            yield from _grids(inner)
 
 
 def _kernels(folder: Path, grids: dict[str, Sequence[int]]) -> Iterator[tuple[str, Row]]:

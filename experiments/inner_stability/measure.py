@@ -4,6 +4,7 @@ experiments.inner_stability.measure` rewrites results.jsonl and table.md."""
 import json
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +14,20 @@ from recallax.pallas_kernels.neural_memory import Fixed, Learner, Tokens, neural
 from recallax.pallas_kernels.neural_memory.learner import LinearNet
 from recallax.train.log import commit
 
+type Gradient = Literal["token", "chunk_start"]
+
 HERE = Path(__file__).parent
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 CHUNKS = (1, 4, 16, 64)
 COSINES = (0.0, 0.3, 0.7)
 MOMENTA = (0.0, 0.9)
+GRADIENTS: tuple[Gradient, ...] = ("token", "chunk_start")
 WIDTH, LENGTH = 64, 1024
 BOUND = 100.0
 """A memory of unit keys and values is of size one; what exceeds this has diverged, or will."""
 
 
-def largest(gradient: str, chunk: int, cosine: float, momentum: float, seed: int = 0) -> float:
+def largest(gradient: Gradient, chunk: int, cosine: float, momentum: float, seed: int = 0) -> float:
     """The largest rate of the grid up to which every one stays bounded; 0 if none does. One head per rate."""
     rng, heads = np.random.default_rng(seed), len(RATES)
     shared = rng.normal(size=WIDTH)
@@ -37,7 +41,7 @@ def largest(gradient: str, chunk: int, cosine: float, momentum: float, seed: int
     log_momentum = jnp.full_like(lr, np.log(max(momentum, 1e-30)))
     tokens = Tokens(keys, keys, values, lr, log_momentum, jnp.zeros_like(lr))
     nothing = jnp.zeros((heads, WIDTH))
-    learner = Learner(network=LinearNet(), momentum=momentum > 0, gradient=gradient, chunk=chunk)  # type: ignore[arg-type]
+    learner = Learner(network=LinearNet(), momentum=momentum > 0, gradient=gradient, chunk=chunk)
     fixed = Fixed({"w1": jnp.zeros((heads, WIDTH, WIDTH))}, nothing, nothing)
     out, _ = jax.jit(lambda tokens: neural_memory(learner, tokens, fixed))(tokens)
     size = np.abs(np.asarray(out)[0]).max(axis=(0, 2))
@@ -47,7 +51,7 @@ def largest(gradient: str, chunk: int, cosine: float, momentum: float, seed: int
 
 def main() -> None:
     rows = []
-    for gradient, cosine, momentum in product(("token", "chunk_start"), COSINES, MOMENTA):
+    for gradient, cosine, momentum in product(GRADIENTS, COSINES, MOMENTA):
         found = {chunk: largest(gradient, chunk, cosine, momentum) for chunk in CHUNKS}
         rows.append(
             {"gradient": gradient, "cosine": cosine, "momentum": momentum, "largest": found, "commit": commit()}

@@ -65,7 +65,7 @@ def forward_flops(config: LMConfig, length: int, vocab_size: int | None = None, 
 def _flops(jaxpr) -> int:
     total = 0
     for eqn in jaxpr.eqns:
-        name, inner = eqn.primitive.name, [_flops(sub) for sub in _inner(eqn.params)]
+        name, inner = eqn.primitive.name, [_flops(sub) for sub in programs_inside(eqn.params)]
         if name == "dot_general":
             (contract, _), _ = eqn.params["dimension_numbers"]
             total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contract)
@@ -80,7 +80,7 @@ def _flops(jaxpr) -> int:
     return total
 
 
-def _inner(params: dict) -> list:
+def programs_inside(params: dict) -> list:
     """The programs inside an equation, wherever its parameters hold them."""
     values = [v for p in params.values() for v in (p if isinstance(p, list | tuple) else [p])]
     opened = [getattr(v, "jaxpr", v) for v in values]

@@ -1,7 +1,7 @@
 """The cross-entropy of a linear readout in chunks of rows, with its gradient taken in the forward pass.
 
 Each chunk's logits turn into its losses and into the gradients of hidden, weight and bias before the next chunk begins,
-so at most `CHUNK` rows of logits exist, and they stay in the cache. Chunk p holds the rows p, p + P, p + 2P, ...:
+so at most `LOGITS` of them exist, which on a CPU stay in its cache. Chunk p holds the rows p, p + P, p + 2P, ...:
 where rows are spread over devices, each then keeps its share of every chunk.
 """
 
@@ -15,8 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 from recallax.pallas_kernels.dispatch import platform
 from recallax.pallas_kernels.product import product
 
-CHUNK = {"cpu": 128, "gpu": 4096, "tpu": 4096}
-"""Most rows of logits at a time: on a CPU what its cache holds, elsewhere what fills the matrix units."""
+LOGITS = {"cpu": 2**20, "gpu": 2**28, "tpu": 2**28}
+"""Most logits at a time, by platform: on a CPU what its cache holds, elsewhere a gigabyte."""
+LEAST = 64
+"""Rows of a chunk however large the vocabulary: fewer leave the product idle."""
 
 
 class _Head(NamedTuple):
@@ -55,7 +57,7 @@ def _scores(soft_cap: float | None, z_loss: float, head: _Head, rows: _Rows) -> 
     def body(_: None, part: _Rows) -> tuple[None, _Losses]:
         return None, _losses(soft_cap, z_loss, head, part)[0]
 
-    _, losses = _walk(body, None, rows)
+    _, losses = _walk(body, None, head.weight.shape[0], rows)
     return _outputs(rows, losses)
 
 
@@ -71,7 +73,7 @@ def _forward(soft_cap: float | None, z_loss: float, head: _Head, rows: _Rows):
 
     vocab, width = head.weight.shape
     zeros = (jnp.zeros((width, vocab), jnp.float32), jnp.zeros(vocab, jnp.float32))
-    (weight, bias), (losses, hidden) = _walk(body, zeros, rows)
+    (weight, bias), (losses, hidden) = _walk(body, zeros, vocab, rows)
     slopes = _Head(weight.T.astype(head.weight.dtype), None if head.bias is None else bias.astype(head.bias.dtype))
     return _outputs(rows, losses), (slopes, hidden, losses.objective)
 
@@ -109,10 +111,10 @@ def _outputs(rows: _Rows, losses: _Losses) -> tuple[Array, Array, Array]:
     return jnp.sum(rows.scale * losses.objective), losses.loss, losses.right
 
 
-def _walk(body, carry, rows: _Rows):
+def _walk(body, carry, vocab: int, rows: _Rows):
     """`scan` over chunks of rows; what it stacks comes back as rows."""
     count = rows.targets.shape[0]
-    parts = _parts(count, CHUNK[platform()])
+    parts = _parts(count, max(LEAST, LOGITS[platform()] // vocab))
     if parts == 1:
         return body(carry, rows)
     carry, out = jax.lax.scan(body, carry, jax.tree.map(lambda x: _deal(x, parts), rows))
