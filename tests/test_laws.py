@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from recallax.__main__ import config_names
-from recallax.layers import MemoryAsGate, MixerConfig, MoM, NeuralMemory, Nothing, RecurrentMixer, Site
+from recallax.layers import MemoryAsContext, MemoryAsGate, MixerConfig, MoM, NeuralMemory, Nothing, RecurrentMixer, Site
 from recallax.layers.memory import MemoryConfig
 from recallax.models import LM, LMConfig, accounting
 from recallax.pallas_kernels.delta_rule import xla as delta_xla
@@ -31,7 +31,7 @@ BF16_TOLERANCE = 0.04
 """Of bfloat16 against float32, relative to the largest output: a few units of its 8-bit mantissa."""
 ROUTED_TOLERANCE = 0.15
 """The same for mixers that choose: where two memories are nearly equal, rounding chooses the other one."""
-LEARNS = (NeuralMemory, MemoryAsGate)
+LEARNS = (NeuralMemory, MemoryAsContext, MemoryAsGate)
 """Mixers that learn while they read: at weights as large as the other laws', rounding of the inputs alone, with float32
 inside, moves single tokens by a third."""
 
@@ -120,11 +120,13 @@ def noise(seed: int, *shape: int) -> jax.Array:
 
 
 def rows(*documents: list[int], length: int = LENGTH, grid: int = 1) -> SeqInfo:
-    """One row per list of document lengths, packed in order on the grid; the rest of the row is padding."""
+    """One row per list of document lengths, packed in order on the grid; what does not fit is left out, and the rest of
+    the row is padding."""
     positions, segments = np.zeros((2, len(documents), length), np.int32)
     for row, lengths in enumerate(documents):
         start = 0
         for number, size in enumerate(lengths, 1):
+            size = max(min(size, length - start), 0)
             positions[row, start : start + size] = np.arange(size)
             segments[row, start : start + size] = number
             start += -(-size // grid) * grid
@@ -218,7 +220,7 @@ def test_state_keeps_its_form_and_inactive_rows_keep_theirs_bit_for_bit(config):
 def test_a_state_full_of_garbage_is_forgotten_at_position_0(config):
     mixer, x = build(config), noise(3, 2, 4, WIDTH)
     fresh, dirty = (jax.tree.map(lambda a, v=v: jnp.full_like(a, v), mixer.init_state(2, LENGTH)) for v in (0, jnp.nan))
-    seq = rows([4], [2, 2], length=4)
+    seq = rows([4], [2, 2], length=4, grid=config.grid)
     close(mixer.prefill(x, seq, dirty)[:2], mixer.prefill(x, seq, fresh)[:2])
     first = StepInfo(jnp.zeros(2, jnp.int32), jnp.ones(2, bool))
     close(mixer.step(x[:, 0], first, dirty)[0], mixer.step(x[:, 0], first, fresh)[0])
@@ -264,6 +266,7 @@ def test_packed_documents_equal_documents_alone(config):
     whole, _ = mixer.call(x, rows(sizes, grid=config.grid))
     start = 0
     for size in sizes:
+        size = min(size, LENGTH - start)
         alone, _ = mixer.call(x[:, start : start + size], rows([size], length=size))
         close(whole[:, start : start + size], alone)
         start += -(-size // config.grid) * config.grid
@@ -272,12 +275,14 @@ def test_packed_documents_equal_documents_alone(config):
 @each_mixer
 def test_padding_changes_nothing(config):
     mixer, x = build(config), noise(5, 2, LENGTH, WIDTH)
-    short, long = rows([6], [2, 4], length=6), rows([6], [2, 4])
-    y, state, _ = mixer.prefill(x[:, :6], short, mixer.init_state(2, LENGTH))
+    long = rows([6], [2, 4], grid=config.grid)
+    valid = long.segments > 0
+    used = slice(0, int(jnp.nonzero(valid.any(axis=0))[0][-1]) + 1)
+    y, state, _ = mixer.prefill(x[:, used], part(long, used), mixer.init_state(2, LENGTH))
     padded, padded_state, _ = mixer.prefill(x, long, mixer.init_state(2, LENGTH))
-    close(padded[:, :6], y)
+    close(padded[:, used], y, where=valid[:, used])
     close(padded_state, state)
-    close(mixer.call(x, long)[0][:, :6], y)
+    close(mixer.call(x, long)[0][:, used], y, where=valid[:, used])
     # A row of nothing but padding leaves its state alone.
     nothing = SeqInfo(jnp.full((2, 3), 6, jnp.int32), jnp.zeros((2, 3), jnp.int32), jnp.zeros((2, 3), bool))
     close(mixer.prefill(x[:, :3], nothing, state)[1], state, tolerance=0)

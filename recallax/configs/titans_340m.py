@@ -4,6 +4,7 @@
 text: LAMBADA perplexity 28.72 against 30.94 for Gated DeltaNet). Cost: hours on one H100.
 
     recallax show titans_340m
+    recallax train titans_340m --model.pattern "mac*24"                  memory as a context
     recallax train titans_340m --model.pattern "(memory window)*24"      memory as a layer
     recallax train titans_340m --model.pattern "lmm*24"                  the memory alone
 """
@@ -19,8 +20,8 @@ from recallax.train.run import RunConfig
 
 
 def with_the_others(config: LMConfig) -> LMConfig:
-    """The model, with the blocks of the other two ways of joining."""
-    others = {name: block for join in ("mal", "lmm") for name, block in titans("340m", join).blocks.items()}
+    """The model, with the blocks of the other ways of joining."""
+    others = {name: block for join in ("mac", "mal", "lmm") for name, block in titans("340m", join).blocks.items()}
     return replace(config, blocks=others | config.blocks)
 
 

@@ -16,6 +16,7 @@ from recallax.layers.linear_attention import LinearAttention
 from recallax.layers.mamba import Mamba
 from recallax.layers.mamba2 import Mamba2
 from recallax.layers.memory import MemoryConfig
+from recallax.layers.memory_as_context import MemoryAsContext
 from recallax.layers.memory_as_gate import MemoryAsGate
 from recallax.layers.mom import MoM
 from recallax.layers.neural_memory import NeuralMemory
@@ -42,6 +43,7 @@ __all__ = [
     "LinearAttention",
     "Mamba",
     "Mamba2",
+    "MemoryAsContext",
     "MemoryAsGate",
     "MemoryConfig",
     "MixerConfig",

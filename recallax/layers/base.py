@@ -52,6 +52,18 @@ class RecurrentMixer(SequenceMixer):
         """One further token of each active row; position 0 starts afresh, inactive rows keep their state."""
 
 
+class RecallMixer(RecurrentMixer):
+    """A mixer whose memory can be asked without telling it anything."""
+
+    @abc.abstractmethod
+    def held(self, state: State) -> State:
+        """The part of a state that an answer depends on."""
+
+    @abc.abstractmethod
+    def recall(self, x: Float[Array, "B N D"], held: State) -> Float[Array, "B N D"]:
+        """What each row's memory answers to N questions, which need not be tokens of a sequence."""
+
+
 class MixerConfig(Config, abc.ABC):
     """A config that is the constructor of its mixer. Subclasses are frozen keyword-only dataclasses."""
 

@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from recallax.config import ConfigError
-from recallax.layers.base import MixerConfig, RecurrentMixer, Site
+from recallax.layers.base import MixerConfig, RecallMixer, Site
 from recallax.layers.continuation import continued, divide_heads, started
 from recallax.layers.dense import Linear, Streams, parameter
 from recallax.layers.gates import heads_of
@@ -37,6 +37,7 @@ from recallax.pallas_kernels.neural_memory import (
     Tokens,
     init_state,
     neural_memory,
+    neural_memory_read,
     neural_memory_step,
 )
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
@@ -88,7 +89,7 @@ class NeuralMemoryState(NamedTuple):
     past: Float[Array, "B W-1 C"] | None
 
 
-class NeuralMemoryMixer(RecurrentMixer):
+class NeuralMemoryMixer(RecallMixer):
     """See the head of the file."""
 
     def __init__(self, config: NeuralMemory, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
@@ -154,6 +155,15 @@ class NeuralMemoryMixer(RecurrentMixer):
         token = jax.tree.map(lambda part: part[:, 0], tokens)
         y, neural = neural_memory_step(self.learner, token, self._fixed(), neural, active)
         return jnp.where(active[:, None], self.readout(y, x), 0), NeuralMemoryState(neural, past)
+
+    def held(self, state: NeuralMemoryState) -> dict[str, Float[Array, "B H I O"]]:
+        return state.neural.memory.change
+
+    def recall(self, x: Float[Array, "B N D"], held: dict[str, Float[Array, "B H I O"]]) -> Float[Array, "B N D"]:
+        """As `held` was at its last boundary between chunks; questions pass no convolution, for they need no order."""
+        q = self.streams.parts["q"](x)
+        q = unit(heads_of(q if self.conv is None else self.conv.activation(q), self.heads))
+        return self.readout(neural_memory_read(self.learner, self._fixed(), held, q), x)
 
     def _run(
         self, x: Float[Array, "B T D"], seq: SeqInfo, neural: NeuralState | None, past: Float[Array, "B P C"] | None

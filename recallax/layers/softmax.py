@@ -52,8 +52,8 @@ class SoftmaxMixer(RecurrentMixer):
         )
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
-        q, k, v = self._project(x, jnp.asarray(seq.positions))
-        always, segments = self._persistent(), jnp.asarray(seq.segments)
+        q, k, v = self.project(x, jnp.asarray(seq.positions))
+        always, segments = self.always(), jnp.asarray(seq.segments)
         y, _ = window_attention(q, k, v, window=self.window, persistent=always, segments=segments)
         return self.out(y.reshape(*x.shape[:-1], -1)), {}
 
@@ -66,14 +66,14 @@ class SoftmaxMixer(RecurrentMixer):
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: KVCache
     ) -> tuple[Float[Array, "B T D"], KVCache, Aux]:
         positions, segments = jnp.asarray(seq.positions), jnp.asarray(seq.segments)
-        q, k, v = self._project(x, positions)
+        q, k, v = self.project(x, positions)
         y, cache = window_attention(
             q,
             k,
             v,
             window=self.window,
             state=state,
-            persistent=self._persistent(),
+            persistent=self.always(),
             positions=positions,
             segments=segments,
         )
@@ -82,20 +82,22 @@ class SoftmaxMixer(RecurrentMixer):
 
     def step(self, x: Float[Array, "B D"], info: StepInfo, state: KVCache) -> tuple[Float[Array, "B D"], KVCache]:
         position, active = jnp.asarray(info.position), jnp.asarray(info.active)
-        q, k, v = self._project(x[:, None], position[:, None])
-        token, always = (q[:, 0], k[:, 0], v[:, 0]), self._persistent()
+        q, k, v = self.project(x[:, None], position[:, None])
+        token, always = (q[:, 0], k[:, 0], v[:, 0]), self.always()
         y, state = window_attention_step(*token, state, position, active, window=self.window, persistent=always)
         return self.out(y.reshape(*x.shape[:-1], -1)), state
 
-    def _persistent(self) -> Persistent | None:
-        """Keys and values of the persistent tokens, without positions."""
-        if self.persistent is None:
-            return None
-        tokens = self.persistent[...].astype(self.dtype)
-        k, v = (part(tokens).reshape(-1, self.kv_heads, self.width) for part in (self.k, self.v))
-        return Persistent(k, v)
+    def always(self) -> Persistent | None:
+        """Keys and values of the persistent tokens."""
+        return None if self.persistent is None else Persistent(*self.unplaced(self.persistent[...].astype(self.dtype)))
 
-    def _project(self, x: Float[Array, "B T D"], positions: Array) -> tuple[Array, Array, Array]:
+    def unplaced(self, x: Float[Array, "*batch D"]) -> tuple[Float[Array, "*batch G K"], Float[Array, "*batch G K"]]:
+        """Keys and values of what has no position."""
+        k, v = (part(x).reshape(*x.shape[:-1], self.kv_heads, self.width) for part in (self.k, self.v))
+        return k, v
+
+    def project(self, x: Float[Array, "B T D"], positions: Array) -> tuple[Array, Array, Array]:
+        """Queries [B, T, H, K], and keys and values [B, T, G, K], rotated to their positions."""
         q, k, v = (part(x).reshape(*x.shape[:2], -1, self.width) for part in (self.q, self.k, self.v))
         if self.base is not None:
             q, k = rotary(q, positions, self.base), rotary(k, positions, self.base)

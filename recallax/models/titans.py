@@ -4,9 +4,10 @@ version, table 5), in a Llama-like block: RMSNorm, SwiGLU, rotary positions in t
     titans_170m    12 layers of width 768, 16 heads         titans_760m    24 of 1536, 16 heads
     titans_340m    24 of 1024, 16 heads                     titans_1b3     18 of 2048, 8 heads
 
-(The 400M of the result tables has no published shape.) Three ways of joining memory and attention:
+(The 400M of the result tables has no published shape.) Ways of joining memory and attention:
 
     lmm    the memory alone
+    mac    attention within segments of 512 that also reads what the memory answers to the segment's tokens
     mag    a window of attention, gated by the memory: parallel branches
     mal    a layer of memory, then a layer of window attention, then SwiGLU
 
@@ -23,7 +24,7 @@ a document begins is what the memory's learned initial weights stand for.
 from dataclasses import replace
 from typing import Literal
 
-from recallax.layers import MemoryAsGate, MixerConfig, NeuralMemory, Nothing, SlidingWindow, SwiGLU
+from recallax.layers import MemoryAsContext, MemoryAsGate, MixerConfig, NeuralMemory, Nothing, SlidingWindow, SwiGLU
 from recallax.models.block import Block
 from recallax.models.lm import LMConfig
 from recallax.pallas_kernels.neural_memory.learner import LinearNet, MLPNet, RandomFeatureNet, SwiGLUNet
@@ -32,9 +33,9 @@ VOCAB = 32_000
 """Ids of Llama 2's tokenizer."""
 SIZES = {"170m": (12, 768, 16), "340m": (24, 1024, 16), "760m": (24, 1536, 16), "1b3": (18, 2048, 8)}
 """Layers, width, heads."""
-WINDOW, PERSISTENT = 2048, 128
+WINDOW, SEGMENT, PERSISTENT = 2048, 512, 128
 
-type Join = Literal["lmm", "mag", "mal"]
+type Join = Literal["lmm", "mac", "mag", "mal"]
 
 
 def titans(size: Literal["170m", "340m", "760m", "1b3"], join: Join) -> LMConfig:
@@ -46,15 +47,26 @@ def titans(size: Literal["170m", "340m", "760m", "1b3"], join: Join) -> LMConfig
 
 
 def joined(
-    join: Join, memory: MixerConfig, window: MixerConfig, channel: MixerConfig, layers: int
+    join: Join, memory: MixerConfig, window: SlidingWindow, channel: MixerConfig, layers: int, segment: int = SEGMENT
 ) -> tuple[dict[str, Block], str]:
-    """The blocks and the pattern of `layers` layers."""
-    if join == "lmm":
-        return {"lmm": Block(mixer=memory, channel=channel)}, f"lmm*{layers}"
-    if join == "mag":
-        return {"mag": Block(mixer=MemoryAsGate(attention=window, memory=memory), channel=channel)}, f"mag*{layers}"
-    blocks = {"memory": Block(mixer=memory, channel=Nothing()), "window": Block(mixer=window, channel=channel)}
-    return blocks, f"(memory window)*{layers}"
+    """The blocks and the pattern of `layers` layers; mac attends within segments as `window` does in its window."""
+    if join == "mal":
+        blocks = {"memory": Block(mixer=memory, channel=Nothing()), "window": Block(mixer=window, channel=channel)}
+        return blocks, f"(memory window)*{layers}"
+    mixer = {
+        "lmm": memory,
+        "mac": MemoryAsContext(
+            memory=memory,
+            segment=segment,
+            persistent=window.persistent,
+            heads=window.heads,
+            kv_heads=window.kv_heads,
+            head_dim=window.head_dim,
+            rotary_base=window.rotary_base,
+        ),
+        "mag": MemoryAsGate(attention=window, memory=memory),
+    }[join]
+    return {join: Block(mixer=mixer, channel=channel)}, f"{join}*{layers}"
 
 
 def family(memory: NeuralMemory) -> dict[str, NeuralMemory]:

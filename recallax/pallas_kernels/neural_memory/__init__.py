@@ -20,9 +20,20 @@ from recallax.pallas_kernels.chunking import Documents, documents, last_valid, o
 from recallax.pallas_kernels.dispatch import call, require
 from recallax.pallas_kernels.neural_memory import primal, reference, xla
 from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens
-from recallax.pallas_kernels.neural_memory.learner import Learner
+from recallax.pallas_kernels.neural_memory.learner import Learner, Weights
+from recallax.pallas_kernels.product import product
 
-__all__ = ["FORMS", "Fixed", "Learner", "NeuralState", "Tokens", "init_state", "neural_memory", "neural_memory_step"]
+__all__ = [
+    "FORMS",
+    "Fixed",
+    "Learner",
+    "NeuralState",
+    "Tokens",
+    "init_state",
+    "neural_memory",
+    "neural_memory_read",
+    "neural_memory_step",
+]
 
 FORMS = {"reference": reference.neural_memory, "primal": primal.neural_memory, "xla": xla.neural_memory}
 
@@ -109,6 +120,24 @@ def neural_memory_step(
     out, new = neural_memory(learner, tokens, fixed, state=state, segments=active.astype(jnp.int32)[:, None])
     new = jax.tree.map(lambda a, b: jnp.where(active.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, state)
     return jnp.where(active[:, None, None], out[:, 0], 0), new
+
+
+def neural_memory_read(
+    learner: Learner, fixed: Fixed, change: Weights, q: Float[Array, "B N H D"]
+) -> Float[Array, "B N H D"]:
+    """What memories that have changed by `change` [B, H, I, O] answer to N questions each, without learning."""
+
+    def one_head(fixed: Fixed, change: Weights, q: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        def times(name: str, x: Array) -> Array:
+            weight = fixed.weights[name].astype(jnp.float32)
+            weight = weight + change[name] if name in change else weight
+            return product("ni,io->no", x.astype(q.dtype), weight.astype(q.dtype))
+
+        wide = (x.astype(jnp.float32) for x in (q, fixed.gain, fixed.offset))
+        return learner.network.apply(times, *wide).astype(q.dtype)
+
+    per_head = jax.vmap(one_head, in_axes=(0, 0, 1), out_axes=1)
+    return jax.vmap(per_head, in_axes=(None, 0, 0))(fixed, change, q)
 
 
 def _filled(tokens: Tokens, docs: Documents, chunk: int) -> tuple[Tokens, Documents]:

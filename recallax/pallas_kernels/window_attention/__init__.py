@@ -22,7 +22,7 @@ from recallax.pallas_kernels.window_attention.cache import (
 )
 from recallax.pallas_kernels.window_attention.reference import attend
 
-__all__ = ["FORMS", "KVCache", "Persistent", "window_attention", "window_attention_step"]
+__all__ = ["FORMS", "KVCache", "Persistent", "masked_attention", "window_attention", "window_attention_step"]
 
 FORMS = {
     "reference": xla.dense,
@@ -96,3 +96,26 @@ def window_attention_step(
     q = q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
     out = attend(q[:, None], keys, values, visible)[:, 0]
     return jnp.where(active[:, None, None], out, 0).astype(v.dtype), state
+
+
+def masked_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    visible: Bool[Array, "B T S"],
+    *,
+    persistent: Persistent | None = None,
+    scale: float | None = None,
+) -> Float[Array, "B T H V"]:
+    """Softmax attention over the keys that a mask names, all pairs at once: for blocks of a few hundred tokens.
+
+    Output in v's dtype; 0 where a query sees nothing. persistent: keys and values that every query sees besides.
+    scale: K**-0.5 by default. Raises ValueError where shapes disagree.
+    """
+    op, (b, t, h, width), (_, s, g, _) = "masked_attention", q.shape, k.shape
+    require(op, k.shape == (b, s, g, width), f"k has shape {k.shape}; it must be {(b, 'S', 'G', width)}")
+    require(op, v.shape[:3] == (b, s, g), f"v has shape {v.shape}; it must begin with {(b, s, g)}")
+    require(op, h % g == 0, f"{h} query heads cannot share {g} key/value heads; use a divisor of {h}")
+    require(op, visible.shape == (b, t, s), f"visible has shape {visible.shape}; it must be {(b, t, s)}")
+    q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
+    return xla.attend(q, *with_persistent(persistent, k, v, visible)).astype(v.dtype)

@@ -57,7 +57,7 @@ def blockwise(
     if length <= BLOCK:
         time = jnp.arange(length)
         visible = _visible(docs, docs, time, time, window)
-        return _attend(q, *with_persistent(persistent, *_join(past, k, v, visible, docs, window)))
+        return attend(q, *with_persistent(persistent, *_join(past, k, v, visible, docs, window)))
     reach = length if window is None else min(length, window - 1 + BLOCK)  # keys that one block may see
 
     @jax.checkpoint
@@ -70,7 +70,7 @@ def blockwise(
         visible = _visible(docs_q, docs_k, start + jnp.arange(BLOCK), first + jnp.arange(reach), window)
         here = None if past is None else past._replace(positions=positions)
         joined = _join(here, keys, values, visible, docs_q, window)
-        return _attend(q, *with_persistent(persistent, *joined))
+        return attend(q, *with_persistent(persistent, *joined))
 
     positions = docs.index if past is None else past.positions
     cut = jax.tree.map(lambda x: split_time(x, BLOCK), (q, docs, positions))
@@ -108,7 +108,7 @@ def _join(
     return k, v, jnp.concatenate([old, visible], axis=2)
 
 
-def _attend(
+def attend(
     q: Float[Array, "B T H K"], k: Float[Array, "B S G K"], v: Float[Array, "B S G V"], visible: Bool[Array, "B T S"]
 ) -> Float[Array, "B T H V"]:
     """`reference.attend` with grouped heads kept together and products in the inputs' dtype; softmax in float32."""

@@ -1,0 +1,46 @@
+"""How much of MQAR's standard mixture do Titans' ways of joining memory and attention recall?
+
+Width 64, two layers, behind a short convolution: memory as a context (its three ways of asking), as a gate, and as a
+layer, with attention over segments and windows of 16 tokens so that the memory has to hold the rest. Expected: no
+published number (the paper has no MQAR). Cost: minutes on one H100.
+
+    recallax train mqar_titans
+    recallax train mqar_titans --model.pattern "conv mac_previous"       or mac_learned, mag, "memory window"
+"""
+
+from dataclasses import replace
+
+from recallax.configs import mqar_neural_memory
+from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.layers import Identity, MemoryAsContext, MixerConfig, SlidingWindow
+from recallax.models import Block, LMConfig
+from recallax.models.titans import joined
+from recallax.models.zoology import zoology
+from recallax.train.run import RunConfig
+
+
+def every_join(memory: MixerConfig, window: SlidingWindow, segment: int, retrieved: int, d_model: int) -> LMConfig:
+    """`conv mac`, with a block for each other way of joining."""
+    blocks = {}
+    for join in ("mac", "mag", "mal"):
+        blocks |= joined(join, memory, window, Identity(), 1, segment)[0]
+    mac = blocks["mac"].mixer
+    assert isinstance(mac, MemoryAsContext)
+    asking = {
+        "mac_previous": replace(mac, query="previous", retrieved=retrieved),
+        "mac_learned": replace(mac, query="learned", retrieved=retrieved),
+    }
+    blocks |= {name: Block(mixer=mixer, channel=Identity()) for name, mixer in asking.items()}
+    model = zoology(memory, d_model)
+    return replace(model, pattern="conv mac", blocks={"conv": model.blocks["conv"]} | blocks)
+
+
+def get_config() -> RunConfig:
+    memory = mqar_neural_memory.get_config().model.blocks["mixer"].mixer
+    return standard(every_join(memory, SlidingWindow(window=16, persistent=4), segment=16, retrieved=8, d_model=64))
+
+
+def get_tiny() -> RunConfig:
+    memory = mqar_neural_memory.get_tiny().model.blocks["mixer"].mixer
+    window = SlidingWindow(window=5, heads=2, persistent=3)
+    return standard_tiny(every_join(memory, window, segment=4, retrieved=2, d_model=16))
