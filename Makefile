@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME
 # The workers share the cores, so each keeps to one compute thread; more, and they only get in one another's way.
 # jax 0.12 reads PJRT_NPROC, older ones NPROC.
 one_thread := PJRT_NPROC=1 NPROC=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-pytest := $(one_thread) $(bin)/python -m pytest -n $(WORKERS)
+pytest := $(one_thread) $(bin)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint test test-full test-jax-oldest demo format constraints clean

@@ -330,22 +330,23 @@ def test_every_recurrent_mixer_makes_a_hybrid(config, pattern):
 
 @pytest.mark.parametrize(("size", "layers", "width"), [("170m", 12, 768), ("340m", 24, 1024), ("1b3", 18, 2048)])
 def test_titans_has_the_published_shapes_and_the_parameters_that_these_make(size, layers, width):
-    alone, gated, layered = (titans.titans(size, join) for join in ("lmm", "mag", "mal"))
-    assert len(alone.layers) == len(gated.layers) == layers and len(layered.layers) == 2 * layers
+    alone, context, gated, layered = (titans.titans(size, join) for join in ("lmm", "mac", "mag", "mal"))
+    assert len(alone.layers) == len(context.layers) == len(gated.layers) == layers and len(layered.layers) == 2 * layers
     assert alone.d_model == width
     heads = titans.SIZES[size][2]
     head, inner = width // heads, accounting.parameters(alone) - titans.VOCAB * width
-    # q, k, v, gate, out; two matrices per head; three gates for each of them; three convolutions
-    memory = 5 * width**2 + 8 * heads * head**2 + 6 * heads * width + 12 * width
+    # q, k, v, gate, out; two matrices per head; three gates for each of them; three convolutions; persistent tokens
+    persistent = titans.PERSISTENT * width
+    memory = 5 * width**2 + 8 * heads * head**2 + 6 * heads * width + 12 * width + persistent
     swiglu = jax.eval_shape(
         lambda: nnx.state(SwiGLU().build(width, Site(0, layers), precision=Precision(), rngs=nnx.Rngs(0)), nnx.Param)
     )
     channel = sum(leaf.size for leaf in jax.tree.leaves(swiglu))
     assert inner == pytest.approx(layers * (memory + channel), rel=1e-3)
-    attention = 4 * width**2 + titans.PERSISTENT * width
-    for other in (gated, layered):
+    attention = 4 * width**2 + persistent
+    for other, tokens in ((context, persistent), (gated, 0), (layered, 0)):
         more = accounting.parameters(other) - accounting.parameters(alone)
-        assert more == pytest.approx(layers * attention, rel=1e-3)
+        assert more == pytest.approx(layers * (attention - tokens), rel=1e-3)
 
 
 def test_the_family_of_neural_memories_builds_and_counts_what_each_keeps():

@@ -26,7 +26,7 @@ from recallax.pallas_kernels.neural_memory import (
     neural_memory_step,
 )
 from recallax.pallas_kernels.neural_memory.boundary import orthogonal
-from recallax.pallas_kernels.neural_memory.inner import weigh
+from recallax.pallas_kernels.neural_memory.inner import Memory, weigh
 from recallax.pallas_kernels.neural_memory.learner import LinearNet, MLPNet, RandomFeatureNet, SwiGLUNet
 from tests.test_ops import per_block, unchecked
 
@@ -48,6 +48,7 @@ LEARNERS = {
     "exact, no momentum": replace(EXACT, momentum=False),
     "TTT": Learner(network=MLPNet(depth=1), momentum=False, step="mean", chunk=8),
     "random features": Learner(network=RandomFeatureNet(expansion=3), decay_to="zero", chunk=8),
+    "resets": Learner(network=MLPNet(), chunk=4, reset=12),
     "chunks of one": Learner(network=MLPNet(), chunk=1),
     "exact": EXACT,
     "exact, decay to zero": replace(EXACT, decay_to="zero"),
@@ -70,8 +71,10 @@ def draw(learner: Learner, length: int, correlation: float = 0.3) -> tuple[Any, 
     )
     shapes = learner.network.shapes(D)
     weights = {n: rng.normal(size=(H, *s)) / np.sqrt(s[0]) for n, s in shapes.items()}
-    norm: Any = (1 + 0.1 * rng.normal(size=(H, D)), 0.1 * rng.normal(size=(H, D)))
-    return Tokens(q, k, v, *cast(Any, gates)), Fixed(weights, *norm)
+    gain, offset = cast(Any, (1 + 0.1 * rng.normal(size=(H, D)), 0.1 * rng.normal(size=(H, D))))
+    begun: Any = {n: 0.1 * rng.normal(size=(H, *s)) for n, s in learner.learned(D).items()}
+    start = Memory(begun, {n: -x for n, x in begun.items()} if learner.momentum else {})
+    return Tokens(q, k, v, *cast(Any, gates)), Fixed(weights, gain, offset, start)
 
 
 def single(x: Any, dtype: Any = jnp.float32) -> Any:
@@ -208,6 +211,7 @@ def test_documents_off_the_grid_and_gaps_within_them_give_nan(segments):
 def test_without_momentum_the_exact_memory_is_gated_delta_net_and_its_kin():
     learner = Learner(network=LinearNet(), momentum=False, gradient="token_decayed", decay_to="zero", chunk=8)
     tokens, fixed = (single(x) for x in draw(learner, 29))
+    fixed = fixed._replace(start=None)
     beta, log_keep = tokens.lr[..., 0], tokens.log_keep[..., 0]
     start = jnp.broadcast_to(fixed.weights["w1"], (B, H, D, D))
     want, final = delta_rule(
@@ -228,7 +232,7 @@ def test_the_dot_loss_is_linear_attention_and_so_is_one_chunk_of_l2_from_zero():
     tokens, fixed = (single(x) for x in draw(learner, 29))
     zero = jnp.zeros_like(tokens.lr)
     tokens = tokens._replace(lr=zero + 1, log_keep=zero)
-    fixed = fixed._replace(weights={"w1": jnp.zeros((H, D, D))})
+    fixed = fixed._replace(weights={"w1": jnp.zeros((H, D, D))}, start=None)
     want, _ = linear_attention(*tokens[:3], scale=1.0, implementation="reference")
     close(neural_memory(learner, tokens, fixed)[0], want, 2e-5)
     close(neural_memory(replace(learner, loss="l2", chunk=32), tokens, fixed)[0], want, 2e-5)

@@ -19,5 +19,5 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    mixer = NeuralMemory(heads=2, learner=Learner(network=MLPNet(expansion=2), chunk=2))
+    mixer = NeuralMemory(heads=2, learner=Learner(network=MLPNet(expansion=2), chunk=2, reset=6), persistent=4)
     return standard_tiny(with_attention(zoology(mixer, 16), window=5))

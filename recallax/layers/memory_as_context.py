@@ -1,6 +1,6 @@
 """Memory as a context (MAC): attention over a segment reads what a memory answered, and the memory learns what it saw.
 
-    h = rms(recall(M_start, questions))        M_start: the memory as the segment found it
+    h = recall(M_start, questions)             M_start: the memory as the segment found it
     y = rms(W_o attention over [persistent | h | segment])
     r, M = memory(y)                           which learns while it reads y
     o = y * silu(rms(r))
@@ -14,8 +14,10 @@ future. Here r_i is read of the memory after token i, and there are three ways o
     learned     `retrieved` questions that are parameters
 
 Answers and persistent tokens have no position; a token's is its place in the segment, whose grid counts from the
-document's beginning. State: the memory; of the unfinished segment the keys and values of tokens and answers, and, for
-`own`, what the memory held at its start; for `previous` the sums of the inputs.
+document's beginning. Answers are not normalised: they start small, while a norm on the way from the memory through the
+attention back into it makes rounding grow until nothing is left. State: the memory; of the unfinished segment the keys
+and values of tokens and answers, and, for `own`, what the memory held at its start; for `previous` the sums of the
+inputs.
 
 Source: Titans (Behrouz et al. 2025, arXiv 2501.00663), section 4.1, equations 21 to 25; the segment of 512, 128
 persistent and 256 retrieved tokens as in its NeurIPS version; the gate, which MAC leaves open, as for MAG.
@@ -121,9 +123,7 @@ class MemoryAsContextMixer(RecurrentMixer):
         self.memory = _asked(config.memory.build(d_model, site, precision=precision, rngs=rngs))
         asked = jax.random.normal(rngs.params(), (config.retrieved, d_model), precision.param)
         self.questions = parameter(asked, (None, "embed"), decay=False) if config.query == "learned" else None
-        self.answer_norm, self.attention_norm, self.memory_norm = (
-            RMSNorm(d_model, precision=precision) for _ in range(3)
-        )
+        self.attention_norm, self.memory_norm = (RMSNorm(d_model, precision=precision) for _ in range(2))
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
         empty = self.init_state(x.shape[0], x.shape[1])
@@ -235,7 +235,7 @@ class MemoryAsContextMixer(RecurrentMixer):
         return Segment(None, tokens, _where(begins, answers, segment.answers))
 
     def _answers(self, questions: Float[Array, "B N D"], held: State) -> KVCache:
-        return KVCache(*self.attention.unplaced(self.answer_norm(self.memory.recall(questions, held))))
+        return KVCache(*self.attention.unplaced(self.memory.recall(questions, held)))
 
     def _attention(
         self, x: Float[Array, "B N D"], slots: Int[Array, "B N"], later: Bool[Array, " B"], segment: Segment

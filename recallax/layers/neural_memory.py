@@ -7,7 +7,8 @@
 The factor 1 - momentum makes the momentum an average, so that its strength does not change how far a step goes. Gates
 start with a long memory (keep .993). Gradients are taken at the first weights of each chunk of the document, so packed
 documents must begin on that grid. State: the change of the weights and the momentum, 2 times the network, float32, per
-head; the tokens since the last boundary; the last inputs of the convolution.
+head; the tokens since the last boundary; the last inputs of the convolution. Persistent tokens are read before a
+document, by the memory alone: its convolution still begins with nothing.
 
 TTT (no momentum, no forgetting), LaCT (`SwiGLUNet`, dot loss, read before write) and linear memories are values of
 `learner`. Source: Titans (Behrouz et al. 2025, arXiv 2501.00663), section 3; convolutions of width 4, gates per matrix
@@ -15,14 +16,15 @@ and the network x + LN(W_2 gelu(W_1 x)) as in its NeurIPS version.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, added
 from recallax.layers.base import MixerConfig, RecallMixer, Site
 from recallax.layers.continuation import continued, divide_heads, started
 from recallax.layers.dense import Linear, Streams, parameter
@@ -33,8 +35,10 @@ from recallax.layers.short_convolution import ShortConvolution
 from recallax.pallas_kernels.neural_memory import (
     Fixed,
     Learner,
+    Memory,
     NeuralState,
     Tokens,
+    found,
     init_state,
     neural_memory,
     neural_memory_read,
@@ -62,12 +66,19 @@ class NeuralMemory(MixerConfig):
     """Whether the memory forgets; without, keep is 1."""
     conv: int = 4
     """Taps of the short convolution; 0 leaves it out."""
+    persistent: int = added(0)
+    """Learned tokens that the memory has read before a document begins (section 3.3)."""
     eps: float = 1e-5
     """Of the output norm."""
 
     def __post_init__(self) -> None:
         if self.max_lr is not None and self.max_lr <= 0:
             raise ConfigError(f"max_lr is {self.max_lr}; it must be above 0")
+        if self.persistent < 0 or self.persistent % self.grid:
+            raise ConfigError(
+                f"persistent is {self.persistent} tokens; it must be a multiple of the chunk of {self.grid}, for the "
+                "memory learns from whole chunks"
+            )
 
     @property
     def stable_lr(self) -> float:
@@ -124,6 +135,8 @@ class NeuralMemoryMixer(RecallMixer):
         )
         self.gain = parameter(jnp.ones((heads, width), precision.param), ("heads", None), decay=False)
         self.offset = parameter(jnp.zeros((heads, width), precision.param), ("heads", None), decay=False)
+        tokens = jax.random.normal(rngs.params(), (config.persistent, d_model), precision.param)
+        self.persistent = parameter(tokens, (None, "embed"), decay=False) if config.persistent else None
         gate = Linear(d_model, inner, precision=precision, rngs=rngs)
         self.readout = Readout(
             inner, d_model, site, groups=heads, gate=gate, eps=config.eps, precision=precision, rngs=rngs
@@ -153,17 +166,19 @@ class NeuralMemoryMixer(RecallMixer):
             joined, past = self.conv.step(joined, info, past)
         tokens = self._tokens(joined[:, None], {name: part[:, None] for name, part in streams.items()})
         token = jax.tree.map(lambda part: part[:, 0], tokens)
-        y, neural = neural_memory_step(self.learner, token, self._fixed(), neural, active)
+        fixed = self._fixed(active & (neural.count == 0))
+        y, neural = neural_memory_step(self.learner, token, fixed, neural, active)
         return jnp.where(active[:, None], self.readout(y, x), 0), NeuralMemoryState(neural, past)
 
     def held(self, state: NeuralMemoryState) -> dict[str, Float[Array, "B H I O"]]:
-        return state.neural.memory.change
+        fixed = self._fixed(state.neural.count == 0)
+        return found(self.learner, fixed, state.neural)
 
     def recall(self, x: Float[Array, "B N D"], held: dict[str, Float[Array, "B H I O"]]) -> Float[Array, "B N D"]:
         """As `held` was at its last boundary between chunks; questions pass no convolution, for they need no order."""
         q = self.streams.parts["q"](x)
         q = unit(heads_of(q if self.conv is None else self.conv.activation(q), self.heads))
-        return self.readout(neural_memory_read(self.learner, self._fixed(), held, q), x)
+        return self.readout(neural_memory_read(self.learner, self._weights(), held, q), x)
 
     def _run(
         self, x: Float[Array, "B T D"], seq: SeqInfo, neural: NeuralState | None, past: Float[Array, "B P C"] | None
@@ -173,7 +188,9 @@ class NeuralMemoryMixer(RecallMixer):
         if self.conv is not None:
             joined, past = self.conv(joined, segments, past)
         tokens = self._tokens(joined, streams)
-        y, neural = neural_memory(self.learner, tokens, self._fixed(), state=neural, segments=segments)
+        begins = (jnp.asarray(seq.positions) == 0) & (segments > 0)
+        fixed = self._fixed(None if neural is None else begins)
+        y, neural = neural_memory(self.learner, tokens, fixed, state=neural, segments=segments)
         return self.readout(y, x), NeuralMemoryState(neural, past)
 
     def _joined(self, streams: dict[str, Array]) -> Float[Array, "... C"]:
@@ -193,6 +210,26 @@ class NeuralMemoryMixer(RecallMixer):
     def _gate(self, name: str, x: Float[Array, "B T W"]) -> Float[Array, "B T H L"]:
         return heads_of(x.astype(jnp.float32), self.heads) + self.biases[name][...][None, None]
 
-    def _fixed(self) -> Fixed:
+    def _fixed(self, begins: Bool[Array, "..."] | None) -> Fixed:
+        """What the memory starts from; with what the persistent tokens taught it, where any document `begins`."""
+        fixed = self._weights()
+        if self.persistent is None:
+            return fixed
+        taught = self._taught if begins is None else partial(jax.lax.cond, begins.any(), self._taught, self._nothing)
+        return fixed._replace(start=taught())
+
+    def _weights(self) -> Fixed:
         weights = {name: weight[...] for name, weight in self.weights.items()}
         return Fixed(weights, self.gain[...], self.offset[...])
+
+    def _taught(self) -> Memory:
+        assert self.persistent is not None
+        streams = self.streams(self.persistent[...][None])
+        joined = self._joined(streams)
+        if self.conv is not None:
+            joined, _ = self.conv(joined, jnp.ones(joined.shape[:2], jnp.int32), None)
+        _, state = neural_memory(self.learner, self._tokens(joined, streams), self._weights())
+        return jax.tree.map(lambda x: x[0], state.memory)
+
+    def _nothing(self) -> Memory:
+        return jax.tree.map(lambda x: x[0], init_state(self.learner, 1, self.heads, self.width).memory)

@@ -11,14 +11,14 @@ version, table 5), in a Llama-like block: RMSNorm, SwiGLU, rotary positions in t
     mag    a window of attention, gated by the memory: parallel branches
     mal    a layer of memory, then a layer of window attention, then SwiGLU
 
-Millions of parameters, with tied embeddings of 32,000 ids: lmm 121.2, 375.3, 817.7, 1124.9; mag
-and mal 150.7, 479.1, 1049.0, 1431.7. The published names are nearest to the memory alone.
+Millions of parameters, with tied embeddings of 32,000 ids: lmm 122.3, 378.4, 822.4, 1129.7; mac 150.7, 479.1, 1049.0,
+1431.7; mag and mal 151.9, 482.3, 1053.7, 1436.4. The published names are nearest to the memory alone.
 
 The memory: one network x + LN(W_2 gelu(W_1 x)) per head, hidden width 4 times the head's, chunks of 16, gates per
 matrix, convolutions of width 4. The paper's equations have a single memory of the whole width, which would hold 67 MB
 per layer and sequence at width 1024; its table lists heads, and a memory per head is what is built here. The window is
-2048 tokens with 128 persistent ones. Those are read by the attention; that they are also written into the memory before
-a document begins is what the memory's learned initial weights stand for.
+2048 tokens. 128 persistent ones are seen by the attention and have been read by the memory before a document begins,
+each its own. (Where the memory reads what the attention found, as in mac, the attention alone has them.)
 """
 
 from dataclasses import replace
@@ -42,7 +42,8 @@ def titans(size: Literal["170m", "340m", "760m", "1b3"], join: Join) -> LMConfig
     """The model of that size."""
     layers, d_model, heads = SIZES[size]
     window = SlidingWindow(window=WINDOW, heads=heads, persistent=PERSISTENT)
-    blocks, pattern = joined(join, NeuralMemory(heads=heads), window, SwiGLU(), layers)
+    memory = NeuralMemory(heads=heads, persistent=0 if join == "mac" else PERSISTENT)
+    blocks, pattern = joined(join, memory, window, SwiGLU(), layers)
     return LMConfig(d_model=d_model, vocab_size=VOCAB, pattern=pattern, blocks=blocks, compute="bfloat16")
 
 

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.pallas_kernels.chunking import Documents, documents, last_valid, one_document
+from recallax.pallas_kernels.chunking import Documents, accumulator, documents, last_valid, one_document
 from recallax.pallas_kernels.dispatch import call, require
 from recallax.pallas_kernels.neural_memory import primal, reference, xla
-from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens
+from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens, beginning
 from recallax.pallas_kernels.neural_memory.learner import Learner, Weights
 from recallax.pallas_kernels.product import product
 
@@ -27,8 +27,10 @@ __all__ = [
     "FORMS",
     "Fixed",
     "Learner",
+    "Memory",
     "NeuralState",
     "Tokens",
+    "found",
     "init_state",
     "neural_memory",
     "neural_memory_read",
@@ -39,13 +41,13 @@ FORMS = {"reference": reference.neural_memory, "primal": primal.neural_memory, "
 
 
 class NeuralState(NamedTuple):
-    """What a row remembers. Under per-token gradients nothing is pending."""
+    """What a row remembers. Under per-token gradients nothing is pending. Zeros before any token."""
 
     memory: Memory
     """At the document's last boundary between chunks."""
     pending: Tokens | None
     """[B, chunk - 1, H, ...]: the tokens since, the oldest first; their queries are not kept (zero wide)."""
-    count: Int[Array, " B"] | None
+    count: Int[Array, " B"]
     """Tokens of the document so far."""
 
 
@@ -54,7 +56,7 @@ def init_state(learner: Learner, rows: int, heads: int, width: int) -> NeuralSta
     nothing = {name: jnp.zeros((rows, heads, *s), jnp.float32) for name, s in learner.learned(width).items()}
     memory = Memory(nothing, nothing if learner.momentum else {})
     if learner.gradient != "chunk_start":
-        return NeuralState(memory, None, None)
+        return NeuralState(memory, None, jnp.zeros(rows, jnp.int32))
     shape = (rows, learner.chunk - 1, heads)
     key, gate = (jnp.zeros((*shape, n), jnp.float32) for n in (width, len(nothing)))
     none = jnp.zeros((*shape, 0), jnp.float32)
@@ -96,20 +98,23 @@ def neural_memory(
     docs = one_document(b, t) if segments is None else documents(segments)
     empty = state is None
     state = init_state(learner, b, h, width) if state is None else state
-    if state.pending is None or state.count is None:
-        whole, ends = _filled(tokens, docs, learner.chunk)
-        out, memory = call(op, FORMS, implementation, learner, fixed, whole, ends, state.memory)
-        return out[:, :t], NeuralState(memory, None, None)
+    held = jax.tree.map(lambda x: x.astype(accumulator(tokens.q.dtype)), state.memory)
+    begun = _where(_begins(learner, state), beginning(fixed, held), held)
     phase = state.count % learner.chunk
-    if empty:
+    if empty or state.pending is None:
         whole, ends = _filled(tokens, docs, learner.chunk)
     else:
         whole, ends = _filled(*_after_pending(state.pending, phase, tokens, docs), learner.chunk)
-    out, memory = call(op, FORMS, implementation, learner, fixed, whole, ends, state.memory)
+    parts = ends if learner.reset is None else _shards(ends, state.count - phase, learner.reset)
+    out, memory = call(op, FORMS, implementation, learner, fixed, whole, parts, begun)
+    if state.pending is None:
+        count = _count(docs, state.count)
+        return out[:, :t], NeuralState(_where(count == 0, held, memory), None, count)
     out = out[:, :t] if empty else _rows(out, phase[:, None] + jnp.arange(t)[None])
     wrong = _off_grid(ends, learner.chunk)[:, None, None, None]
     out = jnp.where(wrong, jnp.full_like(out, jnp.nan), out)
-    return out, NeuralState(memory, *_unfinished(whole, ends, state.count, learner.chunk))
+    rest, count = _unfinished(whole, ends, state.count, learner.chunk)
+    return out, NeuralState(_where(count == 0, held, memory), rest, count)
 
 
 def neural_memory_step(
@@ -120,6 +125,11 @@ def neural_memory_step(
     out, new = neural_memory(learner, tokens, fixed, state=state, segments=active.astype(jnp.int32)[:, None])
     new = jax.tree.map(lambda a, b: jnp.where(active.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, state)
     return jnp.where(active[:, None, None], out[:, 0], 0), new
+
+
+def found(learner: Learner, fixed: Fixed, state: NeuralState) -> Weights:
+    """What has changed in the weights that the next token finds, [B, H, I, O]; what is pending is not in them."""
+    return _where(_begins(learner, state), beginning(fixed, state.memory), state.memory).change
 
 
 def neural_memory_read(
@@ -138,6 +148,22 @@ def neural_memory_read(
 
     per_head = jax.vmap(one_head, in_axes=(0, 0, 1), out_axes=1)
     return jax.vmap(per_head, in_axes=(None, 0, 0))(fixed, change, q)
+
+
+def _begins(learner: Learner, state: NeuralState) -> Bool[Array, " B"]:
+    """Rows whose next token finds the memory that documents begin with."""
+    return state.count == 0 if learner.reset is None else state.count % learner.reset == 0
+
+
+def _shards(docs: Documents, before: Int[Array, " B"], reset: int) -> Documents:
+    """Documents cut every `reset` tokens; the first has had `before` tokens before these rows."""
+    seen = jnp.cumsum(docs.valid, axis=1, dtype=before.dtype)
+    starts = docs.index != jnp.pad(docs.index[:, :-1], ((0, 0), (1, 0)))
+    gone = jax.lax.cummax(jnp.where(starts, seen - docs.valid.astype(seen.dtype), -before[:, None]), axis=1)
+    shard = jnp.maximum(seen - 1 - gone, 0) // reset  # padding belongs to the token before it
+    first = jnp.maximum(before - 1, 0) // reset
+    cut = shard != jnp.concatenate([first[:, None], shard[:, :-1]], axis=1)
+    return Documents(jnp.cumsum(starts | cut, axis=1, dtype=docs.index.dtype), docs.valid)
 
 
 def _filled(tokens: Tokens, docs: Documents, chunk: int) -> tuple[Tokens, Documents]:
@@ -169,10 +195,8 @@ def _unfinished(
     tokens: Tokens, docs: Documents, count: Int[Array, " B"], chunk: int
 ) -> tuple[Tokens, Int[Array, " B"]]:
     """The tokens of the last document that fill no chunk, and how many tokens it has."""
-    last = docs.index[:, -1:]
-    seen = jnp.sum(docs.valid & (docs.index == last), axis=1, dtype=count.dtype)
     # The first document's earlier whole chunks are not in these rows.
-    total = seen + jnp.where(last[:, 0] == 0, count - count % chunk, 0)
+    total = _count(docs, count - count % chunk)
     first = (jnp.maximum(last_valid(docs), 0) // chunk * chunk).astype(count.dtype)
     place = jnp.arange(chunk - 1, dtype=count.dtype)[None]
     left = place < (total % chunk)[:, None]
@@ -180,6 +204,13 @@ def _unfinished(
     rest = rest._replace(q=rest.q[..., :0])
     rest = jax.tree.map(lambda x: jnp.where(left[..., None, None], x.astype(jnp.float32), 0), rest)
     return rest, total
+
+
+def _count(docs: Documents, before: Int[Array, " B"]) -> Int[Array, " B"]:
+    """Tokens of each row's last document; the first has had some before."""
+    last = docs.index[:, -1:]
+    seen = jnp.sum(docs.valid & (docs.index == last), axis=1, dtype=before.dtype)
+    return seen + jnp.where(last[:, 0] == 0, before, 0)
 
 
 def _off_grid(docs: Documents, chunk: int) -> Bool[Array, " B"]:
@@ -190,6 +221,10 @@ def _off_grid(docs: Documents, chunk: int) -> Bool[Array, " B"]:
     held = jnp.pad(docs.valid[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     resumes = docs.valid & ~held & ~begins
     return ((begins & inside) | resumes).any(axis=1)
+
+
+def _where(rows: Bool[Array, " B"], new: Memory, old: Memory) -> Memory:
+    return jax.tree.map(lambda a, b: jnp.where(rows[:, None, None, None], a, b), new, old)
 
 
 def _rows(x: Array, index: Int[Array, "B N"]) -> Array:

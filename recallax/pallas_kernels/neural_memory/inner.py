@@ -8,6 +8,7 @@ is linear in the gradients g, so within a chunk W_t = beta_t W' + f_t S' - sum_s
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -27,6 +28,15 @@ class Tokens(NamedTuple):
     log_keep: Float[Array, "*batch H L"]
 
 
+class Memory(NamedTuple):
+    """What a memory has learned, of the matrices that learn; float32 [B, H, I, O]."""
+
+    change: Weights
+    """Of the weights, from the initial ones."""
+    momentum: Weights
+    """Empty for a learner without."""
+
+
 class Fixed(NamedTuple):
     """What a memory starts from, learned outside; per head."""
 
@@ -34,15 +44,15 @@ class Fixed(NamedTuple):
     """[H, I, O]"""
     gain: Float[Array, "H D"]
     offset: Float[Array, "H D"]
+    start: Memory | None = None
+    """[H, I, O], float32: what the memory has learned when a document begins; None is nothing, the initial weights."""
 
 
-class Memory(NamedTuple):
-    """What a memory has learned, of the matrices that learn; float32 [B, H, I, O]. Zero is a fresh one."""
-
-    change: Weights
-    """Of the weights, from the initial ones."""
-    momentum: Weights
-    """Empty for a learner without."""
+def beginning(fixed: Fixed, memory: Memory) -> Memory:
+    """The memory of every row before its document's first token; also for one head of one row."""
+    if fixed.start is None:
+        return jax.tree.map(jnp.zeros_like, memory)
+    return jax.tree.map(lambda a, b: jnp.broadcast_to(a.astype(b.dtype), b.shape), fixed.start, memory)
 
 
 class Weighing(NamedTuple):

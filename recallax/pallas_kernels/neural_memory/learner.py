@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.config import Config, ConfigError
+from recallax.config import Config, ConfigError, added
 
 type Product = Callable[[str, Float[Array, "C I"]], Float[Array, "C O"]]
 """x times the weight matrix of that name."""
@@ -151,6 +151,8 @@ class Learner(Config):
     boundary: Literal["none", "rows", "muon"] = "none"
     """What happens to the weights at the end of a chunk: nothing; what feeds each output goes back to the norm it was
     initialised with (LaCT); the chunk's change is orthogonalised by Newton-Schulz steps before that (with Muon)."""
+    reset: int | None = added(None)
+    """Tokens of a document after which the memory begins anew (TNT's shards, Li et al. 2025); None is never."""
     updates: tuple[str, ...] | None = None
     """Names of the matrices that learn; None is all. The others keep their initial weights."""
     chunk: int = 16
@@ -167,6 +169,11 @@ class Learner(Config):
             )
         if self.step == "mean" and (self.momentum or self.gradient != "chunk_start"):
             raise ConfigError("step 'mean' goes with momentum=False and gradient 'chunk_start' alone")
+        if self.reset is not None and (self.gradient != "chunk_start" or self.reset < 1 or self.reset % self.chunk):
+            raise ConfigError(
+                f"reset is after {self.reset} tokens; it must be a multiple of the chunk of {self.chunk}, under "
+                f"gradient 'chunk_start' (it is {self.gradient!r})"
+            )
         unknown = [name for name in self.updates or () if name not in self.network.shapes(1)]
         if unknown or self.updates == ():
             raise ConfigError(f"updates is {self.updates}; it must name some of {', '.join(self.network.shapes(1))}")

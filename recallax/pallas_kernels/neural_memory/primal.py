@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from recallax.pallas_kernels.chunking import Documents, accumulator
 from recallax.pallas_kernels.dispatch import Unsupported
 from recallax.pallas_kernels.neural_memory.boundary import settled
-from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens
+from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens, beginning
 from recallax.pallas_kernels.neural_memory.learner import LOSSES, Learner
 
 
@@ -37,7 +37,7 @@ def _head(
     def body(carry, part):
         memory, document = carry
         tokens, docs = part
-        memory = _pick(docs.index[0] != document, jax.tree.map(jnp.zeros_like, memory), memory)
+        memory = _pick(docs.index[0] != document, beginning(fixed, memory), memory)
         new, out = _chunk(learner, fixed, memory, tokens, docs.valid)
         return (_pick(docs.valid.all(), settled(learner, fixed, memory, new), memory), docs.index[-1]), out
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunking import Documents, accumulator
 from recallax.pallas_kernels.neural_memory.boundary import settled
-from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens
+from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens, beginning
 from recallax.pallas_kernels.neural_memory.learner import LOSSES, Learner
 
 
@@ -27,7 +27,7 @@ def _head(
 ) -> tuple[Float[Array, "M D"], Memory]:
     loss, network = LOSSES[learner.loss], learner.network
     origin = {name: fixed.weights[name] for name in memory.change}
-    blank = jax.tree.map(jnp.zeros_like, memory)
+    blank, nothing = beginning(fixed, memory), jax.tree.map(jnp.zeros_like, memory.change)
 
     def net(change, x):
         everything = fixed.weights | {name: origin[name] + x for name, x in change.items()}
@@ -43,7 +43,7 @@ def _head(
         memory = _pick(index != document, blank, memory)
         begins = (place == 0) | (index != document)
         chunk, written = _pick(begins, memory, chunk), jnp.where(begins, 0, written)
-        total = _pick(begins, (memory.change, blank.change), total)
+        total = _pick(begins, (memory.change, nothing), total)
 
         def decayed(change):
             away = {n: origin[n] if learner.decay_to == "zero" else 0 for n in change}  # from where forgetting ends
@@ -69,7 +69,7 @@ def _head(
     if learner.gradient != "chunk_start":
         place = jnp.ones_like(place)  # without chunks
     zero = jnp.zeros((), jnp.int32)
-    first = (memory, memory, (memory.change, blank.change), zero, zero)
+    first = (memory, memory, (memory.change, nothing), zero, zero)
     (memory, chunk, _, written, _), out = jax.lax.scan(step, first, (tuple(tokens), *docs, place))
     if learner.gradient != "chunk_start":
         return out, memory

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import Documents, masks_of
 from recallax.pallas_kernels.neural_memory.boundary import settled
-from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens, Weighing, weigh
+from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens, Weighing, beginning, weigh
 from recallax.pallas_kernels.neural_memory.learner import LOSSES, Learner, Weights
 from recallax.pallas_kernels.product import product
 from recallax.pallas_kernels.triangular import unit_lower_inverse
@@ -55,7 +55,7 @@ def _chunk(
 ) -> tuple[Memory, Float[Array, "B C H D"]]:
     """Gradients at the chunk's first weights. Documents begin where chunks do; a chunk with a gap writes nothing."""
     fresh = docs.index[:, 0] != document
-    memory = _where(fresh, jax.tree.map(jnp.zeros_like, memory), memory)
+    memory = _where(fresh, beginning(fixed, memory), memory)
     weighing = weigh(learner, tokens, masks_of(docs, docs.index[:, 0]).visible)
     one_head = partial(_learn, learner)
     per_head = jax.vmap(one_head, in_axes=(0, 0, 1, 0), out_axes=(0, 1))
@@ -129,17 +129,21 @@ def _exact_chunk(
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in tokens[:3])
     dtype, (name,) = q.dtype, memory.change
     origin, to_zero = fixed.weights[name].astype(jnp.float32), learner.decay_to == "zero"
-    change = memory.change[name]
-    own = masks.own[:, None, :, None].astype(jnp.float32)
-    beta, f = weighing.carried[..., None], weighing.momentum[..., None] * own
+    own = masks.own[:, None, :, None]
+    beta, f = weighing.carried[..., None], weighing.momentum[..., None]
+
+    def found(x: Array, carried: Weights, begun: Weights | None) -> Array:
+        """x times what a token's document found: the carried matrix, or what a document begins with."""
+        first = 0.0 if begun is None else product("bhci,hio->bhco", x, begun[name].astype(dtype))
+        return jnp.where(own, product("bhci,bhio->bhco", x, carried[name].astype(dtype)), first)
+
+    start = (None, None) if fixed.start is None else fixed.start
 
     def carried(x: Array, beta: Array, f: Array) -> Array:
-        """x times what a token's weights hold of the carried and the initial ones."""
+        """x times what a token's weights hold of the found and the initial ones."""
         new = product("bhci,hio->bhco", x, origin.astype(dtype)) * (beta if to_zero else 1)
-        held = beta * own * product("bhci,bhio->bhco", x, change.astype(dtype))
-        if not learner.momentum:
-            return new + held
-        return new + held + f * product("bhci,bhio->bhco", x, memory.momentum[name].astype(dtype))
+        new += beta * found(x, memory.change, start[0])
+        return new + f * found(x, memory.momentum, start[1]) if learner.momentum else new
 
     # Weights before a token: the row of the token before it in its document, and nothing at the document's start.
     before = masks.visible & ~jnp.eye(q.shape[2], dtype=bool)[None]
@@ -156,15 +160,15 @@ def _exact_chunk(
     slopes = product("bhts,bhso->bhto", inverse, rest).astype(dtype)
     scores = product("bhti,bhsi->bhts", q, k) * weighing.gradients
     out = carried(q, beta, f) - product("bhts,bhso->bhto", scores.astype(dtype), slopes)
-    stays = masks.stays[:, None, None, None].astype(jnp.float32)
-    last_beta, last_f = beta[:, :, -1:], weighing.momentum[..., -1:, None] * stays
-    kept = last_beta * stays * change
+    last = _where(masks.stays, memory, beginning(fixed, memory))
+    last_beta, last_f = beta[:, :, -1:], f[:, :, -1:]
+    kept = last_beta * last.change[name]
     kept = kept - (1 - last_beta) * origin[None] if to_zero else kept
     pushed: Weights = {}
     if learner.momentum:
-        kept += last_f * memory.momentum[name]
+        kept += last_f * last.momentum[name]
         push = product("bhsi,bhso->bhio", _scaled(k, weighing.last_gradients), slopes)
-        pushed = {name: weighing.last_momentum[..., None, None] * stays * memory.momentum[name] - push}
+        pushed = {name: weighing.last_momentum[..., None, None] * last.momentum[name] - push}
     write = product("bhsi,bhso->bhio", _scaled(k, weighing.gradients[..., -1, :]), slopes)
     return Memory({name: kept - write}, pushed), jnp.moveaxis(out, 1, 2).astype(dtype)
 
