@@ -1,0 +1,44 @@
+"""Forgetting, momentum, depth and fresh gradients each do what they are for; see `experiments/inner_mechanisms`."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.inner_mechanisms import decay, depth, momentum
+from experiments.inner_mechanisms.settings import chosen
+
+ROWS = [json.loads(x) for x in (Path(decay.__file__).parent / "results.jsonl").read_text().splitlines()]
+
+
+def test_forgetting_at_a_change_of_the_teacher_helps():
+    missed = {way: chosen(errors, np.minimum)[1] for way, (_, errors) in decay.errors_of(0.0).items()}
+    assert missed["at the change"] < 0.75 * missed["never"]
+    assert missed["at the change"] < missed["constant"] < missed["never"]
+
+
+def test_momentum_recalls_what_turns_out_to_matter_later():
+    recalled = {kind: chosen(momentum.recall(64, 16, kind, rows=8)[1], np.maximum)[1] for kind in momentum.MOMENTA}
+    assert recalled["cued"] > recalled["none"] + 0.3
+
+
+def test_a_deep_memory_learns_what_a_linear_one_cannot_and_less_from_stale_gradients():
+    linear = depth.best(depth.MEMORIES["linear"], rows=4)["error"]
+    missed = [depth.best(replace(depth.DEEP, chunk=chunk), rows=4)["error"] for chunk in (8, 64)]
+    assert linear > 0.9 and missed[0] < 0.6
+    assert missed[1] > 1.2 * missed[0]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_learned_gates_use_momentum(seed):
+    without, with_ = (row for row in ROWS if row["mechanism"] == "learned momentum" and row["seed"] == seed)
+    assert (without["momentum"], with_["momentum"]) == (False, True)
+    assert with_["error"] < 0.5 * without["error"]
+    assert with_["gates"]["momentum"][1] > 0.9 > 0.1 > with_["gates"]["momentum"][2]
+
+
+def test_the_record_is_monotone_in_the_chunk():
+    missed = [row["error"] for row in ROWS if row["mechanism"] == "staleness"]
+    assert len(missed) == len(depth.CHUNKS) and missed == sorted(missed)
