@@ -14,7 +14,7 @@ import pytest
 
 from recallax import tasks
 from recallax.config import Config, ConfigError, from_json, to_json
-from recallax.tasks import MQAR, SPLITS, Segment, Split, Task
+from recallax.tasks import MQAR, SPLITS, Segment, Split, Task, Writes
 from recallax.tasks.base import commonest_token
 from recallax.tasks.distinct import distinct, first_occurrence
 from recallax.tasks.mqar import slot_order
@@ -30,6 +30,15 @@ CASES: dict[str, Task] = {
     "mqar_zero": MQAR.single(length=32, pairs=8, vocab_size=64, filler="zero", test=((32, 8), (64, 8))),
     "mqar_twice": MQAR(vocab_size=64, mixture=MIX[:1], test_mixture=(Segment(length=36, pairs=6),), passes=2),
     "mqar_full_vocabulary": MQAR.single(length=32, pairs=7, vocab_size=16),
+    "overwrites": tasks.OverwriteRecall(
+        vocab_size=40,
+        noise_vocab=8,
+        mixture=(Writes(length=48, keys=4, writes=4, rows=2), Writes(length=48, keys=3, writes=8)),
+        test_mixture=(Writes(length=48, keys=3, writes=8), Writes(length=96, keys=6, writes=42)),
+    ),
+    "overwrites_full_vocabulary": tasks.OverwriteRecall.stretched(
+        length=24, keys=4, writes=5, times=(1, 2), vocab_size=9, noise_vocab=1
+    ),
     "in_context_recall": tasks.InContextRecall(length=32),
     "noisy_recall": tasks.NoisyRecall(length=32, noise=0.6),
     "fuzzy_recall": tasks.FuzzyRecall(length=48, vocab_size=12),
@@ -250,6 +259,13 @@ REFUSED = [
     (lambda: tasks.Copying(train_lengths=(5, 4)), "shortest, longest"),
     (lambda: tasks.InductionHeads(test_lengths=(2,)), "at least 3"),
     (lambda: tasks.StateTracking(test_lengths=()), "test length"),
+    (lambda: tasks.OverwriteRecall.stretched(length=32, keys=4, writes=13), r"hold 13 writes and 4 queries.*34"),
+    (lambda: tasks.OverwriteRecall.stretched(length=32, keys=4, writes=3), "writes >= keys"),
+    (lambda: tasks.OverwriteRecall.stretched(length=32, keys=1, writes=3), "keys >= 2"),
+    (lambda: tasks.OverwriteRecall.stretched(length=32, keys=4, writes=5, vocab_size=15, noise_vocab=8), "least 16"),
+    (lambda: tasks.OverwriteRecall(noise_vocab=0), "at least 1"),
+    (lambda: tasks.OverwriteRecall(mixture=()), "hold a slice"),
+    (lambda: CASES["overwrites"].max_targets("train", 96), r"does not occur in train.*\(48,\)"),
     (lambda: distinct(np.random.default_rng(0), 2, 5, 4), "cannot draw 5"),
 ]
 
@@ -414,6 +430,66 @@ def test_window_reach_reproduces_the_published_sliding_window_curve():
             for window, hits in reach.items():
                 hits.append(np.mean(distance < window))
     assert {w: np.mean(hits) for w, hits in reach.items()} == pytest.approx(published, abs=0.02)
+
+
+# ---- overwrites
+
+
+def test_overwrite_rows_are_what_the_definition_says():
+    task = CASES["overwrites"]
+    for batch in batches(task, "test", count=6, size=40):
+        for tokens, targets, weights, group in zip(*batch[:3], batch.group, strict=True):
+            name = task.groups[group[weights > 0][0]]
+            keys, writes = (int(part[1:]) for part in name.split("_")[1:3])
+            context = len(tokens) - 2 * keys
+            held: dict[int, int] = {}
+            times: Counter[int] = Counter()
+            t = 0
+            while t < context:
+                if tokens[t] >= 32:  # noise
+                    t += 1
+                    continue
+                key, value = int(tokens[t]), int(tokens[t + 1])
+                assert key < 16 <= value < 32 and held.get(key) != value
+                held[key], times[key] = value, times[key] + 1
+                t += 2
+            assert t == context and len(held) == keys == len(set(held.values())) and times.total() == writes
+            asked = np.flatnonzero(weights)
+            assert asked.tolist() == list(range(context, len(tokens), 2)) and np.all(tokens[asked + 1] >= 32)
+            assert sorted(tokens[asked].tolist()) == sorted(held)
+            assert targets[asked].tolist() == [held[key] for key in tokens[asked].tolist()]
+            bucket = ["once", "twice", "more", "more"]
+            wanted = [bucket[min(times[key], 4) - 1] for key in tokens[asked].tolist()]
+            assert [task.groups[g].split("_")[3] for g in group[asked]] == wanted
+            assert np.allclose(weights[asked], 1 / keys)
+
+
+def test_overwrites_are_spread_over_keys_values_and_places():
+    task = tasks.OverwriteRecall.stretched(length=40, keys=4, writes=8, vocab_size=24, noise_vocab=8)
+    tokens = task.batch(0, "train", 0, 4000).tokens[:, :32]
+    is_key, is_value = tokens < 8, (tokens >= 8) & (tokens < 16)
+    assert np.allclose(np.bincount(tokens[is_key], minlength=8) / 32_000, 1 / 8, atol=0.01)
+    assert np.allclose(np.bincount(tokens[is_value] - 8, minlength=8) / 32_000, 1 / 8, atol=0.01)
+    assert np.allclose(np.bincount(tokens[tokens >= 16] - 16, minlength=8) / 64_000, 1 / 8, atol=0.01)
+    # Eight writes and sixteen noise tokens in random order: each place of the row holds a key a quarter of the time.
+    assert np.allclose(is_key[:, 2:-2].mean(axis=0), 1 / 4, atol=0.03)
+    # The other four writes fall on keys at random: a key is written once with (3/4)^4.
+    batch = task.batch(0, "train", 0, 4000)
+    share = np.bincount(batch.group[batch.weights > 0], minlength=9)[:3] / 16_000
+    assert share == pytest.approx([81 / 256, 108 / 256, 67 / 256], abs=0.015)
+
+
+def test_a_value_that_was_overwritten_is_no_answer():
+    task = CASES["overwrites"]
+    score: dict[str, list[bool]] = {"once": [], "twice": [], "more": []}
+    for batch in batches(task, "test", count=8, size=40):
+        for tokens, targets, weights, group in zip(*batch[:3], batch.group, strict=True):
+            for t in np.flatnonzero(weights):
+                first = tokens.tolist().index(tokens[t])
+                score[task.groups[group[t]].split("_")[3]].append(bool(tokens[first + 1] == targets[t]))
+    # A value that is written twice differs; after that it may come back, once in fifteen.
+    assert np.mean(score["once"]) == 1 and not any(score["twice"])
+    assert np.mean(score["more"]) == pytest.approx(1 / 16, abs=0.03)
 
 
 # ---- MAD

@@ -10,6 +10,7 @@ from recallax.tasks.induction import InductionHeads
 from recallax.tasks.mad import Compression, Memorization, SelectiveCopying
 from recallax.tasks.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from recallax.tasks.mqar import MQAR, ZOOLOGY_MIX, ZOOLOGY_TEST, Segment
+from recallax.tasks.overwrites import OverwriteRecall, Writes
 from recallax.tasks.set_disjointness import SetDisjointness
 from recallax.tasks.state_tracking import StateTracking
 
@@ -25,10 +26,12 @@ __all__ = [
     "InductionHeads",
     "Memorization",
     "NoisyRecall",
+    "OverwriteRecall",
     "Segment",
     "SelectiveCopying",
     "SetDisjointness",
     "Split",
     "StateTracking",
     "Task",
+    "Writes",
 ]

@@ -1,0 +1,28 @@
+"""Does Titans' neural memory hold the last value of every key while older ones pile up?
+
+16 keys, written 64 times among noise in 512 tokens; tested at 1, 2 and 4 times the length with as many times the
+writes. Width 64, behind a short convolution. Expected: no published number. `experiments/overwrites` has what a small
+version reaches beside other memories. Cost: minutes on one H100.
+
+    recallax train overwrites_neural_memory
+    recallax train overwrites_neural_memory --model.pattern "conv attention"      what attention does
+"""
+
+from recallax.configs import mqar_neural_memory
+from recallax.tasks import OverwriteRecall
+from recallax.train.run import AdamW, Evaluate, RunConfig, Train, tiny
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        task=OverwriteRecall(),
+        model=mqar_neural_memory.get_config().model,
+        optim=AdamW(lr=3e-3),
+        train=Train(steps=10_000, batch_size=64),
+        evaluate=Evaluate(batches=12, batch_size=32),
+    )
+
+
+def get_tiny() -> RunConfig:
+    task = OverwriteRecall.stretched(length=24, keys=2, writes=6, times=(1, 2), vocab_size=32, noise_vocab=8)
+    return tiny(get_config(), task=task, model=mqar_neural_memory.get_tiny().model)
