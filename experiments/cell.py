@@ -9,6 +9,7 @@ from recallax.models import LMConfig, accounting
 from recallax.train.log import commit, environment
 from recallax.train.program import Program
 from recallax.train.run import RunConfig
+from recallax.train.step import TrainState
 
 type Row = dict[str, Any]
 type Stage = Callable[[list[Row]], list["Cell"]]
@@ -21,6 +22,8 @@ class Cell:
 
     labels: Mapping[str, str | int | float]
     config: RunConfig
+    probe: Callable[[Program, TrainState], Row] | None = None
+    """What else to measure of the trained model; its entries join the row."""
 
 
 def measure(cell: Cell) -> Row:
@@ -43,6 +46,7 @@ def measure(cell: Cell) -> Row:
         "chance": config.task.chance(),
         "parameters": accounting.parameters(config.model, vocab),
         "state_bytes": _state_bytes(config.model, context, vocab),
+        **(cell.probe(program, state) if cell.probe else {}),
         "seconds": round(time.monotonic() - begin, 1),
         **{name: host[name] for name in ("device", "cpus", "jax")},
         "commit": commit(),

@@ -1,0 +1,1 @@
+"""Which memory holds the last value of a key while older ones pile up?"""
