@@ -473,6 +473,9 @@ def test_overwrites_are_spread_over_keys_values_and_places():
     assert np.allclose(np.bincount(tokens[tokens >= 16] - 16, minlength=8) / 64_000, 1 / 8, atol=0.01)
     # Eight writes and sixteen noise tokens in random order: each place of the row holds a key a quarter of the time.
     assert np.allclose(is_key[:, 2:-2].mean(axis=0), 1 / 4, atol=0.03)
+    # A key that is written n times is that of the first two writes with n (n - 1) / 56, and n - 1 is one of B(4, 1/4).
+    keys = tokens[is_key].reshape(4000, 8)
+    assert np.mean(keys[:, 0] == keys[:, 1]) == pytest.approx(11 / 56, abs=0.02)
     # The other four writes fall on keys at random: a key is written once with (3/4)^4.
     batch = task.batch(0, "train", 0, 4000)
     share = np.bincount(batch.group[batch.weights > 0], minlength=9)[:3] / 16_000
