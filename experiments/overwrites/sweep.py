@@ -1,7 +1,7 @@
 """Memories of equal bytes on recall with overwrites among noise, trained on 32 tokens and tested on 32, 64 and 128.
 
 Stages: six learning rates for the full neural memory and Gated DeltaNet, three for the others, with one seed; then the
-rate that is best on valid with a second seed and a third, and the norm of what is held after up to 16 times the length.
+rate that is best on valid with another seed, and the norm of what is held after up to 16 times the length.
 """
 
 from dataclasses import replace
@@ -92,15 +92,7 @@ def grid(rows: list[Row]) -> list[Cell]:
 
 
 def second(rows: list[Row]) -> list[Cell]:
-    return _at_best(rows, 1)
-
-
-def third(rows: list[Row]) -> list[Cell]:
-    return _at_best(rows, 2)
-
-
-def _at_best(rows: list[Row], seed: int) -> list[Cell]:
-    return [_cell("seeds", name, best(rows, "grid", mixer=name)["lr"], seed) for name in MIXERS]
+    return [_cell("seeds", name, best(rows, "grid", mixer=name)["lr"], 1) for name in MIXERS]
 
 
 def _cell(stage: str, name: str, rate: float, seed: int) -> Cell:
@@ -108,4 +100,4 @@ def _cell(stage: str, name: str, rate: float, seed: int) -> Cell:
     return Cell(labels, config(name, rate, seed), probe=norms if stage == "seeds" else None)
 
 
-STAGES: tuple[Stage, ...] = (grid, second, third)
+STAGES: tuple[Stage, ...] = (grid, second)
