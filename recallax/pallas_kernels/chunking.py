@@ -29,7 +29,7 @@ def documents(segments: Int[Array, "B T"]) -> Documents:
     before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     previous = jnp.take_along_axis(segments, jnp.maximum(before, 0), axis=1)
     starts = valid & (before >= 0) & (segments != previous)
-    return Documents(jnp.cumsum(starts, axis=1), valid)
+    return Documents(jnp.cumsum(starts, axis=1, dtype=jnp.int32), valid)
 
 
 def one_document(rows: int, length: int) -> Documents:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import Documents, accumulator, documents, last_valid, one_document
-from recallax.pallas_kernels.dispatch import call, require
+from recallax.pallas_kernels.dispatch import call, kernel, require
 from recallax.pallas_kernels.neural_memory import primal, reference, xla
 from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens, beginning
 from recallax.pallas_kernels.neural_memory.learner import Learner, Weights
@@ -38,7 +38,12 @@ __all__ = [
     "neural_memory_step",
 ]
 
-FORMS = {"reference": reference.neural_memory, "primal": primal.neural_memory, "xla": xla.neural_memory}
+FORMS = {
+    "reference": reference.neural_memory,
+    "primal": primal.neural_memory,
+    "xla": xla.neural_memory,
+    "mosaic_tpu": kernel("recallax.pallas_kernels.neural_memory.mosaic_tpu", "neural_memory"),
+}
 
 
 class NeuralState(NamedTuple):
