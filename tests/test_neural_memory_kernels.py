@@ -49,7 +49,7 @@ def test_the_kernel_is_the_token_loop_in_values_and_gradients(monkeypatch, name,
     learner = LEARNERS[name]
     tokens, fixed = draw(learner, LENGTH)
     fixed = fixed._replace(start=None)
-    rounded = Tokens(*(single(x, dtype if i < 3 else jnp.float32) for i, x in enumerate(tokens)))
+    rounded = Tokens._make(single(x, dtype if i < 3 else jnp.float32) for i, x in enumerate(tokens))
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (rounded, fixed))
         out_, memory_, slopes_ = with_gradients(learner, "reference", *exact, packed)
