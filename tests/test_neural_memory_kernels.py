@@ -51,8 +51,8 @@ def test_the_kernel_is_the_token_loop_in_values_and_gradients(monkeypatch, name,
     fixed = fixed._replace(start=None)
     rounded = Tokens._make(single(x, dtype if i < 3 else jnp.float32) for i, x in enumerate(tokens))
     with jax.enable_x64(True):
-        exact = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (rounded, fixed))
-        out_, memory_, slopes_ = with_gradients(learner, "reference", *exact, packed)
+        tokens_, fixed_ = (jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), x) for x in (rounded, fixed))
+        out_, memory_, slopes_ = with_gradients(learner, "reference", tokens_, fixed_, packed)
     with interpreted():
         out, memory, slopes = with_gradients(learner, "mosaic_tpu", rounded, single(fixed), packed)
     valid = np.ones((B, LENGTH), bool)
