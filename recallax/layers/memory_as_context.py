@@ -189,7 +189,7 @@ class MemoryAsContextMixer(RecurrentMixer):
         memory, inputs, segment = zero_rows(state, valid[:, 0] & (positions[:, 0] == 0))
         begun = jnp.zeros_like(positions[:, 0]) if segment is None else positions[:, 0] % self.segment
         slots = begun[:, None] + jnp.arange(x.shape[1])[None]
-        opened = self._opened(x, slots, memory, inputs, positions[:, 0] == 0, segment)
+        opened = self._opened(x, slots, memory, inputs, segment)
         y = self._attention(x, slots, positions[:, 0] >= self.segment, opened)
         read, memory, aux = self.memory.prefill(y, seq, memory)
         gate = jax.nn.silu(self.memory_norm(read).astype(jnp.float32))
@@ -209,7 +209,6 @@ class MemoryAsContextMixer(RecurrentMixer):
         slots: Int[Array, "B N"],
         memory: State,
         inputs: Float[Array, "B M D"] | None,
-        fresh: Bool[Array, " B"],
         segment: Segment | None,
     ) -> Segment:
         """The segment with these tokens in it: keys, values, and answers."""
