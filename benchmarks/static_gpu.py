@@ -223,7 +223,7 @@ def report() -> None:
     columns = ("op", "batch", "keys", "values", "decay", "per_channel", "docs", "kernel")
     columns += ("registers", "spill_store_bytes", "shared_bytes")
     columns += ("HGMMA", "UTMALDG")
-    newest = {tuple(row.get(name) for name in columns[:8]): row for row in rows}
+    newest = {tuple(row.get(name, False) for name in columns[:8]): row for row in rows}
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in newest.values():
         print("| " + " | ".join(str(row.get(name)) for name in columns) + " |")
