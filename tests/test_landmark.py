@@ -14,6 +14,7 @@ from recallax.layers import Attention, GatedConv, Landmark, Nothing, Site
 from recallax.models import Block, LMConfig
 from recallax.models.landmarks import Landmarks, dropped
 from recallax.models.offload import Marked, Offloaded
+from recallax.pallas_kernels.landmark_attention import begin, continued_blocks, empty_cache, extended, finish
 from recallax.pallas_kernels.landmark_attention.retrieval import Distances, Per, stingy
 from recallax.types import Precision, SeqInfo, StepInfo, whole_rows
 
@@ -158,3 +159,17 @@ def test_blocks_on_the_host_are_fetched_as_they_are_read_and_counted():
     every = replace(config, blocks=config.blocks | {"m": Block(mixer=THREE)})
     with pytest.raises(ConfigError, match="give a top_k"):
         Offloaded(every, every.build(nnx.Rngs(0)), 1, 20)
+
+
+def test_steps_leave_the_cache_that_a_row_leaves_also_right_behind_a_landmark():
+    k, v = (jax.random.normal(jax.random.key(i), (1, 8, 1, 2)) for i in range(2))
+    active, positions, ones = jnp.ones(1, bool), jnp.arange(8)[None], jnp.ones((1, 8), jnp.int32)
+    empty = walked = empty_cache(1, 8, 3, 1, 2, jnp.float32)
+    for t in range(8):
+        at = jnp.full(1, t)
+        walked = finish(begin(walked, k[:, t], v[:, t], at, active), k[:, t], at, active)
+    blocks = continued_blocks(k, v, ones, positions, empty)
+    whole, _ = extended(empty, None, blocks, None, k, v, ones, positions)
+    assert not np.asarray(whole.own_k).any() and np.asarray(whole.marks).all()
+    for got, want in zip(walked, whole, strict=True):
+        np.testing.assert_array_equal(got, want)

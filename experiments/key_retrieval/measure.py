@@ -102,7 +102,7 @@ def recall() -> None:
             return lm(tokens, seq, at)[0]
 
         for (length, count), keys in product(LENGTHS.items(), (8, 1)):
-            if (arm, top_k, length, keys) in done or (keys == 1 and top_k not in (0, TOP_K, None)):
+            if (arm, top_k, length, keys) in done or (keys == 1 and top_k in (8, 16)):
                 continue
             task, right, weight = replace(LONG, test=((length, keys),)), 0.0, 0.0
             at_once = max(1, 4096 // length)
@@ -147,8 +147,8 @@ def offload() -> None:
                 "asked": int(asked.sum()),
                 "fetched_per_token": (after.fetched - before.fetched) / steps,
                 "fetched_by_prompt": before.fetched,
-                "host": after.host,
-                "device": after.device,
+                "host_bytes": after.host,
+                "device_bytes": after.device,
             }
         )
 

@@ -52,8 +52,8 @@ def traffic(found: list[Row]) -> list[str]:
             row["top_k"],
             f"{row['right']} of {row['asked']}",
             f"{row['fetched_per_token'] / 2**10:.1f}",
-            f"{row['host'] / 2**10:.0f}",
-            f"{row['device'] / 2**10:.0f}",
+            f"{row['host_bytes'] / 2**10:.0f}",
+            f"{row['device_bytes'] / 2**10:.0f}",
         ]
         for row in sorted(found, key=lambda row: (row["length"], row["top_k"]))
     ]
