@@ -14,7 +14,14 @@ from recallax.layers import Attention, GatedConv, Landmark, Nothing, Site
 from recallax.models import Block, LMConfig
 from recallax.models.landmarks import Landmarks, dropped
 from recallax.models.offload import Marked, Offloaded
-from recallax.pallas_kernels.landmark_attention import begin, continued_blocks, empty_cache, extended, finish
+from recallax.pallas_kernels.landmark_attention import (
+    begin,
+    continued_blocks,
+    empty_cache,
+    extended,
+    finish,
+    landmark_attention,
+)
 from recallax.pallas_kernels.landmark_attention.retrieval import Distances, Per, stingy
 from recallax.types import Precision, SeqInfo, StepInfo, whole_rows
 
@@ -173,3 +180,21 @@ def test_steps_leave_the_cache_that_a_row_leaves_also_right_behind_a_landmark():
     assert not np.asarray(whole.own_k).any() and np.asarray(whole.marks).all()
     for got, want in zip(walked, whole, strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.full
+def test_memory_is_linear_in_time():
+    """Of forward with backward, compiled and not run: twice the tokens hold at most twice as much."""
+
+    def held(length: int) -> int:
+        q, k, v = (jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32) for _ in range(3))
+
+        def loss(q, k, v):
+            return landmark_attention(q, k, v, real=63, positions=jnp.arange(length)[None]).sum()
+
+        memory = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    short, long = held(4096), held(8192)
+    assert long <= 2.1 * short and long <= 12 * 3 * 8192 * 16 * 4
