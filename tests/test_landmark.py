@@ -11,6 +11,7 @@ from flax import nnx
 
 from recallax.config import ConfigError
 from recallax.layers import Attention, GatedConv, Landmark, Nothing, Site
+from recallax.layers.landmark import jumped
 from recallax.models import Block, LMConfig
 from recallax.models.landmarks import Landmarks, dropped
 from recallax.models.offload import Marked, Offloaded
@@ -121,6 +122,15 @@ def compiled(verb: str, config: Landmark) -> Callable[[jax.Array], np.ndarray]:
     return lambda x: np.asarray(apply(x))
 
 
+def test_jumps_stand_before_blocks_and_documents_begin_at_0():
+    positions = jnp.array([[*range(10), *range(6)]])
+    found = np.asarray(jumped(positions, 4, 5, jax.random.key(0)))[0]
+    gaps = np.diff(found) - 1
+    assert found[0] == found[10] == 0 and set(np.flatnonzero(gaps)) <= {3, 7, 9, 13}  # 9 is the other document
+    assert all(0 <= gap <= 5 for place, gap in enumerate(gaps) if place != 9) and gaps[[3, 7, 13]].sum() > 0
+    np.testing.assert_array_equal(jumped(positions, 4, 0, jax.random.key(0)), positions)
+
+
 def test_layers_of_a_model_agree_on_their_landmarks():
     one = config("mark")
     assert config("full mark").landmarks == 3 and config("full").landmarks is None
@@ -128,7 +138,7 @@ def test_layers_of_a_model_agree_on_their_landmarks():
     with pytest.raises(ConfigError, match=r"landmarks every \[3, 5\] tokens"):
         replace(one, pattern="mark wide", blocks=blocks)
     assert replace(one, blocks=blocks).landmarks == 3  # a spare block has no say
-    for name, value in (("landmark_every", 0), ("top_k", 0), ("min_probability", 2.0)):
+    for name, value in (("landmark_every", 0), ("jump", -1), ("top_k", 0), ("min_probability", 2.0)):
         with pytest.raises(ConfigError, match=f"{name} is {value}"):
             replace(THREE, **{name: value})
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from recallax.config import ConfigError
 from recallax.layers.base import MixerConfig, RecurrentMixer, Site
@@ -58,6 +59,9 @@ class Landmark(MixerConfig):
     """Width of a head; None is d_model / heads."""
     rotary_base: float | None = 10_000.0
     """Base of the rotary embedding; None leaves positions out."""
+    jump: int = 0
+    """Largest random gap of positions before each block while training, drawn per layer (the paper's p_jump is 100): so
+    distances are seen that are longer than the rows."""
     top_k: int | None = None
     """Past blocks that prefill and step read; None is all of them."""
     per: Per = "head and token"
@@ -71,6 +75,8 @@ class Landmark(MixerConfig):
         for name, value in (("landmark_every", self.landmark_every), ("top_k", self.top_k)):
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if self.jump < 0:
+            raise ConfigError(f"jump is {self.jump}; it must be at least 0 positions")
         if not 0 <= self.min_probability <= 1:
             raise ConfigError(f"min_probability is {self.min_probability}; it must be from 0 to 1")
 
@@ -122,7 +128,7 @@ class LandmarkMixer(RecurrentMixer):
         if config.rotary_base is not None and self.width % 2:
             raise ConfigError(f"a head is {self.width} wide; rotary positions need an even width (or rotary_base=None)")
         self.real, self.base, self.retrieval = config.landmark_every, config.rotary_base, config.retrieval
-        self.dtype = precision.compute
+        self.jump, self.dtype = config.jump, precision.compute
         q_width, kv_width = self.heads * self.width, self.kv_heads * self.width
         self.q = Linear(d_model, q_width, precision=precision, rngs=rngs)
         self.k = Linear(d_model, kv_width, precision=precision, rngs=rngs)
@@ -132,9 +138,12 @@ class LandmarkMixer(RecurrentMixer):
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
         positions, (q, k, v) = jnp.asarray(seq.positions), self.project(x)
+        at = positions
+        if self.jump and seq.key is not None:
+            at = jumped(positions, self.real + 1, self.jump, seq.key)
         y = landmark_attention(
-            self._at(q, positions),
-            self._at(k, positions),
+            self._at(q, at),
+            self._at(k, at),
             v,
             real=self.real,
             positions=positions,
@@ -228,6 +237,14 @@ class LandmarkMixer(RecurrentMixer):
 
     def _at(self, x: Float[Array, "B T H K"], positions: Int[Array, "B T"]) -> Float[Array, "B T H K"]:
         return x if self.base is None else rotary(x, positions, self.base)
+
+
+def jumped(positions: Int[Array, "B T"], size: int, jump: int, key: PRNGKeyArray) -> Int[Array, "B T"]:
+    """Positions with a gap of 0 to `jump` before each block of a document but the first."""
+    gaps = jax.random.randint(key, positions.shape, 0, jump + 1, positions.dtype)
+    total = jnp.cumsum(jnp.where((positions % size == 0) & (positions > 0), gaps, 0), axis=1)
+    first = jnp.maximum(jnp.arange(positions.shape[1])[None] - positions, 0)
+    return positions + total - jnp.take_along_axis(total, first, axis=1)
 
 
 def _turn(base: float | None, x: Float[Array, "... K"], distance: Int[Array, "..."]) -> Float[Array, "... K"]:
