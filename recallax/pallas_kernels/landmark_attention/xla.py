@@ -45,7 +45,8 @@ def dense(
     if past is not None:
         old_k, old_v, old = _cached(past, positions[:, 0])
         k, v = (jnp.concatenate([a.astype(x.dtype), x], axis=1) for a, x in ((old_k, k), (old_v, v)))
-        keys = reference.Tokens(*(jnp.concatenate(pair, axis=1) for pair in zip(old, keys, strict=True)))
+        both = zip(old, keys, strict=True)
+        keys = reference.Tokens(*(jnp.concatenate([a.astype(x.dtype), x], axis=1) for a, x in both))
     return reference.attend(q, k, v, queries, keys, real)
 
 
