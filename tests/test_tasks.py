@@ -267,7 +267,6 @@ REFUSED = [
     (lambda: tasks.OverwriteRecall(noise_vocab=0), "at least 1"),
     (lambda: tasks.OverwriteRecall(mixture=()), "hold a slice"),
     (lambda: CASES["overwrites"].max_targets("train", 96), r"does not occur in train.*\(48,\)"),
-    (lambda: tasks.KeyRetrieval(length=39), "at least 40"),
     (lambda: tasks.KeyRetrieval(train=((87, 8),)), "at least 88"),
     (lambda: tasks.KeyRetrieval(test=((39, 8),)), "at least 40"),
     (lambda: tasks.KeyRetrieval(asked=0), "at least 1"),
