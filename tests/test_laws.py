@@ -121,7 +121,7 @@ class Compiled(NamedTuple):
     init_state: Callable
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # what one mixer needs: its laws run one after another
 def build(config: MixerConfig, compute=jnp.float32, size: float = 0.4) -> Compiled:
     module = config.build(WIDTH, Site(1, 4), precision=Precision(compute=compute), rngs=nnx.Rngs(7))
     assert isinstance(module, RecurrentMixer)
