@@ -17,3 +17,10 @@ def strict():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """A process may map only so many programs: beyond some thousands the compiler crashes."""
+    yield
+    jax.clear_caches()
