@@ -77,6 +77,13 @@ CASES += [
 ]
 """In segments."""
 CASES += [Case("taylor_attention", 16, 64, False, docs) for docs in (False, True)]
+CASES += [
+    Case("delta_rule", keys, values, decay, False)
+    for keys in (64, 128)
+    for values in (64, 128)
+    for decay in (False, True)
+]
+"""Documents are the kernels of a decay."""
 
 
 def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
@@ -84,19 +91,23 @@ def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     import jax
     import jax.numpy as jnp
 
+    from recallax.pallas_kernels.delta_rule import delta_rule
     from recallax.pallas_kernels.linear_attention import linear_attention
     from recallax.pallas_kernels.taylor_attention import taylor_attention
 
-    ops = {"linear_attention": linear_attention, "taylor_attention": taylor_attention}
+    ops = {"linear_attention": linear_attention, "taylor_attention": taylor_attention, "delta_rule": delta_rule}
     tokens = (case.batch, LENGTH, HEADS)
-    arguments = [((*tokens, w), jnp.bfloat16) for w in (case.keys, case.keys, case.values)]
-    arguments += [(tokens, jnp.float32)] * case.decay + [(tokens[:2], jnp.int32)] * case.docs
+    inputs = {
+        name: ((*tokens, w), jnp.bfloat16) for name, w in zip("qkv", (case.keys, case.keys, case.values), strict=True)
+    }
+    names = ["log_decay"] * case.decay + ["erase", "write"] * (case.op == "delta_rule")
+    inputs |= dict.fromkeys(names, (tokens, jnp.float32))
+    arguments = [*inputs.values(), *[(tokens[:2], jnp.int32)] * case.docs]
 
-    def run(q, k, v, *rest):
-        ids = rest[-1] if case.docs else None
-        inputs = {"q": q, "k": k, "v": v} | ({"log_decay": rest[0]} if case.decay else {})
+    def run(*given):
+        ids = given[-1] if case.docs else None
         op = functools.partial(ops[case.op], segments=ids, implementation="mosaic_gpu")
-        out, pull = jax.vjp(lambda inputs: op(**inputs), inputs)
+        out, pull = jax.vjp(lambda inputs: op(**inputs), dict(zip(inputs, given, strict=False)))
         return out, pull(out)
 
     return run, arguments

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +18,8 @@ from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.linear_attention import segments as segments_of
 from recallax.pallas_kernels.taylor_attention import cases as taylor_cases
 from recallax.pallas_kernels.taylor_attention import taylor_attention
+from tests.hopper import THREADS, VARIABLES, enough_threads, h100, in_the_gate, interpreted, kernels_in
 from tests.test_ops import compare
-
-THREADS = 4
-"""The interpreter runs each warpgroup of a block in a thread of its own, and they wait for each other; XLA needs as
-many, or they wait for ever."""
-VARIABLES = ("PJRT_NPROC", "NPROC")
-"""Where XLA reads how many threads it may have, in newer and in older versions of jax."""
-
-
-def enough_threads() -> bool:
-    told = [int(os.environ[name]) for name in VARIABLES if name in os.environ]
-    return min(told or [os.cpu_count() or 1]) >= THREADS
-
-
-interpreted = pytest.mark.skipif(not enough_threads(), reason="runs in the process that the first test starts")
 
 
 @pytest.mark.skipif(enough_threads(), reason="this process can run them itself")
@@ -41,7 +27,8 @@ def test_the_interpreted_kernels_in_a_process_with_enough_threads(request):
     chosen = request.config.getoption("markexpr")
     environment = os.environ | dict.fromkeys(VARIABLES, str(THREADS))
     others = "not lowers and not refused"
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-m", chosen, "-k", others, __file__]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-m", chosen, "-k", others]
+    command += map(str, sorted(Path(__file__).parent.glob("test_mosaic_gpu*.py")))
     folder = Path(__file__).parents[1]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -57,11 +44,6 @@ CASES = {
     "packed": Case(67, 64, 128, heads=1, documents=(1, 15, 1, 1, 20, 29)),
     "packed, decay, padding": Case(131, 64, 64, heads=1, decay="token", documents=(16, 1, 50, 33), padded=31),
 }
-
-
-def in_the_gate(cases: dict[str, Case], *names: str) -> list[Any]:
-    """The interpreter takes a second per chunk, so the gate has a few cases and `make test-full` all of them."""
-    return [name if name in names else pytest.param(name, marks=pytest.mark.full) for name in cases]
 
 
 def check(case: Case, heads: int | None = None, *, state: bool = True) -> None:
@@ -153,13 +135,6 @@ def test_warpgroups_do_not_race(monkeypatch):
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(slopes))
 
 
-def h100():
-    """Trace for an H100, without one and without its plugin."""
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), (jax.sharding.AxisType.Explicit,), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(mesh)
-
-
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("decay", [True, False], ids=["decay", "no decay"])
 @pytest.mark.parametrize("docs", [True, False], ids=["docs", "no docs"])
@@ -175,10 +150,8 @@ def test_it_lowers_for_an_h100(width, decay, docs):
         out, pull = jax.vjp(lambda q, k, v, gate: op(q, k, v, gate, ids), q, k, v, gate)
         return pull(out)
 
-    with h100():
-        for function, kernels in ((op, 1), (slopes, 3)):
-            lowered = jax.jit(function).trace(tokens, tokens, tokens, gate, ids).lower(lowering_platforms=("cuda",))
-            assert lowered.as_text().count("custom_call @mosaic_gpu") == kernels
+    for function, kernels in ((op, 1), (slopes, 3)):
+        assert kernels_in(function, tokens, tokens, tokens, gate, ids) == kernels
 
 
 def test_few_heads_lower_with_the_segments_that_an_h100_has_room_for():
@@ -201,9 +174,7 @@ def test_taylor_attention_lowers_for_an_h100(docs):
     def op(q, k, v, ids):
         return taylor_attention(q, k, v, segments=ids, implementation="mosaic_gpu")
 
-    with h100():
-        lowered = jax.jit(op).trace(keys, keys, values, ids).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
+    assert kernels_in(op, keys, keys, values, ids) == 1
 
 
 @pytest.mark.parametrize(

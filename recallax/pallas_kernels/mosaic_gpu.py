@@ -103,6 +103,11 @@ def load(matrix: Ref) -> jax.Array:
     return plgpu.load(matrix, layout=MATRIX).astype(jnp.float32)
 
 
+def vector(x: Ref, layout: Any) -> jax.Array:
+    """A vector from global memory."""
+    return plgpu.load(x, layout=layout, optimized=False)
+
+
 def rounded(x: jax.Array, dtype: Any, interpret: bool) -> jax.Array:
     """x as it is after rounding to a dtype, in float32. The interpreter's compiler would leave the rounding out."""
     return lax.reduce_precision(x, 8, 7) if interpret else x.astype(dtype).astype(jnp.float32)
@@ -119,9 +124,25 @@ def write(*copies: tuple[Ref, jax.Array, Ref]) -> None:
     for staged, value, _ in copies:
         staged[...] = value
     plgpu.commit_smem()
-    for staged, _, target in copies:
+    send(*((staged, target) for staged, _, target in copies))
+
+
+def send(*copies: tuple[Ref, Ref]) -> None:
+    """Copy shared memory that was committed to global memory, as one group."""
+    for staged, target in copies:
         plgpu.copy_smem_to_gmem(staged, target, commit_group=False)
     plgpu.commit_smem_to_gmem_group()
+
+
+def digits(x: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """x as a sum of two bfloat16 arrays: rounded, and what is lost by that."""
+    high = rounded(x, jnp.bfloat16, interpret)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+
+def exactly(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[tuple[Any, Any], ...]:
+    """The products for `accumulate` whose sum is that of two matrices, both in `digits`, to some 16 binary digits."""
+    return (a[0], b[0]), (a[0], b[1]), (a[1], b[0])
 
 
 def pipelined(
@@ -164,14 +185,15 @@ def launch(
     grid: dict[str, int],
     workers: int,
     interpret: bool,
+    copiers: int = 1,
 ) -> Callable[..., Any]:
-    """The kernel with that many computing warpgroups, on axis "worker", and one that copies."""
+    """The kernel with that many computing warpgroups, on axis "worker", and one (or none) that copies."""
     return plgpu.kernel(
         body,
         out_type=out,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=workers + 1,
+        num_threads=workers + copiers,
         thread_name="worker",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,

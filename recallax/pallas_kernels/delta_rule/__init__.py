@@ -21,6 +21,7 @@ from recallax.pallas_kernels.dispatch import call, kernel, require
 FORMS = {
     "reference": reference.delta_rule,
     "xla": xla.delta_rule,
+    "mosaic_gpu": kernel("recallax.pallas_kernels.delta_rule.mosaic_gpu", "delta_rule"),
     "mosaic_tpu": kernel("recallax.pallas_kernels.delta_rule.mosaic_tpu", "delta_rule"),
 }
 

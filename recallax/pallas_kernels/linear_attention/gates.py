@@ -60,16 +60,33 @@ def decay_slope(
     is what later queries see less what later keys are seen, up to the document's end, and the final state's part.
     """
     through = through.at[:, :, -1].add(at_end)
-    if docs is None:
-        slopes = lax.cumsum(through, axis=2, reverse=True)
-    else:
-        restarts = _restarts(docs)[:, None]
+    restarts = None if docs is None else _restarts(docs)[:, None]
+    return _slope(_rest(through, restarts), docs)
 
-        def join(later, earlier):
-            return jnp.where(earlier[1], earlier[0], earlier[0] + later[0]), earlier[1] | later[1]
 
-        ends = jnp.concatenate([restarts[:, :, 1:], jnp.zeros_like(restarts[:, :, :1])], axis=2)
-        ends = jnp.broadcast_to(ends, through.shape)
-        slopes, _ = lax.associative_scan(join, (through, ends), axis=2, reverse=True)
-        slopes = jnp.where(restarts | ~docs.valid[:, None], 0.0, slopes)
+def chunk_decay_slope(
+    through: Float[Array, "B H T"], at_ends: Float[Array, "B H N"], docs: Documents | None
+) -> Float[Array, "B T H"]:
+    """As `decay_slope`, where the part of each chunk's last state is known, so that sums end with the chunk."""
+    chunks = through.reshape(*at_ends.shape, -1).at[..., -1].add(at_ends)
+    restarts = None if docs is None else _restarts(docs).reshape(chunks.shape[0], 1, *chunks.shape[2:])
+    return _slope(_rest(chunks, restarts).reshape(through.shape), docs)
+
+
+def _rest(x: Float[Array, "B H ... T"], restarts: Bool[Array, "B 1 ... T"] | None) -> Float[Array, "B H ... T"]:
+    """Sums from each entry to the last one before a restart."""
+    if restarts is None:
+        return lax.cumsum(x, axis=x.ndim - 1, reverse=True)
+
+    def join(later, earlier):
+        return jnp.where(earlier[1], earlier[0], earlier[0] + later[0]), earlier[1] | later[1]
+
+    ends = jnp.concatenate([restarts[..., 1:], jnp.zeros_like(restarts[..., :1])], axis=-1)
+    return lax.associative_scan(join, (x, jnp.broadcast_to(ends, x.shape)), axis=x.ndim - 1, reverse=True)[0]
+
+
+def _slope(slopes: Float[Array, "B H T"], docs: Documents | None) -> Float[Array, "B T H"]:
+    """Of the log2-decay; there is none where a document starts and at padding."""
+    if docs is not None:
+        slopes = jnp.where(_restarts(docs)[:, None] | ~docs.valid[:, None], 0.0, slopes)
     return jnp.moveaxis(slopes, 1, 2) / LOG2E

@@ -1,0 +1,176 @@
+"""The gradients of the delta rule on Hopper after both walks: each chunk for itself, 64 channels of keys at a time.
+
+With S the state before the chunk, dS the gradient of that behind it, U and dW as in `walks.py`, D_ij = 2^(L_i - L_j)
+for j <= i, and D' the same for j < i,
+
+    dQ = scale (2^L dO S^T + (dO U^T * D) K)
+    R  = 2^L dW S^T + (dW U^T * D') K                       what erasing read; b's gradient is -k.R
+    dK = -b R + 2^(L_C - L) U dS^T + scale (dO U^T * D)^T Q - (dW U^T * D')^T (b K)
+
+What passes from before a token to readers from it on is scaled by its decay: that gradient is the sum over the rest of
+the chunk of q.dq - k.(b R) - k.(what else is in dk), and of what the chunk leaves behind, dS.(2^L_C S) and
+k.(2^(L_C - L) U dS^T).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from recallax.pallas_kernels.linear_attention.gates import Gates
+from recallax.pallas_kernels.mosaic_gpu import (
+    CHUNK,
+    COLUMNS,
+    ROWS,
+    accumulate,
+    along_columns,
+    along_rows,
+    launch,
+    load,
+    matrix,
+    rows_and_columns,
+    send,
+    vector,
+    zeros,
+)
+
+PART = 64
+"""Channels of a block: the sums over channels are partial ones."""
+
+
+class Gradients(NamedTuple):
+    """Sums over channels are one per part of them."""
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    erase: Float[Array, "B H P T"]
+    through: Float[Array, "B H P T"]
+    """What readers from a token on owe to its past: the sum from there to the chunk's end is the decay's gradient."""
+    ends: Float[Array, "B H P T"]
+    """What a chunk leaves behind: the sum over the chunk is in all of its decays' gradients."""
+
+
+def chunk_gradients(
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
+    values: tuple[Float[Array, "B T H V"], Float[Array, "B T H V"], Float[Array, "B T H V"]],
+    states: tuple[Float[Array, "B H N K V"], Float[Array, "B H N K V"]],
+    gates: Gates | None,
+    erase: Float[Array, "B H T"],
+    scale: float,
+    *,
+    interpret: bool,
+) -> Gradients:
+    """Per value head. values: dO, U and dW; states: S and dS. Without gates there are no sums for the decay."""
+    (b, t, groups, width), (h, columns) = q.shape, values[0].shape[2:]
+
+    def gradients(q, k, values, states, gates, erase, *out):
+        row, head, part, n = (lax.axis_index(name) for name in ("row", "head", "part", "chunk"))
+        time, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(part * PART, PART)
+
+        def scoped(keys, wide, held, pairs, staged, arrived):
+            group = lax.div(head, jnp.int32(h // groups))
+            for i, x in enumerate((q, k)):
+                plgpu.copy_gmem_to_smem(x.at[row, time, group, channels], keys.at[i], arrived)
+            for i, x in enumerate(values):
+                plgpu.copy_gmem_to_smem(x.at[row, time, head], wide.at[i], arrived)
+            for i, x in enumerate(states):
+                plgpu.copy_gmem_to_smem(x.at[row, head, n, channels], held.at[i], arrived)
+            plgpu.barrier_wait(arrived)
+            vectors = [x.at[row, head, time] for x in (*gates, erase)]
+            parts, sums = _chunk(keys, wide, held, vectors, pairs, scale, interpret)
+            for i, x in enumerate(parts):
+                staged.at[i][...] = x.astype(staged.dtype)
+            plgpu.commit_smem()
+            send(*((staged.at[i], out[i].at[row, time, head, channels]) for i in range(2)))
+            for target, x in zip(out[2], sums, strict=True):
+                target[row, head, part, time] = x
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.run_scoped(
+            scoped,
+            matrix(2, CHUNK, PART, tile=64),
+            matrix(3, CHUNK, columns, tile=64),
+            matrix(2, PART, columns, tile=64),
+            matrix(2, CHUNK, CHUNK, tile=64),
+            matrix(2, CHUNK, PART, tile=64),
+            plgpu.Barrier(num_arrivals=7),
+            collective_axes="worker",
+        )
+
+    wide = jax.ShapeDtypeStruct((b, t, h, width), q.dtype)
+    sums = jax.ShapeDtypeStruct((b, h, width // PART, t), jnp.float32)
+    dq, dk, sums = launch(
+        gradients,
+        out=(wide, wide, (sums,) * (1 if gates is None else 3)),
+        grid={"row": b, "head": h, "part": width // PART, "chunk": t // CHUNK},
+        workers=1,
+        copiers=0,
+        interpret=interpret,
+    )(q, k, values, states, gates or (), erase)
+    return Gradients(dq, dk, *sums, *((None,) * (3 - len(sums))))
+
+
+def _chunk(keys, wide, held, vectors, pairs, scale, interpret):
+    """dq and dk, and the sums over channels. pairs: room for what queries and erasers have of each key."""
+    (q, k), (grad, new, slope), (state, late) = ([x.at[i] for i in range(x.shape[0])] for x in (keys, wide, held))
+    square, shape = (CHUNK, CHUNK), (CHUNK, PART)
+    *gates, erase = vectors
+    reads, erases = accumulate(
+        (zeros(*square), (grad, new.transpose((1, 0)))),
+        (zeros(*square), (slope, new.transpose((1, 0)))),
+        interpret=interpret,
+    )
+    i, j = rows_and_columns(square)
+    reads, erases = jnp.where(i >= j, reads * scale, 0.0), jnp.where(i > j, erases, 0.0)
+    strength = vector(erase, ROWS)
+    since: Any = None
+    left: Any = None
+    last: Any = None
+    if gates:
+        rows = vector(gates[0], ROWS)
+        gap = along_rows(rows, square) - along_columns(vector(gates[1], COLUMNS), square)
+        decay = jnp.exp2(jnp.where(i >= j, gap, -jnp.inf))
+        reads, erases = reads * decay, erases * decay
+        last = plgpu.load(gates[0].at[CHUNK - 1])
+        since, left = jnp.exp2(rows), jnp.exp2(last - vector(gates[1], ROWS))
+    pairs.at[0][...] = reads.astype(pairs.dtype)
+    (alike,) = accumulate((zeros(*square), (k, k.transpose((1, 0)))), interpret=interpret)
+    erase_sum = jnp.sum(erases * alike, axis=1)
+    pairs.at[1][...] = (erases * along_rows(-strength, square)).astype(pairs.dtype)
+    plgpu.commit_smem()
+
+    def scaled(x, *factors):
+        for factor in factors:
+            x = x if factor is None else x * along_rows(factor, shape)
+        return x
+
+    def dots(x, y):
+        return jnp.sum(load(x) * y, axis=1)
+
+    (dq,) = accumulate((zeros(*shape), (grad, state.transpose((1, 0)))), interpret=interpret)
+    (dq,) = accumulate((scaled(dq * scale, since), (pairs.at[0], k)), interpret=interpret)
+    through: Any = dots(q, dq) if gates else None
+    dq = dq.astype(q.dtype)
+    reader, key = accumulate(
+        (zeros(*shape), (slope, state.transpose((1, 0)))),
+        (zeros(*shape), (new, late.transpose((1, 0)))),
+        interpret=interpret,
+    )
+    reader, key = scaled(reader, since), scaled(key, left)
+    erase_sum = -(erase_sum + dots(k, reader))
+    behind: Any = dots(k, key) if gates else None
+    reader, key = accumulate(
+        (scaled(reader, -strength), (pairs.at[1], k)),
+        (key, (pairs.at[0].transpose((1, 0)), q), (pairs.at[1].transpose((1, 0)), k)),
+        interpret=interpret,
+    )
+    if not gates:
+        return (dq, reader + key), (erase_sum,)
+    through += dots(k, reader) - dots(k, key)
+    behind += jnp.exp2(last) * jnp.sum(load(state) * load(late), axis=1)
+    return (dq, reader + key), (erase_sum, through, behind)
