@@ -63,6 +63,8 @@ class Case(NamedTuple):
     decay: bool
     docs: bool
     batch: int = 8
+    per_channel: bool = False
+    """The decay."""
 
 
 CASES = [
@@ -76,6 +78,12 @@ CASES += [
     Case("linear_attention", width, width, decay, False, batch=1) for width in (64, 128) for decay in (False, True)
 ]
 """In segments."""
+CASES += [
+    Case("linear_attention", keys, values, True, docs, per_channel=True)
+    for keys in (64, 128)
+    for values in (64, 128)
+    for docs in (False, True)
+]
 CASES += [Case("taylor_attention", 16, 64, False, docs) for docs in (False, True)]
 CASES += [
     Case("delta_rule", keys, values, decay, False)
@@ -100,8 +108,9 @@ def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     inputs = {
         name: ((*tokens, w), jnp.bfloat16) for name, w in zip("qkv", (case.keys, case.keys, case.values), strict=True)
     }
-    names = ["log_decay"] * case.decay + ["erase", "write"] * (case.op == "delta_rule")
-    inputs |= dict.fromkeys(names, (tokens, jnp.float32))
+    if case.decay:
+        inputs["log_decay"] = ((*tokens, case.keys) if case.per_channel else tokens, jnp.float32)
+    inputs |= dict.fromkeys(("erase", "write") if case.op == "delta_rule" else (), (tokens, jnp.float32))
     arguments = [*inputs.values(), *[(tokens[:2], jnp.int32)] * case.docs]
 
     def run(*given):
@@ -182,10 +191,10 @@ def measure(op: str | None) -> Iterator[Row]:
 
 def report() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    columns = ("op", "batch", "keys", "values", "decay", "docs", "kernel")
+    columns = ("op", "batch", "keys", "values", "decay", "per_channel", "docs", "kernel")
     columns += ("registers", "spill_store_bytes", "shared_bytes")
     columns += ("HGMMA", "UTMALDG")
-    newest = {tuple(row.get(name) for name in columns[:7]): row for row in rows}
+    newest = {tuple(row.get(name) for name in columns[:8]): row for row in rows}
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in newest.values():
         print("| " + " | ".join(str(row.get(name)) for name in columns) + " |")

@@ -182,7 +182,6 @@ def test_taylor_attention_lowers_for_an_h100(docs):
     [
         ({"q": jnp.zeros((1, 4, 1, 32), jnp.bfloat16), "k": jnp.zeros((1, 4, 1, 32), jnp.bfloat16)}, "K is 32"),
         ({"v": jnp.zeros((1, 4, 1, 64))}, "v is float32"),
-        ({"log_decay": jnp.zeros((1, 4, 1, 64))}, "64 channels"),
     ],
 )
 def test_what_it_cannot_take_is_refused_with_the_reason(change, reason):

@@ -82,11 +82,19 @@ def along_columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def rows_and_columns(shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """The row and the column number of each entry of a matrix."""
-    rows = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROWS)
+def rows_and_columns(shape: tuple[int, ...], zero: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
+    """The row and the column number of each entry of a matrix.
+
+    With an `unknown_zero` of each turn of a loop, masks of them are computed anew rather than kept in registers.
+    """
+    rows = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=ROWS) + zero
     columns = plgpu.broadcasted_iota(jnp.int32, shape[1:], 0, layout=COLUMNS)
     return along_rows(rows, shape), along_columns(columns, shape)
+
+
+def block_of(index: jax.Array, level: jax.Array | int) -> jax.Array:
+    """Number of the block of 2^level tokens that a token is in."""
+    return lax.shift_right_logical(index, level)
 
 
 def unknown_zero(step: jax.Array) -> jax.Array:
@@ -157,18 +165,19 @@ def pipelined(
 ) -> None:
     """Call body((step,), *blocks, carry) -> carry for each chunk in `order`, while TMA brings in that many more.
 
-    tokens: references [T, width], in tiles of so many columns, None: of their widths; gates: references [T]. `context`
-    is given the walk as a function of the first carry.
+    tokens: references [T, width], in tiles of so many columns, None: of their widths; gates: references of so many
+    entries per chunk. `context` is given the walk as a function of the first carry.
     """
+    count = tokens[0].shape[0] // CHUNK
 
     def index(step):
         return (order(step), 0)
 
     blocks = [plgpu.BlockSpec((CHUNK, x.shape[1]), index, transforms=transforms(tile or x.shape[1])) for x in tokens]
-    vectors = [plgpu.BlockSpec((CHUNK,), lambda step: (order(step),)) for _ in gates]
+    vectors = [plgpu.BlockSpec((x.shape[0] // count,), lambda step: (order(step),)) for x in gates]
     plgpu.emit_pipeline_warp_specialized(
         body,
-        grid=(tokens[0].shape[0] // CHUNK,),
+        grid=(count,),
         in_specs=[*blocks, *vectors],
         max_concurrent_steps=ahead + 1,
         num_compute_wgs=workers,

@@ -22,6 +22,7 @@ from recallax.pallas_kernels.mosaic_gpu import (
     accumulate,
     along_columns,
     along_rows,
+    block_of,
     digits,
     exactly,
     launch,
@@ -89,7 +90,7 @@ def _inverse(scores, a, x, interpret):
     scores = jnp.where(i > j, scores, 0.0)
     for n, part in enumerate(digits(scores, interpret)):
         a.at[n][...] = part
-    inverse = jnp.where(i == j, 1.0, 0.0) - jnp.where(_block(i, 1) == _block(j, 1), scores, 0.0)
+    inverse = jnp.where(i == j, 1.0, 0.0) - jnp.where(block_of(i, 1) == block_of(j, 1), scores, 0.0)
     for level in range(1, 6):
         room = x.at[level % 2]
         parts = digits(inverse, interpret)
@@ -97,11 +98,7 @@ def _inverse(scores, a, x, interpret):
             room.at[n][...] = part
         plgpu.commit_smem()
         (across,) = accumulate((zeros(*scores.shape), *exactly(parts, (a.at[0], a.at[1]))), interpret=interpret)
-        pair = (_block(i, level + 1) == _block(j, level + 1)) & (_block(i, level) > _block(j, level))
+        pair = (block_of(i, level + 1) == block_of(j, level + 1)) & (block_of(i, level) > block_of(j, level))
         corner = digits(jnp.where(pair, -across, 0.0), interpret)
         (inverse,) = accumulate((inverse, *exactly(corner, (room.at[0], room.at[1]))), interpret=interpret)
     return inverse
-
-
-def _block(index, level):
-    return lax.shift_right_logical(index, level)

@@ -169,6 +169,7 @@ def descend(sizes: Walk, tokens: list[Ref], vectors: list[Ref], start: Ref, fina
         (state,) = accumulate(
             (state, (k.transpose((1, 0)), high), (q.transpose((1, 0)), low)), interpret=sizes.interpret
         )
+        plgpu.commit_smem()  # before the chunk is released
         return state
 
     _walk(sizes, chunk, tokens, vectors, start, final, reverse=True)

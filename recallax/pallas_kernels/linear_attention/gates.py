@@ -30,7 +30,12 @@ class Gates(NamedTuple):
 
 def log2_decay(log_decay: Float[Array, "B T H 1"]) -> Float[Array, "B T H"]:
     """What the kernels take: a log2, bounded from below."""
-    return jnp.maximum(log_decay[..., 0].astype(jnp.float32) * LOG2E, LOWEST)
+    return log2_decays(log_decay)[..., 0]
+
+
+def log2_decays(log_decay: Float[Array, "B T H W"]) -> Float[Array, "B T H W"]:
+    """As `log2_decay`, of any number of channels."""
+    return jnp.maximum(log_decay.astype(jnp.float32) * LOG2E, LOWEST)
 
 
 def gates_of(decay: Float[Array, "B T H"] | None, docs: Documents | None, heads: int, chunk: int) -> Gates | None:

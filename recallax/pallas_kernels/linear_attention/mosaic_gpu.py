@@ -20,7 +20,8 @@ from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunking import Documents
 from recallax.pallas_kernels.dispatch import Unsupported, interpreting
-from recallax.pallas_kernels.linear_attention.gates import Gates, decay_slope, gates_of, log2_decay
+from recallax.pallas_kernels.linear_attention import mosaic_gpu_channels as channels
+from recallax.pallas_kernels.linear_attention.gates import Gates, decay_slope, gates_of, log2_decay, log2_decays
 from recallax.pallas_kernels.linear_attention.segments import (
     cut,
     cut_last,
@@ -55,7 +56,7 @@ def linear_attention(
     docs: Documents | None,
     scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """The op's form for Hopper: bfloat16, K and V of 64 or 128, at most one decay per token (W = 1)."""
+    """The op's form for Hopper: bfloat16, K and V of 64 or 128."""
     interpret = interpreting("gpu")
     width, values, length = q.shape[3], v.shape[3], q.shape[1]
     for name, size in (("K", width), ("V", values)):
@@ -64,12 +65,11 @@ def linear_attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype != jnp.bfloat16:
             raise Unsupported(f"{name} is {x.dtype}; it must be bfloat16")
-    if log_decay is not None and log_decay.shape[3] > 1:
-        raise Unsupported(f"log_decay has {log_decay.shape[3]} channels; it must be one decay per token")
     if state is None:
         state = jnp.zeros((v.shape[0], v.shape[2], width, values), jnp.float32)
 
-    segments = number_of_segments(v.shape[0] * v.shape[2], -(-length // CHUNK))
+    per_channel = log_decay is not None and log_decay.shape[3] > 1
+    segments = 1 if per_channel else number_of_segments(v.shape[0] * v.shape[2], -(-length // CHUNK))
     extra = -length % (CHUNK * segments)
 
     def padded(x):
@@ -77,6 +77,12 @@ def linear_attention(
 
     if docs is not None:
         docs = Documents(jnp.pad(docs.index, ((0, 0), (0, extra)), mode="edge"), padded(docs.valid))
+    if log_decay is not None and per_channel:
+        decay = padded(log2_decays(log_decay))
+        decay = decay if docs is None else jnp.where(docs.valid[..., None, None], decay, 0.0)
+        inputs = channels.Inputs(padded(q), padded(k), padded(v), decay, state)
+        out, final = channels.attend(scale, interpret, inputs, docs)
+        return out[:, :length], final
     decay = None if log_decay is None else padded(log2_decay(log_decay))
     inputs = _Inputs(padded(q), padded(k), padded(v), decay, state)
     out, final = _attend(_How(scale, segments, interpret), inputs, docs)

@@ -1,0 +1,102 @@
+"""Linear attention with a decay per channel on a GPU: against the definition in Pallas' interpreter, and lowered."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from recallax.pallas_kernels import dispatch, mosaic_gpu
+from recallax.pallas_kernels.cases import Case, draw, segments
+from recallax.pallas_kernels.linear_attention import cases as linear_cases
+from recallax.pallas_kernels.linear_attention import linear_attention
+from tests.hopper import in_the_gate, interpreted, kernels_in
+from tests.test_ops import compare
+
+CASES = {
+    "one token": Case(1, 64, 64, heads=1, decay="channel"),
+    "below a chunk": Case(13, 128, 64, heads=1, decay="channel"),
+    "exactly two chunks": Case(128, 64, 64, heads=1, decay="channel"),
+    "odd": Case(67, 128, 128, heads=1, decay="channel"),
+    "extreme decay": Case(67, 64, 64, heads=1, decay="extreme channel"),
+    "packed": Case(67, 64, 128, heads=1, decay="channel", documents=(1, 15, 1, 1, 20, 29)),
+    "packed, padding": Case(131, 64, 64, heads=1, decay="extreme channel", documents=(16, 1, 50, 33), padded=31),
+}
+
+
+def check(case: Case, heads: int = 1) -> None:
+    """Values, final state and every gradient; `heads` value heads for each of q's and k's."""
+    inputs = draw(case)
+    rng = np.random.default_rng(3)
+    count = heads * case.heads
+    if heads > 1:
+        inputs["v"] = rng.normal(size=(2, case.length, count, case.values))
+        inputs["log_decay"] = -np.abs(rng.normal(size=(2, case.length, count, case.width)))
+    state = linear_cases.state(dataclasses.replace(case, heads=count))
+    ids = segments(case) if case.documents else None
+
+    def op(inputs, state, form):
+        with dispatch.interpreted():
+            return linear_attention(**inputs, state=state, segments=ids, implementation=form)
+
+    compare(op, case, inputs, state, "bfloat16", "mosaic_gpu")
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("name", in_the_gate(CASES, "extreme decay", "packed"))
+def test_decay_per_channel(name):
+    check(CASES[name])
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.usefixtures("strict")
+def test_value_heads_share_a_query_head():
+    check(Case(67, 64, 64, heads=2, decay="channel"), heads=2)
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("values", [64, 128])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_decay_per_channel_at_every_width(case, width, values):
+    check(dataclasses.replace(case, width=width, values=values))
+
+
+@interpreted
+@pytest.mark.full
+def test_warpgroups_do_not_race(monkeypatch):
+    """Over more chunks than the pipeline has room for."""
+    monkeypatch.setattr(mosaic_gpu, "INTERPRETER", plgpu.InterpretGPUParams(detect_races=True))
+    case = Case(300, 64, 128, heads=1, decay="channel")
+    inputs = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in draw(case).items()}
+
+    def total(inputs):
+        with dispatch.interpreted():
+            out, state = linear_attention(**inputs, implementation="mosaic_gpu")
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
+
+    slopes = jax.jit(jax.grad(total))(inputs)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize(("width", "docs"), [(64, False), (128, True)])
+def test_it_lowers_for_an_h100(width, docs):
+    tokens = jax.ShapeDtypeStruct((2, 200, 2, width), jnp.bfloat16)
+    gate = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
+    ids = jax.ShapeDtypeStruct((2, 200), jnp.int32) if docs else None
+
+    def op(q, k, v, gate, ids):
+        return linear_attention(q, k, v, log_decay=gate, segments=ids, implementation="mosaic_gpu")
+
+    def slopes(q, k, v, gate, ids):
+        out, pull = jax.vjp(lambda q, k, v, gate: op(q, k, v, gate, ids), q, k, v, gate)
+        return pull(out)
+
+    arguments = (tokens, tokens, tokens, gate, ids)
+    assert kernels_in(op, *arguments) == 2 and kernels_in(slopes, *arguments) == 4
