@@ -104,7 +104,7 @@ def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     from recallax.pallas_kernels.taylor_attention import taylor_attention
 
     ops = {"linear_attention": linear_attention, "taylor_attention": taylor_attention, "delta_rule": delta_rule}
-    tokens = (case.batch, LENGTH, HEADS)
+    tokens: tuple[int, ...] = (case.batch, LENGTH, HEADS)
     inputs = {
         name: ((*tokens, w), jnp.bfloat16) for name, w in zip("qkv", (case.keys, case.keys, case.values), strict=True)
     }

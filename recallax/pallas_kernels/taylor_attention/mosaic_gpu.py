@@ -1,25 +1,16 @@
 """BASED on Hopper: numerators and denominators in one pass, features built on the tensor cores.
 
-With a column of ones beside the keys and queries, s' = 1 + q.k is one product, the kernel of a pair is
-f = 1 + s + s^2/2 = (1 + s'^2)/2, and every feature is the product of two columns: 1 * 1, x_i * 1 and x_i * x_j with
-i <= j. Matrices that pick columns (`_picks`) gather both factors for 64 features at a time, exactly:
-
-    phi(x) = (x A^T) * (x B^T)
-
-so the features never leave the registers, for queries as the left operand of phi(q) S, for keys, transposed, of
-S + phi(k)^T v. The state is 3 x 64 features of which the first 153 are used; it and the denominators' z are carried in
-float32. A square's factor 1/2 is with the queries; the op's state has sqrt(1/2) with both. The gradient is the XLA
-form's.
+With a column of ones beside the keys and queries, s' = 1 + q.k is one product, and the kernel of a pair is
+f = 1 + s + s^2/2 = (1 + s'^2)/2. Features (`mosaic_gpu_features.py`) never leave the registers, for queries as the left
+operand of phi(q) S, for keys, transposed, of S + phi(k)^T v. The state is 3 x 64 features of which the first 153 are
+used; it and the denominators' z are carried in float32. `mosaic_gpu_gradients.py` has the gradients.
 """
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -28,7 +19,7 @@ from jaxtyping import Array, Float
 from recallax.pallas_kernels import feature_maps
 from recallax.pallas_kernels.chunking import Documents
 from recallax.pallas_kernels.dispatch import Unsupported, interpreting
-from recallax.pallas_kernels.linear_attention.gates import gates_of
+from recallax.pallas_kernels.linear_attention.gates import Gates, gates_of
 from recallax.pallas_kernels.mosaic_gpu import (
     CHUNK,
     COLUMNS,
@@ -45,15 +36,20 @@ from recallax.pallas_kernels.mosaic_gpu import (
     write,
     zeros,
 )
-from recallax.pallas_kernels.taylor_attention import xla
-
-WIDTH, VALUES = 16, 64
-"""Of keys and of values, BASED's own."""
-COLUMN = 2 * WIDTH
-"""Columns of the keys beside which the ones are, and zeros to fill up."""
-TILE = 64
-"""Features that are worked on together."""
-TILES = 3
+from recallax.pallas_kernels.taylor_attention.mosaic_gpu_features import (
+    COLUMN,
+    KEYS,
+    QUERIES,
+    TILE,
+    TILES,
+    VALUES,
+    WIDTH,
+    features,
+    picks,
+    tile,
+)
+from recallax.pallas_kernels.taylor_attention.mosaic_gpu_features import scales as feature_scales
+from recallax.pallas_kernels.taylor_attention.mosaic_gpu_gradients import Inputs, gradients
 
 
 def taylor_attention(
@@ -62,11 +58,11 @@ def taylor_attention(
     v: Float[Array, "B T H V"],
     state: Float[Array, "B H F V"] | None,
     docs: Documents | None,
-    features: Callable[[Array], Array],
+    features_of: Callable[[Array], Array],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """The op's form for Hopper: bfloat16, 16 channels of keys, 64 of values beside the ones, symmetric features."""
     interpret = interpreting("gpu")
-    if features is not feature_maps.taylor:
+    if features_of is not feature_maps.taylor:
         raise Unsupported("features is not the symmetric expansion, which it must be")
     for name, size, wanted in (("K", q.shape[3], WIDTH), ("V", v.shape[3] - 1, VALUES)):
         if size != wanted:
@@ -77,12 +73,6 @@ def taylor_attention(
     if state is None:
         width = 1 + WIDTH + WIDTH * (WIDTH + 1) // 2
         state = jnp.zeros((v.shape[0], v.shape[2], width, v.shape[3]), jnp.float32)
-    return _attend(interpret, q, k, v, state, docs)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(interpret: bool, q: Array, k: Array, v: Array, state: Array, docs: Documents | None):
-    """v's last column is ones."""
     length = q.shape[1]
     extra = -length % CHUNK
 
@@ -96,51 +86,30 @@ def _attend(interpret: bool, q: Array, k: Array, v: Array, state: Array, docs: D
     # What is padded has no ones either, so that all its features are 0.
     q, k = (padded(jnp.concatenate([x, ones, room], axis=3)) for x in (q, k))
     gates = gates_of(None, docs, 1, CHUNK)
-    scales = _scales()[None, None, :, None]
+    scales = feature_scales()[None, None, :, None]
     filled = jnp.pad(state * scales, ((0, 0), (0, 0), (0, TILES * TILE - state.shape[2]), (0, 0)))
-    out, total, final, final_total = _forward(
-        q, k, padded(v[..., :-1]), gates, filled[..., :-1], filled[..., -1], interpret
-    )
+    inputs = Inputs(q, k, padded(v[..., :-1]), filled[..., :-1], filled[..., -1])
+    out, total, final, final_total = _attend(interpret, inputs, gates)
     final = jnp.concatenate([final, final_total[..., None]], axis=3)[:, :, : state.shape[2]] / scales
     total = jnp.moveaxis(total, 1, 2)[..., None].astype(v.dtype)
     return jnp.concatenate([out, total], axis=3)[:, :length], final
 
 
-def _attend_fwd(interpret, q, k, v, state, docs):
-    return _attend(interpret, q, k, v, state, docs), (q, k, v, state, docs)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(interpret: bool, inputs: Inputs, gates: Gates | None):
+    return _forward(*inputs[:3], gates, *inputs[3:], interpret)
 
 
-def _attend_bwd(interpret, kept, cotangents):
-    *inputs, docs = kept
+def _attend_fwd(interpret, inputs, gates):
+    return _attend(interpret, inputs, gates), (inputs, gates)
 
-    def same(q, k, v, state):
-        return xla.taylor_attention(q, k, v, state, docs, feature_maps.taylor)
 
-    _, pull = jax.vjp(same, *inputs)
-    return *pull(cotangents), None
+def _attend_bwd(interpret, residuals, cotangents):
+    inputs, gates = residuals
+    return gradients(inputs, gates, *cotangents, interpret=interpret), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _factors() -> list[tuple[int, int]]:
-    """The two columns whose product each feature is, in the order of `feature_maps.taylor`; the ones are column 16."""
-    squares = [(i, j) for i in range(WIDTH) for j in range(i, WIDTH)]
-    return [(WIDTH, WIDTH), *((i, WIDTH) for i in range(WIDTH)), *squares]
-
-
-def _scales() -> Float[Array, " F"]:
-    """What the kernel's features are of the op's: its squares are without sqrt(1/2)."""
-    return jnp.asarray([math.sqrt(2) if i == j < WIDTH else 1 for i, j in _factors()], jnp.float32)
-
-
-def _picks() -> Float[Array, "3 F D"]:
-    """Rows that pick a feature's first column, its second, and its second with a square's 1/2."""
-    picks = np.zeros((3, TILES * TILE, COLUMN), np.float32)
-    for feature, (i, j) in enumerate(_factors()):
-        picks[0, feature, i] = picks[1, feature, j] = 1
-        picks[2, feature, j] = 0.5 if i == j < WIDTH else 1
-    return jnp.asarray(picks, jnp.bfloat16)
 
 
 def _forward(q, k, v, gates, state, totals, interpret):
@@ -156,10 +125,10 @@ def _forward(q, k, v, gates, state, totals, interpret):
                 plgpu.copy_gmem_to_smem(start_total.at[row, head], sums.at[0], arrived)
                 plgpu.barrier_wait(arrived)
                 states = pipeline(
-                    [plgpu.load(start.at[row, head, _tile(i)], layout=MATRIX, optimized=False) for i in range(TILES)]
+                    [plgpu.load(start.at[row, head, tile(i)], layout=MATRIX, optimized=False) for i in range(TILES)]
                 )
                 for i in range(TILES):
-                    final[row, head, _tile(i)] = states[i]
+                    final[row, head, tile(i)] = states[i]
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(sums.at[0], final_total.at[row, head])
                 plgpu.wait_smem_to_gmem(0)
@@ -199,11 +168,7 @@ def _forward(q, k, v, gates, state, totals, interpret):
         grid={"row": b, "head": h},
         workers=1,
         interpret=interpret,
-    )(q, k, v, gates or (), _picks()[None], state, totals)
-
-
-def _tile(i: int) -> Any:
-    return pl.ds(i * TILE, TILE)
+    )(q, k, v, gates or (), picks()[None], state, totals)
 
 
 def _read(q, k, v, gates, states, room, interpret):
@@ -221,14 +186,14 @@ def _read(q, k, v, gates, states, room, interpret):
             kept.at[i][...] = decayed_rows(x, factor, interpret=interpret).astype(dtype)
         own = kept.at[0]
     for i in range(TILES):
-        held.at[_tile(i)][...] = states[i].astype(dtype)
+        held.at[tile(i)][...] = states[i].astype(dtype)
     plgpu.commit_smem()
     out, totals = zeros(CHUNK, VALUES), []
     for i in range(TILES):
-        features = _features(own, picked, i, 2, interpret)
-        seen_sums = features * along_columns(plgpu.load(sums.at[_tile(i)], layout=COLUMNS), square)
+        phi = features(own, picked, i, QUERIES, interpret)
+        seen_sums = phi * along_columns(plgpu.load(sums.at[tile(i)], layout=COLUMNS), square)
         totals.append(jnp.sum(seen_sums, axis=1))
-        (out,) = accumulate((out, (features.astype(dtype), held.at[_tile(i)])), interpret=interpret)
+        (out,) = accumulate((out, (phi.astype(dtype), held.at[tile(i)])), interpret=interpret)
     total = totals[0] + totals[1] + totals[2]
     (scores,) = accumulate((zeros(*square), (q, k.transpose((1, 0)))), interpret=interpret)
     scores = 0.5 + 0.5 * scores * scores
@@ -250,23 +215,12 @@ def _updated(k, v, gates, states, room, interpret):
     (_, sums, picked, kept), after = room, []
     k = kept.at[1] if gates else k
     for i, state in enumerate(states):
-        features = _features(k, picked, i, 1, interpret, transposed=True)
-        total = plgpu.load(sums.at[_tile(i)], layout=ROWS)
+        phi = features(k, picked, i, KEYS, interpret, transposed=True)
+        total = plgpu.load(sums.at[tile(i)], layout=ROWS)
         if gates:
             remaining = jnp.exp2(plgpu.load(gates[0].at[CHUNK - 1]))
             state, total = state * remaining, total * remaining
-        sums.at[_tile(i)][...] = total + jnp.sum(features, axis=1)
-        (state,) = accumulate((state, (features.astype(v.dtype), v)), interpret=interpret)
+        sums.at[tile(i)][...] = total + jnp.sum(phi, axis=1)
+        (state,) = accumulate((state, (phi.astype(v.dtype), v)), interpret=interpret)
         after.append(state)
     return after
-
-
-def _features(x, picked, i, second, interpret, *, transposed=False):
-    """Tile i of the features of x in float32; along the rows if transposed, else along the columns."""
-    picks = [picked.at[n, _tile(i)] for n in (0, second)]
-    if transposed:
-        pairs = [(pick, x.transpose((1, 0))) for pick in picks]
-    else:
-        pairs = [(x, pick.transpose((1, 0))) for pick in picks]
-    one, other = accumulate(*((zeros(TILE, TILE), pair) for pair in pairs), interpret=interpret)
-    return one * other
