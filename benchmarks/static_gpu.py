@@ -55,7 +55,7 @@ type Row = dict[str, Any]
 
 
 class Case(NamedTuple):
-    """Arguments of an op."""
+    """Arguments of an op. Of the selective scan: channels, in all, and states of each."""
 
     op: str
     keys: int
@@ -92,6 +92,7 @@ CASES += [
     for decay in (False, True)
 ]
 """Documents are the kernels of a decay."""
+CASES += [Case("selective_scan", 2048, states, True, docs) for states in (1, 16) for docs in (False, True)]
 
 
 def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
@@ -101,16 +102,23 @@ def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
 
     from recallax.pallas_kernels.delta_rule import delta_rule
     from recallax.pallas_kernels.linear_attention import linear_attention
+    from recallax.pallas_kernels.selective_scan import selective_scan
     from recallax.pallas_kernels.taylor_attention import taylor_attention
 
     ops = {"linear_attention": linear_attention, "taylor_attention": taylor_attention, "delta_rule": delta_rule}
+    ops |= {"selective_scan": selective_scan}
     tokens: tuple[int, ...] = (case.batch, LENGTH, HEADS)
-    inputs = {
+    inputs: dict[str, Any] = {
         name: ((*tokens, w), jnp.bfloat16) for name, w in zip("qkv", (case.keys, case.keys, case.values), strict=True)
     }
     if case.decay:
         inputs["log_decay"] = ((*tokens, case.keys) if case.per_channel else tokens, jnp.float32)
     inputs |= dict.fromkeys(("erase", "write") if case.op == "delta_rule" else (), (tokens, jnp.float32))
+    if case.op == "selective_scan":
+        inputs = {"x": ((*tokens[:2], case.keys), jnp.bfloat16), "rate": ((*tokens[:2], case.keys), jnp.float32)}
+        if case.values > 1:
+            inputs["a"] = ((case.keys, case.values), jnp.float32)
+            inputs |= dict.fromkeys("bc", ((*tokens[:2], case.values), jnp.bfloat16))
     arguments = [*inputs.values(), *[(tokens[:2], jnp.int32)] * case.docs]
 
     def run(*given):

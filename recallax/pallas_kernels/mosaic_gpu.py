@@ -195,19 +195,24 @@ def launch(
     workers: int,
     interpret: bool,
     copiers: int = 1,
+    column_sums: bool = False,
 ) -> Callable[..., Any]:
-    """The kernel with that many computing warpgroups, on axis "worker", and one (or none) that copies."""
+    """The kernel with that many computing warpgroups and one that copies, on axis "worker"; or one that does both.
+
+    Sums along rows lie within a warp; those along columns need shared memory of their own.
+    """
+    threads = workers + copiers
     return plgpu.kernel(
         body,
         out_type=out,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=workers + copiers,
-        thread_name="worker",
+        num_threads=threads if threads > 1 else None,
+        thread_name="worker" if threads > 1 else None,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            reduction_scratch_bytes=0,  # sums are along rows, which lie within a warp
+            reduction_scratch_bytes=2048 if column_sums else 0,
         ),
         interpret=INTERPRETER if interpret else None,
     )

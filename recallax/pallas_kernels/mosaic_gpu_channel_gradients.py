@@ -109,7 +109,6 @@ def channel_gradients(
             matrix(*SQUARE, tile=PART),
             plgpu.SMEM((2, CHUNK), jnp.float32),
             plgpu.Barrier(num_arrivals=6 + len(docs)),
-            collective_axes="worker",
         )
 
     wide = jax.ShapeDtypeStruct((b, t, h, width), q.dtype)

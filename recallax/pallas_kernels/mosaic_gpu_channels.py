@@ -123,7 +123,6 @@ def decayed(
             matrix(*SQUARE, tile=CHUNK),
             plgpu.SMEM((2, CHUNK), jnp.float32),
             plgpu.Barrier(num_arrivals=2 + len(docs)),
-            collective_axes="worker",
         )
 
     tokens = jax.ShapeDtypeStruct((b, t, h, width), q.dtype)

@@ -71,7 +71,6 @@ def inverses(
             matrix(2, 2, CHUNK, CHUNK, tile=64),
             matrix(CHUNK, 2 * CHUNK, tile=64),
             plgpu.Barrier(),
-            collective_axes="worker",
         )
 
     return launch(

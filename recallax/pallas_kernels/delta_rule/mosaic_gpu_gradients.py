@@ -99,7 +99,6 @@ def chunk_gradients(
             matrix(2, CHUNK, CHUNK, tile=64),
             matrix(2, CHUNK, PART, tile=64),
             plgpu.Barrier(num_arrivals=7),
-            collective_axes="worker",
         )
 
     wide = jax.ShapeDtypeStruct((b, t, h, width), q.dtype)

@@ -17,6 +17,7 @@ from recallax.pallas_kernels.selective_scan import reference, xla
 FORMS = {
     "reference": reference.selective_scan,
     "xla": xla.selective_scan,
+    "mosaic_gpu": kernel("recallax.pallas_kernels.selective_scan.mosaic_gpu", "selective_scan"),
     "mosaic_tpu": kernel("recallax.pallas_kernels.selective_scan.mosaic_tpu", "selective_scan"),
 }
 

@@ -205,7 +205,6 @@ def _chunk_gradients(inputs, gates, grad, total_grad, before, behind, interpret)
             matrix(CHUNK, CHUNK, tile=COLUMN),
             plgpu.SMEM((3, CHUNK), jnp.float32),
             plgpu.Barrier(num_arrivals=10 + len(gates)),
-            collective_axes="worker",
         )
 
     return launch(
