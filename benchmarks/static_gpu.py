@@ -92,6 +92,12 @@ CASES += [
     for decay in (False, True)
 ]
 """Documents are the kernels of a decay."""
+CASES += [
+    Case("delta_rule", keys, values, True, docs, per_channel=True)
+    for keys in (64, 128)
+    for values in (64, 128)
+    for docs in (False, True)
+]
 CASES += [Case("selective_scan", 2048, states, True, docs) for states in (1, 16) for docs in (False, True)]
 
 

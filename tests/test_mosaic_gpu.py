@@ -100,13 +100,13 @@ TAYLOR_CASES = {
     "one token": Case(1, 16, 64, heads=1),
     "odd": Case(67, 16, 64, heads=1),
     "exactly two chunks": Case(128, 16, 64, heads=1),
-    "packed, padding": Case(131, 16, 64, heads=1, documents=(16, 1, 50, 33), padded=31),
+    "packed, padding": Case(67, 16, 64, heads=1, documents=(16, 1, 33), padded=17),
 }
 
 
 @interpreted
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", in_the_gate(TAYLOR_CASES, "odd", "packed, padding"))
+@pytest.mark.parametrize("name", in_the_gate(TAYLOR_CASES, "packed, padding"))
 def test_taylor_attention(name):
     case = TAYLOR_CASES[name]
     ids = segments(case) if case.documents else None
@@ -166,7 +166,7 @@ def test_few_heads_lower_with_the_segments_that_an_h100_has_room_for():
     assert lowered.count("custom_call @mosaic_gpu") == 2 and "tensor<16x512x4x128xbf16>" in lowered
 
 
-@pytest.mark.parametrize("docs", [True, False], ids=["docs", "no docs"])
+@pytest.mark.parametrize("docs", [True, pytest.param(False, marks=pytest.mark.full)], ids=["docs", "no docs"])
 def test_taylor_attention_lowers_for_an_h100(docs):
     keys, values = (jax.ShapeDtypeStruct((2, 200, 2, width), jnp.bfloat16) for width in (16, 64))
     ids = jax.ShapeDtypeStruct((2, 200), jnp.int32) if docs else None

@@ -1,4 +1,4 @@
-"""Linear attention with a decay per channel on a GPU: against the definition in Pallas' interpreter, and lowered."""
+"""Decays per channel on a GPU: against the definitions in Pallas' interpreter, and lowered for an H100."""
 
 import dataclasses
 
@@ -10,6 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from recallax.pallas_kernels import dispatch, mosaic_gpu
 from recallax.pallas_kernels.cases import Case, draw, segments
+from recallax.pallas_kernels.delta_rule import delta_rule
+from recallax.pallas_kernels.delta_rule.cases import inputs as delta_inputs
 from recallax.pallas_kernels.linear_attention import cases as linear_cases
 from recallax.pallas_kernels.linear_attention import linear_attention
 from tests.hopper import in_the_gate, interpreted, kernels_in
@@ -22,7 +24,7 @@ CASES = {
     "odd": Case(67, 128, 128, heads=1, decay="channel"),
     "extreme decay": Case(67, 64, 64, heads=1, decay="extreme channel"),
     "packed": Case(67, 64, 128, heads=1, decay="channel", documents=(1, 15, 1, 1, 20, 29)),
-    "packed, padding": Case(131, 64, 64, heads=1, decay="extreme channel", documents=(16, 1, 50, 33), padded=31),
+    "packed, padding": Case(67, 64, 64, heads=1, decay="extreme channel", documents=(16, 1, 33), padded=17),
 }
 
 
@@ -46,7 +48,7 @@ def check(case: Case, heads: int = 1) -> None:
 
 @interpreted
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", in_the_gate(CASES, "extreme decay", "packed"))
+@pytest.mark.parametrize("name", in_the_gate(CASES, "packed, padding"))
 def test_decay_per_channel(name):
     check(CASES[name])
 
@@ -68,24 +70,68 @@ def test_decay_per_channel_at_every_width(case, width, values):
     check(dataclasses.replace(case, width=width, values=values))
 
 
+DELTA_CASES = {
+    "one token": Case(1, 64, 64, heads=1, decay="channel"),
+    "odd": Case(67, 128, 128, heads=1, decay="channel"),
+    "shared keys": Case(67, 64, 64, decay="channel"),
+    "exactly two chunks, correlated .9, negative eigenvalues": Case(
+        128, 64, 64, heads=1, decay="channel", correlation=0.9, beta=2.0
+    ),
+    "packed, decay per token": Case(67, 64, 128, heads=1, decay="token", documents=(1, 15, 1, 1, 20, 29)),
+    "packed, padding": Case(67, 64, 64, heads=1, decay="extreme channel", documents=(16, 1, 33), padded=17),
+    "one chunk, packed, padding": Case(50, 64, 64, heads=1, decay="extreme channel", documents=(16, 1, 20), padded=13),
+    "no decay": Case(13, 64, 64, heads=1),
+}
+
+
+def check_delta(case: Case, erase: str) -> None:
+    """Values, final state and every gradient."""
+    ids = segments(case) if case.documents else None
+
+    def op(inputs, state, form):
+        with dispatch.interpreted():
+            return delta_rule(**inputs, state=state, segments=ids, implementation=form)
+
+    compare(op, case, delta_inputs(case, erase), linear_cases.state(case), "bfloat16", "mosaic_gpu")
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("name", in_the_gate(DELTA_CASES, "one chunk, packed, padding"))
+def test_delta_rule(name):
+    check_delta(DELTA_CASES[name], "channel")
+
+
 @interpreted
 @pytest.mark.full
-def test_warpgroups_do_not_race(monkeypatch):
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize(("width", "values"), [(64, 128), (128, 64)])
+@pytest.mark.parametrize("case", DELTA_CASES.values(), ids=DELTA_CASES)
+def test_delta_rule_at_other_widths(case, width, values):
+    erase = "token" if case.decay and "channel" in case.decay else "channel"
+    check_delta(dataclasses.replace(case, width=width, values=values), erase)
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.parametrize("op", [linear_attention, delta_rule])
+def test_warpgroups_do_not_race(op, monkeypatch):
     """Over more chunks than the pipeline has room for."""
     monkeypatch.setattr(mosaic_gpu, "INTERPRETER", plgpu.InterpretGPUParams(detect_races=True))
     case = Case(300, 64, 128, heads=1, decay="channel")
-    inputs = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in draw(case).items()}
+    drawn = delta_inputs(case) if op is delta_rule else draw(case)
+    inputs = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in drawn.items()}
 
     def total(inputs):
         with dispatch.interpreted():
-            out, state = linear_attention(**inputs, implementation="mosaic_gpu")
+            out, state = op(**inputs, implementation="mosaic_gpu")
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
 
     slopes = jax.jit(jax.grad(total))(inputs)
     assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(slopes))
 
 
-@pytest.mark.parametrize(("width", "docs"), [(64, False), (128, True)])
+@pytest.mark.parametrize(("width", "docs"), [pytest.param(64, False, marks=pytest.mark.full), (128, True)])
 def test_it_lowers_for_an_h100(width, docs):
     tokens = jax.ShapeDtypeStruct((2, 200, 2, width), jnp.bfloat16)
     gate = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
@@ -98,5 +144,10 @@ def test_it_lowers_for_an_h100(width, docs):
         out, pull = jax.vjp(lambda q, k, v, gate: op(q, k, v, gate, ids), q, k, v, gate)
         return pull(out)
 
+    def delta(q, k, v, gate, ids):
+        strength = {"erase": gate, "write": gate[..., 0]}
+        return delta_rule(q, k, v, **strength, log_decay=gate, segments=ids, implementation="mosaic_gpu")
+
     arguments = (tokens, tokens, tokens, gate, ids)
     assert kernels_in(op, *arguments) == 2 and kernels_in(slopes, *arguments) == 4
+    assert kernels_in(delta, *arguments) == 3

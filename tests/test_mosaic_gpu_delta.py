@@ -28,7 +28,7 @@ CASES = {
     "negative eigenvalues": Case(131, 64, 128, heads=1, correlation=0.9, beta=2.0),
     "extreme decay": Case(131, 64, 64, heads=1, decay="extreme"),
     "packed": Case(67, 64, 128, heads=1, documents=(1, 15, 1, 1, 20, 29)),
-    "packed, decay, padding": Case(131, 64, 64, heads=1, decay="token", documents=(16, 1, 50, 33), padded=31),
+    "packed, decay, padding": Case(67, 64, 64, heads=1, decay="token", documents=(16, 1, 33), padded=17),
 }
 
 
@@ -45,7 +45,7 @@ def check(case: Case) -> None:
 
 @interpreted
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", in_the_gate(CASES, "odd", "packed, decay, padding"))
+@pytest.mark.parametrize("name", in_the_gate(CASES, "packed, decay, padding"))
 def test_delta_rule(name):
     check(CASES[name])
 
@@ -90,7 +90,11 @@ def test_warpgroups_do_not_race(monkeypatch):
 
 @pytest.mark.parametrize(
     ("width", "decay", "docs"),
-    [(64, False, False), (128, True, True), *(pytest.param(w, True, False, marks=pytest.mark.full) for w in (64, 128))],
+    [
+        (128, True, True),
+        *(pytest.param(64, decay, False, marks=pytest.mark.full) for decay in (False, True)),
+        pytest.param(128, True, False, marks=pytest.mark.full),
+    ],
 )
 def test_it_lowers_for_an_h100(width, decay, docs):
     tokens = jax.ShapeDtypeStruct((2, 200, 2, width), jnp.bfloat16)
@@ -116,7 +120,6 @@ def test_it_lowers_for_an_h100(width, decay, docs):
     [
         ({"v": jnp.zeros((1, 4, 1, 32), jnp.bfloat16)}, "V is 32"),
         ({"k": jnp.zeros((1, 4, 1, 64))}, "k is float32"),
-        ({"erase": jnp.zeros((1, 4, 1, 64))}, "64 channels"),
     ],
 )
 def test_what_it_cannot_take_is_refused_with_the_reason(change, reason):

@@ -56,15 +56,19 @@ def channel_gradients(
     k: Float[Array, "B T G K"],
     decay: Float[Array, "B T H K"],
     values: tuple[Float[Array, "B T H V"], Float[Array, "B T H V"]],
-    states: tuple[Float[Array, "B H N K V"], Float[Array, "B H N K V"]],
+    states: tuple[Float[Array, "B H N K V"], ...],
     stays: Float[Array, "B H N K"],
     docs: Gates | None,
     scale: float,
     *,
     interpret: bool,
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Float[Array, "B T H K"]]:
-    """Of q and k per value head, and of the log2-decay. values: dO and V; states: S and dS; stays: 2^L_C."""
-    (b, t, groups, width), (h, columns) = q.shape, values[0].shape[2:]
+    """Of q and k per value head, and of the log2-decay.
+
+    values: dO and V; states: S and dS; stays: 2^L_C. Without dS q are what erases: they do not see their own keys, and
+    what the keys give to the state is left out.
+    """
+    (b, t, _, width), (h, columns) = q.shape, values[0].shape[2:]
 
     def gradients(q, k, decay, values, states, docs, dq, dk, slope, behind):
         row, head, part, n = (lax.axis_index(name) for name in ("row", "head", "part", "chunk"))
@@ -73,8 +77,8 @@ def channel_gradients(
         pair_of_parts, own = pl.ds(lax.div(part, 2) * 2 * PART, 2 * PART), pl.ds(lax.rem(part, 2) * PART, PART)
 
         def scoped(tokens, wide, held, sums, meeting, pairs, vectors, arrived):
-            group = lax.div(head, jnp.int32(h // groups))
             for i, x in enumerate((q, k)):
+                group = lax.div(head, jnp.int32(h // x.shape[2]))
                 plgpu.copy_gmem_to_smem(x.at[row, time, group, channels], tokens.at[i], arrived)
             for i, x in enumerate(values):
                 plgpu.copy_gmem_to_smem(x.at[row, time, head], wide.at[i], arrived)
@@ -83,13 +87,15 @@ def channel_gradients(
             gates = documents_in(docs, row, time, vectors, arrived)
             plgpu.barrier_wait(arrived)
 
-            @pl.when(lax.rem(part, 2) == 0)
-            def _():
-                behind[row, head, n, pair_of_parts] = jnp.sum(load(held.at[0]) * load(held.at[1]), axis=1)
+            if behind:
+
+                @pl.when(lax.rem(part, 2) == 0)
+                def _():
+                    behind[0][row, head, n, pair_of_parts] = jnp.sum(load(held.at[0]) * load(held.at[1]), axis=1)
 
             (slopes,) = accumulate((zeros(*SQUARE), (wide.at[0], wide.at[1].transpose((1, 0)))), interpret=interpret)
             slopes = between_documents(slopes, gates) * scale
-            against, rooms = [held.at[i, own] for i in range(2)], (tokens, sums, meeting, pairs)
+            against, rooms = [held.at[i, own] for i in range(len(states))], (tokens, sums, meeting, pairs)
             log2 = vector(decay.at[row, time, head, channels], MATRIX)
             *both, own_slope = _of_channels(rooms, log2, wide, against, slopes, gates, scale, interpret)
             slope[row, time, head, channels] = own_slope
@@ -103,26 +109,27 @@ def channel_gradients(
             scoped,
             matrix(2, CHUNK, PART, tile=PART),
             matrix(2, CHUNK, columns, tile=64),
-            matrix(2, 2 * PART, columns, tile=64),
+            matrix(len(states), 2 * PART, columns, tile=64),
             matrix(4, CHUNK, PART, tile=PART),
             matrix(2, CHUNK, PART, tile=PART),
             matrix(*SQUARE, tile=PART),
             plgpu.SMEM((2, CHUNK), jnp.float32),
-            plgpu.Barrier(num_arrivals=6 + len(docs)),
+            plgpu.Barrier(num_arrivals=4 + len(states) + len(docs)),
         )
 
     wide = jax.ShapeDtypeStruct((b, t, h, width), q.dtype)
     exact = jax.ShapeDtypeStruct(wide.shape, jnp.float32)
     dq, dk, slope, behind = launch(
         gradients,
-        out=(wide, wide, exact, jax.ShapeDtypeStruct(stays.shape, jnp.float32)),
+        out=(wide, wide, exact, (jax.ShapeDtypeStruct(stays.shape, jnp.float32),) * (len(states) - 1)),
         grid={"row": b, "head": h, "part": width // PART, "chunk": t // CHUNK},
         workers=1,
         copiers=0,
         interpret=interpret,
     )(q, k, decay, values, states, docs or ())
-    behind = jnp.repeat(jnp.moveaxis(behind * stays, 2, 1), CHUNK, axis=1)
-    return dq, dk, (slope + behind) / LOG2E
+    for x in behind:
+        slope += jnp.repeat(jnp.moveaxis(x * stays, 2, 1), CHUNK, axis=1)
+    return dq, dk, slope / LOG2E
 
 
 def _of_channels(rooms, log2, wide, against, slopes, gates, scale, interpret):
@@ -133,15 +140,16 @@ def _of_channels(rooms, log2, wide, against, slopes, gates, scale, interpret):
     plgpu.commit_smem()
     read, kept = outside(sums, gates, shape, 0, interpret)
     read *= scale
-    dq, dk = accumulate(
-        *((zeros(*shape), (wide.at[i], against[i].transpose((1, 0)))) for i in range(2)), interpret=interpret
+    dq, *dk = accumulate(
+        *((zeros(*shape), (wide.at[i], x.transpose((1, 0)))) for i, x in enumerate(against)), interpret=interpret
     )
     plgpu.commit_smem()  # all warps have read
     slopes_room = wide.at[0, :, pl.ds(0, CHUNK)]
-    slopes_room[...] = slopes.astype(wide.dtype)
+    i, t = rows_and_columns(SQUARE)
+    slopes_room[...] = (slopes if len(against) > 1 else jnp.where(i > t, slopes, 0.0)).astype(wide.dtype)
     early = load(q) * read * dq
-    late = load(k) * kept * dk
-    dq, dk = dq * read, dk * kept
+    late = load(k) * kept * dk[0] if dk else None
+    dq, dk = dq * read, dk[0] * kept if dk else zeros(*shape)
 
     def meet(step, gradients):
         dq, dk, early = gradients
@@ -161,11 +169,11 @@ def _of_channels(rooms, log2, wide, against, slopes, gates, scale, interpret):
         return dq + to_queries * of_queries, dk + to_keys * of_keys, early
 
     dq, dk, early = lax.fori_loop(0, LEVELS, meet, (dq, dk, early))
-    for n, part in enumerate((*digits(early, interpret), *digits(late, interpret))):
+    for n, part in enumerate((*digits(early, interpret), *(() if late is None else digits(late, interpret)))):
         sums.at[n][...] = part
     plgpu.commit_smem()
-    i, t = rows_and_columns(SQUARE)
     slope = sums_of(t >= i, (sums.at[0], sums.at[1]), shape, interpret)
-    slope += sums_of(t < i, (sums.at[2], sums.at[3]), shape, interpret)
+    if late is not None:
+        slope += sums_of(t < i, (sums.at[2], sums.at[3]), shape, interpret)
     plgpu.commit_smem()  # all warps have read
     return dq, dk, slope

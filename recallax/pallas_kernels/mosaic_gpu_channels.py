@@ -39,6 +39,7 @@ from recallax.pallas_kernels.mosaic_gpu import (
     vector,
     zeros,
 )
+from recallax.pallas_kernels.mosaic_gpu_solve import inverse_rooms, left_inverse
 
 PART = 64
 """Channels that are worked on together."""
@@ -62,6 +63,15 @@ class Decayed(NamedTuple):
     """Of each query with the keys of its chunk, scaled and decayed."""
 
 
+class Erasing(NamedTuple):
+    """Of every value head."""
+
+    e: Float[Array, "B T H K"]
+    """What erases, decayed since the start of the chunk."""
+    inverse: Float[Array, "B H T D"]
+    """(I + A)^{-1} as in `mosaic_gpu_solve.py`, A the decayed products of what erases with earlier keys."""
+
+
 def decayed(
     q: Float[Array, "B T G K"],
     k: Float[Array, "B T G K"],
@@ -72,15 +82,49 @@ def decayed(
     interpret: bool,
 ) -> Decayed:
     """decay: of each token, a log2. docs: gates of one head, of documents alone."""
-    (b, t, groups, width), h = q.shape, decay.shape[2]
-    parts = width // PART
 
-    def decay_chunk(q, k, decay, docs, queries, keys, out):
+    def finish(scores, room, staged, targets):
+        queries, keys, out = targets
+        room[0][...] = (scores * scale).astype(room[0].dtype)
+        plgpu.commit_smem()
+        send((staged.at[0], queries), (staged.at[1], keys), (room[0], out))
+
+    results = _launched(q, k, decay, docs, scale, 2, CHUNK, [matrix(*SQUARE, tile=CHUNK)], finish, interpret)
+    return Decayed._make(results)
+
+
+def erasing(
+    e: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    decay: Float[Array, "B T H K"],
+    docs: Gates | None,
+    *,
+    interpret: bool,
+) -> Erasing:
+    """Arguments as of `decayed`; e erases what is under the keys."""
+
+    def finish(scores, room, staged, targets):
+        left_inverse(scores, room, interpret)
+        plgpu.commit_smem()
+        send((staged.at[0], targets[0]), (room[0], targets[1]))
+
+    room = inverse_rooms()
+    return Erasing._make(_launched(e, k, decay, docs, 1.0, 1, 2 * CHUNK, room, finish, interpret))
+
+
+def _launched(q, k, decay, docs, scale, kept, columns, room, finish, interpret):
+    """The first `kept` of queries and keys, decayed, and what `finish` makes of the scores: so many columns per token.
+
+    Each is per value head; `finish` gets room in shared memory.
+    """
+    (b, t, _, width), h = q.shape, decay.shape[2]
+
+    def decay_chunk(q, k, decay, docs, tokens_out, out):
         row, head, time = lax.axis_index("row"), lax.axis_index("head"), pl.ds(lax.axis_index("chunk") * CHUNK, CHUNK)
-        group = lax.div(head, jnp.int32(h // groups))
 
-        def scoped(tokens, sums, meeting, staged, square, vectors, arrived):
+        def scoped(tokens, sums, meeting, staged, room, vectors, arrived):
             for n, x in enumerate((q, k)):
+                group = lax.div(head, jnp.int32(h // x.shape[2]))
                 plgpu.copy_gmem_to_smem(x.at[row, time, group], tokens.at[n], arrived)
             gates = documents_in(docs, row, time, vectors, arrived)
             plgpu.barrier_wait(arrived)
@@ -101,17 +145,15 @@ def decayed(
                     return jnp.where(meets(step), scores + all_pairs, scores)
 
                 scores = lax.fori_loop(0, LEVELS, meet, scores)
-                read, kept = outside(sums, gates, (CHUNK, PART), zero, interpret)
-                for n, (token, factor) in enumerate(((x, read * scale), (y, kept))):
+                read, last = outside(sums, gates, (CHUNK, PART), zero, interpret)
+                for n, (token, factor) in enumerate(((x, read * scale), (y, last))[:kept]):
                     staged.at[n, :, channels][...] = (load(token) * factor).astype(staged.dtype)
                 plgpu.commit_smem()  # all warps have read
                 return scores
 
-            scores = lax.fori_loop(0, parts, add, zeros(*SQUARE))
-            square[...] = (between_documents(scores, gates) * scale).astype(square.dtype)
-            plgpu.commit_smem()
-            targets = queries.at[row, time, head], keys.at[row, time, head], out.at[row, head, time]
-            send(*zip((staged.at[0], staged.at[1], square), targets, strict=True))
+            scores = lax.fori_loop(0, width // PART, add, zeros(*SQUARE))
+            targets = [*(x.at[row, time, head] for x in tokens_out), out.at[row, head, time]]
+            finish(between_documents(scores, gates), room, staged, targets)
             plgpu.wait_smem_to_gmem(0)
 
         pl.run_scoped(
@@ -119,8 +161,8 @@ def decayed(
             matrix(2, CHUNK, width, tile=PART),
             matrix(4, CHUNK, PART, tile=PART),
             matrix(LEVELS, CHUNK, PART, tile=PART),
-            matrix(2, CHUNK, width, tile=PART),
-            matrix(*SQUARE, tile=CHUNK),
+            matrix(kept, CHUNK, width, tile=PART),
+            room,
             plgpu.SMEM((2, CHUNK), jnp.float32),
             plgpu.Barrier(num_arrivals=2 + len(docs)),
         )
@@ -128,13 +170,13 @@ def decayed(
     tokens = jax.ShapeDtypeStruct((b, t, h, width), q.dtype)
     results = launch(
         decay_chunk,
-        out=(tokens, tokens, jax.ShapeDtypeStruct((b, h, t, CHUNK), q.dtype)),
+        out=((tokens,) * kept, jax.ShapeDtypeStruct((b, h, t, columns), q.dtype)),
         grid={"row": b, "head": h, "chunk": t // CHUNK},
         workers=1,
         copiers=0,
         interpret=interpret,
     )(q, k, decay, docs or ())
-    return Decayed(*results)
+    return *results[0], results[1]
 
 
 def documents_in(docs: Sequence[Ref], row: Array, time: Any, room: Ref, arrived: Ref) -> list[Ref]:
@@ -190,13 +232,13 @@ def meeting_factors(step: Array, sums: Ref, shape: tuple[int, int], interpret: b
     return jnp.exp2(of_queries), jnp.exp2(of_keys)
 
 
-def meets(step: Array, *, strict: bool = False) -> Array:
-    """The pairs of queries, along the rows, and keys that a level is for; a key meets its own query unless strict."""
+def meets(step: Array) -> Array:
+    """The pairs of queries, along the rows, and keys that a level is for."""
     level = LEVELS + MIDDLE - 1 - step
     i, j = rows_and_columns(SQUARE)
     same = block_of(i, level + 1) == block_of(j, level + 1)
     across = block_of(i, level) > block_of(j, level)
-    inside = (block_of(i, level) == block_of(j, level)) & ((i > j) if strict else (i >= j)) & (level == MIDDLE)
+    inside = (block_of(i, level) == block_of(j, level)) & (i >= j) & (level == MIDDLE)
     return same & (across | inside)
 
 

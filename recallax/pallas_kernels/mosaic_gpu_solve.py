@@ -7,6 +7,9 @@ products on the tensor cores. Matrices are sums of two bfloat16 ones throughout:
 keys are alike, and Neumann's series, which would take fewer steps, by more than there is.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,6 +22,7 @@ from recallax.pallas_kernels.mosaic_gpu import (
     CHUNK,
     COLUMNS,
     ROWS,
+    Ref,
     accumulate,
     along_columns,
     along_rows,
@@ -46,7 +50,7 @@ def inverses(
     def solve(k, gates, erase, out):
         row, head, time = lax.axis_index("row"), lax.axis_index("head"), pl.ds(lax.axis_index("chunk") * CHUNK, CHUNK)
 
-        def scoped(keys, a, x, staged, arrived):
+        def scoped(keys, rooms, arrived):
             plgpu.copy_gmem_to_smem(k.at[row, time, lax.div(head, jnp.int32(h // groups))], keys, arrived)
             plgpu.barrier_wait(arrived)
             (scores,) = accumulate((zeros(CHUNK, CHUNK), (keys, keys.transpose((1, 0)))), interpret=interpret)
@@ -57,21 +61,12 @@ def inverses(
                 gap -= along_columns(vector(key, COLUMNS), scores.shape)
                 i, j = rows_and_columns(scores.shape)
                 scores *= jnp.exp2(jnp.where(i > j, gap, -jnp.inf))
-            inverse = _inverse(scores, a, x, interpret)
-            for columns, part in zip(HALVES, digits(inverse, interpret), strict=True):
-                staged.at[:, columns][...] = part
+            left_inverse(scores, rooms, interpret)
             plgpu.commit_smem()
-            send((staged, out.at[row, head, time]))
+            send((rooms[0], out.at[row, head, time]))
             plgpu.wait_smem_to_gmem(0)
 
-        pl.run_scoped(
-            scoped,
-            matrix(CHUNK, width, tile=64),
-            matrix(2, CHUNK, CHUNK, tile=64),
-            matrix(2, 2, CHUNK, CHUNK, tile=64),
-            matrix(CHUNK, 2 * CHUNK, tile=64),
-            plgpu.Barrier(),
-        )
+        pl.run_scoped(scoped, matrix(CHUNK, width, tile=64), inverse_rooms(), plgpu.Barrier())
 
     return launch(
         solve,
@@ -83,8 +78,18 @@ def inverses(
     )(k, gates or (), erase)
 
 
-def _inverse(scores, a, x, interpret):
-    """a: room for A. x: room for X, used in turns so that no warp overwrites what another still reads."""
+def inverse_rooms() -> list[Any]:
+    """The shared memory of `left_inverse`."""
+    shapes = ((CHUNK, 2 * CHUNK), (2, CHUNK, CHUNK), (2, 2, CHUNK, CHUNK))
+    return [matrix(*shape, tile=64) for shape in shapes]
+
+
+def left_inverse(scores: jax.Array, rooms: Sequence[Ref], interpret: bool) -> None:
+    """Leave the inverse's two matrices in the first of the rooms; scores on and above the diagonal are not read.
+
+    The second is for A, the third for X, used in turns so that no warp overwrites what another still reads.
+    """
+    out, a, x = rooms
     i, j = rows_and_columns(scores.shape)
     scores = jnp.where(i > j, scores, 0.0)
     for n, part in enumerate(digits(scores, interpret)):
@@ -100,4 +105,5 @@ def _inverse(scores, a, x, interpret):
         pair = (block_of(i, level + 1) == block_of(j, level + 1)) & (block_of(i, level) > block_of(j, level))
         corner = digits(jnp.where(pair, -across, 0.0), interpret)
         (inverse,) = accumulate((inverse, *exactly(corner, (room.at[0], room.at[1]))), interpret=interpret)
-    return inverse
+    for columns, part in zip(HALVES, digits(inverse, interpret), strict=True):
+        out.at[:, columns][...] = part

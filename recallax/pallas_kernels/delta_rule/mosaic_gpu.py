@@ -17,10 +17,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunking import Documents
+from recallax.pallas_kernels.delta_rule import mosaic_gpu_channels as channels
 from recallax.pallas_kernels.delta_rule.mosaic_gpu_gradients import chunk_gradients
 from recallax.pallas_kernels.delta_rule.walks import Kept, Walk, ascend, descend
 from recallax.pallas_kernels.dispatch import Unsupported, interpreting
-from recallax.pallas_kernels.linear_attention.gates import chunk_decay_slope, gates_of, log2_decay
+from recallax.pallas_kernels.linear_attention.gates import chunk_decay_slope, gates_of, log2_decay, log2_decays
 from recallax.pallas_kernels.mosaic_gpu import CHUNK, launch
 from recallax.pallas_kernels.mosaic_gpu_solve import inverses
 
@@ -58,7 +59,7 @@ def delta_rule(
     docs: Documents | None,
     scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """The op's form for Hopper: bfloat16, K and V of 64 or 128, one strength and at most one decay per token."""
+    """The op's form for Hopper: bfloat16, K and V of 64 or 128, any strengths and decays."""
     interpret = interpreting("gpu")
     for name, size in (("K", q.shape[3]), ("V", v.shape[3])):
         if size not in WIDTHS:
@@ -66,20 +67,26 @@ def delta_rule(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype != jnp.bfloat16:
             raise Unsupported(f"{name} is {x.dtype}; it must be bfloat16")
-    for name, x in (("erase", erase), ("log_decay", log_decay)):
-        if x is not None and x.shape[3] > 1:
-            raise Unsupported(f"{name} has {x.shape[3]} channels; it must be one per token")
     length = q.shape[1]
 
     def padded(x):
         return jnp.pad(x, ((0, 0), (0, -length % CHUNK)) + ((0, 0),) * (x.ndim - 2))
 
-    erase, write = (x[..., 0].astype(jnp.float32) for x in (erase, write))
+    erase, write = erase.astype(jnp.float32), write.astype(jnp.float32)
+    valid = None if docs is None else docs.valid[..., None, None]
     if docs is not None:  # padding neither erases nor writes
-        erase, write = (jnp.where(docs.valid[..., None], x, 0.0) for x in (erase, write))
+        erase, write = (jnp.where(valid, x, 0.0) for x in (erase, write))
         docs = Documents(jnp.pad(docs.index, ((0, 0), (0, -length % CHUNK)), mode="edge"), padded(docs.valid))
+    if max(erase.shape[3], 0 if log_decay is None else log_decay.shape[3]) > 1:
+        shape = (*v.shape[:3], q.shape[3])
+        decay = jnp.zeros(shape, jnp.float32) if log_decay is None else jnp.broadcast_to(log2_decays(log_decay), shape)
+        decay = decay if valid is None else jnp.where(valid, decay, 0.0)  # nor does it decay
+        e = (jnp.repeat(k, v.shape[2] // k.shape[2], axis=2).astype(jnp.float32) * erase).astype(k.dtype)
+        inputs = channels.Inputs(*map(padded, (q, k, e, v, write[..., 0], decay)), state)
+        out, final = channels.attend(scale, interpret, inputs, docs)
+        return out[:, :length], final
     decay = None if log_decay is None else padded(log2_decay(log_decay))
-    inputs = _Inputs(padded(q), padded(k), padded(v), padded(erase), padded(write), decay, state)
+    inputs = _Inputs(*map(padded, (q, k, v, erase[..., 0], write[..., 0])), decay, state)
     out, final = _attend(_How(scale, interpret), inputs, docs)
     return out[:, :length], final
 

@@ -232,3 +232,71 @@ def _solved(inverse, x, room, interpret, *others, transposed=False):
     sums = accumulate((zeros(*x.shape), *products), *others, interpret=interpret)
     plgpu.commit_smem()  # all warps have read
     return sums
+
+
+def ascend_decayed(
+    sizes: Walk, tokens: list[Ref], vectors: list[Ref], start: Ref, out: Ref, final: Ref, kept: Kept | None
+) -> None:
+    """Forward in time, where chunks have done all that depends on decays.
+
+    tokens: queries, what erases, and keys, all decayed, v, the queries' scores and the inverses, [T, width] each.
+    vectors: what is left of the state behind each chunk, [N * K], and write.
+    """
+
+    def chunk(room, columns, time, step, refs, vectors, state):
+        q, e, k, v, scores, inverse = refs
+        stays, write = vectors
+        held, high, _, staged = room
+        if kept is not None:
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # for the last chunk's copy of the state
+        held[...] = state.astype(v.dtype)
+        plgpu.commit_smem()
+        if kept is not None:
+            send((held, kept.states.at[step, :, columns]))
+        shape = (CHUNK, OWN)
+        (recalled,) = accumulate((zeros(*shape), (e, held)), interpret=sizes.interpret)
+        plgpu.wait_smem_to_gmem(0 if kept is None else 1, wait_read_only=True)
+        wanted = load(v.at[:, columns]) * along_rows(plgpu.load(write, layout=ROWS), shape) - recalled
+        new, read = _solved(inverse, wanted, room, sizes.interpret, (zeros(*shape), (q, held)))
+        high[...] = new.astype(v.dtype)
+        state *= along_rows(plgpu.load(stays, layout=ROWS), state.shape)
+        plgpu.commit_smem()
+        part, state = accumulate(
+            (read, (scores, high)), (state, (k.transpose((1, 0)), high)), interpret=sizes.interpret
+        )
+        copies = [] if kept is None else [(high, kept.solved.at[time, columns])]
+        staged[...] = part.astype(v.dtype)
+        plgpu.commit_smem()
+        send((staged, out.at[time, columns]), *copies)
+        return state
+
+    _walk(sizes, chunk, tokens, vectors, start, final, reverse=False)
+
+
+def descend_decayed(sizes: Walk, tokens: list[Ref], vectors: list[Ref], start: Ref, final: Ref, kept: Kept) -> None:
+    """Backward in time. Arguments as of `ascend_decayed`, with the output's gradient for v, and without write."""
+
+    def chunk(room, columns, time, step, refs, vectors, state):
+        q, e, k, grad, scores, inverse = refs
+        held, high, _, staged = room
+        grad = grad.at[:, columns]
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        held[...] = state.astype(grad.dtype)
+        plgpu.commit_smem()
+        send((held, kept.states.at[step, :, columns]))
+        slope = zeros(CHUNK, OWN), (k, held), (scores.transpose((1, 0)), grad)
+        (slope,) = accumulate(slope, interpret=sizes.interpret)
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        (slope,) = _solved(inverse, slope, room, sizes.interpret, transposed=True)
+        high[...] = (-slope).astype(grad.dtype)
+        staged[...] = slope.astype(grad.dtype)
+        state *= along_rows(plgpu.load(vectors[0], layout=ROWS), state.shape)
+        plgpu.commit_smem()
+        send((staged, kept.solved.at[time, columns]))
+        (state,) = accumulate(
+            (state, (e.transpose((1, 0)), high), (q.transpose((1, 0)), grad)), interpret=sizes.interpret
+        )
+        plgpu.commit_smem()  # before the chunk is released
+        return state
+
+    _walk(sizes, chunk, tokens, vectors, start, final, reverse=True)

@@ -115,8 +115,8 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 def _walk(chunk, tokens, along, first, count, *, reverse=False):
     """The last of carry = chunk(step, *blocks, carry) for all chunks.
 
-    tokens: references [T, 64]; along: references [T, N]. A block is one warpgroup, which copies as well, so that several
-    blocks fit on a multiprocessor.
+    tokens: references [T, 64]; along: references [T, N]. A block is one warpgroup, which copies as well, so that
+    several blocks fit on a multiprocessor.
     """
 
     def order(step):
