@@ -190,6 +190,7 @@ def pipelined(
 def launch(
     body: Callable[..., None],
     *,
+    name: str | None = None,
     out: Any,
     grid: dict[str, int],
     workers: int,
@@ -199,8 +200,9 @@ def launch(
 ) -> Callable[..., Any]:
     """The kernel with that many computing warpgroups and one that copies, on axis "worker"; or one that does both.
 
-    Sums along rows lie within a warp; those along columns need shared memory of their own.
+    name: the body's own if None. Sums along rows lie within a warp; those along columns need shared memory.
     """
+    body.__name__ = name or body.__name__
     threads = workers + copiers
     return plgpu.kernel(
         body,

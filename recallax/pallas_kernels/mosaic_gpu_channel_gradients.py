@@ -121,6 +121,7 @@ def channel_gradients(
     exact = jax.ShapeDtypeStruct(wide.shape, jnp.float32)
     dq, dk, slope, behind = launch(
         gradients,
+        name="gradients" if len(states) > 1 else "erasing_gradients",
         out=(wide, wide, exact, (jax.ShapeDtypeStruct(stays.shape, jnp.float32),) * (len(states) - 1)),
         grid={"row": b, "head": h, "part": width // PART, "chunk": t // CHUNK},
         workers=1,

@@ -89,7 +89,7 @@ def decayed(
         plgpu.commit_smem()
         send((staged.at[0], queries), (staged.at[1], keys), (room[0], out))
 
-    results = _launched(q, k, decay, docs, scale, 2, CHUNK, [matrix(*SQUARE, tile=CHUNK)], finish, interpret)
+    results = _launched(q, k, decay, docs, scale, 2, CHUNK, [matrix(*SQUARE, tile=CHUNK)], finish, "decayed", interpret)
     return Decayed._make(results)
 
 
@@ -109,10 +109,10 @@ def erasing(
         send((staged.at[0], targets[0]), (room[0], targets[1]))
 
     room = inverse_rooms()
-    return Erasing._make(_launched(e, k, decay, docs, 1.0, 1, 2 * CHUNK, room, finish, interpret))
+    return Erasing._make(_launched(e, k, decay, docs, 1.0, 1, 2 * CHUNK, room, finish, "erasing", interpret))
 
 
-def _launched(q, k, decay, docs, scale, kept, columns, room, finish, interpret):
+def _launched(q, k, decay, docs, scale, kept, columns, room, finish, name, interpret):
     """The first `kept` of queries and keys, decayed, and what `finish` makes of the scores: so many columns per token.
 
     Each is per value head; `finish` gets room in shared memory.
@@ -170,6 +170,7 @@ def _launched(q, k, decay, docs, scale, kept, columns, room, finish, interpret):
     tokens = jax.ShapeDtypeStruct((b, t, h, width), q.dtype)
     results = launch(
         decay_chunk,
+        name=name,
         out=((tokens,) * kept, jax.ShapeDtypeStruct((b, h, t, columns), q.dtype)),
         grid={"row": b, "head": h, "chunk": t // CHUNK},
         workers=1,

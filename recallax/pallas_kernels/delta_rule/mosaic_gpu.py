@@ -73,20 +73,21 @@ def delta_rule(
         return jnp.pad(x, ((0, 0), (0, -length % CHUNK)) + ((0, 0),) * (x.ndim - 2))
 
     erase, write = erase.astype(jnp.float32), write.astype(jnp.float32)
-    valid = None if docs is None else docs.valid[..., None, None]
+    valid = True if docs is None else docs.valid[..., None, None]
     if docs is not None:  # padding neither erases nor writes
         erase, write = (jnp.where(valid, x, 0.0) for x in (erase, write))
         docs = Documents(jnp.pad(docs.index, ((0, 0), (0, -length % CHUNK)), mode="edge"), padded(docs.valid))
     if max(erase.shape[3], 0 if log_decay is None else log_decay.shape[3]) > 1:
         shape = (*v.shape[:3], q.shape[3])
         decay = jnp.zeros(shape, jnp.float32) if log_decay is None else jnp.broadcast_to(log2_decays(log_decay), shape)
-        decay = decay if valid is None else jnp.where(valid, decay, 0.0)  # nor does it decay
+        decay = jnp.where(valid, decay, 0.0)  # nor does padding decay
         e = (jnp.repeat(k, v.shape[2] // k.shape[2], axis=2).astype(jnp.float32) * erase).astype(k.dtype)
-        inputs = channels.Inputs(*map(padded, (q, k, e, v, write[..., 0], decay)), state)
+        q, k, e, v, write, decay = (padded(x) for x in (q, k, e, v, write[..., 0], decay))
+        inputs = channels.Inputs(q, k, e, v, write, decay, state)
         out, final = channels.attend(scale, interpret, inputs, docs)
         return out[:, :length], final
     decay = None if log_decay is None else padded(log2_decay(log_decay))
-    inputs = _Inputs(*map(padded, (q, k, v, erase[..., 0], write[..., 0])), decay, state)
+    inputs = _Inputs(padded(q), padded(k), padded(v), padded(erase[..., 0]), padded(write[..., 0]), decay, state)
     out, final = _attend(_How(scale, interpret), inputs, docs)
     return out[:, :length], final
 

@@ -151,6 +151,7 @@ def _walk(read, written, v, scores, stays, state, interpret, *, keep, reverse=Fa
     kept = (jax.ShapeDtypeStruct((b, h, count, width, values), v.dtype),) if keep else ()
     return launch(
         walk,
+        name="walk_back" if reverse else "walk",
         out=(jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32), kept),
         grid={"row": b, "head": h},
         workers=workers,

@@ -151,6 +151,7 @@ def _states(x, y, weights, gates, state, totals, interpret, *, reverse):
     wide = TILES * TILE
     results = launch(
         states,
+        name="states_back" if reverse else "states",
         out=(
             jax.ShapeDtypeStruct((b, h, count, wide, VALUES), y.dtype),
             jax.ShapeDtypeStruct((b, h, count, wide), jnp.float32),
