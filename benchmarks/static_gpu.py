@@ -85,6 +85,7 @@ CASES += [
     for docs in (False, True)
 ]
 CASES += [Case("taylor_attention", 16, 64, False, docs) for docs in (False, True)]
+CASES += [Case("taylor_attention_step", 16, 64, False, False)]
 CASES += [
     Case("delta_rule", keys, values, decay, False)
     for keys in (64, 128)
@@ -109,8 +110,22 @@ def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     from recallax.pallas_kernels.delta_rule import delta_rule
     from recallax.pallas_kernels.linear_attention import linear_attention
     from recallax.pallas_kernels.selective_scan import selective_scan
-    from recallax.pallas_kernels.taylor_attention import taylor_attention
+    from recallax.pallas_kernels.taylor_attention import (
+        TaylorState,
+        state_width,
+        taylor_attention,
+        taylor_attention_step,
+    )
 
+    if case.op == "taylor_attention_step":
+        one, width = (case.batch, HEADS), state_width(case.keys, "symmetric")
+
+        def step(q, k, v, kv, z):
+            active = jnp.ones(case.batch, bool)
+            return taylor_attention_step(q, k, v, TaylorState(kv, z), active, implementation="mosaic_gpu")
+
+        shapes = [((*one, w), jnp.bfloat16) for w in (case.keys, case.keys, case.values)]
+        return step, [*shapes, ((*one, width, case.values), jnp.float32), ((*one, width), jnp.float32)]
     ops = {"linear_attention": linear_attention, "taylor_attention": taylor_attention, "delta_rule": delta_rule}
     ops |= {"selective_scan": selective_scan}
     tokens: tuple[int, ...] = (case.batch, LENGTH, HEADS)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ from recallax.pallas_kernels import dispatch, mosaic_gpu
 from recallax.pallas_kernels.cases import Case, draw, segments
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.linear_attention import segments as segments_of
+from recallax.pallas_kernels.taylor_attention import TaylorState, taylor_attention, taylor_attention_step
 from recallax.pallas_kernels.taylor_attention import cases as taylor_cases
-from recallax.pallas_kernels.taylor_attention import taylor_attention
 from tests.hopper import THREADS, VARIABLES, enough_threads, h100, in_the_gate, interpreted, kernels_in
 from tests.test_ops import compare
 
@@ -119,6 +120,21 @@ def test_taylor_attention(name):
 
 
 @interpreted
+@pytest.mark.usefixtures("strict")
+def test_a_step_of_taylor_attention_is_the_xla_form_s():
+    case = Case(1, 16, 64, heads=1)
+    token: dict[str, Any] = {name: jnp.asarray(x[:, 0], jnp.bfloat16) for name, x in taylor_cases.inputs(case).items()}
+    state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), taylor_cases.state(case, "symmetric"))
+    active = jnp.asarray([True, False])
+    with dispatch.interpreted():
+        out, after = taylor_attention_step(**token, state=state, active=active, implementation="mosaic_gpu")
+    want, expected = taylor_attention_step(**token, state=state, active=active, implementation="xla")
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(want, np.float32), atol=1e-2)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), after, expected)
+    assert (after.kv[1] == state.kv[1]).all() and (out[1] == 0).all()
+
+
+@interpreted
 def test_warpgroups_do_not_race(monkeypatch):
     """Two warpgroups that share the state's operand, over more chunks than the pipeline has room for."""
     params = plgpu.InterpretGPUParams(detect_races=True)
@@ -179,6 +195,17 @@ def test_taylor_attention_lowers_for_an_h100(docs):
         return pull(out)
 
     assert kernels_in(op, keys, keys, values, ids) == 1 and kernels_in(slopes, keys, keys, values, ids) == 4
+
+
+def test_a_step_of_taylor_attention_lowers_for_an_h100():
+    keys, values = (jax.ShapeDtypeStruct((2, 2, width), jnp.bfloat16) for width in (16, 64))
+    kv, z = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 2, 153, 64), (2, 2, 153)))
+
+    def step(q, k, v, kv, z):
+        active = jnp.ones(2, bool)
+        return taylor_attention_step(q, k, v, TaylorState(kv, z), active, implementation="mosaic_gpu")
+
+    assert kernels_in(step, keys, keys, values, kv, z) == 1
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,10 @@ FORMS = {
     "mosaic_gpu": kernel("recallax.pallas_kernels.taylor_attention.mosaic_gpu", "taylor_attention"),
     "mosaic_tpu": kernel("recallax.pallas_kernels.taylor_attention.mosaic_tpu", "taylor_attention"),
 }
+STEP_FORMS = {
+    "xla": xla.add_and_read,
+    "mosaic_gpu": kernel("recallax.pallas_kernels.taylor_attention.mosaic_gpu_step", "add_and_read"),
+}
 FEATURES = {"symmetric": feature_maps.taylor, "full": feature_maps.taylor_full}
 
 type Features = Literal["symmetric", "full"]
@@ -84,16 +88,17 @@ def taylor_attention_step(
     active: Bool[Array, " B"],
     *,
     features: Features = "symmetric",
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "B H V"], TaylorState]:
     """One token; inactive rows keep their state and output 0."""
     scale, expand = q.shape[-1] ** -0.25, FEATURES[features]
     phi_q, phi_k = expand(q.astype(jnp.float32) * scale), expand(k.astype(jnp.float32) * scale)
-    update = TaylorState(phi_k[..., None] * v.astype(jnp.float32)[..., None, :], phi_k)
-    kv = jnp.where(active[:, None, None, None], state.kv + update.kv, state.kv)
-    z = jnp.where(active[:, None, None], state.z + update.z, state.z)
-    sums = jnp.concatenate(
-        [jnp.einsum("bhf,bhfv->bhv", phi_q, kv), jnp.einsum("bhf,bhf->bh", phi_q, z)[..., None]], axis=-1
-    )
+    # What is added is 0 in inactive rows.
+    phi_k = jnp.where(active[:, None, None], phi_k, 0)
+    values = jnp.where(active[:, None, None], v.astype(jnp.float32), 0)
+    sums, kv = call("taylor_attention_step", STEP_FORMS, implementation, phi_q, phi_k, values, state.kv)
+    z = state.z + phi_k
+    sums = jnp.concatenate([sums, jnp.einsum("bhf,bhf->bh", phi_q, z)[..., None]], axis=-1)
     return jnp.where(active[:, None, None], _normalise(sums), 0).astype(v.dtype), TaylorState(kv, z)
 
 

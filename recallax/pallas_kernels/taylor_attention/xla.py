@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunking import Documents
@@ -22,3 +23,11 @@ def taylor_attention(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """Unnormalised sums in v's dtype and the final state in float32."""
     return xla.chunked(q, k, v, None, state, docs, kernel=xla.Kernel(taylor_score, features), chunk=CHUNK)
+
+
+def add_and_read(
+    q: Float[Array, "B H F"], k: Float[Array, "B H F"], v: Float[Array, "B H V"], kv: Float[Array, "B H F V"]
+) -> tuple[Float[Array, "B H V"], Float[Array, "B H F V"]]:
+    """One token: S + k v^T, and what the features q read of it; all float32."""
+    kv = kv + k[..., None] * v[..., None, :]
+    return jnp.einsum("bhf,bhfv->bhv", q, kv), kv
