@@ -52,7 +52,7 @@ PART = 32
 
 
 def channel_gradients(
-    q: Float[Array, "B T G K"],
+    q: Float[Array, "B T Q K"],
     k: Float[Array, "B T G K"],
     decay: Float[Array, "B T H K"],
     values: tuple[Float[Array, "B T H V"], Float[Array, "B T H V"]],
