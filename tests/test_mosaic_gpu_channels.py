@@ -21,16 +21,17 @@ CASES = {
     "one token": Case(1, 64, 64, heads=1, decay="channel"),
     "below a chunk": Case(13, 128, 64, heads=1, decay="channel"),
     "exactly two chunks": Case(128, 64, 64, heads=1, decay="channel"),
-    "odd": Case(67, 128, 128, heads=1, decay="channel"),
+    "odd": Case(67, 64, 64, heads=1, decay="channel"),
     "extreme decay": Case(67, 64, 64, heads=1, decay="extreme channel"),
     "packed": Case(67, 64, 128, heads=1, decay="channel", documents=(1, 15, 1, 1, 20, 29)),
     "packed, padding": Case(67, 64, 64, heads=1, decay="extreme channel", documents=(16, 1, 33), padded=17),
 }
 
 
-def check(case: Case, heads: int = 1) -> None:
-    """Values, final state and every gradient; `heads` value heads for each of q's and k's."""
+def check(case: Case, heads: int = 1, rate: float = 1.0) -> None:
+    """Values, final state and every gradient; `heads` value heads for each of q's and k's, decays as much slower."""
     inputs = draw(case)
+    inputs["log_decay"] = rate * inputs["log_decay"]
     rng = np.random.default_rng(3)
     count = heads * case.heads
     if heads > 1:
@@ -51,6 +52,12 @@ def check(case: Case, heads: int = 1) -> None:
 @pytest.mark.parametrize("name", in_the_gate(CASES, "packed, padding"))
 def test_decay_per_channel(name):
     check(CASES[name])
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+def test_states_that_outlast_a_chunk():
+    check(CASES["odd"], rate=0.02)
 
 
 @interpreted

@@ -32,22 +32,31 @@ CASES = {
 }
 
 
-def check(case: Case) -> None:
-    """Values, final state and every gradient of the kernels."""
+def check(case: Case, rate: float = 1.0) -> None:
+    """Values, final state and every gradient of the kernels; decays are as much slower as `rate` says."""
+    inputs = delta_inputs(case)
+    if case.decay:
+        inputs["log_decay"] = rate * inputs["log_decay"]
     ids = segments(case) if case.documents else None
 
     def op(inputs, state, form):
         with dispatch.interpreted():
             return delta_rule(**inputs, state=state, segments=ids, implementation=form)
 
-    compare(op, case, delta_inputs(case), linear_cases.state(case), "bfloat16", "mosaic_gpu")
+    compare(op, case, inputs, linear_cases.state(case), "bfloat16", "mosaic_gpu")
 
 
 @interpreted
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", in_the_gate(CASES, "packed, decay, padding"))
+@pytest.mark.parametrize("name", in_the_gate(CASES))
 def test_delta_rule(name):
     check(CASES[name])
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+def test_states_that_outlast_a_chunk():
+    check(CASES["packed, decay, padding"], rate=0.02)
 
 
 @interpreted
