@@ -5,7 +5,8 @@
 The inverses T of all chunks come first (`mosaic_gpu_solve.py`), then the walk over time (`walks.py`). For the gradients
 that walk also keeps U and the state before each chunk; a walk backward in time gives their gradients, and then every
 chunk's part is its own (`mosaic_gpu_gradients.py`). Documents and padding are in the gates. Operands of products are
-bfloat16, T and what it multiplies two of them, sums and the state float32.
+bfloat16, T and what it multiplies two of them, sums and the state float32. Decays and strengths per channel are in
+`mosaic_gpu_channels.py`.
 """
 
 import functools

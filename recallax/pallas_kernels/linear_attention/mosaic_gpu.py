@@ -7,7 +7,7 @@ cumulative log2-decay of a chunk, in the notation of `xla.py`,
     o_i = 2^L_i S^T q_i + sum_{j<=i} 2^(L_i - L_j) (q_i.k_j) v_j        S <- 2^L_C S + sum_j k_j (2^(L_C - L_j) v_j)^T
 
 Documents and padding are in the gates (`gates.py`); without decays and documents there are none. Operands of products
-are bfloat16, sums and the state float32.
+are bfloat16, sums and the state float32. Decays per channel are in `mosaic_gpu_channels.py`.
 """
 
 import functools
