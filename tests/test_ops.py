@@ -14,6 +14,9 @@ from recallax.pallas_kernels.cases import CASES, Case, draw, segments
 from recallax.pallas_kernels.delta_rule import delta_rule, delta_rule_step
 from recallax.pallas_kernels.delta_rule import xla as delta_xla
 from recallax.pallas_kernels.delta_rule.cases import inputs as delta_inputs
+from recallax.pallas_kernels.landmark_attention import cases as landmark_cases
+from recallax.pallas_kernels.landmark_attention import landmark_attention
+from recallax.pallas_kernels.landmark_attention import xla as landmark_xla
 from recallax.pallas_kernels.linear_attention import cases as linear_cases
 from recallax.pallas_kernels.linear_attention import linear_attention, linear_attention_step
 from recallax.pallas_kernels.linear_attention import xla as linear_xla
@@ -54,6 +57,8 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(delta_xla, "CHUNK", 32)  # two blocks of the triangular inverse
     monkeypatch.setattr(selective_xla, "CHUNK", 16)
     monkeypatch.setattr(window_xla, "BLOCK", 16)
+    monkeypatch.setattr(landmark_xla, "CHUNK", 16)
+    monkeypatch.setattr(landmark_xla, "KEYS", 16)
 
 
 def single(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -181,6 +186,25 @@ def test_window_attention(case, dtype, window):
     compare(op, case, inputs, cache, dtype, "xla")
 
 
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(CASES[n], marks=() if n in ("one token", FEW[1]) else pytest.mark.full) for n in CASES],
+    ids=CASES,
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("real", [7, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 20))])
+def test_landmark_attention(case, dtype, real):
+    """Behind a row that goes on at position 50, within a block."""
+    inputs, positions = landmark_cases.inputs(case), landmark_cases.positions(case, 50)
+
+    def op(inputs, past, form):
+        past = jax.tree.map(lambda x: x.astype(inputs["k"].dtype), past)
+        where = {"positions": jnp.asarray(positions, int), "segments": segments(case)}
+        return landmark_attention(**inputs, real=real, past=past, **where, implementation=form), ()
+
+    compare(op, case, inputs, landmark_cases.past(case, 50, real), dtype, "xla")
+
+
 @few_cases
 def test_bfloat16(case):
     """The part of the sweep over dtypes that stays in the gate."""
@@ -226,6 +250,22 @@ def test_long_rows_cross_many_real_chunks(monkeypatch):
     for window in (None, 70):
         a, b = (window_attention(**low, window=window, segments=ids, implementation=f)[0] for f in FORMS)
         assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
+    where = {"positions": jnp.asarray(landmark_cases.positions(case, 0)), "segments": ids}
+    a, b = (landmark_attention(**low, real=15, **where, implementation=f) for f in FORMS)
+    assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
+
+
+def test_a_single_block_is_causal_attention_and_values_at_landmarks_are_never_read():
+    inputs = single(draw(Case(24)))
+    positions = jnp.tile(jnp.arange(24)[None], (2, 1))
+    whole = landmark_attention(**inputs, real=24, positions=positions)
+    np.testing.assert_allclose(whole, window_attention(**inputs)[0], atol=1e-6)
+    for form in FORMS:
+        out = functools.partial(landmark_attention, real=7, positions=positions, implementation=form)
+        slope = jax.grad(lambda v, out=out: (out(inputs["q"], inputs["k"], v) ** 2).sum())(inputs["v"])
+        assert not np.asarray(slope)[:, 7::8].any() and np.asarray(slope)[:, :7].all()
+        ones = out(inputs["q"], inputs["k"], jnp.ones_like(inputs["v"]))
+        np.testing.assert_allclose(ones, 1, atol=1e-6)  # the weights sum to 1, at landmarks too
 
 
 def test_the_two_taylor_expansions_and_the_polynomial_are_one_kernel():
