@@ -13,10 +13,12 @@ import pytest
 from flax import nnx
 
 from recallax.__main__ import config_names
-from recallax.layers import MemoryAsGate, MixerConfig, MoM, NeuralMemory, Nothing, RecurrentMixer, Site
+from recallax.layers import Landmark, MemoryAsGate, MixerConfig, MoM, NeuralMemory, Nothing, RecurrentMixer, Site
 from recallax.layers.memory import MemoryConfig
 from recallax.models import LM, LMConfig, accounting
 from recallax.pallas_kernels.delta_rule import xla as delta_xla
+from recallax.pallas_kernels.landmark_attention import retrieval as landmark_retrieval
+from recallax.pallas_kernels.landmark_attention import xla as landmark_xla
 from recallax.pallas_kernels.linear_attention import xla as linear_xla
 from recallax.pallas_kernels.selective_scan import xla as selective_xla
 from recallax.pallas_kernels.taylor_attention import xla as taylor_xla
@@ -57,9 +59,23 @@ def over_every_memory() -> list[MoM]:
     return [MoM(memory=m, num_memories=3, top_k=2) for m in members.values()]
 
 
-each_mixer = pytest.mark.parametrize(
-    "config", [*mixers(), *(pytest.param(m, marks=pytest.mark.full) for m in over_every_memory())], ids=label
-)
+def reading_few() -> list[Landmark]:
+    """Landmark attention that leaves blocks unread: k covers one of the row's three."""
+    few = Landmark(landmark_every=2, heads=2, kv_heads=1, top_k=1, min_probability=0.4)
+    return [
+        few,
+        dataclasses.replace(few, per="token", distances="true"),
+        dataclasses.replace(few, per="head", min_probability=0.0),
+    ]
+
+
+def reads_few(config: MixerConfig) -> bool:
+    """Its call is the training form over all blocks, another function: the laws then take its prefill as the call."""
+    return isinstance(config, Landmark) and (config.top_k or LENGTH) * (config.landmark_every + 1) < LENGTH - 1
+
+
+FULL = [pytest.param(mixer, marks=pytest.mark.full) for mixer in (*over_every_memory(), *reading_few())]
+each_mixer = pytest.mark.parametrize("config", [*mixers(), *FULL], ids=label)
 each_model = pytest.mark.parametrize("name", {repr(model): name for name, model in tiny_models().items()}.values())
 
 
@@ -71,6 +87,9 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(delta_xla, "CHUNK", 4)
     monkeypatch.setattr(selective_xla, "CHUNK", 4)
     monkeypatch.setattr(window_xla, "BLOCK", 4)
+    monkeypatch.setattr(landmark_xla, "CHUNK", 4)
+    monkeypatch.setattr(landmark_xla, "KEYS", 4)
+    monkeypatch.setattr(landmark_retrieval, "CHUNK", 4)
 
 
 class Compiled(NamedTuple):
@@ -105,9 +124,12 @@ def build(config: MixerConfig, compute=jnp.float32, size: float = 0.4) -> Compil
         state, y = jax.lax.scan(body, state, tokens)
         return jnp.moveaxis(y, 0, 1), state
 
+    def call(x: jax.Array, seq: SeqInfo):
+        return mixer.prefill(x, seq, mixer.init_state(*x.shape[:2]))[::2] if reads_few(config) else mixer(x, seq)
+
     # Fresh functions: a jit of the bound method would share its cache between mixers that compare equal.
     return Compiled(
-        jax.jit(lambda x, seq: mixer(x, seq)),
+        jax.jit(call),
         jax.jit(lambda x, seq, state: mixer.prefill(x, seq, state)),
         jax.jit(lambda x, info, state: mixer.step(x, info, state)),
         jax.jit(walk),
@@ -300,6 +322,8 @@ def test_rows_never_meet(config):
 def test_bfloat16_stays_near_float32_also_after_hundreds_of_steps(config):
     """In a bfloat16 state a count stops at 256, so the walk goes beyond."""
     length = 330
+    if isinstance(config, Landmark):
+        config = dataclasses.replace(config, top_k=None)  # rounding would choose other blocks
     size = 0.05 if isinstance(config, LEARNS) else 0.4
     exact, rounded = build(config, size=size), build(config, jnp.bfloat16, size)
     x = 0.5 * noise(8, 1, length, WIDTH)

@@ -199,7 +199,7 @@ def test_landmark_attention(case, dtype, real):
 
     def op(inputs, past, form):
         past = jax.tree.map(lambda x: x.astype(inputs["k"].dtype), past)
-        where = {"positions": jnp.asarray(positions, int), "segments": segments(case)}
+        where: dict[str, Any] = {"positions": jnp.asarray(positions, int), "segments": segments(case)}
         return landmark_attention(**inputs, real=real, past=past, **where, implementation=form), ()
 
     compare(op, case, inputs, landmark_cases.past(case, 50, real), dtype, "xla")
@@ -250,7 +250,7 @@ def test_long_rows_cross_many_real_chunks(monkeypatch):
     for window in (None, 70):
         a, b = (window_attention(**low, window=window, segments=ids, implementation=f)[0] for f in FORMS)
         assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
-    where = {"positions": jnp.asarray(landmark_cases.positions(case, 0)), "segments": ids}
+    where: dict[str, Any] = {"positions": jnp.asarray(landmark_cases.positions(case, 0)), "segments": ids}
     a, b = (landmark_attention(**low, real=15, **where, implementation=f) for f in FORMS)
     assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
 

@@ -38,6 +38,7 @@ CASES: dict[str, Task] = {
     "memorization": tasks.Memorization(length=16),
     "copying": tasks.Copying(train_lengths=(8, 16), test_lengths=(12, 30)),
     "induction": tasks.InductionHeads(length=64, test_lengths=(32, 64, 128)),
+    "key_retrieval": tasks.KeyRetrieval(length=48, keys=4, test=((48, 1), (48, 4), (96, 4))),
     "set_disjointness": tasks.SetDisjointness(vocab_size=64, pairs=((2, 8), (4, 4)), test_pairs=((2, 8), (4, 20))),
     **{
         f"state_tracking_{g}": tasks.StateTracking(group=g, length=40, test_lengths=(40, 64))
@@ -250,6 +251,10 @@ REFUSED = [
     (lambda: tasks.Copying(train_lengths=(5, 4)), "shortest, longest"),
     (lambda: tasks.InductionHeads(test_lengths=(2,)), "at least 3"),
     (lambda: tasks.StateTracking(test_lengths=()), "test length"),
+    (lambda: tasks.KeyRetrieval(length=39), "at least 40"),
+    (lambda: tasks.KeyRetrieval(names=4), "1 to 4"),
+    (lambda: tasks.KeyRetrieval(test=()), "at least one"),
+    (lambda: tasks.KeyRetrieval(words=1), "at least 2"),
     (lambda: distinct(np.random.default_rng(0), 2, 5, 4), "cannot draw 5"),
 ]
 
@@ -494,6 +499,22 @@ def test_memorization_table_is_one_to_one_and_the_tasks_own():
 
 
 # ---- the others
+
+
+def test_facts_stand_anywhere_and_are_asked_once_in_any_order():
+    task = tasks.KeyRetrieval(length=30, keys=2)
+    places, orders = Counter(), Counter()
+    for row, targets, weights in zip(*task.batch(0, "train", 0, 4000)[:3], strict=True):
+        facts = np.flatnonzero(row == task.words + task.names)
+        known = {row[i + 1]: row[i + 2] for i in facts}
+        asked = np.flatnonzero(row == task.words + task.names + 1) + 1
+        assert len(known) == 2 and facts[1] - facts[0] >= 3 and asked.tolist() == [27, 29]
+        assert np.flatnonzero(weights).tolist() == asked.tolist() and row[asked].tolist() != [row[asked[0]]] * 2
+        assert [known[name] for name in row[asked]] == targets[asked].tolist()
+        places.update(facts.tolist())
+        orders[bool(row[facts[0] + 1] == row[27])] += 1
+    assert min(places) == 0 and max(places) == 23 and orders[True] == pytest.approx(2000, abs=130)
+    assert max(places.values()) < 3 * min(places.values())
 
 
 def test_set_disjointness_shares_one_token_and_balances_orders():

@@ -12,6 +12,7 @@ from recallax.layers.gla import GLA
 from recallax.layers.hgrn2 import HGRN2
 from recallax.layers.identity import Identity
 from recallax.layers.kda import KDA
+from recallax.layers.landmark import Landmark
 from recallax.layers.linear_attention import LinearAttention
 from recallax.layers.mamba import Mamba
 from recallax.layers.mamba2 import Mamba2
@@ -39,6 +40,7 @@ __all__ = [
     "GatedDeltaNet",
     "GatedDeltaProduct",
     "Identity",
+    "Landmark",
     "LinearAttention",
     "Mamba",
     "Mamba2",

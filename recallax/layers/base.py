@@ -60,6 +60,11 @@ class MixerConfig(Config, abc.ABC):
         """Packed documents must begin at a multiple of it; it counts from the beginning of the row's first one."""
         return 1
 
+    @property
+    def landmarks(self) -> int | None:
+        """Tokens of a document between the landmarks that the language model inserts for it; None is no landmarks."""
+        return None
+
     @abc.abstractmethod
     def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> SequenceMixer:
         """The module for width `d_model`; raises ConfigError where the sizes do not fit."""

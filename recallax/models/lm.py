@@ -14,6 +14,7 @@ from recallax.layers.dense import parameter
 from recallax.layers.norm import RMSNorm
 from recallax.models.block import Block, drop
 from recallax.models.coupling import Floors, cell_at
+from recallax.models.landmarks import Landmarks, dropped
 from recallax.models.pattern import flatten, parse
 from recallax.models.placement import layer_places
 from recallax.models.readout import Projection, Readout, Tied
@@ -55,11 +56,23 @@ class LMConfig(Config):
             raise ConfigError(f"soft_cap is {self.soft_cap}; it must be above 0, or None for no cap")
         if self.norm_eps <= 0:
             raise ConfigError(f"norm_eps is {self.norm_eps}; it must be above 0")
+        if len(found := self._landmarks) > 1:
+            raise ConfigError(f"layers want landmarks every {sorted(found)} tokens; a model's must agree")
 
     @property
     def layers(self) -> list[str]:
         """The block names layer by layer."""
         return flatten(parse(self.pattern, list(self.blocks)))
+
+    @property
+    def landmarks(self) -> int | None:
+        """Tokens of a document before each landmark that the model inserts; None inserts none."""
+        return next(iter(self._landmarks), None)
+
+    @property
+    def _landmarks(self) -> set[int]:
+        wanted = {self.blocks[name].mixer.landmarks for name in set(self.layers)}
+        return {every for every in wanted if every is not None}
 
     def build(self, rngs: nnx.Rngs, vocab_size: int | None = None) -> "LM":
         """The model; `vocab_size` is the task's, for configs that leave it open."""
@@ -90,6 +103,8 @@ class LM(nnx.Module):
         self.floors = Floors(self, places, precision=precision) if coupled else None
         self.norm = RMSNorm(width, precision=precision, eps=config.norm_eps)
         self.readout = config.readout.build(width, vocab_size, precision=precision, rngs=rngs)
+        every = config.landmarks
+        self.landmarks = None if every is None else Landmarks(every, width, precision=precision, rngs=rngs)
         self.embed_dropout = config.embed_dropout
         self.soft_cap = config.soft_cap
 
@@ -106,12 +121,18 @@ class LM(nnx.Module):
         """The same before the last product."""
         self._couple()
         tokens, seq, shift = _to_right_padding(tokens, seq)
-        r, aux = self.stack(self._embed(tokens, seq), seq, 0)
+        x = self._embed(tokens, seq)
+        if self.landmarks is None:
+            r, aux = self.stack(x, seq, 0)
+        else:
+            x, layers, places = self.landmarks.insert(x, seq)
+            r, aux = self.stack(x, layers, 0)
+            r = dropped(r, places)
         return self._read(r, seq, at, shift), aux
 
     def init_state(self, batch: int, max_len: int) -> State:
         """The empty state of `batch` rows that will see at most `max_len` tokens; its bytes are the model's memory."""
-        return self.stack.init_state(batch, max_len)
+        return self.stack.init_state(batch, max_len if self.landmarks is None else self.landmarks.length(max_len))
 
     def prefill(
         self, tokens: Int[Array, "B T"], seq: SeqInfo, state: State, at: Int[Array, "B N"] | None = None
@@ -119,17 +140,32 @@ class LM(nnx.Module):
         """T >= 1 further tokens; `seq.positions` continue where the state's documents stand (0 starts afresh)."""
         self._couple()
         tokens, seq, shift = _to_right_padding(tokens, seq._replace(key=None))
-        r, state, aux = self.stack.prefill(self._embed(tokens, seq), seq, state)
+        x = self._embed(tokens, seq)
+        if self.landmarks is None:
+            r, state, aux = self.stack.prefill(x, seq, state)
+        else:
+            x, layers, places = self.landmarks.insert(x, seq)
+            r, state, aux = self.stack.prefill(x, layers, state)
+            r = dropped(r, places)
         return self._read(r, seq, at, shift).logits(), state, aux
 
     def step(self, token: Int[Array, " B"], info: StepInfo, state: State) -> tuple[Float[Array, "B V"], State]:
         """One further token of each active row: float32 logits and the new state."""
         check(info)
         self._couple()
-        r, state = self.stack.step(self.embedding[token].astype(jnp.float32), info, state)
+        x = self.embedding[token].astype(jnp.float32)
+        r, state = self.stack.step(x, info if self.landmarks is None else self.landmarks.at(info), state)
         hidden = self.norm(r)
+        state = self._landmark(info, state)
         at = jnp.asarray(info.position)[:, None]
         return self._project(hidden[:, None], hidden, at).logits()[:, 0], state
+
+    def _landmark(self, info: StepInfo, state: State) -> State:
+        """The state after the landmark that follows this token, in rows where one does."""
+        if self.landmarks is None:
+            return state
+        follows, x = self.landmarks.after(info), self.landmarks.rows(len(info.position))
+        return jax.lax.cond(follows.active.any(), lambda s: self.stack.step(x, follows, s)[1], lambda s: s, state)
 
     def _couple(self) -> None:
         if self.floors is not None:

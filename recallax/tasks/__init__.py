@@ -7,6 +7,7 @@ recallax. Valid and test batches label only what the task asks; their slices (le
 from recallax.tasks.base import SPLITS, Split, Task
 from recallax.tasks.copying import Copying
 from recallax.tasks.induction import InductionHeads
+from recallax.tasks.key_retrieval import KeyRetrieval
 from recallax.tasks.mad import Compression, Memorization, SelectiveCopying
 from recallax.tasks.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from recallax.tasks.mqar import MQAR, ZOOLOGY_MIX, ZOOLOGY_TEST, Segment
@@ -23,6 +24,7 @@ __all__ = [
     "FuzzyRecall",
     "InContextRecall",
     "InductionHeads",
+    "KeyRetrieval",
     "Memorization",
     "NoisyRecall",
     "Segment",

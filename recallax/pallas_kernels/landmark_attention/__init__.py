@@ -13,8 +13,36 @@ from jaxtyping import Array, Float, Int
 from recallax.pallas_kernels.dispatch import call, require
 from recallax.pallas_kernels.landmark_attention import xla
 from recallax.pallas_kernels.landmark_attention.blocks import LandmarkCache
+from recallax.pallas_kernels.landmark_attention.cache import begin, continued_blocks, empty_cache, extended, finish
+from recallax.pallas_kernels.landmark_attention.retrieval import (
+    Distances,
+    Per,
+    Retrieval,
+    Turn,
+    read_all,
+    retrieve,
+    retrieve_step,
+    turned_home,
+)
 
-__all__ = ["FORMS", "LandmarkCache", "landmark_attention"]
+__all__ = [
+    "FORMS",
+    "Distances",
+    "LandmarkCache",
+    "Per",
+    "Retrieval",
+    "Turn",
+    "begin",
+    "continued_blocks",
+    "empty_cache",
+    "extended",
+    "finish",
+    "landmark_attention",
+    "read_all",
+    "retrieve",
+    "retrieve_step",
+    "turned_home",
+]
 
 FORMS = {"reference": xla.dense, "xla": xla.blockwise}
 

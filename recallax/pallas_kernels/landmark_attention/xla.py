@@ -51,7 +51,7 @@ def dense(
 
 def _cached(past: LandmarkCache, seen: Int[Array, " B"]) -> tuple[Array, Array, reference.Tokens]:
     """What the cache holds as a sequence of tokens, landmarks with values of zero."""
-    rows, count, real, groups, width = past.k.shape
+    rows, count, real, groups, _ = past.k.shape
 
     def sequence(blocks: Array, mark: Array, own: Array) -> Array:
         whole = jnp.concatenate([blocks, mark[:, :, None]], axis=2)

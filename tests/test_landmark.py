@@ -1,0 +1,119 @@
+"""What is peculiar to landmark attention: where landmarks stand, what retrieval reads, how far away it seems."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from recallax.config import ConfigError
+from recallax.layers import Attention, Landmark, Nothing, Site
+from recallax.models import Block, LMConfig
+from recallax.models.landmarks import Landmarks, dropped
+from recallax.pallas_kernels.landmark_attention.retrieval import stingy
+from recallax.types import Precision, SeqInfo, StepInfo, whole_rows
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+
+THREE = Landmark(landmark_every=3, heads=2)
+
+
+def config(pattern: str) -> LMConfig:
+    blocks = {"mark": Block(mixer=THREE, channel=Nothing()), "full": Block(mixer=Attention(), channel=Nothing())}
+    return LMConfig(d_model=8, vocab_size=20, pattern=pattern, blocks=blocks)
+
+
+def test_landmarks_stand_behind_every_full_block_of_a_document_and_nowhere_else():
+    marks = Landmarks(3, 1, precision=Precision(), rngs=nnx.Rngs(0))
+    marks.embedding[...] = jnp.array([-1.0])
+    segments = jnp.array([[4, 4, 4, 4, 2, 2, 2, 7, 0], [1] * 9])
+    positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 5], range(2, 11)])  # the second row goes on at 2
+    x = jnp.arange(18.0).reshape(2, 9, 1)
+    seq = SeqInfo(positions, segments, jnp.zeros_like(segments, bool))
+    inserted, longer, places = marks.insert(x, seq)
+    assert inserted[0, :10, 0].tolist() == [0, 1, 2, -1, 3, 4, 5, 6, -1, 7]
+    assert longer.segments[0].tolist() == [4, 4, 4, 4, 4, 2, 2, 2, 2, 7, 0, 0]
+    assert longer.positions[0, :10].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0]
+    assert inserted[1, :, 0].tolist() == [9, -1, 10, 11, 12, -1, 13, 14, 15, -1, 16, 17]
+    assert longer.positions[1].tolist() == list(range(2, 14)) and longer.segments.shape == (2, 12)
+    np.testing.assert_array_equal(dropped(inserted, places), x)
+    # Back and forth is one row each: the gradient of a token meets its slot alone.
+    slope = jax.grad(lambda x: (dropped(marks.insert(x, seq)[0], places) * jnp.arange(9.0)[None, :, None]).sum())(x)
+    np.testing.assert_array_equal(slope[..., 0], np.broadcast_to(np.arange(9), (2, 9)))
+
+
+def test_decoding_reads_a_landmark_where_a_block_ends_and_only_in_that_row():
+    marks = Landmarks(3, 4, precision=Precision(), rngs=nnx.Rngs(0))
+    info = StepInfo(jnp.array([1, 2, 3, 5]), jnp.array([True, True, True, False]))
+    assert marks.at(info).position.tolist() == [1, 2, 4, 6]
+    assert marks.after(info).position.tolist()[1] == 3 and marks.after(info).active.tolist() == [0, 1, 0, 0]
+
+
+def test_the_stingy_table():
+    """k = 2, blocks of 4: a query at place 1 of block 6; chosen blocks in order, and how many blocks back they seem."""
+    table = {(4, 5): (2, 1), (0, 5): (3, 1), (1, 4): (3, 1), (0, 3): (3, 2), (2,): (3,), (5,): (1,), (4,): (1,)}
+    for chosen, back in table.items():
+        number = jnp.array([*chosen, *[9] * (2 - len(chosen))])
+        distance = stingy(number, jnp.arange(2) < len(chosen), jnp.array([25]), 4, 2)
+        assert distance[: len(chosen)].tolist() == [1 + 4 * n for n in back], chosen
+    for position in range(12):  # while k covers all blocks, distances are true
+        number = jnp.arange(2)
+        distance = stingy(number, number < position // 4, jnp.array([position]), 4, 2)
+        assert distance.tolist()[: position // 4] == [position - 4 * n for n in range(position // 4)]
+    far = stingy(jnp.array([3, 70]), jnp.array([True, True]), jnp.array([99 * 4 + 3]), 4, 2)
+    assert int(far.max()) == 3 + 3 * 4 < (2 + 2) * 4  # no distance of k + 2 blocks
+
+
+def test_retrieval_of_every_block_is_the_whole_grouped_softmax_and_of_fewer_is_not():
+    """Stingy distances are true while k covers the blocks."""
+    x, seq = jax.random.normal(jax.random.key(0), (2, 19, 8)), rows(19)
+    want = run("call", THREE, x, seq)  # four blocks and a part
+    four = replace(THREE, top_k=4)
+    for every in (replace(four, distances="true"), replace(four, per="head"), replace(four, per="token")):
+        np.testing.assert_allclose(run("prefill", every, x, seq), want, atol=1e-5)
+    fewer = run("prefill", replace(THREE, top_k=1), x, seq)
+    apart = np.abs(fewer - want).max(axis=(0, 2))
+    assert apart[:8].max() < 1e-5 and apart[8:].min() > 1e-3  # from the third block on there are two to choose from
+
+
+def test_a_threshold_that_nothing_reaches_leaves_the_own_block():
+    """Appendix D: what lies below it is not read, so that a change in an earlier block changes nothing."""
+    x, seq = jax.random.normal(jax.random.key(0), (1, 19, 8)), rows(19)
+    for least, same in ((1.0, True), (0.0, False)):
+        mixer = replace(THREE, top_k=4, min_probability=least)
+        a, b = (run("prefill", mixer, part, seq) for part in (x, x.at[0, 1].add(1.0)))
+        assert bool(np.array_equal(a[:, 8:], b[:, 8:])) is same
+
+
+def rows(length: int) -> SeqInfo:
+    return SeqInfo(*(jnp.asarray(x) for x in whole_rows(2, length)[:3]), key=None)
+
+
+def run(verb: str, config: Landmark, x: jax.Array, seq: SeqInfo) -> np.ndarray:
+    """With parameters as large as they are after training, so that blocks differ."""
+    mixer = config.build(8, Site(1, 4), precision=Precision(), rngs=nnx.Rngs(7))
+    seq = SeqInfo(*(jnp.asarray(part[: len(x)]) for part in seq[:3]), key=None)
+    graph, params = nnx.split(mixer)
+    keys = iter(jax.random.split(jax.random.key(1), 9))
+    params = jax.tree.map(lambda p: p + 0.4 * jax.random.normal(next(keys), p.shape), params)
+
+    def apply(params, x):
+        mixer = nnx.merge(graph, params)
+        return mixer(x, seq)[0] if verb == "call" else mixer.prefill(x, seq, mixer.init_state(*x.shape[:2]))[0]
+
+    return np.asarray(jax.jit(apply)(params, x))
+
+
+def test_layers_of_a_model_agree_on_their_landmarks():
+    one = config("mark")
+    assert config("full mark").landmarks == 3 and config("full").landmarks is None
+    blocks = one.blocks | {"wide": Block(mixer=Landmark(landmark_every=5))}
+    with pytest.raises(ConfigError, match=r"landmarks every \[3, 5\] tokens"):
+        replace(one, pattern="mark wide", blocks=blocks)
+    assert replace(one, blocks=blocks).landmarks == 3  # a spare block has no say
+    for name, value in (("landmark_every", 0), ("top_k", 0), ("min_probability", 2.0)):
+        with pytest.raises(ConfigError, match=f"{name} is {value}"):
+            replace(THREE, **{name: value})
