@@ -29,7 +29,7 @@ from recallax.layers import (
 from recallax.layers.base import Statistic
 from recallax.layers.norm import RMSNorm
 from recallax.layers.stateless import StatelessMixer
-from recallax.models import Autoencode, Block, LMConfig, Tied, Untied, accounting, based, mom, titans
+from recallax.models import Autoencode, Block, LMConfig, Tied, Untied, accounting, based, landmark, mom, titans
 from recallax.models.block import BlockModule
 from recallax.models.pattern import flatten, parse
 from recallax.pallas_kernels.neural_memory import Learner
@@ -346,6 +346,17 @@ def test_titans_has_the_published_shapes_and_the_parameters_that_these_make(size
     for other in (gated, layered):
         more = accounting.parameters(other) - accounting.parameters(alone)
         assert more == pytest.approx(layers * attention, rel=1e-3)
+
+
+def test_landmark_models_have_the_published_sizes():
+    """LLaMA-7B has 6,738,415,616 parameters; the landmark's embedding is the only thing that is new."""
+    assert accounting.parameters(landmark.landmark_llama()) == 6_738_415_616 + 4096
+    assert accounting.parameters(landmark.landmark_pg19()) / 1e6 == pytest.approx(202.5, abs=0.1)
+    # At any context a token takes 64/63 of what keys and values of full attention take, and its block's unfinished part.
+    per_token = 32 * 2 * 4096 * 2
+    held = accounting.state_bytes(landmark.landmark_llama(), 63 * 1000)
+    assert held == 32 * 2 * 4096 * ((63 * 1000 + 63) * 2 + 1000)
+    assert held / (63 * 1000 * per_token) < 1.01
 
 
 def test_the_family_of_neural_memories_builds_and_counts_what_each_keeps():

@@ -38,7 +38,7 @@ CASES: dict[str, Task] = {
     "memorization": tasks.Memorization(length=16),
     "copying": tasks.Copying(train_lengths=(8, 16), test_lengths=(12, 30)),
     "induction": tasks.InductionHeads(length=64, test_lengths=(32, 64, 128)),
-    "key_retrieval": tasks.KeyRetrieval(length=48, keys=4, test=((48, 1), (48, 4), (96, 4))),
+    "key_retrieval": tasks.KeyRetrieval(train=((32, 2), (48, 4)), asked=2, test=((48, 1), (48, 4), (96, 4))),
     "set_disjointness": tasks.SetDisjointness(vocab_size=64, pairs=((2, 8), (4, 4)), test_pairs=((2, 8), (4, 20))),
     **{
         f"state_tracking_{g}": tasks.StateTracking(group=g, length=40, test_lengths=(40, 64))
@@ -251,7 +251,9 @@ REFUSED = [
     (lambda: tasks.Copying(train_lengths=(5, 4)), "shortest, longest"),
     (lambda: tasks.InductionHeads(test_lengths=(2,)), "at least 3"),
     (lambda: tasks.StateTracking(test_lengths=()), "test length"),
-    (lambda: tasks.KeyRetrieval(length=39), "at least 40"),
+    (lambda: tasks.KeyRetrieval(train=((87, 8),)), "at least 88"),
+    (lambda: tasks.KeyRetrieval(test=((39, 8),)), "at least 40"),
+    (lambda: tasks.KeyRetrieval(asked=0), "at least 1"),
     (lambda: tasks.KeyRetrieval(names=4), "1 to 4"),
     (lambda: tasks.KeyRetrieval(test=()), "at least one"),
     (lambda: tasks.KeyRetrieval(words=1), "at least 2"),
@@ -502,7 +504,7 @@ def test_memorization_table_is_one_to_one_and_the_tasks_own():
 
 
 def test_facts_stand_anywhere_and_are_asked_once_in_any_order():
-    task = tasks.KeyRetrieval(length=30, keys=2)
+    task = tasks.KeyRetrieval(train=((30, 2),), asked=1)
     places, orders = Counter(), Counter()
     for row, targets, weights in zip(*task.batch(0, "train", 0, 4000)[:3], strict=True):
         facts = np.flatnonzero(row == task.words + task.names)

@@ -19,32 +19,36 @@ from recallax.types import Batch, whole_rows
 class KeyRetrieval(Task):
     """Recall the word that a name was given, wherever that happened.
 
-    A row of L tokens is a haystack of L - 2 K uniform words, in which K facts `mark name word` stand at uniform places
-    without overlap, and K questions `ask name`, one per fact in random order. The target is the name's word, at the
-    name in the question; answers never stand in the row. Names are distinct, words are words of the haystack.
-    The weights of a row sum to 1.
+    A row of L tokens is a haystack of L - 2 Q uniform words, in which K facts `mark name word` stand at uniform places
+    without overlap, and Q questions `ask name`, which ask for every fact `asked` times in random order (once in valid
+    and test). The target is the name's word, at the name in the question; answers never stand in the row. Names are
+    distinct, words are words of the haystack. The weights of a row sum to 1.
     """
 
     words: int = 64
     names: int = 32
-    length: int = 256
-    """Of train rows."""
-    keys: int = 8
-    """Facts in a train row."""
+    train: tuple[tuple[int, int], ...] = ((64, 4), (256, 8))
+    """(length, facts) of train batches, drawn evenly: what short rows teach soon, long ones teach late."""
+    asked: int = 4
+    """Times that a train row asks for each fact: more of them are learned from sooner."""
     test: tuple[tuple[int, int], ...] = ((256, 1), (256, 8), (1024, 1), (1024, 8), (4096, 1), (4096, 8))
     """(length, facts) of valid and test, taken in turn."""
 
     def __post_init__(self) -> None:
-        if not self.test:
-            raise ConfigError("KeyRetrieval.test must hold at least one (length, facts)")
+        if not self.train or not self.test:
+            raise ConfigError("KeyRetrieval.train and KeyRetrieval.test must each hold at least one (length, facts)")
         if self.words < 2:
             raise ConfigError(f"KeyRetrieval.words is {self.words}; it must be at least 2")
-        for length, keys in ((self.length, self.keys), *self.test):
+        if self.asked < 1:
+            raise ConfigError(f"KeyRetrieval.asked is {self.asked}; it must be at least 1")
+        rows = [*((*slice, self.asked) for slice in self.train), *((*slice, 1) for slice in self.test)]
+        for length, keys, asked in rows:
             if not 1 <= keys <= self.names:
                 raise ConfigError(f"a row has {keys} facts; there must be 1 to {self.names}, one per name")
-            if length < 5 * keys:
+            needed = (3 + 2 * asked) * keys
+            if length < needed:
                 raise ConfigError(
-                    f"length {length} cannot hold {keys} facts and questions; it must be at least {5 * keys}"
+                    f"length {length} cannot hold {keys} facts and questions; it must be at least {needed}"
                 )
 
     @property
@@ -54,23 +58,26 @@ class KeyRetrieval(Task):
     @property
     def slices(self) -> tuple[tuple[int, int], ...]:
         """Every (length, facts) that occurs in any split, ascending."""
-        return tuple(sorted({(self.length, self.keys), *self.test}))
+        return tuple(sorted({*self.train, *self.test}))
 
     @property
     def groups(self) -> tuple[str, ...]:
         return tuple(f"L{length}_K{keys}" for length, keys in self.slices)
 
     def lengths(self, split: Split) -> tuple[int, ...]:
-        return (self.length,) if split == "train" else tuple(sorted({length for length, _ in self.test}))
+        return tuple(sorted({length for length, _ in self._slices(split)}))
 
     def max_targets(self, split: Split, length: int) -> int:
-        return self.keys if split == "train" else max(keys for n, keys in self.test if n == length)
+        most = max(keys for n, keys in self._slices(split) if n == length)
+        return most * self.asked if split == "train" else most
 
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
         rng = stream(seed, split, index, "keyret")
-        length, keys = (self.length, self.keys) if split == "train" else self.test[index % len(self.test)]
+        slices = self._slices(split)
+        length, keys = slices[rng.integers(len(slices)) if split == "train" else index % len(slices)]
         mark, ask = self.words + self.names, self.words + self.names + 1
-        haystack = length - 2 * keys
+        times = self.asked if split == "train" else 1
+        haystack = length - 2 * keys * times
         names = self.words + distinct(rng, size, keys, self.names)
         words = rng.integers(self.words, size=(size, keys))
         # Sorted draws among the places that are left when each fact takes one are starts of facts that take three.
@@ -78,11 +85,11 @@ class KeyRetrieval(Task):
         tokens = rng.integers(self.words, size=(size, length)).astype(np.int32)
         for offset, part in enumerate((np.full_like(names, mark), names, words)):
             np.put_along_axis(tokens, starts + offset, part.astype(np.int32), axis=1)
-        order = rng.permuted(np.tile(np.arange(keys), (size, 1)), axis=1)
+        order = rng.permuted(np.tile(np.arange(keys), (size, times)), axis=1)
         asked, answers = (np.take_along_axis(x, order, axis=1) for x in (names, words))
         tokens[:, haystack::2], tokens[:, haystack + 1 :: 2] = ask, asked
         targets, weights = np.zeros((size, length), np.int32), np.zeros((size, length), np.float32)
-        targets[:, haystack + 1 :: 2], weights[:, haystack + 1 :: 2] = answers, 1 / keys
+        targets[:, haystack + 1 :: 2], weights[:, haystack + 1 :: 2] = answers, 1 / (keys * times)
         group = np.full((size, length), self.slices.index((length, keys)), np.int32)
         return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length))
 
@@ -99,3 +106,6 @@ class KeyRetrieval(Task):
     def chance(self) -> float:
         """One of the K marked words at random, or any word where one is marked: the mean over the test slices."""
         return float(np.mean([1 / keys if keys > 1 else 1 / self.words for _, keys in self.test]))
+
+    def _slices(self, split: Split) -> tuple[tuple[int, int], ...]:
+        return self.train if split == "train" else self.test

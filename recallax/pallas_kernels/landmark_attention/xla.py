@@ -19,7 +19,7 @@ from recallax.pallas_kernels.landmark_attention.blocks import (
 )
 from recallax.pallas_kernels.product import product
 
-CHUNK = 128
+CHUNK = 64
 """Queries at a time."""
 KEYS = 2048
 """Tokens of past blocks at a time."""
