@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from recallax.config import ConfigError
-from recallax.layers import Attention, Landmark, Nothing, Site
+from recallax.layers import Attention, GatedConv, Landmark, Nothing, Site
 from recallax.models import Block, LMConfig
 from recallax.models.landmarks import Landmarks, dropped
+from recallax.models.offload import Marked, Offloaded
 from recallax.pallas_kernels.landmark_attention.retrieval import stingy
 from recallax.types import Precision, SeqInfo, StepInfo, whole_rows
 
@@ -117,3 +118,38 @@ def test_layers_of_a_model_agree_on_their_landmarks():
     for name, value in (("landmark_every", 0), ("top_k", 0), ("min_probability", 2.0)):
         with pytest.raises(ConfigError, match=f"{name} is {value}"):
             replace(THREE, **{name: value})
+
+
+def test_blocks_on_the_host_are_fetched_as_they_are_read_and_counted():
+    mixer = Landmark(landmark_every=3, heads=4, kv_heads=2, top_k=2, per="head")
+    blocks = {"m": Block(mixer=mixer), "c": Block(mixer=GatedConv(), channel=Nothing())}
+    config = LMConfig(d_model=8, vocab_size=20, pattern="c m", blocks=blocks)
+    graph, weights = nnx.split(config.build(nnx.Rngs(0)))
+    keys = iter(jax.random.split(jax.random.key(1), 40))
+    model = nnx.merge(graph, jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), weights))
+    tokens = np.random.default_rng(0).integers(20, size=(2, 17)).astype(np.int32)
+    whole = jax.jit(lambda tokens: model.prefill(tokens, whole_rows(2, 17), model.init_state(2, 20))[0])(tokens)
+
+    driver = Offloaded(config, model, 2, 20)
+    np.testing.assert_allclose(driver.feed(tokens[:, :14]), whole[:, 13], atol=2e-5)
+    block = 2 * 3 * 2 * 4  # keys and values of 3 tokens, a key/value head 2 wide in 4 bytes
+    before = driver.traffic()
+    assert before.host == before.stored == 2 * 2 * 4 * block  # rows, heads, complete blocks
+    for t in range(14, 17):
+        np.testing.assert_allclose(driver.feed(tokens[:, t : t + 1]), whole[:, t], atol=2e-5)
+    after = driver.traffic()
+    assert after.host == 2 * 2 * 5 * block
+    # Three tokens and a landmark read at most two blocks a head, in two rows of four heads.
+    assert 0 < after.fetched - before.fetched <= 4 * 2 * 2 * 4 * block and after.fetched % block == 0
+    marked = driver.layers[1]
+    assert isinstance(marked, Marked)
+    assert {x.sharding.memory_kind for x in marked.shelf.blocks.values()} == {"pinned_host"}
+    assert {x.sharding.memory_kind for x in marked.arrays()} == {jax.devices()[0].default_memory().kind}
+    with pytest.raises(ValueError, match="21 tokens exceed max_len 20"):
+        driver.feed(np.zeros((2, 4), np.int32))
+    plain = replace(config, pattern="c")
+    with pytest.raises(ConfigError, match="'c' has no landmark attention"):
+        Offloaded(plain, plain.build(nnx.Rngs(0)), 1, 20)
+    every = replace(config, blocks=config.blocks | {"m": Block(mixer=THREE)})
+    with pytest.raises(ConfigError, match="give a top_k"):
+        Offloaded(every, every.build(nnx.Rngs(0)), 1, 20)

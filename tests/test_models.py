@@ -352,7 +352,7 @@ def test_landmark_models_have_the_published_sizes():
     """LLaMA-7B has 6,738,415,616 parameters; the landmark's embedding is the only thing that is new."""
     assert accounting.parameters(landmark.landmark_llama()) == 6_738_415_616 + 4096
     assert accounting.parameters(landmark.landmark_pg19()) / 1e6 == pytest.approx(202.5, abs=0.1)
-    # At any context a token takes 64/63 of what keys and values of full attention take, and its block's unfinished part.
+    # At any context: what keys and values of full attention take, a key per landmark, and an unfinished block.
     per_token = 32 * 2 * 4096 * 2
     held = accounting.state_bytes(landmark.landmark_llama(), 63 * 1000)
     assert held == 32 * 2 * 4096 * ((63 * 1000 + 63) * 2 + 1000)

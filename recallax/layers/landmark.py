@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from recallax.config import ConfigError
 from recallax.layers.base import MixerConfig, RecurrentMixer, Site
@@ -28,12 +28,15 @@ from recallax.pallas_kernels.landmark_attention import (
     LandmarkCache,
     Per,
     Retrieval,
+    Taken,
     begin,
     continued_blocks,
     empty_cache,
     extended,
     finish,
     landmark_attention,
+    look,
+    read,
     read_all,
     retrieve,
     retrieve_step,
@@ -92,6 +95,19 @@ class LandmarkState(NamedTuple):
     cache: LandmarkCache
     best: Float[Array, "B H N"] | None
     """Largest log-probability of each block over the tokens of the unfinished one; 0 where there is none."""
+
+
+class Looked(NamedTuple):
+    """Tokens projected, and the blocks that they want to read (`retrieval.Chosen`)."""
+
+    q: Float[Array, "B C H K"]
+    """Scaled, not turned."""
+    k: Float[Array, "B C G K"]
+    """Turned to the place in the block."""
+    v: Float[Array, "B C G K"]
+    positions: Int[Array, "B C"]
+    index: Int[Array, "B C X N"]
+    distance: Int[Array, "B C X N"]
 
 
 class LandmarkMixer(RecurrentMixer):
@@ -169,6 +185,30 @@ class LandmarkMixer(RecurrentMixer):
             y, best = retrieve_step(self.scaled(q), cache, position, active, best, self.retrieval, self.turn)
         y = self.out(y.astype(v.dtype).reshape(*x.shape[:-1], -1))
         return jnp.where(active[:, None], y, 0), LandmarkState(finish(cache, k, position, active), best)
+
+    def look(
+        self, x: Float[Array, "B C D"], first: Int[Array, ""], marks: Float[Array, "B N G K"], best: Array | None
+    ) -> tuple[Looked, Array | None]:
+        """What C tokens of one block project to and want to read, the block's first one at position `first` or before;
+        for readers that keep blocks elsewhere. `best` as in `LandmarkState`."""
+        rows, count = x.shape[0], marks.shape[1]
+        assert self.retrieval is not None
+        positions = jnp.broadcast_to(first + jnp.arange(x.shape[1])[None], x.shape[:2])
+        q, k, v = self.project(x)
+        number = jnp.broadcast_to(jnp.arange(count)[None], (rows, count))
+        visible = number[:, None] < positions[:, :, None] // (self.real + 1)
+        q = self.scaled(q)
+        chosen, best = look(q, marks, number, visible, positions, self.real, best, self.retrieval, self.turn)
+        return Looked(q, self._at(k, positions % (self.real + 1)), v, positions, *chosen), best
+
+    def read_taken(
+        self, looked: Looked, taken: Taken, held: Bool[Array, "B C X N"], own_k: Array, own_v: Array
+    ) -> Float[Array, "B C D"]:
+        """The output, given the blocks and the own block's keys and values, these tokens' among them."""
+        place = looked.positions % (self.real + 1)
+        seen = jnp.arange(self.real)[None, None] <= place[:, :, None]
+        y = read(looked.q, taken, held, looked.distance, own_k, own_v, seen, place, self.turn)
+        return self.out(y.astype(looked.v.dtype).reshape(*y.shape[:2], -1))
 
     def project(
         self, x: Float[Array, "B T D"]

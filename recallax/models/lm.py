@@ -155,10 +155,8 @@ class LM(nnx.Module):
         self._couple()
         x = self.embedding[token].astype(jnp.float32)
         r, state = self.stack.step(x, info if self.landmarks is None else self.landmarks.at(info), state)
-        hidden = self.norm(r)
         state = self._landmark(info, state)
-        at = jnp.asarray(info.position)[:, None]
-        return self._project(hidden[:, None], hidden, at).logits()[:, 0], state
+        return self.read_last(r, jnp.asarray(info.position)[:, None]), state
 
     def _landmark(self, info: StepInfo, state: State) -> State:
         """The state after the landmark that follows this token, in rows where one does."""
@@ -166,6 +164,11 @@ class LM(nnx.Module):
             return state
         follows, x = self.landmarks.after(info), self.landmarks.rows(len(info.position))
         return jax.lax.cond(follows.active.any(), lambda s: self.stack.step(x, follows, s)[1], lambda s: s, state)
+
+    def read_last(self, r: Float[Array, "B D"], position: Int[Array, "B 1"]) -> Float[Array, "B V"]:
+        """Float32 logits of what came out of the stack at one token of each row, which stands at `position`."""
+        hidden = self.norm(r)
+        return self._project(hidden[:, None], hidden, position).logits()[:, 0]
 
     def _couple(self) -> None:
         if self.floors is not None:

@@ -173,6 +173,27 @@ def take(blocks: Blocks | LandmarkCache, index: Int[Array, "B C X N"], heads: in
     return Taken(jnp.where(held, marks, 0), *(jnp.where(held[..., None], x, 0) for x in (k, v)))
 
 
+def look(
+    q: Float[Array, "B C H K"],
+    marks: Float[Array, "B N G K"],
+    number: Int[Array, "B N"],
+    visible: Bool[Array, "B C N"],
+    positions: Int[Array, "B C"],
+    real: int,
+    best: Float[Array, "B H N"] | None,
+    how: Retrieval,
+    turn: Turn,
+) -> tuple[Chosen, Float[Array, "B H N"] | None]:
+    """The blocks of a cache that tokens of one block choose, and the state's largest log-probabilities after them."""
+    marks = jnp.where(visible.any(axis=1)[..., None, None], marks, 0)
+    ranking = log_probabilities(q, marks, number, visible, positions, real, how, turn)
+    if best is not None:
+        place = positions % (real + 1)
+        ranking = largest_so_far(unpacked(best, positions[:, 0], real), ranking, place == 0)
+        best = packed(ranking[:, -1])
+    return choose(ranking, number, positions, real, how), best
+
+
 def read(
     q: Float[Array, "B C H K"],
     taken: Taken,
@@ -292,13 +313,10 @@ def retrieve_step(
     count, real, heads = cache.marks.shape[1], cache.own_k.shape[1], q.shape[1]
     number = jnp.broadcast_to(jnp.arange(count)[None], (len(position), count))
     visible = number < position[:, None] // (real + 1)
-    marks = jnp.where(visible[..., None, None], cache.marks, 0)
     at, place = position[:, None], position[:, None] % (real + 1)
-    ranking = log_probabilities(q[:, None], marks, number, visible[:, None], at, real, how, turn)
-    if best is not None:
-        ranking = largest_so_far(unpacked(best, position, real), ranking, place == 0)
-        best = jnp.where(active[:, None, None], packed(ranking[:, 0]), best)
-    chosen = choose(ranking, number, at, real, how)
+    chosen, after = look(q[:, None], cache.marks, number, visible[:, None], at, real, best, how, turn)
+    if best is not None and after is not None:
+        best = jnp.where(active[:, None, None], after, best)
     own_k, own_v, seen = own_of(cache, position)
     held = chosen.index < count
     taken = take(cache, chosen.index, heads)

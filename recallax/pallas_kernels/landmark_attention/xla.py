@@ -20,7 +20,7 @@ from recallax.pallas_kernels.landmark_attention.blocks import (
 from recallax.pallas_kernels.product import product
 
 CHUNK = 64
-"""Queries at a time."""
+"""Queries at a time; a row of up to twice as many is taken whole."""
 KEYS = 2048
 """Tokens of past blocks at a time."""
 UNSEEN = -(2**30)
@@ -83,12 +83,11 @@ def blockwise(
     blocks = complete_blocks(k, v, docs, positions, real, past)
     slots = near(k, v, docs, positions, real, past)
     parts = _in_parts(blocks, max(1, KEYS // real), length)
-    chunk = min(CHUNK, length)
+    chunk = length if length <= 2 * CHUNK else CHUNK
     begin = jnp.arange(length)[None] - positions % (real + 1)
     cut = [split_time(x, chunk) for x in (q.reshape(rows, length, k.shape[2], -1, width), docs.index, begin)]
     slots = padded(slots, -length % chunk)
 
-    @jax.checkpoint
     def one(part: tuple[Int[Array, ""], Array, Array, Array]) -> Array:
         start, q, document, begin = part
         running = _own(q, *own_slots(slots, begin, start, real))
@@ -105,8 +104,9 @@ def blockwise(
         out = out / jnp.where(total > 0, total, 1)[..., None]
         return jnp.moveaxis(out, 3, 1).reshape(rows, chunk, heads, -1)
 
-    starts = jnp.arange(0, length, chunk)
-    return join_time(jax.lax.map(one, (starts, *cut)), length)
+    if chunk == length:
+        return one((jnp.zeros((), int), cut[0][0], cut[1][0], cut[2][0]))
+    return join_time(jax.lax.map(jax.checkpoint(one), (jnp.arange(0, length, chunk), *cut)), length)
 
 
 def documents_of(segments: Int[Array, "B T"] | None, positions: Int[Array, "B T"]) -> Documents:
