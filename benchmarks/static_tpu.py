@@ -32,6 +32,7 @@ from jax.experimental import topologies
 
 from recallax.models.accounting import programs_inside
 from recallax.pallas_kernels.delta_rule import delta_rule
+from recallax.pallas_kernels.landmark_attention import landmark_attention
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.selective_scan import selective_scan
 from recallax.pallas_kernels.taylor_attention import taylor_attention
@@ -69,6 +70,11 @@ def _heads(keys: int, values: int) -> dict[str, tuple[int, ...]]:
     return {"v": (HEADS, values), "q": (HEADS, keys), "k": (HEADS, keys)}
 
 
+def _landmark(v: Any, q: Any, k: Any, implementation: str) -> tuple[Any, None]:
+    positions = jnp.broadcast_to(jnp.arange(LENGTH)[None], (ROWS, LENGTH))
+    return landmark_attention(q, k, v, real=63, positions=positions, implementation=implementation), None
+
+
 _TOKEN, _CHANNEL = {"log_decay": (HEADS,)}, {"log_decay": (HEADS, 128)}
 _STRENGTHS = {"erase": (HEADS,), "write": (HEADS,)}
 _CHANNELS, _STATES = HEADS * 128, 16
@@ -80,6 +86,7 @@ CASES: dict[str, Case] = {
     "delta_rule": Case(delta_rule, _heads(128, 128), _STRENGTHS),
     "delta_rule, token decay": Case(delta_rule, _heads(128, 128), _STRENGTHS | _TOKEN),
     "delta_rule, channel decay": Case(delta_rule, _heads(128, 128), _STRENGTHS | _CHANNEL),
+    "landmark_attention": Case(_landmark, _heads(128, 128)),
     "taylor_attention": Case(taylor_attention, _heads(16, 64)),
     "selective_scan": Case(
         selective_scan,

@@ -6,7 +6,6 @@ has two stages, since rows of 256 alone teach nothing for long: rows of 64 token
 """
 
 from dataclasses import replace
-from pathlib import Path
 
 from experiments.cell import Row
 from recallax.config import fingerprint
@@ -17,7 +16,6 @@ from recallax.train.program import Program
 from recallax.train.run import AdamW, Evaluate, RunConfig, Train
 from recallax.train.step import TrainState
 
-HERE = Path(__file__).parent
 RATES = (4e-3, 8e-3, 1.6e-2)
 REAL, TOP_K = 15, 4
 ARMS: dict[str, MixerConfig] = {
@@ -82,3 +80,11 @@ def train(arm: str, lr: float, seed: int = 0) -> tuple[Program, TrainState, Row]
             "cpu_seconds": round(time.process_time() - used, 1),
         },
     )
+
+
+def best_rate(rows: list[Row], arm: str) -> float:
+    """The rate whose second stage is best on valid, over rows with one fact and with eight."""
+    found = [row for row in rows if row["arm"] == arm]
+    if not found:
+        raise ValueError(f"no row of arm {arm!r}; run the stage train first")
+    return max(found, key=lambda row: row["stage 2"]["accuracy"])["lr"]

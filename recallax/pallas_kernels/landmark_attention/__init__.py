@@ -10,7 +10,7 @@ Source: Mohtashami & Jaggi 2023 (arXiv 2305.16300), section 3.1.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from recallax.pallas_kernels.dispatch import call, require
+from recallax.pallas_kernels.dispatch import call, kernel, require
 from recallax.pallas_kernels.landmark_attention import xla
 from recallax.pallas_kernels.landmark_attention.blocks import LandmarkCache
 from recallax.pallas_kernels.landmark_attention.cache import begin, continued_blocks, empty_cache, extended, finish
@@ -50,7 +50,11 @@ __all__ = [
     "turned_home",
 ]
 
-FORMS = {"reference": xla.dense, "xla": xla.blockwise}
+FORMS = {
+    "reference": xla.dense,
+    "xla": xla.blockwise,
+    "mosaic_tpu": kernel("recallax.pallas_kernels.landmark_attention.mosaic_tpu", "landmark_attention"),
+}
 
 
 def landmark_attention(
