@@ -1,5 +1,6 @@
 """What is peculiar to landmark attention: where landmarks stand, what retrieval reads, how far away it seems."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -13,7 +14,7 @@ from recallax.layers import Attention, GatedConv, Landmark, Nothing, Site
 from recallax.models import Block, LMConfig
 from recallax.models.landmarks import Landmarks, dropped
 from recallax.models.offload import Marked, Offloaded
-from recallax.pallas_kernels.landmark_attention.retrieval import stingy
+from recallax.pallas_kernels.landmark_attention.retrieval import Distances, Per, stingy
 from recallax.types import Precision, SeqInfo, StepInfo, whole_rows
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -68,44 +69,48 @@ def test_the_stingy_table():
     assert int(far.max()) == 3 + 3 * 4 < (2 + 2) * 4  # no distance of k + 2 blocks
 
 
-def test_retrieval_of_every_block_is_the_whole_grouped_softmax_and_of_fewer_is_not():
-    """Stingy distances are true while k covers the blocks."""
-    x, seq = jax.random.normal(jax.random.key(0), (2, 19, 8)), rows(19)
-    want = run("call", THREE, x, seq)  # four blocks and a part
-    four = replace(THREE, top_k=4)
-    for every in (replace(four, distances="true"), replace(four, per="head"), replace(four, per="token")):
-        np.testing.assert_allclose(run("prefill", every, x, seq), want, atol=1e-5)
-    fewer = run("prefill", replace(THREE, top_k=1), x, seq)
-    apart = np.abs(fewer - want).max(axis=(0, 2))
-    assert apart[:8].max() < 1e-5 and apart[8:].min() > 1e-3  # from the third block on there are two to choose from
+@pytest.mark.parametrize(
+    ("per", "distances"),
+    [
+        ("head", "stingy"),
+        *(pytest.param(*way, marks=pytest.mark.full) for way in (("token", "stingy"), ("head", "true"))),
+    ],
+)
+def test_retrieval_of_every_block_is_the_whole_grouped_softmax(per: Per, distances: Distances):
+    """Stingy distances are true while k covers the blocks: four, and a part."""
+    every = replace(THREE, top_k=4, per=per, distances=distances)
+    np.testing.assert_allclose(compiled("prefill", every)(X), compiled("call", THREE)(X), atol=1e-5)
 
 
-def test_a_threshold_that_nothing_reaches_leaves_the_own_block():
-    """Appendix D: what lies below it is not read, so that a change in an earlier block changes nothing."""
-    x, seq = jax.random.normal(jax.random.key(0), (1, 19, 8)), rows(19)
-    for least, same in ((1.0, True), (0.0, False)):
-        mixer = replace(THREE, top_k=4, min_probability=least)
-        a, b = (run("prefill", mixer, part, seq) for part in (x, x.at[0, 1].add(1.0)))
-        assert bool(np.array_equal(a[:, 8:], b[:, 8:])) is same
+def test_what_is_not_read_has_no_influence():
+    """With k = 1 the third block's tokens, of which two are past, read one of them; appendix D's threshold none."""
+    changed = X.at[:, 1].add(1.0)
+    for most, seen in ((0.0, True), (1.0, False)):
+        run = compiled("prefill", replace(THREE, top_k=1, min_probability=most))
+        apart = np.abs(run(X) - run(changed))[:, 8:].max()
+        assert (apart > 1e-3) if seen else (apart == 0)
+    few = compiled("prefill", replace(THREE, top_k=1))(X)
+    apart = np.abs(few - compiled("call", THREE)(X)).max(axis=(0, 2))
+    assert apart[:8].max() < 1e-5 and apart[8:].min() > 1e-3
 
 
-def rows(length: int) -> SeqInfo:
-    return SeqInfo(*(jnp.asarray(x) for x in whole_rows(2, length)[:3]), key=None)
+X = jax.random.normal(jax.random.key(0), (2, 19, 8))
 
 
-def run(verb: str, config: Landmark, x: jax.Array, seq: SeqInfo) -> np.ndarray:
+def compiled(verb: str, config: Landmark) -> Callable[[jax.Array], np.ndarray]:
     """With parameters as large as they are after training, so that blocks differ."""
     mixer = config.build(8, Site(1, 4), precision=Precision(), rngs=nnx.Rngs(7))
-    seq = SeqInfo(*(jnp.asarray(part[: len(x)]) for part in seq[:3]), key=None)
+    seq = SeqInfo(*(jnp.asarray(part) for part in whole_rows(2, 19)[:3]), key=None)
     graph, params = nnx.split(mixer)
     keys = iter(jax.random.split(jax.random.key(1), 9))
     params = jax.tree.map(lambda p: p + 0.4 * jax.random.normal(next(keys), p.shape), params)
 
-    def apply(params, x):
+    @jax.jit
+    def apply(x):
         mixer = nnx.merge(graph, params)
         return mixer(x, seq)[0] if verb == "call" else mixer.prefill(x, seq, mixer.init_state(*x.shape[:2]))[0]
 
-    return np.asarray(jax.jit(apply)(params, x))
+    return lambda x: np.asarray(apply(x))
 
 
 def test_layers_of_a_model_agree_on_their_landmarks():

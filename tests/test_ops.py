@@ -191,7 +191,7 @@ def test_window_attention(case, dtype, window):
     [pytest.param(CASES[n], marks=() if n in ("one token", FEW[1]) else pytest.mark.full) for n in CASES],
     ids=CASES,
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@each_dtype
 @pytest.mark.parametrize("real", [7, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 20))])
 def test_landmark_attention(case, dtype, real):
     """Behind a row that goes on at position 50, within a block."""
@@ -258,11 +258,11 @@ def test_long_rows_cross_many_real_chunks(monkeypatch):
 def test_a_single_block_is_causal_attention_and_values_at_landmarks_are_never_read():
     inputs = single(draw(Case(24)))
     positions = jnp.tile(jnp.arange(24)[None], (2, 1))
-    whole = landmark_attention(**inputs, real=24, positions=positions)
-    np.testing.assert_allclose(whole, window_attention(**inputs)[0], atol=1e-6)
+    whole = jax.jit(functools.partial(landmark_attention, real=24, positions=positions))(**inputs)
+    np.testing.assert_allclose(whole, jax.jit(window_attention)(**inputs)[0], atol=1e-6)
     for form in FORMS:
-        out = functools.partial(landmark_attention, real=7, positions=positions, implementation=form)
-        slope = jax.grad(lambda v, out=out: (out(inputs["q"], inputs["k"], v) ** 2).sum())(inputs["v"])
+        out = jax.jit(functools.partial(landmark_attention, real=7, positions=positions, implementation=form))
+        slope = jax.jit(jax.grad(lambda v, out=out: (out(inputs["q"], inputs["k"], v) ** 2).sum()))(inputs["v"])
         assert not np.asarray(slope)[:, 7::8].any() and np.asarray(slope)[:, :7].all()
         ones = out(inputs["q"], inputs["k"], jnp.ones_like(inputs["v"]))
         np.testing.assert_allclose(ones, 1, atol=1e-6)  # the weights sum to 1, at landmarks too
