@@ -12,10 +12,11 @@ from dataclasses import replace
 
 from recallax.configs import mqar_neural_memory
 from recallax.configs.mqar_based import standard, standard_tiny
-from recallax.layers import Identity, MemoryAsContext, MixerConfig, SlidingWindow
+from recallax.layers import Identity, MemoryAsContext, MixerConfig, NeuralMemory, SlidingWindow
 from recallax.models import Block, LMConfig
 from recallax.models.titans import joined
 from recallax.models.zoology import zoology
+from recallax.pallas_kernels.neural_memory.learner import Learner, LinearNet
 from recallax.train.run import RunConfig
 
 
@@ -43,4 +44,12 @@ def get_config() -> RunConfig:
 def get_tiny() -> RunConfig:
     memory = mqar_neural_memory.get_tiny().model.blocks["mixer"].mixer
     window = SlidingWindow(window=5, heads=2, persistent=3)
-    return standard_tiny(every_join(memory, window, segment=4, retrieved=2, d_model=16))
+    model = every_join(memory, window, segment=4, retrieved=2, d_model=16)
+    plain = NeuralMemory(heads=1, learner=Learner(network=LinearNet(), chunk=2), conv=0)
+    for name in ("mac_previous", "mac_learned"):
+        mac = model.blocks[name].mixer
+        assert isinstance(mac, MemoryAsContext)
+        model = replace(
+            model, blocks=model.blocks | {name: Block(mixer=replace(mac, memory=plain), channel=Identity())}
+        )
+    return standard_tiny(model)

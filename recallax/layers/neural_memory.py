@@ -38,6 +38,7 @@ from recallax.pallas_kernels.neural_memory import (
     Memory,
     NeuralState,
     Tokens,
+    begins,
     found,
     init_state,
     neural_memory,
@@ -166,12 +167,12 @@ class NeuralMemoryMixer(RecallMixer):
             joined, past = self.conv.step(joined, info, past)
         tokens = self._tokens(joined[:, None], {name: part[:, None] for name, part in streams.items()})
         token = jax.tree.map(lambda part: part[:, 0], tokens)
-        fixed = self._fixed(active & (neural.count == 0))
+        fixed = self._fixed(active & begins(self.learner, neural.count))
         y, neural = neural_memory_step(self.learner, token, fixed, neural, active)
         return jnp.where(active[:, None], self.readout(y, x), 0), NeuralMemoryState(neural, past)
 
     def held(self, state: NeuralMemoryState) -> dict[str, Float[Array, "B H I O"]]:
-        fixed = self._fixed(state.neural.count == 0)
+        fixed = self._fixed(begins(self.learner, state.neural.count))
         return found(self.learner, fixed, state.neural)
 
     def recall(self, x: Float[Array, "B N D"], held: dict[str, Float[Array, "B H I O"]]) -> Float[Array, "B N D"]:
@@ -188,8 +189,8 @@ class NeuralMemoryMixer(RecallMixer):
         if self.conv is not None:
             joined, past = self.conv(joined, segments, past)
         tokens = self._tokens(joined, streams)
-        begins = (jnp.asarray(seq.positions) == 0) & (segments > 0)
-        fixed = self._fixed(None if neural is None else begins)
+        fresh = begins(self.learner, jnp.asarray(seq.positions)) & (segments > 0)
+        fixed = self._fixed(None if neural is None else fresh)
         y, neural = neural_memory(self.learner, tokens, fixed, state=neural, segments=segments)
         return self.readout(y, x), NeuralMemoryState(neural, past)
 
@@ -210,12 +211,12 @@ class NeuralMemoryMixer(RecallMixer):
     def _gate(self, name: str, x: Float[Array, "B T W"]) -> Float[Array, "B T H L"]:
         return heads_of(x.astype(jnp.float32), self.heads) + self.biases[name][...][None, None]
 
-    def _fixed(self, begins: Bool[Array, "..."] | None) -> Fixed:
-        """What the memory starts from; with what the persistent tokens taught it, where any document `begins`."""
+    def _fixed(self, fresh: Bool[Array, "..."] | None) -> Fixed:
+        """What the memory starts from; with what the persistent tokens taught it, where any memory is fresh."""
         fixed = self._weights()
         if self.persistent is None:
             return fixed
-        taught = self._taught if begins is None else partial(jax.lax.cond, begins.any(), self._taught, self._nothing)
+        taught = self._taught if fresh is None else partial(jax.lax.cond, fresh.any(), self._taught, self._nothing)
         return fixed._replace(start=taught())
 
     def _weights(self) -> Fixed:

@@ -30,6 +30,7 @@ __all__ = [
     "Memory",
     "NeuralState",
     "Tokens",
+    "begins",
     "found",
     "init_state",
     "neural_memory",
@@ -99,7 +100,7 @@ def neural_memory(
     empty = state is None
     state = init_state(learner, b, h, width) if state is None else state
     held = jax.tree.map(lambda x: x.astype(accumulator(tokens.q.dtype)), state.memory)
-    begun = _where(_begins(learner, state), beginning(fixed, held), held)
+    begun = _where(begins(learner, state.count), beginning(fixed, held), held)
     phase = state.count % learner.chunk
     if empty or state.pending is None:
         whole, ends = _filled(tokens, docs, learner.chunk)
@@ -107,14 +108,13 @@ def neural_memory(
         whole, ends = _filled(*_after_pending(state.pending, phase, tokens, docs), learner.chunk)
     parts = ends if learner.reset is None else _shards(ends, state.count - phase, learner.reset)
     out, memory = call(op, FORMS, implementation, learner, fixed, whole, parts, begun)
+    memory = _where(docs.valid.any(axis=1), memory, held)
     if state.pending is None:
-        count = _count(docs, state.count)
-        return out[:, :t], NeuralState(_where(count == 0, held, memory), None, count)
+        return out[:, :t], NeuralState(memory, None, _count(docs, state.count))
     out = out[:, :t] if empty else _rows(out, phase[:, None] + jnp.arange(t)[None])
     wrong = _off_grid(ends, learner.chunk)[:, None, None, None]
     out = jnp.where(wrong, jnp.full_like(out, jnp.nan), out)
-    rest, count = _unfinished(whole, ends, state.count, learner.chunk)
-    return out, NeuralState(_where(count == 0, held, memory), rest, count)
+    return out, NeuralState(memory, *_unfinished(whole, ends, state.count, learner.chunk))
 
 
 def neural_memory_step(
@@ -127,9 +127,14 @@ def neural_memory_step(
     return jnp.where(active[:, None, None], out[:, 0], 0), new
 
 
+def begins(learner: Learner, count: Int[Array, "*batch"]) -> Bool[Array, "*batch"]:
+    """Whether the token after `count` tokens of a document finds the memory that documents begin with."""
+    return count == 0 if learner.reset is None else count % learner.reset == 0
+
+
 def found(learner: Learner, fixed: Fixed, state: NeuralState) -> Weights:
     """What has changed in the weights that the next token finds, [B, H, I, O]; what is pending is not in them."""
-    return _where(_begins(learner, state), beginning(fixed, state.memory), state.memory).change
+    return _where(begins(learner, state.count), beginning(fixed, state.memory), state.memory).change
 
 
 def neural_memory_read(
@@ -150,18 +155,13 @@ def neural_memory_read(
     return jax.vmap(per_head, in_axes=(None, 0, 0))(fixed, change, q)
 
 
-def _begins(learner: Learner, state: NeuralState) -> Bool[Array, " B"]:
-    """Rows whose next token finds the memory that documents begin with."""
-    return state.count == 0 if learner.reset is None else state.count % learner.reset == 0
-
-
 def _shards(docs: Documents, before: Int[Array, " B"], reset: int) -> Documents:
     """Documents cut every `reset` tokens; the first has had `before` tokens before these rows."""
     seen = jnp.cumsum(docs.valid, axis=1, dtype=before.dtype)
     starts = docs.index != jnp.pad(docs.index[:, :-1], ((0, 0), (1, 0)))
     gone = jax.lax.cummax(jnp.where(starts, seen - docs.valid.astype(seen.dtype), -before[:, None]), axis=1)
     shard = jnp.maximum(seen - 1 - gone, 0) // reset  # padding belongs to the token before it
-    first = jnp.maximum(before - 1, 0) // reset
+    first = before // reset  # a fresh memory has been put in already where a shard begins
     cut = shard != jnp.concatenate([first[:, None], shard[:, :-1]], axis=1)
     return Documents(jnp.cumsum(starts | cut, axis=1, dtype=docs.index.dtype), docs.valid)
 

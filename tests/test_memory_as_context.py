@@ -1,0 +1,135 @@
+"""Memory as a context: the definition token by token, and the leak that the printed equations have."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from recallax.config import ConfigError
+from recallax.layers import GatedDeltaNet, MemoryAsContext, NeuralMemory, Site, memory_as_context
+from recallax.layers.memory_as_context import MemoryAsContextMixer
+from recallax.layers.rotary import rotary
+from recallax.pallas_kernels.neural_memory import Learner
+from recallax.pallas_kernels.neural_memory.learner import LinearNet
+from recallax.types import Precision, SeqInfo, StepInfo, whole_rows
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+WIDTH, LENGTH, SEGMENT, HEADS = 8, 11, 4, 2
+MEMORY = NeuralMemory(heads=2, learner=Learner(network=LinearNet(), chunk=2))
+QUERIES = ("own", "previous", "learned")
+X = jax.random.normal(jax.random.key(0), (1, LENGTH, WIDTH))
+
+
+def config(query, **changes) -> MemoryAsContext:
+    sizes = {"segment": SEGMENT, "retrieved": 2, "persistent": 3, "heads": HEADS}
+    return MemoryAsContext(memory=MEMORY, query=query, **(sizes | changes))
+
+
+def build(query) -> MemoryAsContextMixer:
+    """Weights large enough for every part to matter."""
+    mixer = config(query).build(WIDTH, Site(0, 1), precision=Precision(), rngs=nnx.Rngs(0))
+    graph, params = nnx.split(mixer)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+
+
+def by_definition(mixer: MemoryAsContextMixer) -> jax.Array:
+    """One row, one token after another, with the whole history at hand."""
+    attention, memory = mixer.attention, mixer.memory
+    project = [part.kernel[...] for part in (attention.q, attention.k, attention.v)]
+    assert attention.persistent is not None
+    state, out = memory.init_state(1, LENGTH), []
+    step = jax.jit(lambda y, at, state: memory.step(y, StepInfo(at[None], jnp.ones(1, bool)), state))
+    for begin in range(0, LENGTH, SEGMENT):
+        held, tokens = memory.held(state), X[0, begin : begin + SEGMENT]
+        for i in range(len(tokens)):
+            if mixer.query == "own":
+                questions = tokens[: i + 1]
+            elif mixer.query == "learned":
+                questions = mixer.questions[...]  # type: ignore[index]
+            else:
+                questions = X[0, begin - SEGMENT : begin].reshape(2, -1, WIDTH).mean(axis=1) if begin else X[0, :0]
+            answers = memory.recall(questions[None], held)[0] if len(questions) else X[0, :0]
+            still = jnp.concatenate([attention.persistent[...], answers])
+
+            def placed(x, weight, first):
+                heads = (x @ weight).reshape(1, len(x), HEADS, -1)
+                return rotary(heads, jnp.arange(len(x))[None] + first)[0]
+
+            q = placed(tokens[i : i + 1], project[0], i)[0]
+            k = jnp.concatenate(
+                [(still @ project[1]).reshape(len(still), HEADS, -1), placed(tokens[: i + 1], project[1], 0)]
+            )
+            v = jnp.concatenate([still, tokens[: i + 1]]) @ project[2]
+            weights = jax.nn.softmax(jnp.einsum("hk,shk->hs", q, k) / np.sqrt(WIDTH // HEADS), axis=-1)
+            read = jnp.einsum("hs,shk->hk", weights, v.reshape(len(v), HEADS, -1)).reshape(1, -1)
+            y = mixer.attention_norm(attention.out(read))
+            recalled, state = step(y, jnp.array(begin + i), state)
+            out.append(y * jax.nn.silu(mixer.memory_norm(recalled)))
+    return jnp.concatenate(out)
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_it_is_what_the_equations_say(query):
+    mixer = build(query)
+    y, _ = jax.jit(lambda x: mixer(x, whole_rows(1, LENGTH)))(X)
+    with jax.disable_jit(False), jax.numpy_dtype_promotion("standard"):
+        want = by_definition(mixer)
+    np.testing.assert_allclose(y[0], want, atol=2e-5, rtol=0)
+
+
+def influence(mixer: MemoryAsContextMixer) -> np.ndarray:
+    """[t, s]: how much y_t changes when x_s does."""
+    seq = whole_rows(1, LENGTH)
+    other = X + jnp.eye(LENGTH)[:, :, None]
+    call = jax.jit(lambda x: mixer(x, seq)[0])
+    rows = jax.lax.map(lambda x: call(x[None])[0], other)
+    return np.asarray(jnp.abs(rows - call(X)).max(axis=-1)).T
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_tokens_reach_later_segments_through_the_memory_and_no_earlier_token(query):
+    moved = influence(build(query))
+    assert not moved[np.triu_indices(LENGTH, 1)].any()
+    assert (moved[np.tril_indices(LENGTH)] > 0).all()  # all that lies more than a segment back went through the memory
+
+
+def test_as_printed_it_would_see_the_future(monkeypatch):
+    """Answers to all tokens of a segment before its first one: the law of causality must notice."""
+
+    def everything(query, slots, count, later):
+        return jnp.ones((*slots.shape, count), bool)
+
+    monkeypatch.setattr(memory_as_context, "visible_answers", everything)
+    moved = influence(build("own"))
+    assert moved[0, SEGMENT - 1] > 1e-6 and moved[SEGMENT, SEGMENT + 2] > 1e-6
+    assert not moved[0, SEGMENT:].any()  # the leak ends with the segment
+
+
+def test_a_document_off_the_grid_gives_nan():
+    positions = jnp.array([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7]])
+    seq = SeqInfo(positions, jnp.array([[1] * 3 + [2] * 8]), jnp.zeros((1, LENGTH), bool))
+    assert jnp.isnan(build("own")(X, seq)[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: config("own", segment=3), "segment is 3 tokens; it must be a multiple of the memory's chunk of 2"),
+        (lambda: config("previous", retrieved=3), "retrieved is 3; it must divide the segment of 4"),
+        (lambda: config("learned", retrieved=0), "retrieved is 0; it must be at least 1"),
+        (
+            lambda: MemoryAsContext(memory=GatedDeltaNet()).build(
+                WIDTH, Site(0, 1), precision=Precision(), rngs=nnx.Rngs(0)
+            ),
+            "GatedDeltaNetMixer|MemoryMixer cannot be asked",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
