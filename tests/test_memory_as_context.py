@@ -50,7 +50,8 @@ def by_definition(mixer: MemoryAsContextMixer) -> jax.Array:
             if mixer.query == "own":
                 questions = tokens[: i + 1]
             elif mixer.query == "learned":
-                questions = mixer.questions[...]  # type: ignore[index]
+                assert mixer.questions is not None
+                questions = mixer.questions[...]
             else:
                 questions = X[0, begin - SEGMENT : begin].reshape(2, -1, WIDTH).mean(axis=1) if begin else X[0, :0]
             answers = memory.recall(questions[None], held)[0] if len(questions) else X[0, :0]

@@ -36,6 +36,8 @@ ROWS_OF_A_TILE = 16
 """Of bfloat16; a chunk that is the whole sequence is a multiple of it."""
 
 type Matrices = tuple[Array, ...]
+type Body = Callable[..., tuple[Matrices, Matrices]]
+"""(states, a matrix per input) -> (states, a matrix per output)"""
 
 
 class Steps(NamedTuple):
@@ -194,7 +196,7 @@ class Chunks(Operand):
 
 def walk(
     name: str,
-    body: Callable[..., tuple[Matrices, Matrices]],
+    body: Body,
     steps: Steps,
     states: Sequence[Float[Array, "B H _ _"]],
     inputs: Sequence[Operand],
@@ -233,6 +235,29 @@ def walk(
         name=name,
     )(*(x.array for x in given))
     return results[: len(carried)], results[len(carried) :]
+
+
+def keeping(body: Body) -> Body:
+    """The body, with the states before the chunk as further outputs: what the backward pass starts from."""
+
+    def kept(states: Matrices, *inputs: Array) -> tuple[Matrices, Matrices]:
+        after, out = body(states, *inputs)
+        return after, (*out, *states)
+
+    return kept
+
+
+def pulling(body: Body) -> Body:
+    """The slopes of a body of one output, backward in time: the states are slopes of states; the inputs are the
+    output's slope, the states before the chunk and the body's inputs, whose slopes are the outputs."""
+
+    def pulled(late: Matrices, slope: Array, *rest: Array) -> tuple[Matrices, Matrices]:
+        states, inputs = rest[: len(late)], rest[len(late) :]
+        _, pull = jax.vjp(body, states, *inputs)
+        early, *slopes = pull((late, (slope,)))
+        return early, tuple(slopes)
+
+    return pulled
 
 
 def shaped(*shape: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:

@@ -24,8 +24,10 @@ from recallax.pallas_kernels.mosaic_tpu import (
     Tokens,
     head_major,
     in_chunks,
+    keeping,
     mm,
     per_group,
+    pulling,
     require_dtypes,
     shaped,
     steps_of,
@@ -118,23 +120,10 @@ def _chunk(
     return (decays.scaled(state, decay.total) + written,), (out,)
 
 
-def _keeping(dtype: DTypeLike, states: Matrices, *inputs: Array) -> tuple[Matrices, Matrices]:
-    """As `_chunk`, with the state before the chunk as a second output."""
-    after, out = _chunk(dtype, states, *inputs)
-    return after, (*out, *states)
-
-
-def _back(dtype: DTypeLike, states: Matrices, slope: Array, state: Array, *inputs: Array) -> tuple[Matrices, Matrices]:
-    """The slope of the state before a chunk, and those of all inputs; backward in time."""
-    _, pull = jax.vjp(lambda state, *inputs: _chunk(dtype, (state,), *inputs), state, *inputs)
-    early, *slopes = pull((states, (slope,)))
-    return (early,), tuple(slopes)
-
-
 def _forward(
     steps: Steps, inputs: _Inputs, state: Array
 ) -> tuple[tuple[Array, Array], tuple[_Inputs, Float[Array, "B H N K V"]]]:
-    body = functools.partial(_keeping, inputs.v.dtype)
+    body = keeping(functools.partial(_chunk, inputs.v.dtype))
     kept = Chunks(shaped(*state.shape[:2], steps.chunks, *state.shape[2:]))
     (final,), (out, states) = walk(
         "delta_rule_forward", body, steps, (state,), inputs.operands(), (Tokens(inputs.v), kept)
@@ -152,7 +141,7 @@ def _backward(
     heads = inputs.v.shape[1]
     own = Tokens(shaped(q.shape[0], heads, *q.shape[2:], dtype=q.dtype if q.shape[1] == heads else jnp.float32))
     reverse = steps._replace(reverse=True)
-    body = functools.partial(_back, dtype)
+    body = pulling(functools.partial(_chunk, dtype))
     before = (Tokens(slope), Chunks(states))
     (early,), results = walk("delta_rule_backward", body, reverse, (late,), (*before, *given), (own, own, *given[2:]))
     dq, dk, dv, erase, write, *gate = results

@@ -89,14 +89,9 @@ def ascend(
 
     def chunk(room, columns, time, step, refs, gates, state):
         q, k, v, inverse = refs
-        held, high, low, staged = room
+        held, high, low, _ = room
         *gates, erase, write = gates
-        if kept is not None:
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # for the last chunk's copy of the state
-        held[...] = state.astype(v.dtype)
-        plgpu.commit_smem()
-        if kept is not None:
-            send((held, kept.states.at[step, :, columns]))
+        _hold(room, state.astype(v.dtype), step, columns, kept)
         shape = (CHUNK, OWN)
         (recalled,) = accumulate((zeros(*shape), (k, held)), interpret=sizes.interpret)
         erased = plgpu.load(erase, layout=ROWS)
@@ -123,10 +118,7 @@ def ascend(
         part, state = accumulate(
             (read, (scores, high)), (state, (k.transpose((1, 0)), arriving)), interpret=sizes.interpret
         )
-        copies = [] if kept is None else [(high, kept.solved.at[time, columns])]
-        staged[...] = part.astype(v.dtype)
-        plgpu.commit_smem()
-        send((staged, out.at[time, columns]), *copies)
+        _answer(room, part.astype(v.dtype), out, time, columns, kept)
         return state
 
     _walk(sizes, chunk, tokens, vectors, start, final, reverse=False)
@@ -220,6 +212,24 @@ def _decayed(scores, gates, *, transposed=False):
     return scores * jnp.exp2(jnp.where(seen, gap, -jnp.inf))
 
 
+def _hold(room, state, step, columns, kept):
+    """The state before a chunk as an operand, and in global memory where it is kept."""
+    if kept is not None:
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # for the last chunk's copy of the state
+    room.held[...] = state
+    plgpu.commit_smem()
+    if kept is not None:
+        send((room.held, kept.states.at[step, :, columns]))
+
+
+def _answer(room, part, out, time, columns, kept):
+    """A chunk's output to global memory, and U, which stands in `room.high`, where it is kept."""
+    copies = [] if kept is None else [(room.high, kept.solved.at[time, columns])]
+    room.staged[...] = part
+    plgpu.commit_smem()
+    send((room.staged, out.at[time, columns]), *copies)
+
+
 def _solved(inverse, x, room, interpret, *others, transposed=False):
     """T x, or T^T x, and other sums. Overwrites the room for digits, and leaves it free to be overwritten."""
     for ref, part in zip((room.high, room.low), digits(x, interpret), strict=True):
@@ -246,13 +256,8 @@ def ascend_decayed(
     def chunk(room, columns, time, step, refs, vectors, state):
         q, e, k, v, scores, inverse = refs
         stays, write = vectors
-        held, high, _, staged = room
-        if kept is not None:
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # for the last chunk's copy of the state
-        held[...] = state.astype(v.dtype)
-        plgpu.commit_smem()
-        if kept is not None:
-            send((held, kept.states.at[step, :, columns]))
+        held, high, *_ = room
+        _hold(room, state.astype(v.dtype), step, columns, kept)
         shape = (CHUNK, OWN)
         (recalled,) = accumulate((zeros(*shape), (e, held)), interpret=sizes.interpret)
         plgpu.wait_smem_to_gmem(0 if kept is None else 1, wait_read_only=True)
@@ -264,10 +269,7 @@ def ascend_decayed(
         part, state = accumulate(
             (read, (scores, high)), (state, (k.transpose((1, 0)), high)), interpret=sizes.interpret
         )
-        copies = [] if kept is None else [(high, kept.solved.at[time, columns])]
-        staged[...] = part.astype(v.dtype)
-        plgpu.commit_smem()
-        send((staged, out.at[time, columns]), *copies)
+        _answer(room, part.astype(v.dtype), out, time, columns, kept)
         return state
 
     _walk(sizes, chunk, tokens, vectors, start, final, reverse=False)

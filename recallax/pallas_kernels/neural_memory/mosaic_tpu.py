@@ -26,8 +26,10 @@ from recallax.pallas_kernels.mosaic_tpu import (
     Tokens,
     head_major,
     in_chunks,
+    keeping,
     mm,
     mm_t,
+    pulling,
     require_dtypes,
     shaped,
     steps_of,
@@ -199,24 +201,10 @@ def _pairs(late: Float[Array, "2 C"], early: Float[Array, "2 C"], apart: int) ->
     return jnp.exp(jnp.where(i >= j + apart, gaps, -jnp.inf))
 
 
-def _keeping(dtype: DTypeLike, states: Matrices, *inputs: Array) -> tuple[Matrices, Matrices]:
-    """As `_chunk`, with the states before the chunk as further outputs."""
-    after, out = _chunk(dtype, states, *inputs)
-    return after, (*out, *states)
-
-
-def _back(dtype: DTypeLike, late: Matrices, slope: Array, *rest: Array) -> tuple[Matrices, Matrices]:
-    """The slopes of the states before a chunk, and those of all inputs; backward in time."""
-    states, inputs = rest[: len(late)], rest[len(late) :]
-    _, pull = jax.vjp(lambda states, *inputs: _chunk(dtype, states, *inputs), states, *inputs)
-    early, *slopes = pull((late, (slope,)))
-    return early, tuple(slopes)
-
-
 def _forward(
     steps: Steps, inputs: _Inputs, states: Matrices
 ) -> tuple[tuple[Array, Matrices], tuple[_Inputs, Matrices]]:
-    body = functools.partial(_keeping, inputs.v.dtype)
+    body = keeping(functools.partial(_chunk, inputs.v.dtype))
     kept = [Chunks(shaped(*x.shape[:2], steps.chunks, *x.shape[2:])) for x in states]
     made = (Tokens(shaped(*inputs.v.shape)), *kept)
     after, (out, *before) = walk("neural_memory_forward", body, steps, states, inputs.operands(), made)
@@ -229,7 +217,7 @@ def _backward(
     inputs, before = residuals
     slope, late = slopes
     given, reverse = inputs.operands(), steps._replace(reverse=True)
-    body = functools.partial(_back, inputs.v.dtype)
+    body = pulling(functools.partial(_chunk, inputs.v.dtype))
     known = (Tokens(slope), *(Chunks(x) for x in before))
     early, results = walk("neural_memory_backward", body, reverse, late, (*known, *given), given)
     return _Inputs(*results, *([None] if inputs.momentum is None else [])), early

@@ -22,6 +22,7 @@ from recallax.pallas_kernels.mosaic_tpu import (
     PerHead,
     Steps,
     Tokens,
+    keeping,
     require_dtypes,
     shaped,
     walk,
@@ -115,12 +116,6 @@ def _chunk(
     return (state,), (jnp.concatenate(out),)
 
 
-def _keeping(states: Matrices, *inputs: Array) -> tuple[Matrices, Matrices]:
-    """As `_chunk`, with the state before the chunk as a second output."""
-    after, out = _chunk(states, *inputs)
-    return after, (*out, *states)
-
-
 def _back(states: Matrices, slope: Array, state: Array, *inputs: Array) -> tuple[Matrices, Matrices]:
     """The slopes of the state before a chunk and of a (summed so far), of x, rate and mix; backward in time."""
     late, summed = states
@@ -135,7 +130,7 @@ def _forward(
     operands = inputs.operands()
     kept = Chunks(shaped(*state.shape[:2], steps.chunks, *state.shape[2:]))
     (final,), (out, states) = walk(
-        "selective_scan_forward", _keeping, steps, (state,), operands, (*operands[1:2], kept)
+        "selective_scan_forward", keeping(_chunk), steps, (state,), operands, (*operands[1:2], kept)
     )
     return (out, final), (inputs, states)
 

@@ -28,6 +28,7 @@ from recallax.pallas_kernels.mosaic_tpu import (
     Tokens,
     head_major,
     in_chunks,
+    keeping,
     mm,
     require_dtypes,
     shaped,
@@ -126,12 +127,6 @@ def _chunk(
     return (decays.scaled(state, decay.total) + written,), (out,)
 
 
-def _keeping(dtype: DTypeLike, states: Matrices, *inputs: Array) -> tuple[Matrices, Matrices]:
-    """As `_chunk`, with the state before the chunk as a second output."""
-    after, out = _chunk(dtype, states, *inputs)
-    return after, (*out, *states)
-
-
 def _back(
     dtype: DTypeLike,
     states: Matrices,
@@ -160,7 +155,7 @@ def _forward(
     steps: Steps, q: Array, k: Array, v: Array, gate: Array | None, state: Array
 ) -> tuple[tuple[Array, Array], TaylorResiduals]:
     kept = Chunks(shaped(*state.shape[:2], steps.chunks, *state.shape[2:]))
-    body = functools.partial(_keeping, v.dtype)
+    body = keeping(functools.partial(_chunk, v.dtype))
     (final,), (out, states) = walk(
         "taylor_attention_forward", body, steps, (state,), _operands(q, k, v, gate), (Tokens(v), kept)
     )
