@@ -53,6 +53,7 @@ __all__ = [
 FORMS = {
     "reference": xla.dense,
     "xla": xla.blockwise,
+    "mosaic_gpu": kernel("recallax.pallas_kernels.landmark_attention.mosaic_gpu", "landmark_attention"),
     "mosaic_tpu": kernel("recallax.pallas_kernels.landmark_attention.mosaic_tpu", "landmark_attention"),
 }
 
