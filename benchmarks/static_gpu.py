@@ -65,6 +65,8 @@ class Case(NamedTuple):
     batch: int = 8
     per_channel: bool = False
     """The decay."""
+    real: int = 0
+    """Tokens of a landmark's block."""
 
 
 CASES = [
@@ -99,6 +101,12 @@ CASES += [
     for values in (64, 128)
     for docs in (False, True)
 ]
+CASES += [
+    Case("landmark_attention", keys, values, False, True, real=real)
+    for real in (15, 63)
+    for keys in (64, 128)
+    for values in (64, 128)
+]
 CASES += [Case("selective_scan", 2048, states, True, docs) for states in (1, 16) for docs in (False, True)]
 
 
@@ -108,6 +116,7 @@ def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     import jax.numpy as jnp
 
     from recallax.pallas_kernels.delta_rule import delta_rule
+    from recallax.pallas_kernels.landmark_attention import landmark_attention
     from recallax.pallas_kernels.linear_attention import linear_attention
     from recallax.pallas_kernels.selective_scan import selective_scan
     from recallax.pallas_kernels.taylor_attention import (
@@ -127,7 +136,7 @@ def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
         shapes = [((*one, w), jnp.bfloat16) for w in (case.keys, case.keys, case.values)]
         return step, [*shapes, ((*one, width, case.values), jnp.float32), ((*one, width), jnp.float32)]
     ops = {"linear_attention": linear_attention, "taylor_attention": taylor_attention, "delta_rule": delta_rule}
-    ops |= {"selective_scan": selective_scan}
+    ops |= {"selective_scan": selective_scan, "landmark_attention": landmark_attention}
     tokens: tuple[int, ...] = (case.batch, LENGTH, HEADS)
     inputs: dict[str, Any] = {
         name: ((*tokens, w), jnp.bfloat16) for name, w in zip("qkv", (case.keys, case.keys, case.values), strict=True)
@@ -140,11 +149,14 @@ def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
         if case.values > 1:
             inputs["a"] = ((case.keys, case.values), jnp.float32)
             inputs |= dict.fromkeys("bc", ((*tokens[:2], case.values), jnp.bfloat16))
-    arguments = [*inputs.values(), *[(tokens[:2], jnp.int32)] * case.docs]
+    wheres = case.docs + (case.op == "landmark_attention")  # positions, then documents
+    arguments = [*inputs.values(), *[(tokens[:2], jnp.int32)] * wheres]
 
     def run(*given):
         ids = given[-1] if case.docs else None
         op = functools.partial(ops[case.op], segments=ids, implementation="mosaic_gpu")
+        if case.op == "landmark_attention":
+            op = functools.partial(op, real=case.real, positions=given[-2])
         out, pull = jax.vjp(lambda inputs: op(**inputs), dict(zip(inputs, given, strict=False)))
         return out, pull(out)
 
@@ -220,10 +232,10 @@ def measure(op: str | None) -> Iterator[Row]:
 
 def report() -> None:
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    columns = ("op", "batch", "keys", "values", "decay", "per_channel", "docs", "kernel")
+    columns = ("op", "batch", "keys", "values", "decay", "per_channel", "docs", "real", "kernel")
     columns += ("registers", "spill_store_bytes", "shared_bytes")
     columns += ("HGMMA", "UTMALDG")
-    newest = {tuple(row.get(name, False) for name in columns[:8]): row for row in rows}
+    newest = {tuple(row.get(name, False) for name in columns[:9]): row for row in rows}
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
     for row in newest.values():
         print("| " + " | ".join(str(row.get(name)) for name in columns) + " |")
