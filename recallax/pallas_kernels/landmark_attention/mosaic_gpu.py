@@ -25,7 +25,6 @@ from recallax.pallas_kernels.landmark_attention.mosaic_gpu_tiles import (
     WORKERS,
     Layout,
     Sizes,
-    Where,
     along_keys,
     fetch_keys,
     fill,
@@ -35,7 +34,8 @@ from recallax.pallas_kernels.landmark_attention.mosaic_gpu_tiles import (
     seen_blocks,
     tiles_of,
 )
-from recallax.pallas_kernels.landmark_attention.xla import NEVER, documents_of
+from recallax.pallas_kernels.landmark_attention.mosaic_gpu_where import Where, where
+from recallax.pallas_kernels.landmark_attention.xla import NEVER
 from recallax.pallas_kernels.mosaic_gpu import CHUNK, ROWS, accumulate, along_rows, launch, matrix, send, vector, zeros
 
 WIDTHS = (64, 128)
@@ -75,59 +75,17 @@ def landmark_attention(
     # Slots behind the last landmark may lie behind the row.
     extra = -(length + slots - real - 1) % (WORKERS * CHUNK) + slots - real - 1
     q, k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (q, k, v))
-    return _attend(sizes, q, k, v, _where(segments, positions, sizes, length + extra))[:, :length]
-
-
-def _where(segments: Int[Array, "B T"] | None, positions: Int[Array, "B T"], sizes: Sizes, padded: int) -> Where:
-    docs, (rows, length) = documents_of(segments, positions), positions.shape
-    size, place, time = sizes.real + 1, positions % (sizes.real + 1), jnp.arange(length)[None]
-    landmark = docs.valid & (place == sizes.real)
-    before = jnp.cumsum(landmark, axis=1) - landmark  # complete blocks before a token
-    begins = jnp.diff(docs.index, axis=1, prepend=-1) > 0
-    first = lax.cummax(jnp.where(begins, before, 0), axis=1)
-    own = jnp.stack([jnp.maximum(time - place, 0), jnp.where(docs.valid, time - landmark, -1)], axis=1)
-    past = jnp.stack([first, jnp.where(docs.valid, before, 0)], axis=1)
-
-    pairs = -(-max(1, length // size) // (WORKERS * sizes.blocks))
-    count = pairs * WORKERS * sizes.blocks
-    ends = jnp.sort(jnp.where(landmark, time, length), axis=1)[:, :count]
-    ends = jnp.pad(ends, ((0, 0), (0, count - ends.shape[1])), constant_values=length)
-    starts = jnp.clip(ends - sizes.real, 0, padded - sizes.slots)
-    end = jnp.take_along_axis(ends, jnp.minimum(before, count - 1), axis=1)  # of the token's block, if it is complete
-    whole = docs.valid & (before < count) & (end < length) & (end - time == sizes.real - place)
-    slot = jnp.where(whole, before * sizes.slots + place, count * sizes.slots)
-
-    def filled(x: Array, value: int) -> Array:
-        """With tokens behind the row, which see nothing and are nowhere."""
-        room = ((0, 0),) * (x.ndim - 1)
-        return jnp.pad(x, (*room, (0, padded - length)), constant_values=value).astype(jnp.int32)
-
-    nothing = jnp.asarray([0, -1])[None, :, None]
-    own, past, slot = filled(own - nothing, 0) + nothing, filled(past, 0), filled(slot, count * sizes.slots)
-
-    def bounds(tokens: int) -> tuple[Array, Array]:
-        """The tiles that so many neighbouring queries see: the first, and the one behind the last."""
-        low, high = jnp.moveaxis(past.reshape(rows, 2, -1, tokens), 1, 0)
-        low = jnp.where(low < high, low, count).min(axis=2) // sizes.blocks
-        return low, jnp.maximum(low, -(-high.max(axis=2) // sizes.blocks))
-
-    low, high = (x[:, None] for x in bounds(CHUNK))
-    mine = WORKERS * jnp.arange(pairs)[None, :, None]
-    sees = (low < mine + WORKERS) & (high > mine) & (low < high)
-    tiles = jnp.arange(sees.shape[2])[None, None]
-    queries = jnp.where(sees, tiles, tiles.size).min(axis=2), jnp.where(sees, tiles + 1, 0).max(axis=2)
-    ranges = (jnp.stack(x, axis=2).astype(jnp.int32) for x in (bounds(WORKERS * CHUNK), queries))
-    return Where(own, past, starts.astype(jnp.int32), *ranges, slot)
+    return _attend(sizes, q, k, v, where(segments, positions, sizes, length + extra))[:, :length]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(sizes: Sizes, q: Array, k: Array, v: Array, where: Where) -> Float[Array, "B P H V"]:
-    return _forward(sizes, q, k, v, where)[0]
+def _attend(sizes: Sizes, q: Array, k: Array, v: Array, places: Where) -> Float[Array, "B P H V"]:
+    return _forward(sizes, q, k, v, places)[0]
 
 
-def _attend_fwd(sizes, q, k, v, where):
-    out, lse = _forward(sizes, q, k, v, where)
-    return out, (q, k, v, where, out, lse)
+def _attend_fwd(sizes, q, k, v, places):
+    out, lse = _forward(sizes, q, k, v, places)
+    return out, (q, k, v, places, out, lse)
 
 
 def _attend_bwd(sizes, kept, grad):
@@ -137,7 +95,7 @@ def _attend_bwd(sizes, kept, grad):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _forward(sizes, q, k, v, where):
+def _forward(sizes, q, k, v, places):
     """The output, and the log2 of the sums of exponentials [B, H, P], 0 where nothing is seen."""
     (b, t, h, width), values, interpret = q.shape, v.shape[3], sizes.interpret
 
@@ -209,7 +167,7 @@ def _forward(sizes, q, k, v, where):
         grid={"row": b, "head": h, "pair": t // (WORKERS * CHUNK)},
         workers=WORKERS,
         interpret=interpret,
-    )(q, k, v, where.own, where.past, where.starts, where.tiles_of_queries)
+    )(q, k, v, places.own, places.past, places.starts, places.tiles_of_queries)
 
 
 def _scores(queries, keys, interpret):

@@ -26,7 +26,6 @@ from recallax.pallas_kernels.landmark_attention.mosaic_gpu_tiles import (
     WORKER_REGISTERS,
     WORKERS,
     Sizes,
-    Where,
     along_keys,
     copy_blocks,
     fetch_keys,
@@ -36,7 +35,18 @@ from recallax.pallas_kernels.landmark_attention.mosaic_gpu_tiles import (
     ring,
     tiles_of,
 )
-from recallax.pallas_kernels.mosaic_gpu import CHUNK, ROWS, accumulate, launch, matrix, send, vector, zeros
+from recallax.pallas_kernels.landmark_attention.mosaic_gpu_where import Where
+from recallax.pallas_kernels.mosaic_gpu import (
+    CHUNK,
+    ROWS,
+    accumulate,
+    launch,
+    matrix,
+    send,
+    unknown_zero,
+    vector,
+    zeros,
+)
 
 STAGES, STAGES_BACK = 4, 3
 """Tiles that are on their way, of keys and of queries."""
@@ -109,7 +119,8 @@ def _query_gradient(sizes, q, k, v, where, sums, grad):
                     return added(acc, own_slopes(*products(k, v), tile, here, lse, delta)[1], k)
 
                 def of_past(acc, k, v, tile):
-                    return added(acc, past_slopes(*products(k, v), first + tile, before, lse, delta, sizes)[1], k)
+                    _, slopes = past_slopes(*products(k, v), first + tile, before, lse, delta, sizes)
+                    return added(acc, slopes, k)
 
                 acc = along_keys(keys, count, of_own, of_past, zeros(CHUNK, width))
                 queries.at[worker][...] = acc.astype(queries.dtype)
@@ -192,18 +203,19 @@ def _key_gradients(sizes, q, k, v, grad, sums, keys: _Keys, slopes_of: Callable)
                 plgpu.barrier_wait(arrived.at[worker])
 
                 def turn(step, carry):
-                    slot = queries.slot(step)
+                    slot, zero = queries.slot(step), unknown_zero(step)
+                    anew = worker + zero
                     plgpu.barrier_wait(queries.filled.at[slot])
                     q, grad, reach, sums = (x.at[slot] for x in queries.tiles)
-                    pairs = zip((q, grad), mine, strict=True)
+                    pairs = zip((q, grad), (x.at[anew] for x in own), strict=True)
                     scores, of_values = accumulate(
                         *((zeros(*SHAPE), (x, y.transpose((1, 0)))) for x, y in pairs), interpret=interpret
                     )
                     seen, (lse, delta) = ([plgpu.load(x.at[i], layout=ROWS) for i in range(2)] for x in (reach, sums))
-                    for i, x in enumerate(slopes_of(scores, of_values, tile, seen, lse, delta)):
-                        kept.at[worker, i][...] = x.astype(kept.dtype)
+                    for i, x in enumerate(slopes_of(scores, of_values, tile + zero, seen, lse, delta)):
+                        kept.at[anew, i][...] = x.astype(kept.dtype)
                     plgpu.commit_smem()
-                    weights, slopes = (kept.at[worker, i].transpose((1, 0)) for i in range(2))
+                    weights, slopes = (kept.at[anew, i].transpose((1, 0)) for i in range(2))
                     dk, dv = carry
                     carry = accumulate((dk, (slopes, q)), (dv, (weights, grad)), interpret=interpret)
                     plgpu.commit_smem()  # all warps have read

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Int
 
 from recallax.pallas_kernels.landmark_attention.xla import NEVER
-from recallax.pallas_kernels.mosaic_gpu import CHUNK, MEMORY_REGISTERS, Ref, along_rows, matrix, rows_and_columns
+from recallax.pallas_kernels.mosaic_gpu import CHUNK, Ref, along_rows, block_of, matrix, rows_and_columns
 
 LOG2E = 1.4426950408889634
 WORKERS = 2
 """Warpgroups that compute, each with a tile of its own; the tiles that pass by are the same for both."""
-WORKER_REGISTERS = (512 - MEMORY_REGISTERS) // WORKERS // 8 * 8
+MEMORY_REGISTERS, WORKER_REGISTERS = 24, 240
+"""Of the warpgroup that copies, and of each that computes."""
 AROUND = WORKERS + 1
 """Tiles that hold the own blocks of neighbouring tiles: these and the one before them."""
 SHAPE = (CHUNK, CHUNK)
@@ -41,23 +41,6 @@ class Sizes(NamedTuple):
     def blocks(self) -> int:
         """Of a tile."""
         return CHUNK // self.slots
-
-
-class Where(NamedTuple):
-    """What queries see, P being a multiple of two tiles. Pairs [first, last)."""
-
-    own: Int[Array, "B 2 P"]
-    """The first and the last token of the own block that each query sees, by its time in the row."""
-    past: Int[Array, "B 2 P"]
-    """The first block, by its number in the row, and the one behind the last."""
-    starts: Int[Array, "B M"]
-    """When each block begins. They fill whole tiles; those that do not exist begin anywhere."""
-    tiles_of_queries: Int[Array, "B N 2"]
-    """The tiles of past blocks that two tiles of queries see."""
-    queries_of_tiles: Int[Array, "B L 2"]
-    """The tiles of queries that see two tiles of past blocks."""
-    slot: Int[Array, "B P"]
-    """Of each token among those of the past blocks; behind all of them if its block is not complete."""
 
 
 class Ring(NamedTuple):
@@ -137,6 +120,7 @@ def along_keys(ring: Ring, count: Any, own: Callable, past: Callable, carry: Any
         plgpu.barrier_wait(ring.filled.at[i])
     for i in range(AROUND - WORKERS + 1):
         carry = own(carry, *(x.at[worker + i] for x in ring.tiles), worker + i)
+    plgpu.commit_smem()  # all warps have read
     for i in range(AROUND):
         plgpu.barrier_arrive(ring.freed.at[i])
 
@@ -144,6 +128,7 @@ def along_keys(ring: Ring, count: Any, own: Callable, past: Callable, carry: Any
         slot = ring.slot(tile + AROUND)
         plgpu.barrier_wait(ring.filled.at[slot])
         carry = past(carry, *(x.at[slot] for x in ring.tiles), tile)
+        plgpu.commit_smem()
         plgpu.barrier_arrive(ring.freed.at[slot])
         return carry
 
@@ -165,8 +150,8 @@ class Layout:
     def __init__(self, sizes: Sizes):
         _, columns = rows_and_columns(SHAPE)
         self.count = sizes.blocks
-        self.block = columns // sizes.slots
-        place = columns % sizes.slots
+        self.block = block_of(columns, sizes.slots.bit_length() - 1)
+        place = columns & (sizes.slots - 1)
         self.token, self.landmark = place < sizes.real, place == sizes.real
 
     def reduced(self, x: jax.Array, reduce: Callable, neutral: float) -> list[jax.Array]:
@@ -223,9 +208,9 @@ def past_slopes(
     part = grouped(scores, layout)
     visible = zip(seen_blocks(tile, past, sizes), part.logits, strict=True)
     chosen = [jnp.where(seen, jnp.exp2(logit - lse), 0.0) for seen, logit in visible]
-    weights = part.exponentials * layout.spread([p / total for p, total in zip(chosen, part.totals, strict=True)])
     averages = layout.reduced(part.exponentials * of_values, jnp.sum, 0.0)
     averages = [x / total for x, total in zip(averages, part.totals, strict=True)]
+    weights = part.exponentials * layout.spread([p / total for p, total in zip(chosen, part.totals, strict=True)])
     slopes = weights * (of_values - layout.spread(averages))
     of_landmarks = [p * (average - delta) for p, average in zip(chosen, averages, strict=True)]
     return weights, jnp.where(layout.landmark, layout.spread(of_landmarks), slopes)

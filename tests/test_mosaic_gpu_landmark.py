@@ -1,0 +1,135 @@
+"""Landmark attention's GPU kernels: against the definition in Pallas' interpreter, and lowered for an H100."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from recallax.pallas_kernels import dispatch, mosaic_gpu
+from recallax.pallas_kernels.cases import Case, draw, segments
+from recallax.pallas_kernels.landmark_attention import cases, empty_cache, landmark_attention
+from tests.hopper import in_the_gate, interpreted, kernels_in
+from tests.test_ops import compare
+
+CASES = {
+    "one token": Case(1, 64, 64),
+    "below a block": Case(13, 128, 64),
+    "exactly two tiles": Case(128, 64, 64),
+    "odd": Case(195, 128, 128),
+    "packed": Case(67, 64, 128, documents=(1, 15, 1, 1, 20, 29)),
+    "packed, padding": Case(290, 64, 64, documents=(70, 1, 150, 1), padded=68),
+}
+"""Two query heads share one of keys and values."""
+
+
+def check(case: Case, real: int, scale: float | None = None, groups: int = 1) -> None:
+    """Values and every gradient; the inputs are bfloat16 numbers, for the definition too."""
+    inputs = {name: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for name, x in draw(case, groups).items()}
+    where: dict[str, Any] = {"positions": jnp.asarray(cases.positions(case, 0), jnp.int32)}
+    where |= {"segments": segments(case)} if case.documents else {}
+
+    def op(inputs, state, form):
+        with dispatch.interpreted():
+            return landmark_attention(**inputs, real=real, **where, scale=scale, implementation=form), state
+
+    compare(op, case, inputs, (), "bfloat16", "mosaic_gpu")
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("name", in_the_gate(CASES, "odd", "packed, padding"))
+def test_landmark_attention(name):
+    check(CASES[name], 63)
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("real", [15, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 20, 50))])
+def test_several_blocks_in_a_tile_and_slots_that_hold_nothing(real):
+    check(CASES["packed, padding"], real)
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+def test_softmaxes_that_choose_one_token_and_one_landmark():
+    check(dataclasses.replace(CASES["packed, padding"], length=150, documents=(150,), padded=0), 31, scale=4.0)
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("real", [15, 63])
+@pytest.mark.parametrize("values", [64, 128])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_landmark_attention_at_every_width(case, width, values, real):
+    check(dataclasses.replace(case, width=width, values=values, heads=4), real, groups=2)
+
+
+@interpreted
+@pytest.mark.parametrize("real", [63, pytest.param(15, marks=pytest.mark.full)])
+def test_warpgroups_do_not_race(real, monkeypatch):
+    """Over more tiles than are on their way at once."""
+    monkeypatch.setattr(mosaic_gpu, "INTERPRETER", plgpu.InterpretGPUParams(detect_races=True))
+    case = Case(450, 64, 64)
+    inputs: dict[str, Any] = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in draw(case, 1).items()}
+
+    def total(inputs):
+        with dispatch.interpreted():
+            out = landmark_attention(
+                **inputs, real=real, positions=jnp.arange(case.length)[None], implementation="mosaic_gpu"
+            )
+        return jnp.sum(out.astype(jnp.float32))
+
+    slopes = jax.jit(jax.grad(total))(inputs)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize(
+    ("width", "real", "docs"),
+    [
+        (128, 63, True),
+        (64, 15, True),
+        pytest.param(64, 63, False, marks=pytest.mark.full),
+        pytest.param(128, 40, False, marks=pytest.mark.full),
+    ],
+)
+def test_it_lowers_for_an_h100(width, real, docs):
+    queries, keys = (jax.ShapeDtypeStruct((2, 200, heads, width), jnp.bfloat16) for heads in (4, 2))
+    place = jax.ShapeDtypeStruct((2, 200), jnp.int32)
+
+    def op(q, k, v, positions, ids):
+        return landmark_attention(q, k, v, real=real, positions=positions, segments=ids, implementation="mosaic_gpu")
+
+    def slopes(q, k, v, positions, ids):
+        out, pull = jax.vjp(lambda q, k, v: op(q, k, v, positions, ids), q, k, v)
+        return pull(out)
+
+    arguments = (queries, keys, keys, place, place if docs else None)
+    assert kernels_in(op, *arguments) == 1
+    assert kernels_in(slopes, *arguments) == 4  # forward, dQ, dK and dV of own blocks and of past ones
+
+
+@pytest.mark.parametrize(
+    ("change", "real", "reason"),
+    [
+        ({}, 64, "a block has 64 tokens; with its landmark it must fit in a tile of 64 keys"),
+        ({"v": jnp.zeros((1, 4, 1, 32), jnp.bfloat16)}, 63, "V is 32"),
+        ({"k": jnp.zeros((1, 4, 1, 64))}, 63, "k is float32"),
+    ],
+)
+def test_what_it_cannot_take_is_refused_with_the_reason(change, real, reason):
+    inputs: dict[str, Any] = {name: jnp.zeros((1, 4, 1, 64), jnp.bfloat16) for name in "qkv"} | change
+    where: dict[str, Any] = {"positions": jnp.arange(4)[None], "implementation": "mosaic_gpu"}
+    with dispatch.interpreted():
+        with pytest.raises(dispatch.Unsupported, match=reason):
+            landmark_attention(**inputs, real=real, **where)
+        with pytest.raises(dispatch.Unsupported, match="blocks from before the row are given"):
+            past = empty_cache(1, 128, 63, 1, 64, jnp.bfloat16)
+            landmark_attention(**inputs | {"v": inputs["q"], "k": inputs["q"]}, real=63, past=past, **where)
+    with pytest.raises(dispatch.Unsupported, match="it is for a GPU and this is a CPU"):
+        landmark_attention(**inputs, real=real, **where)
