@@ -341,7 +341,7 @@ def _call(
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=(*["parallel"] * 3, *["arbitrary"] * (len(grid) - 3))  # type: ignore[arg-type]
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")[: len(grid)]
         ),
         interpret=INTERPRETER if sizes.interpret else False,
         name=name,
