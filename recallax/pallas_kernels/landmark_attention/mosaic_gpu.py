@@ -31,6 +31,7 @@ from recallax.pallas_kernels.landmark_attention.mosaic_gpu_tiles import (
     grouped,
     own_scores,
     ring,
+    scores_of,
     seen_blocks,
     tiles_of,
 )
@@ -89,7 +90,8 @@ def _attend_fwd(sizes, q, k, v, places):
 
 
 def _attend_bwd(sizes, kept, grad):
-    return *gradients(sizes, *kept, grad), None
+    q, k, v, places, out, lse = kept
+    return *gradients(sizes, q, k, v, places, out, lse, grad), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -120,15 +122,17 @@ def _forward(sizes, q, k, v, places):
                 plgpu.barrier_wait(arrived.at[worker])
 
                 def of_own(carry, k, v, near):
-                    scores, seen = own_scores(_scores(mine, k, interpret), pair * WORKERS - 1 + near, here)
-                    scores = jnp.where(seen, scores, NEVER)
-                    highest = jnp.maximum(carry[0], jnp.max(scores, axis=1))
-                    weights = jnp.where(seen, jnp.exp2(scores - along_rows(highest, SHAPE)), 0.0)
+                    (found,) = scores_of((mine, k), interpret=interpret)
+                    found, seen = own_scores(found, pair * WORKERS - 1 + near, here)
+                    found = jnp.where(seen, found, NEVER)
+                    highest = jnp.maximum(carry[0], jnp.max(found, axis=1))
+                    weights = jnp.where(seen, jnp.exp2(found - along_rows(highest, SHAPE)), 0.0)
                     return _added(carry, highest, jnp.sum(weights, axis=1), weights, v, interpret)
 
                 def of_past(carry, k, v, tile):
                     layout = Layout(sizes)
-                    part = grouped(_scores(mine, k, interpret), layout)
+                    (found,) = scores_of((mine, k), interpret=interpret)
+                    part = grouped(found, layout)
                     visible = seen_blocks(first + tile, before, sizes)
                     highest = carry[0]
                     for seen, logit in zip(visible, part.logits, strict=True):
@@ -168,11 +172,6 @@ def _forward(sizes, q, k, v, places):
         workers=WORKERS,
         interpret=interpret,
     )(q, k, v, places.own, places.past, places.starts, places.tiles_of_queries)
-
-
-def _scores(queries, keys, interpret):
-    (scores,) = accumulate((zeros(*SHAPE), (queries, keys.transpose((1, 0)))), interpret=interpret)
-    return scores
 
 
 def _added(carry, highest, chosen, weights, values, interpret):

@@ -22,7 +22,6 @@ from jaxtyping import Array, Float, Int
 
 from recallax.pallas_kernels.landmark_attention.mosaic_gpu_tiles import (
     AROUND,
-    SHAPE,
     WORKER_REGISTERS,
     WORKERS,
     Sizes,
@@ -33,6 +32,7 @@ from recallax.pallas_kernels.landmark_attention.mosaic_gpu_tiles import (
     own_slopes,
     past_slopes,
     ring,
+    scores_of,
     tiles_of,
 )
 from recallax.pallas_kernels.landmark_attention.mosaic_gpu_where import Where
@@ -76,7 +76,8 @@ def gradients(
         at, held = jnp.minimum(where.slot, count - 1)[..., None, None], (where.slot < count)[..., None, None]
         return of_tokens + jnp.where(held, jnp.take_along_axis(of_blocks, at, axis=1), jnp.zeros((), of_blocks.dtype))
 
-    return dq, *(both(x, y) for x, y in zip(of_tokens, of_blocks, strict=True))
+    dk, dv = (both(x, y) for x, y in zip(of_tokens, of_blocks, strict=True))
+    return dq, dk, dv
 
 
 def _query_gradient(sizes, q, k, v, where, sums, grad):
@@ -104,23 +105,18 @@ def _query_gradient(sizes, q, k, v, where, sums, grad):
                 lse, delta = (vector(sums.at[row, head, i, time], ROWS) for i in range(2))
                 plgpu.barrier_wait(arrived.at[worker])
 
-                def products(k, v):
-                    pairs = (queries.at[worker], k), (slopes.at[worker], v)
-                    return accumulate(
-                        *((zeros(*SHAPE), (x, y.transpose((1, 0)))) for x, y in pairs), interpret=interpret
-                    )
-
-                def added(acc, slopes, k):
-                    (acc,) = accumulate((acc, (slopes.astype(k.dtype), k)), interpret=interpret)
+                def added(acc, k, v, slopes_of):
+                    found, of_values = scores_of((queries.at[worker], k), (slopes.at[worker], v), interpret=interpret)
+                    _, of_scores = slopes_of(found, of_values)
+                    (acc,) = accumulate((acc, (of_scores.astype(k.dtype), k)), interpret=interpret)
                     return acc
 
                 def of_own(acc, k, v, near):
                     tile = pair * WORKERS - 1 + near
-                    return added(acc, own_slopes(*products(k, v), tile, here, lse, delta)[1], k)
+                    return added(acc, k, v, lambda x, y: own_slopes(x, y, tile, here, lse, delta))
 
                 def of_past(acc, k, v, tile):
-                    _, slopes = past_slopes(*products(k, v), first + tile, before, lse, delta, sizes)
-                    return added(acc, slopes, k)
+                    return added(acc, k, v, lambda x, y: past_slopes(x, y, first + tile, before, lse, delta, sizes))
 
                 acc = along_keys(keys, count, of_own, of_past, zeros(CHUNK, width))
                 queries.at[worker][...] = acc.astype(queries.dtype)
@@ -208,11 +204,9 @@ def _key_gradients(sizes, q, k, v, grad, sums, keys: _Keys, slopes_of: Callable)
                     plgpu.barrier_wait(queries.filled.at[slot])
                     q, grad, reach, sums = (x.at[slot] for x in queries.tiles)
                     pairs = zip((q, grad), (x.at[anew] for x in own), strict=True)
-                    scores, of_values = accumulate(
-                        *((zeros(*SHAPE), (x, y.transpose((1, 0)))) for x, y in pairs), interpret=interpret
-                    )
+                    found, of_values = scores_of(*pairs, interpret=interpret)
                     seen, (lse, delta) = ([plgpu.load(x.at[i], layout=ROWS) for i in range(2)] for x in (reach, sums))
-                    for i, x in enumerate(slopes_of(scores, of_values, tile + zero, seen, lse, delta)):
+                    for i, x in enumerate(slopes_of(found, of_values, tile + zero, seen, lse, delta)):
                         kept.at[anew, i][...] = x.astype(kept.dtype)
                     plgpu.commit_smem()
                     weights, slopes = (kept.at[anew, i].transpose((1, 0)) for i in range(2))

@@ -15,7 +15,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from recallax.pallas_kernels.landmark_attention.xla import NEVER
-from recallax.pallas_kernels.mosaic_gpu import CHUNK, Ref, along_rows, block_of, matrix, rows_and_columns
+from recallax.pallas_kernels.mosaic_gpu import (
+    CHUNK,
+    Ref,
+    accumulate,
+    along_rows,
+    block_of,
+    matrix,
+    rows_and_columns,
+    zeros,
+)
 
 LOG2E = 1.4426950408889634
 WORKERS = 2
@@ -166,6 +175,12 @@ class Layout:
         for i, x in enumerate(others):
             out = jnp.where(self.block == i, x, out)
         return out
+
+
+def scores_of(*pairs: tuple[Ref, Ref], interpret: bool) -> Any:
+    """x y^T of each pair of tiles."""
+    products = ((zeros(*SHAPE), (x, y.transpose((1, 0)))) for x, y in pairs)
+    return accumulate(*products, interpret=interpret)
 
 
 def own_scores(scores: jax.Array, tile: Any, own: Any) -> tuple[jax.Array, jax.Array]:
