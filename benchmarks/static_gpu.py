@@ -215,6 +215,7 @@ def measure(op: str | None) -> Iterator[Row]:
 
     from recallax.train.log import commit
 
+    at = commit()  # before the first row makes it dirty
     with tempfile.TemporaryDirectory() as name:
         os.environ["MOSAIC_GPU_DUMP_TO"] = name
         for case in (case for case in CASES if op in (None, case.op)):
@@ -226,7 +227,7 @@ def measure(op: str | None) -> Iterator[Row]:
                     "kernel": kernel,
                     **facts(path),
                     "versions": {"jax": jax.__version__},
-                    "commit": commit(),
+                    "commit": at,
                 }
 
 
