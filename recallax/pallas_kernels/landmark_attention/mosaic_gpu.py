@@ -21,6 +21,7 @@ from recallax.pallas_kernels.landmark_attention.mosaic_gpu_gradients import grad
 from recallax.pallas_kernels.landmark_attention.mosaic_gpu_tiles import (
     AROUND,
     SHAPE,
+    STAGES,
     WORKER_REGISTERS,
     WORKERS,
     Layout,
@@ -43,7 +44,6 @@ WIDTHS = (64, 128)
 """Of keys and of values."""
 SLOTS = (16, 32, 64)
 """Of a block: its tokens and the landmark fill the smallest that holds them."""
-STAGES = 4
 
 
 def landmark_attention(

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from recallax.pallas_kernels.landmark_attention.mosaic_gpu_tiles import (
     AROUND,
+    STAGES,
     WORKER_REGISTERS,
     WORKERS,
     Sizes,
@@ -48,8 +49,8 @@ from recallax.pallas_kernels.mosaic_gpu import (
     zeros,
 )
 
-STAGES, STAGES_BACK = 4, 3
-"""Tiles that are on their way, of keys and of queries."""
+STAGES_BACK = 3
+"""Tiles of queries that are on their way."""
 
 
 def gradients(
@@ -193,9 +194,8 @@ def _key_gradients(sizes, q, k, v, grad, sums, keys: _Keys, slopes_of: Callable)
             def _():
                 plgpu.set_max_registers(WORKER_REGISTERS, action="increase")
                 tile, mine = pair * WORKERS + worker, [x.at[worker] for x in own]
-                copy_blocks(
-                    arrived.at[worker], [x.at[row, :, group] for x in (k, v)], mine, starts.at[row], tile, sizes
-                )
+                tokens = k.at[row, :, group], v.at[row, :, group]
+                copy_blocks(arrived.at[worker], tokens, mine, starts.at[row], tile, sizes)
                 plgpu.barrier_wait(arrived.at[worker])
 
                 def turn(step, carry):
@@ -220,12 +220,8 @@ def _key_gradients(sizes, q, k, v, grad, sums, keys: _Keys, slopes_of: Callable)
                 for room, x in zip(mine, found, strict=True):
                     room[...] = x.astype(room.dtype)
                 plgpu.commit_smem()
-                send(
-                    *(
-                        (room, x.at[row, pl.ds(tile * CHUNK, CHUNK), group])
-                        for room, x in zip(mine, (dk, dv), strict=True)
-                    )
-                )
+                targets = [x.at[row, pl.ds(tile * CHUNK, CHUNK), group] for x in (dk, dv)]
+                send(*zip(mine, targets, strict=True))
                 plgpu.wait_smem_to_gmem(0)
 
         vectors = plgpu.SMEM((STAGES_BACK, 2, CHUNK), jnp.int32), plgpu.SMEM((STAGES_BACK, 2, CHUNK), jnp.float32)

@@ -31,6 +31,8 @@ WORKERS = 2
 """Warpgroups that compute, each with a tile of its own; the tiles that pass by are the same for both."""
 MEMORY_REGISTERS, WORKER_REGISTERS = 24, 240
 """Of the warpgroup that copies, and of each that computes."""
+STAGES = 4
+"""Tiles of keys that are on their way."""
 AROUND = WORKERS + 1
 """Tiles that hold the own blocks of neighbouring tiles: these and the one before them."""
 SHAPE = (CHUNK, CHUNK)
@@ -60,6 +62,7 @@ class Ring(NamedTuple):
     freed: Any
 
     def slot(self, step: Any) -> Any:
+        """That a step's tiles lie in."""
         return lax.rem(step, jnp.int32(self.tiles[0].shape[0]))
 
 
@@ -70,6 +73,7 @@ def ring(stages: int, copies: int, *tiles: Any) -> Ring:
 
 
 def tiles_of(stages: int, *widths: int) -> list[Any]:
+    """Room for so many tiles of each width."""
     return [matrix(stages, CHUNK, width, tile=64) for width in widths]
 
 
@@ -148,9 +152,11 @@ class Grouped(NamedTuple):
     """A tile of past blocks as its queries see it; vectors along rows are one per block."""
 
     exponentials: jax.Array
-    """Of the scores inside blocks, of which the totals are 1/sum; 0 at landmarks."""
+    """Of the scores inside blocks, less the largest of each; 0 at landmarks."""
     totals: list[jax.Array]
+    """Their sums."""
     logits: list[jax.Array]
+    """Of the landmarks."""
 
 
 class Layout:
