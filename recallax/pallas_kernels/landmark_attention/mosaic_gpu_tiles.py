@@ -92,6 +92,10 @@ def fill(ring: Ring, count: Any, fetch: Callable[[Any, Any], None]) -> None:
 
         fetch(step, slot)
 
+    @pl.loop(jnp.maximum(count - stages, 0), count)  # a kernel must not end with a barrier's phase unseen
+    def _(step):
+        plgpu.barrier_wait(ring.freed.at[ring.slot(step)])
+
 
 def fetch_keys(
     ring: Ring, sources: tuple[Ref, Ref], starts: Ref, first: Any, pair: Any, sizes: Sizes
