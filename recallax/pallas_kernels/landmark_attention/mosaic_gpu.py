@@ -20,9 +20,9 @@ from recallax.pallas_kernels.landmark_attention.blocks import LandmarkCache
 from recallax.pallas_kernels.landmark_attention.mosaic_gpu_gradients import gradients
 from recallax.pallas_kernels.landmark_attention.mosaic_gpu_tiles import (
     AROUND,
+    KEY_REGISTERS,
     SHAPE,
     STAGES,
-    WORKER_REGISTERS,
     WORKERS,
     Layout,
     Sizes,
@@ -110,12 +110,13 @@ def _forward(sizes, q, k, v, places):
         def scoped(queries, staged, keys, arrived):
             @pl.when(worker == WORKERS)
             def _():
+                plgpu.set_max_registers(KEY_REGISTERS[0], action="decrease")
                 tokens = k.at[row, :, group], v.at[row, :, group]
                 fill(keys, count + AROUND, fetch_keys(keys, tokens, starts.at[row], first, pair, sizes))
 
             @pl.when(worker < WORKERS)
             def _():
-                plgpu.set_max_registers(WORKER_REGISTERS, action="increase")
+                plgpu.set_max_registers(KEY_REGISTERS[1], action="increase")
                 time, mine = pl.ds((pair * WORKERS + worker) * CHUNK, CHUNK), queries.at[worker]
                 plgpu.copy_gmem_to_smem(q.at[row, time, head], mine, arrived.at[worker])
                 here, before = ([vector(x.at[row, i, time], ROWS) for i in range(2)] for x in (own, past))

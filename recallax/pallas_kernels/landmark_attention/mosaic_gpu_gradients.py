@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from recallax.pallas_kernels.landmark_attention.mosaic_gpu_tiles import (
     AROUND,
+    KEY_REGISTERS,
     STAGES,
-    WORKER_REGISTERS,
     WORKERS,
     Sizes,
     along_keys,
@@ -51,6 +51,8 @@ from recallax.pallas_kernels.mosaic_gpu import (
 
 STAGES_BACK = 3
 """Tiles of queries that are on their way."""
+QUERY_REGISTERS = 24, 240
+"""Where queries pass by; the sums for keys and values alone are 128."""
 
 
 def gradients(
@@ -93,12 +95,13 @@ def _query_gradient(sizes, q, k, v, where, sums, grad):
         def scoped(queries, slopes, keys, arrived):
             @pl.when(worker == WORKERS)
             def _():
+                plgpu.set_max_registers(KEY_REGISTERS[0], action="decrease")
                 tokens = k.at[row, :, group], v.at[row, :, group]
                 fill(keys, count + AROUND, fetch_keys(keys, tokens, starts.at[row], first, pair, sizes))
 
             @pl.when(worker < WORKERS)
             def _():
-                plgpu.set_max_registers(WORKER_REGISTERS, action="increase")
+                plgpu.set_max_registers(KEY_REGISTERS[1], action="increase")
                 time = pl.ds((pair * WORKERS + worker) * CHUNK, CHUNK)
                 for source, target in ((q, queries), (grad, slopes)):
                     plgpu.copy_gmem_to_smem(source.at[row, time, head], target.at[worker], arrived.at[worker])
@@ -181,6 +184,8 @@ def _key_gradients(sizes, q, k, v, grad, sums, keys: _Keys, slopes_of: Callable)
         def scoped(own, kept, queries, arrived):
             @pl.when(worker == WORKERS)
             def _():
+                plgpu.set_max_registers(QUERY_REGISTERS[0], action="decrease")
+
                 def fetch(step, slot):
                     head, tile = group * share + lax.div(step, count), first + lax.rem(step, count)
                     time = pl.ds(tile * CHUNK, CHUNK)
@@ -192,7 +197,7 @@ def _key_gradients(sizes, q, k, v, grad, sums, keys: _Keys, slopes_of: Callable)
 
             @pl.when(worker < WORKERS)
             def _():
-                plgpu.set_max_registers(WORKER_REGISTERS, action="increase")
+                plgpu.set_max_registers(QUERY_REGISTERS[1], action="increase")
                 tile, mine = pair * WORKERS + worker, [x.at[worker] for x in own]
                 tokens = k.at[row, :, group], v.at[row, :, group]
                 copy_blocks(arrived.at[worker], tokens, mine, starts.at[row], tile, sizes)

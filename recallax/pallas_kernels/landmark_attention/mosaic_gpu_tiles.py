@@ -29,10 +29,10 @@ from recallax.pallas_kernels.mosaic_gpu import (
 LOG2E = 1.4426950408889634
 WORKERS = 2
 """Warpgroups that compute, each with a tile of its own; the tiles that pass by are the same for both."""
-MEMORY_REGISTERS, WORKER_REGISTERS = 24, 240
-"""Of the warpgroup that copies, and of each that computes."""
 STAGES = 4
 """Tiles of keys that are on their way."""
+KEY_REGISTERS = 40, 232
+"""Where keys pass by: of the warpgroup that copies, and of those that compute; 504 in all."""
 AROUND = WORKERS + 1
 """Tiles that hold the own blocks of neighbouring tiles: these and the one before them."""
 SHAPE = (CHUNK, CHUNK)
@@ -78,8 +78,7 @@ def tiles_of(stages: int, *widths: int) -> list[Any]:
 
 
 def fill(ring: Ring, count: Any, fetch: Callable[[Any, Any], None]) -> None:
-    """The copying warpgroup: fetch(step, slot) for each step, when its slot is free."""
-    plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+    """The copying warpgroup's part: fetch(step, slot) for each step, when its slot is free."""
     stages = ring.tiles[0].shape[0]
 
     @pl.loop(0, count)
