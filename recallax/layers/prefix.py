@@ -42,7 +42,7 @@ class Prefix(MixerConfig):
 
     memory: MemoryConfig
     max_prefix: int | None = None
-    """Most prefix tokens of a row; the op's rows are longer by as many. A row with more is all NaN; None is any number."""
+    """Most prefix tokens of a row, by which the op's rows are longer. A row with more is all NaN. None is any."""
 
     def __post_init__(self) -> None:
         if self.max_prefix is not None and self.max_prefix < 1:
