@@ -128,15 +128,12 @@ def _train(arguments: list[str]) -> int:
 def _eval(arguments: list[str]) -> int:
     import tyro
 
-    from recallax.tasks import Filled, Repeated, Task
-    from recallax.tasks.reread import Filling
-
     def evaluate(
         run: tyro.conf.Positional[Path],
         split: Literal["valid", "test"] = "test",
         batches: int | None = None,
         repeat: int = 1,
-        fill: Filling = "left_pad",
+        fill: Literal["left_pad", "twice", "iterate"] = "left_pad",
         prefix: int | None = None,
     ) -> int:
         """Evaluate a run's newest checkpoint.
@@ -149,6 +146,7 @@ def _eval(arguments: list[str]) -> int:
             fill: What brings a context that is shorter than --prefix nearer to it.
             prefix: Tokens of context that the run was trained with.
         """
+        from recallax.tasks import Filled, Repeated, Task
         from recallax.train.loop import evaluate_run
 
         if fill != "left_pad" and prefix is None:
