@@ -129,7 +129,12 @@ def _eval(arguments: list[str]) -> int:
     import tyro
 
     def evaluate(
-        run: tyro.conf.Positional[Path], split: Literal["valid", "test"] = "test", batches: int | None = None
+        run: tyro.conf.Positional[Path],
+        split: Literal["valid", "test"] = "test",
+        batches: int | None = None,
+        repeat: int = 1,
+        fill: Literal["left_pad", "twice", "iterate"] = "left_pad",
+        prefix: int | None = None,
     ) -> int:
         """Evaluate a run's newest checkpoint.
 
@@ -137,10 +142,21 @@ def _eval(arguments: list[str]) -> int:
             run: Folder of the run.
             split: Which stream of the task.
             batches: Batches to read; the config's number by default.
+            repeat: Times that the context of a row is read before the questions (2 is JRT-Prompt).
+            fill: What brings a context that is shorter than --prefix nearer to it.
+            prefix: Tokens of context that the run was trained with.
         """
+        from recallax.tasks import Filled, Repeated, Task
         from recallax.train.loop import evaluate_run
 
-        for name, value in evaluate_run(run, split, batches).items():
+        if fill != "left_pad" and prefix is None:
+            raise ConfigError(f"--fill {fill} needs --prefix, the context tokens that the run was trained with")
+
+        def reread(task: Task) -> Task:
+            filled = task if prefix is None else Filled(task=task, to=prefix, way=fill)
+            return filled if repeat == 1 else Repeated(task=filled, times=repeat)
+
+        for name, value in evaluate_run(run, split, batches, reread).items():
             print(f"{name:24} {value:.4f}")
         return 0
 

@@ -24,7 +24,7 @@ class SeqInfo(NamedTuple):
     segments: Int[AnyArray, "B T"]
     """Document number; 0 is padding. Documents never see each other."""
     prefix: Bool[AnyArray, "B T"]
-    """May be read in both directions (JRT); False elsewhere."""
+    """The context that a document begins with, before anything is asked: it may be read in both directions (JRT)."""
     key: PRNGKeyArray | None = None
     """Source of dropout and random masks; None in evaluation."""
 
@@ -79,10 +79,10 @@ def add_aux(a: Aux, b: Aux) -> Aux:
     return {**a, **b, **pooled}
 
 
-def whole_rows(batch: int, length: int) -> SeqInfo:
-    """`SeqInfo` of rows that are one document each: numpy arrays of shape [batch, length]."""
+def whole_rows(batch: int, length: int, prefix: int = 0) -> SeqInfo:
+    """`SeqInfo` of rows that are one document each, with a prefix: numpy arrays of shape [batch, length]."""
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
-    return SeqInfo(positions, np.ones((batch, length), np.int32), np.zeros((batch, length), bool))
+    return SeqInfo(positions, np.ones((batch, length), np.int32), positions < prefix)
 
 
 def check(value: tuple) -> None:

@@ -314,6 +314,18 @@ def test_eval_reads_a_run(uninterrupted: Path, capsys: pytest.CaptureFixture[str
     assert sorted((p, p.stat().st_mtime_ns) for p in uninterrupted.rglob("*")) == before
 
 
+def test_eval_can_read_the_context_again(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def accuracy(*options: str) -> str:
+        assert main(["eval", str(uninterrupted), "--batches", "1", *options]) == 0
+        return capsys.readouterr().out
+
+    once = accuracy()
+    assert accuracy("--fill", "left_pad", "--prefix", "64") == once
+    assert accuracy("--repeat", "2") != once
+    assert accuracy("--fill", "twice", "--prefix", "64") == accuracy("--repeat", "2")
+    assert "--fill twice needs --prefix" in refuse(capsys, "eval", str(uninterrupted), "--fill", "twice")
+
+
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     """The second one comes while the first still waits for the step that is being compiled."""
     folder = tmp_path / "run"

@@ -29,7 +29,7 @@ from recallax.layers import (
 from recallax.layers.base import Statistic
 from recallax.layers.norm import RMSNorm
 from recallax.layers.stateless import StatelessMixer
-from recallax.models import Autoencode, Block, LMConfig, Tied, Untied, accounting, based, landmark, mom, titans
+from recallax.models import Autoencode, Block, LMConfig, Tied, Untied, accounting, based, jrt_rnn, landmark, mom, titans
 from recallax.models.block import BlockModule
 from recallax.models.pattern import flatten, parse
 from recallax.pallas_kernels.neural_memory import Learner
@@ -81,12 +81,23 @@ def test_bad_patterns_are_named(pattern, message):
 
 
 @pytest.mark.parametrize(
-    ("config", "millions", "layers"), [(based.based_360m, 362.6, 27), (based.based_1b3, 1349.5, 36)]
+    ("config", "millions", "layers"),
+    [
+        (based.based_360m, 362.6, 27),
+        (based.based_1b3, 1349.5, 36),
+        (jrt_rnn.jrt_rnn_360m, 356.6, 26),
+        (jrt_rnn.jrt_rnn_1b3, 1375.1, 36),
+    ],
 )
 def test_published_sizes_cost_nothing_to_count(config, millions, layers):
     assert accounting.parameters(config()) / 1e6 == pytest.approx(millions, abs=0.05)
     assert len(config().layers) == layers
     assert [i for i, name in enumerate(config().layers) if name == "based"][:3] == [1, 6, 11]
+
+
+def test_reading_twice_needs_no_larger_state():
+    once, twice = (replace(c, pattern="based") for c in (based.based_360m(), jrt_rnn.jrt_rnn_360m()))
+    assert accounting.state_bytes(once, 2048) == accounting.state_bytes(twice, 2048)
 
 
 def test_how_a_pattern_is_spelled_changes_nothing():

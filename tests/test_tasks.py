@@ -17,8 +17,11 @@ from recallax.config import Config, ConfigError, from_json, to_json
 from recallax.tasks import MQAR, SPLITS, Segment, Split, Task, Writes
 from recallax.tasks.base import commonest_token
 from recallax.tasks.distinct import distinct, first_occurrence
+from recallax.tasks.masked_prefix import loss_weights
 from recallax.tasks.mqar import slot_order
+from recallax.tasks.reread import Filling, reread
 from recallax.tasks.state_tracking import products
+from recallax.tasks.transform import Transform
 from recallax.types import Batch, check
 
 GOLDEN = Path(__file__).parent / "golden" / "tasks.json"
@@ -57,6 +60,14 @@ CASES: dict[str, Task] = {
 CASES["set_disjointness_long_first"] = tasks.SetDisjointness(
     vocab_size=64, pairs=((4, 8),), test_pairs=((3, 9),), order="long_first"
 )
+CASES |= {
+    "repeated_mqar": tasks.Repeated(task=CASES["mqar"], times=3),
+    "repeated_sets": tasks.Repeated(task=CASES["set_disjointness"]),
+    "filled_mqar": tasks.Filled(task=CASES["mqar"], to=10, way="iterate"),
+    "filled_sets": tasks.Filled(task=CASES["set_disjointness"], to=23, way="twice"),
+    "masked_mqar": tasks.MaskedPrefix(task=CASES["mqar"]),
+    "masked_recall": tasks.MaskedPrefix(task=CASES["in_context_recall"], prefix=12, mask_id=1),
+}
 ALL = pytest.mark.parametrize("task", [pytest.param(task, id=name) for name, task in CASES.items()])
 
 
@@ -123,6 +134,22 @@ def test_padding_stands_on_the_right_and_weighs_nothing(task, split):
 
 
 @ALL
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_prefix_is_what_stands_before_all_questions(task, split):
+    """Where a task has one; a masked token is a question in it, which is what training adds."""
+    sizes: dict[int, set[int]] = {}
+    for batch in batches(task, split, count=40):
+        length, prefix = batch.tokens.shape[1], batch.seq.prefix
+        found = prefix.sum(axis=1)
+        assert np.array_equal(prefix, np.arange(length) < found[:, None])
+        assert not np.any(prefix & (batch.seq.segments == 0))
+        assert not np.any(batch.weights[prefix & (batch.term == 0)])
+        sizes.setdefault(length, set()).update(found.tolist())
+    for length, found in sizes.items():
+        assert sorted(found) == list(task.prefixes(split, length))
+
+
+@ALL
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_oracle_is_always_right(task, split):
     for batch in batches(task, split, count=12, size=16):
@@ -141,11 +168,13 @@ def test_every_length_and_group_occurs_and_targets_stay_within_their_bound(task,
         most[length] = max(most[length], int(labelled.sum(axis=1).max()))
         groups |= set(batch.group[labelled].tolist())
     assert sorted(most) == list(task.lengths(split)) == sorted(set(task.lengths(split)))
-    recall = isinstance(task, tasks.InContextRecall | tasks.NoisyRecall | tasks.FuzzyRecall)
+    recalls = tasks.InContextRecall | tasks.NoisyRecall | tasks.FuzzyRecall
+    recall = isinstance(task.task if isinstance(task, Transform) else task, recalls)
     for length, count in most.items():
         bound = task.max_targets(split, length)
         # A recall row with every answer labelled repeats one key throughout: legal, and too rare to be seen.
-        assert count <= bound if recall else count == bound
+        # Of transformed rows, those that come out equally long may have had different lengths.
+        assert count <= bound if recall or isinstance(task, Transform) else count == bound
     if split == "test" and not recall:
         trained = {int(g) for b in batches(task, "train", count=40) for g in np.unique(b.group[b.weights > 0])}
         assert groups | trained == set(range(len(task.groups)))
@@ -173,7 +202,7 @@ def test_no_shortcut_beats_chance(task):
         scores["constant"].append(accuracy(np.full_like(batch.targets, constant), batch))
         scores["token before"].append(accuracy(np.roll(batch.tokens, 1, axis=1), batch))
         scores["commonest token"].append(accuracy(np.broadcast_to(commonest, batch.targets.shape), batch))
-    if isinstance(task, tasks.SetDisjointness):
+    if isinstance(task.task if isinstance(task, Transform) else task, tasks.SetDisjointness):
         assert np.mean(scores.pop("commonest token")) == 1.0  # the shared token is the one that stands twice
     assert 0 < task.chance() < 1
     for name, found in scores.items():
@@ -220,6 +249,7 @@ def test_golden_rows():
         f"{name}.{split}": {k: getattr(batch, k)[0].tolist() for k in ("tokens", "targets", "group")}
         | {"labelled": np.flatnonzero(batch.weights[0]).tolist()}
         for name, task in CASES.items()
+        if not isinstance(task, Transform)
         for split in ("train", "test")
         for batch in [task.batch(0, split, 0, 2)]
     }
@@ -658,3 +688,63 @@ def test_state_tracking_products_by_hand():
     assert np.array_equal(parity.targets, np.cumsum(parity.tokens, axis=1) % 2)
     cyclic = tasks.StateTracking(group="Z60").batch(0, "train", 0, 8)
     assert np.array_equal(cyclic.targets, np.cumsum(cyclic.tokens, axis=1) % 60)
+
+
+# ---- transforms
+
+
+def test_the_context_is_read_again_and_all_else_stays():
+    """A row with context `a b c`, by number of tokens to read."""
+    task = tasks.Copying(alphabet=4, train_lengths=(2, 2), test_lengths=(2,))
+    batch = task.batch(0, "test", 0, 1)
+    a, b, c = batch.tokens[0, :3].tolist()
+    rest = batch.tokens[0, 3:].tolist()
+    for wanted, context in ((3, [a, b, c]), (6, [a, b, c] * 2), (5, [b, c, a, b, c]), (7, [c, *[a, b, c] * 2])):
+        long = reread(batch, np.array([wanted]))
+        assert long.tokens[0].tolist() == context + rest
+        assert long.seq.prefix[0].tolist() == [True] * wanted + [False] * len(rest)
+        assert long.seq.positions[0].tolist() == list(range(wanted + len(rest)))
+        for before, after in ((batch.targets, long.targets), (batch.weights, long.weights)):
+            assert np.array_equal(before[0, 3:], after[0, wanted:]) and not after[0, : wanted - 3].any()
+
+
+def test_rows_of_different_contexts_are_padded_to_one_length():
+    task = tasks.Repeated(task=tasks.Copying(train_lengths=(2, 9), test_lengths=(4,)), times=3)
+    batch = task.batch(0, "train", 0, 16)
+    sizes = batch.seq.prefix.sum(axis=1)
+    assert len(set(sizes.tolist())) > 3 and batch.tokens.shape[1] == 2 * 9 + 2 + 2 * sizes.max() // 3
+    assert np.array_equal(batch.seq.segments.sum(axis=1), sizes // 3 + sizes)
+    assert np.allclose(batch.weights.sum(axis=1), 1) and not batch.weights[batch.seq.segments == 0].any()
+
+
+@pytest.mark.parametrize(("way", "read"), [("left_pad", (3, 7, 12)), ("twice", (6, 10, 12)), ("iterate", (10, 10, 12))])
+def test_short_prompts_are_filled_up_to_the_prefix(way: Filling, read):
+    task = tasks.Filled(task=CASES["mqar"], to=10, way=way)
+    assert tuple(map(task.read, (3, 7, 12))) == read and task.read(0) == 0
+
+
+def test_packed_rows_cannot_be_reread():
+    batch = CASES["mqar"].batch(0, "test", 0, 2)
+    packed = batch._replace(seq=batch.seq._replace(segments=np.full_like(batch.seq.segments, 2)))
+    with pytest.raises(ValueError, match="one document each"):
+        reread(packed, np.array([8, 8]))
+
+
+def test_masked_tokens_predict_themselves_and_the_prefix_no_next_token():
+    task = tasks.MaskedPrefix(task=tasks.InContextRecall(length=64), prefix=24, rate=0.3)
+    assert task.terms == ("next_token", "masked_token") and task.vocab_size == task.task.vocab_size + 1
+    plain, batch = (t.batch(0, "train", 0, 200) for t in (task.task, task))
+    masked = batch.tokens == task.task.vocab_size
+    assert np.array_equal(masked, batch.term == 1) and not masked[:, 24:].any()
+    assert abs(masked[:, :24].mean() - 0.3) < 0.02
+    assert np.array_equal(batch.targets[masked], plain.tokens[masked])
+    assert np.array_equal(batch.weights[:, :24] > 0, masked[:, :24])
+    assert np.array_equal(batch.weights[:, 24:], plain.weights[:, 24:])
+    held = task.batch(0, "valid", 0, 8)
+    assert np.array_equal(held.tokens, task.task.batch(0, "valid", 0, 8).tokens) and not held.weights[:, :24].any()
+    assert np.array_equal(held.seq.prefix, np.broadcast_to(np.arange(64) < 24, (8, 64)))
+
+
+def test_both_normalisations_of_the_masked_loss():
+    paper, code = loss_weights("paper"), loss_weights("code")
+    assert paper == {"next_token": 0.8, "masked_token": 0.2} and code == {"next_token": 1.0, "masked_token": 0.25}

@@ -13,7 +13,7 @@ from flax import nnx
 
 from experiments.cell import Cell, Row, Stage, best
 from recallax.layers import Attention, GatedDeltaNet, MixerConfig, NeuralMemory
-from recallax.layers.memory import MemoryState
+from recallax.layers.matrix_memory import MatrixState
 from recallax.models.zoology import zoology
 from recallax.pallas_kernels.neural_memory import Learner
 from recallax.pallas_kernels.neural_memory.inner import Memory
@@ -80,7 +80,7 @@ def held_after(graph: nnx.GraphDef, params: dict, statistics: dict, tokens: jax.
     model = nnx.merge(graph, params, statistics)
     size, length = tokens.shape
     _, state, _ = model.prefill(jnp.asarray(tokens), whole_rows(size, length), model.init_state(size, length))
-    kinds = Memory | MemoryState
+    kinds = Memory | MatrixState
     parts = [x for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds)) if isinstance(x, kinds)]
     held = [x.change if isinstance(x, Memory) else x.memory for x in parts]
     return jnp.asarray([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(held)])

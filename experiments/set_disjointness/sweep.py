@@ -1,20 +1,24 @@
 """Does a causal model with a small state depend on which of two sets comes first?
 
-Sets of 4 and 16 out of 60 ids, both orders in training. BASED with d' = 2 and 4 and, as control, d' = 8 with every
-token seeing the whole row. Stages: three learning rates with one seed, then the best on valid with two
-others.
+And does it help to read twice, at the same state? Sets of 4 and 16 out of 60 ids, both orders in training. BASED with
+d' = 2 and 4: causal, on rows that repeat the sets (JRT-Prompt), and with prefix linear attention over them (JRT-RNN);
+as control, d' = 8 with every token seeing the whole row. Stages: three learning rates with one seed, then the best on
+valid with two others.
 """
 
 from experiments.cell import Stage, rates_then_seeds
 from experiments.set_disjointness.noncausal import NonCausalBased
-from recallax.layers import BaseConv, Based, MixerConfig, SwiGLU
+from recallax.layers import BaseConv, Based, MixerConfig, Prefix, SwiGLU
 from recallax.models import Block, LMConfig
-from recallax.tasks import SetDisjointness
+from recallax.tasks import Repeated, SetDisjointness
 from recallax.train.run import AdamW, Evaluate, RunConfig, Train
 
 RATES = (2e-3, 4e-3, 8e-3)
+CAUSAL = {width: Based(feature_dim=width, heads=2) for width in (2, 4)}
 MIXERS: dict[str, MixerConfig] = {
-    **{f"causal {width}": Based(feature_dim=width, heads=2) for width in (2, 4)},
+    **{f"causal {width}": memory for width, memory in CAUSAL.items()},
+    **{f"prompt {width}": memory for width, memory in CAUSAL.items()},
+    **{f"prefix {width}": Prefix(memory=memory) for width, memory in CAUSAL.items()},
     **{f"control {width}": NonCausalBased(feature_dim=width, heads=2) for width in (8,)},
 }
 
@@ -24,8 +28,9 @@ def config(name: str, rate: float, seed: int) -> RunConfig:
         "conv": Block(mixer=BaseConv(width=3), channel=SwiGLU(expand=2.0)),
         "mixer": Block(mixer=MIXERS[name], channel=SwiGLU(expand=2.0)),
     }
+    task = SetDisjointness(vocab_size=64, pairs=((4, 16),), test_pairs=((4, 16),))
     return RunConfig(
-        task=SetDisjointness(vocab_size=64, pairs=((4, 16),), test_pairs=((4, 16),)),
+        task=Repeated(task=task) if name.startswith("prompt") else task,
         model=LMConfig(d_model=48, pattern="(conv mixer)*2", blocks=blocks),
         optim=AdamW(lr=rate),
         train=Train(steps=3000, batch_size=64, seed=seed, data_seed=seed),

@@ -22,6 +22,7 @@ from recallax.layers.memory_as_gate import MemoryAsGate
 from recallax.layers.mom import MoM
 from recallax.layers.neural_memory import NeuralMemory
 from recallax.layers.nothing import Nothing
+from recallax.layers.prefix import Prefix
 from recallax.layers.relu_squared import ReLUSquared
 from recallax.layers.retnet import RetNet
 from recallax.layers.rg_lru import RGLRU
@@ -52,6 +53,7 @@ __all__ = [
     "MoM",
     "NeuralMemory",
     "Nothing",
+    "Prefix",
     "ReLUSquared",
     "RecurrentMixer",
     "RetNet",

@@ -7,15 +7,19 @@ or 1 + d' + d'^2 (273) in the full form that published checkpoints and state siz
 Source: Arora et al. 2024 (arXiv 2402.18668), section 4.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from recallax.layers.base import MixerConfig, RecurrentMixer, Site
-from recallax.layers.continuation import continued, divide_heads, started
-from recallax.layers.dense import Linear, residual_std
+from recallax.layers.base import Site
+from recallax.layers.continuation import divide_heads
+from recallax.layers.dense import Linear, Streams
+from recallax.layers.gates import heads_of
+from recallax.layers.memory import Cell, MemoryConfig, Sizes
+from recallax.layers.readout import Readout
 from recallax.pallas_kernels.taylor_attention import (
     Features,
     TaylorState,
@@ -23,11 +27,11 @@ from recallax.pallas_kernels.taylor_attention import (
     taylor_attention,
     taylor_attention_step,
 )
-from recallax.types import Aux, Precision, SeqInfo, StepInfo
+from recallax.types import Precision, StepInfo
 
 
 @dataclass(frozen=True, kw_only=True)
-class Based(MixerConfig):
+class Based(MemoryConfig):
     """BASED's Taylor linear attention."""
 
     feature_dim: int = 16
@@ -36,49 +40,48 @@ class Based(MixerConfig):
     features: Features = "symmetric"
     """Features that the state holds; the outputs do not depend on it."""
 
-    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "BasedMixer":
-        return BasedMixer(self, d_model, site, precision=precision, rngs=rngs)
+    def sizes(self, d_model: int) -> Sizes:
+        return Sizes(self.heads, self.heads, self.feature_dim, divide_heads("based", d_model, self.heads))
 
-
-class BasedMixer(RecurrentMixer):
-    """See the head of the file."""
-
-    def __init__(self, config: Based, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
-        self.heads = config.heads
-        self.features: Features = config.features
-        self.width, self.values = config.feature_dim, divide_heads("based", d_model, config.heads)
-        self.q = Linear(d_model, self.heads * self.width, precision=precision, rngs=rngs)
-        self.k = Linear(d_model, self.heads * self.width, precision=precision, rngs=rngs)
-        self.v = Linear(d_model, d_model, precision=precision, rngs=rngs)
-        self.out = Linear(
-            d_model, d_model, precision=precision, rngs=rngs, std=residual_std(site.depth), axes=("heads", "embed")
+    def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
+        return Streams(
+            {
+                "k": Linear(d_model, self.heads * self.feature_dim, precision=precision, rngs=rngs),
+                "v": Linear(d_model, d_model, precision=precision, rngs=rngs),
+            }
         )
 
-    def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
-        q, k, v = self._project(x)
-        y, _ = taylor_attention(q, k, v, segments=jnp.asarray(seq.segments), features=self.features)
-        return self.out(y.reshape(x.shape)), {}
+    def cell(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "TaylorCell":
+        return TaylorCell(self.sizes(d_model), self.features)
 
-    def init_state(self, batch: int, max_len: int) -> TaylorState:
-        shape = (batch, self.heads, state_width(self.width, self.features))
-        return TaylorState(jnp.zeros((*shape, self.values), jnp.float32), jnp.zeros(shape, jnp.float32))
+    def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
+        return Readout(d_model, d_model, site, groups=1, gate=None, order="no norm", precision=precision, rngs=rngs)
 
-    def prefill(
-        self, x: Float[Array, "B T D"], seq: SeqInfo, state: TaylorState
-    ) -> tuple[Float[Array, "B T D"], TaylorState, Aux]:
-        q, k, v = self._project(x)
-        state = continued(state, seq)
-        y, state = taylor_attention(q, k, v, state=state, segments=jnp.asarray(seq.segments), features=self.features)
-        return self.out(y.reshape(x.shape)), state, {}
+
+class TaylorCell(Cell):
+    """See the head of the file."""
+
+    def __init__(self, sizes: Sizes, features: Features):
+        self.sizes = sizes
+        self.features: Features = features
+
+    def init_state(self, batch: int) -> TaylorState:
+        shape = (batch, self.sizes.heads, state_width(self.sizes.keys, self.features))
+        return TaylorState(jnp.zeros((*shape, self.sizes.values), jnp.float32), jnp.zeros(shape, jnp.float32))
+
+    def run(
+        self,
+        streams: Mapping[str, Float[Array, "B T W"]],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        state: TaylorState | None,
+        stretches: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T H V"], TaylorState]:
+        q, k, v = (heads_of(streams[name], self.sizes.heads) for name in ("q", "k", "v"))
+        return taylor_attention(q, k, v, state=state, segments=segments, features=self.features)
 
     def step(
-        self, x: Float[Array, "B D"], info: StepInfo, state: TaylorState
-    ) -> tuple[Float[Array, "B D"], TaylorState]:
-        q, k, v = (part[:, 0] for part in self._project(x[:, None]))
-        state = started(state, info)
-        y, state = taylor_attention_step(q, k, v, state, jnp.asarray(info.active), features=self.features)
-        return self.out(y.reshape(x.shape)), state
-
-    def _project(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
-        shape = (*x.shape[:2], self.heads, -1)
-        return self.q(x).reshape(shape), self.k(x).reshape(shape), self.v(x).reshape(shape)
+        self, streams: Mapping[str, Float[Array, "B W"]], info: StepInfo, state: TaylorState
+    ) -> tuple[Float[Array, "B H V"], TaylorState]:
+        q, k, v = (heads_of(streams[name][:, None], self.sizes.heads)[:, 0] for name in ("q", "k", "v"))
+        return taylor_attention_step(q, k, v, state, jnp.asarray(info.active), features=self.features)

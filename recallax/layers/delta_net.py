@@ -19,7 +19,8 @@ from recallax.layers.base import Site
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, Streams
 from recallax.layers.gates import heads_of, strength
-from recallax.layers.memory import Cell, MemoryConfig, Recurrence, Sizes
+from recallax.layers.matrix_memory import MatrixCell, Recurrence
+from recallax.layers.memory import MemoryConfig, Sizes
 from recallax.layers.norm import unit
 from recallax.layers.readout import Readout
 from recallax.layers.short_convolution import ShortConvolution
@@ -60,7 +61,7 @@ class DeltaNet(MemoryConfig):
         return Readout(heads * values, d_model, site, groups=heads, gate=None, precision=precision, rngs=rngs)
 
 
-class DeltaNetCell(Cell):
+class DeltaNetCell(MatrixCell):
     """See the head of the file."""
 
     def __init__(self, sizes: Sizes, conv: ShortConvolution | None, max_beta: float):

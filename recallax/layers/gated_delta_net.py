@@ -18,7 +18,8 @@ from recallax.layers.base import Site
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, Streams
 from recallax.layers.gates import DecayGate, heads_of, strength
-from recallax.layers.memory import Cell, MemoryConfig, Recurrence, Sizes
+from recallax.layers.matrix_memory import MatrixCell, Recurrence
+from recallax.layers.memory import MemoryConfig, Sizes
 from recallax.layers.norm import unit
 from recallax.layers.readout import Readout
 from recallax.layers.short_convolution import ShortConvolution
@@ -69,7 +70,7 @@ class GatedDeltaNet(MemoryConfig):
         return Readout(inner, d_model, site, groups=heads, gate=gate, eps=self.eps, precision=precision, rngs=rngs)
 
 
-class GatedDeltaNetCell(Cell):
+class GatedDeltaNetCell(MatrixCell):
     """See the head of the file."""
 
     def __init__(self, sizes: Sizes, conv: ShortConvolution | None, gate: DecayGate, max_beta: float):

@@ -19,7 +19,8 @@ from recallax.layers.base import Site
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, LowRank, Streams
 from recallax.layers.gates import heads_of
-from recallax.layers.memory import Cell, MemoryConfig, Recurrence, Sizes
+from recallax.layers.matrix_memory import MatrixCell, Recurrence
+from recallax.layers.memory import MemoryConfig, Sizes
 from recallax.layers.readout import Readout
 from recallax.layers.short_convolution import ShortConvolution
 from recallax.types import Precision
@@ -66,7 +67,7 @@ class GLA(MemoryConfig):
         return Readout(heads * values, d_model, site, groups=heads, gate=gate, precision=precision, rngs=rngs)
 
 
-class GLACell(Cell):
+class GLACell(MatrixCell):
     """See the head of the file."""
 
     def __init__(self, sizes: Sizes, conv: ShortConvolution | None, power: float):

@@ -21,7 +21,8 @@ from recallax.layers.base import Site, Statistic
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, Streams
 from recallax.layers.gates import heads_of
-from recallax.layers.memory import Cell, MemoryConfig, Recurrence, Sizes
+from recallax.layers.matrix_memory import MatrixCell, Recurrence
+from recallax.layers.memory import MemoryConfig, Sizes
 from recallax.layers.readout import Readout
 from recallax.types import Precision
 
@@ -47,7 +48,7 @@ class HGRN2(MemoryConfig):
         return Readout(d_model, d_model, site, groups=1, gate=None, precision=precision, rngs=rngs)
 
 
-class HGRN2Cell(Cell):
+class HGRN2Cell(MatrixCell):
     """See the head of the file."""
 
     def __init__(self, sizes: Sizes, site: Site):

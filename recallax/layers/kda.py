@@ -24,7 +24,8 @@ from recallax.layers.base import Site
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, LowRank, Streams, parameter
 from recallax.layers.gates import DecayGate, heads_of, start_of_dt, strength
-from recallax.layers.memory import Cell, MemoryConfig, Recurrence, Sizes
+from recallax.layers.matrix_memory import MatrixCell, Recurrence
+from recallax.layers.memory import MemoryConfig, Sizes
 from recallax.layers.norm import unit
 from recallax.layers.readout import Readout
 from recallax.layers.short_convolution import ShortConvolution
@@ -102,7 +103,7 @@ class BoundedGate(nnx.Module):
         return self.floor * jax.nn.sigmoid(jnp.exp(self.a_log[...])[None, None, :, None] * shifted)
 
 
-class KDACell(Cell):
+class KDACell(MatrixCell):
     """See the head of the file."""
 
     def __init__(self, sizes: Sizes, conv: ShortConvolution | None, gate: BoundedGate | DecayGate, max_beta: float):

@@ -9,22 +9,26 @@ State: F (V + 1) float32 per head, F the width of the feature map; F V with the 
 Source: Katharopoulos et al. 2020 (arXiv 2006.16236), equations 16 to 20.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from recallax.layers.base import MixerConfig, RecurrentMixer, Site
-from recallax.layers.continuation import continued, divide_heads, started
-from recallax.layers.dense import Linear, residual_std
-from recallax.layers.norm import RMSNorm
+from recallax.layers.base import Site
+from recallax.layers.continuation import divide_heads
+from recallax.layers.dense import Linear, Streams
+from recallax.layers.gates import heads_of
+from recallax.layers.matrix_memory import MatrixCell, Recurrence
+from recallax.layers.memory import MemoryConfig, Sizes
+from recallax.layers.readout import Readout
 from recallax.pallas_kernels import feature_maps
-from recallax.pallas_kernels.linear_attention import linear_attention, linear_attention_step
-from recallax.types import Aux, Precision, SeqInfo, StepInfo
+from recallax.types import Precision
 
+type FeatureMap = Literal["identity", "elu", "relu", "taylor"]
 MAPS = {
     "identity": feature_maps.identity,
     "elu": feature_maps.elu,
@@ -36,78 +40,70 @@ EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearAttention(MixerConfig):
+class LinearAttention(MemoryConfig):
     """Causal linear attention."""
 
     heads: int = 1
     feature_dim: int | None = None
     """Width of queries and keys per head before the feature map; None is that of the values."""
-    feature_map: Literal["identity", "elu", "relu", "taylor"] = "elu"
+    feature_map: FeatureMap = "elu"
 
-    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "LinearAttentionMixer":
-        return LinearAttentionMixer(self, d_model, site, precision=precision, rngs=rngs)
+    def sizes(self, d_model: int) -> Sizes:
+        values = divide_heads("linear attention", d_model, self.heads)
+        return Sizes(self.heads, self.heads, self.feature_dim or values, values)
 
-
-class LinearState(NamedTuple):
-    """Sum of phi(k) [v, 1]^T; the last column, of ones, is the denominator (absent with the identity map)."""
-
-    kv: Float[Array, "B H F V+1"]
-
-
-class LinearAttentionMixer(RecurrentMixer):
-    """See the head of the file."""
-
-    def __init__(self, config: LinearAttention, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
-        self.heads, self.name = config.heads, config.feature_map
-        self.values = divide_heads("linear attention", d_model, config.heads)
-        self.width = config.feature_dim or self.values
-        self.dtype = precision.compute
-        self.q = Linear(d_model, self.heads * self.width, precision=precision, rngs=rngs)
-        self.k = Linear(d_model, self.heads * self.width, precision=precision, rngs=rngs)
-        self.v = Linear(d_model, d_model, precision=precision, rngs=rngs)
-        self.norm = RMSNorm(self.values, precision=precision) if self.name == "identity" else None
-        self.out = Linear(
-            d_model, d_model, precision=precision, rngs=rngs, std=residual_std(site.depth), axes=("heads", "embed")
+    def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
+        _, heads, keys, _ = self.sizes(d_model)
+        return Streams(
+            {
+                "k": Linear(d_model, heads * keys, precision=precision, rngs=rngs),
+                "v": Linear(d_model, d_model, precision=precision, rngs=rngs),
+            }
         )
 
-    def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
-        q, k, v = self._project(x)
-        sums, _ = linear_attention(q, k, v, segments=jnp.asarray(seq.segments), scale=1.0)
-        return self._read(sums, x), {}
+    def cell(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "LinearCell":
+        kind = NormalisedCell if self.normalised else LinearCell
+        return kind(self.sizes(d_model), self.feature_map, precision)
 
-    def init_state(self, batch: int, max_len: int) -> LinearState:
-        features = jax.eval_shape(MAPS[self.name], jax.ShapeDtypeStruct((self.width,), jnp.float32)).shape[0]
-        columns = self.values + (self.norm is None)
-        return LinearState(jnp.zeros((batch, self.heads, features, columns), jnp.float32))
+    def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
+        order = "no norm" if self.normalised else "gate last"
+        return Readout(
+            d_model, d_model, site, groups=self.heads, gate=None, order=order, precision=precision, rngs=rngs
+        )
 
-    def prefill(
-        self, x: Float[Array, "B T D"], seq: SeqInfo, state: LinearState
-    ) -> tuple[Float[Array, "B T D"], LinearState, Aux]:
-        q, k, v = self._project(x)
-        kv = continued(state, seq).kv
-        sums, kv = linear_attention(q, k, v, state=kv, segments=jnp.asarray(seq.segments), scale=1.0)
-        return self._read(sums, x), LinearState(kv), {}
+    @property
+    def normalised(self) -> bool:
+        """What is read is divided by the sum of its weights."""
+        return self.feature_map != "identity"
 
-    def step(
-        self, x: Float[Array, "B D"], info: StepInfo, state: LinearState
-    ) -> tuple[Float[Array, "B D"], LinearState]:
-        q, k, v = (part[:, 0] for part in self._project(x[:, None]))
-        sums, kv = linear_attention_step(q, k, v, started(state, info).kv, jnp.asarray(info.active), scale=1.0)
-        return self._read(sums, x), LinearState(kv)
 
-    def _project(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
-        shape = (*x.shape[:2], self.heads, -1)
-        q, k = (self._features(part(x).reshape(shape)) for part in (self.q, self.k))
-        v = self.v(x).reshape(shape)
-        return q, k, v if self.norm else jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+class LinearCell(MatrixCell):
+    """phi(q_t) S_t, without its denominator."""
+
+    def __init__(self, sizes: Sizes, feature_map: FeatureMap, precision: Precision):
+        width = jax.eval_shape(MAPS[feature_map], jax.ShapeDtypeStruct((sizes.keys,), jnp.float32)).shape[0]
+        super().__init__(sizes._replace(keys=width))
+        self.name, self.dtype = feature_map, precision.compute
+        self.size = sizes.keys**-0.25 if feature_map in ("identity", "taylor") else 1.0
+
+    def recurrence(self, streams: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]) -> Recurrence:
+        q, k, v = (heads_of(streams[name], self.sizes.heads) for name in ("q", "k", "v"))
+        return Recurrence(self._features(q), self._features(k), v)
 
     def _features(self, x: Float[Array, "B T H K"]) -> Float[Array, "B T H F"]:
-        scaled = x.astype(jnp.float32) * (self.width**-0.25 if self.name in ("identity", "taylor") else 1.0)
-        return MAPS[self.name](scaled).astype(self.dtype)
+        return MAPS[self.name](x.astype(jnp.float32) * self.size).astype(self.dtype)
 
-    def _read(self, sums: Float[Array, "... H W"], x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        if self.norm is not None:
-            return self.out(self.norm(sums).reshape(x.shape))
-        sums = sums.astype(jnp.float32)
-        y = sums[..., :-1] / (sums[..., -1:] + EPS)
-        return self.out(y.astype(self.dtype).reshape(x.shape))
+
+class NormalisedCell(LinearCell):
+    """The same with its denominator, as one more column of values, all ones."""
+
+    def __init__(self, sizes: Sizes, feature_map: FeatureMap, precision: Precision):
+        super().__init__(sizes._replace(values=sizes.values + 1), feature_map, precision)
+
+    def recurrence(self, streams: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]) -> Recurrence:
+        plain = super().recurrence(streams, positions)
+        return plain._replace(v=jnp.concatenate([plain.v, jnp.ones_like(plain.v[..., :1])], axis=-1))
+
+    def read(self, y: Float[Array, "B T H V"], streams: Mapping[str, Float[Array, "B T W"]]) -> Float[Array, "B T H U"]:
+        sums = y.astype(jnp.float32)
+        return (sums[..., :-1] / (sums[..., -1:] + EPS)).astype(self.dtype)

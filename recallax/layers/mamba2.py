@@ -21,7 +21,8 @@ from recallax.layers.base import Site
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, Streams, parameter, torch_std
 from recallax.layers.gates import DecayGate, heads_of
-from recallax.layers.memory import Cell, MemoryConfig, Recurrence, Sizes
+from recallax.layers.matrix_memory import MatrixCell, Recurrence
+from recallax.layers.memory import MemoryConfig, Sizes
 from recallax.layers.readout import Order, Readout
 from recallax.layers.short_convolution import ShortConvolution
 from recallax.types import Precision
@@ -98,7 +99,7 @@ class Mamba2(MemoryConfig):
         )
 
 
-class Mamba2Cell(Cell):
+class Mamba2Cell(MatrixCell):
     """See the head of the file."""
 
     def __init__(self, sizes: Sizes, conv: ShortConvolution, gate: DecayGate, precision: Precision):
@@ -114,6 +115,6 @@ class Mamba2Cell(Cell):
         v = (x.astype(jnp.float32) * dt[..., None]).astype(x.dtype)
         return Recurrence(q, k, v, log_decay=self.gate(dt))
 
-    def skip(self, y: Float[Array, "B T H V"], streams: Mapping[str, Float[Array, "B T W"]]) -> Float[Array, "B T H V"]:
+    def read(self, y: Float[Array, "B T H V"], streams: Mapping[str, Float[Array, "B T W"]]) -> Float[Array, "B T H V"]:
         x = heads_of(streams["v"], self.sizes.heads).astype(jnp.float32)
         return (y.astype(jnp.float32) + self.d[...][None, None, :, None] * x).astype(y.dtype)

@@ -8,7 +8,7 @@ The query projection, the convolution and the cell's gate parameters serve all m
 token has weight 1. Convolution and decay run in memory time: over the tokens a memory was given, not over the row.
 With one choice (k = 1) renormalised weights are constant, and the router learns from the balance loss alone.
 
-State: that of the cell for each of the E memories and the shared one.
+State: that of the cell for each of the E memories and then the shared one, on an axis after the rows.
 Source: Du et al. 2025 (MoM, arXiv 2502.13685 v4), section 3.2.
 """
 
@@ -22,11 +22,11 @@ from jaxtyping import Array, Float, Int
 
 from recallax.config import ConfigError
 from recallax.layers import balance
-from recallax.layers.base import MixerConfig, RecurrentMixer, Site
+from recallax.layers.base import MixerConfig, RecurrentMixer, Site, State
 from recallax.layers.continuation import continued, started
 from recallax.layers.dense import parameter
 from recallax.layers.dispatch import Dispatch, by_memory, dispatch, gathered, project, spread, to_rows
-from recallax.layers.memory import MemoryConfig, MemoryState
+from recallax.layers.memory import MemoryConfig
 from recallax.pallas_kernels.chunking import documents
 from recallax.types import Aux, Mean, Precision, SeqInfo, StepInfo
 
@@ -54,13 +54,6 @@ class MoM(MixerConfig):
 
     def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "MoMMixer":
         return MoMMixer(self, d_model, site, precision=precision, rngs=rngs)
-
-
-class MoMState(NamedTuple):
-    """The cell's state per memory, the shared one last."""
-
-    memory: Float[Array, "B M H K V"]
-    past: Float[Array, "B M W-1 C"] | None
 
 
 class Routing(NamedTuple):
@@ -101,13 +94,11 @@ class MoMMixer(RecurrentMixer):
         y, _ = self.cell.run(self._streams(x, plan), positions, plan.segments, None)
         return self._read(y, x, routing, plan), self._aux(routing, seq)
 
-    def init_state(self, batch: int, max_len: int) -> MoMState:
+    def init_state(self, batch: int, max_len: int) -> State:
         one = self.cell.init_state(batch)
-        return MoMState(*jax.tree.map(lambda s: jnp.repeat(s[:, None], self.memories, axis=1), one))
+        return jax.tree.map(lambda s: jnp.repeat(s[:, None], self.memories, axis=1), one)
 
-    def prefill(
-        self, x: Float[Array, "B T D"], seq: SeqInfo, state: MoMState
-    ) -> tuple[Float[Array, "B T D"], MoMState, Aux]:
+    def prefill(self, x: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
         """Each memory's tokens as a row of their own, so that it can start from its state; T per memory at most."""
         routing = self.route(x)
         batch, length = x.shape[:2]
@@ -134,9 +125,9 @@ class MoMMixer(RecurrentMixer):
         last = jnp.max(jnp.where(docs.valid, docs.index, 0), axis=1)[:, None]
         used = count > 0
         old = _where(~used | (document[..., 0] == 0), continued(state, seq))
-        flat = MemoryState(*jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), old))
+        flat = jax.tree.map(lambda s: s.reshape(-1, *s.shape[2:]), old)
         y, new = self.cell.run(streams, rows(spread(jnp.asarray(seq.positions), plan)), segments, flat)
-        new = MoMState(*jax.tree.map(lambda s: s.reshape(batch, self.memories, *s.shape[1:]), new))
+        new = jax.tree.map(lambda s: s.reshape(batch, self.memories, *s.shape[1:]), new)
         final = jnp.take_along_axis(document, jnp.maximum(count - 1, 0)[..., None], axis=2)[..., 0]
         new = _where(jnp.where(used, final, 0) == last, new)
 
@@ -146,7 +137,7 @@ class MoMMixer(RecurrentMixer):
         y = jnp.take_along_axis(y, jnp.where(real, place, 0)[..., None, None], axis=1)
         return self._read(y, x, routing, plan), new, self._aux(routing, seq)
 
-    def step(self, x: Float[Array, "B D"], info: StepInfo, state: MoMState) -> tuple[Float[Array, "B D"], MoMState]:
+    def step(self, x: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
         """Touches the chosen memories only."""
         active = jnp.asarray(info.active)
         state = started(state, info)
@@ -158,10 +149,10 @@ class MoMMixer(RecurrentMixer):
             for name, part in self._streams(x[:, None], plan).items()
         }
         rows = jnp.arange(batch)[:, None]
-        picked = MemoryState(*jax.tree.map(lambda s: s[rows, chosen].reshape(-1, *s.shape[2:]), state))
+        picked = jax.tree.map(lambda s: s[rows, chosen].reshape(-1, *s.shape[2:]), state)
         each = StepInfo(*(jnp.repeat(jnp.asarray(part), self.slots) for part in info))
         y, new = self.cell.step(streams, each, picked)
-        new = MoMState(*jax.tree.map(lambda n: n.reshape(batch, -1, *n.shape[1:]), new))
+        new = jax.tree.map(lambda n: n.reshape(batch, -1, *n.shape[1:]), new)
         state = jax.tree.map(lambda s, n: s.at[rows, chosen].set(n), state, new)
         y = self._mix(y.reshape(batch, 1, self.slots, *y.shape[1:]), routing.weights)[:, 0]
         return jnp.where(active[:, None], self.readout(y, x), 0), state
@@ -201,6 +192,6 @@ class MoMMixer(RecurrentMixer):
         return {"memory_balance": Mean(self.balance_weight * loss, jnp.ones(()))}
 
 
-def _where(keep: Array, state: MoMState) -> MoMState:
+def _where(keep: Array, state: State) -> State:
     """The state with the memories that are not kept [B, M] set to zero."""
     return jax.tree.map(lambda s: jnp.where(keep.reshape(*keep.shape, *[1] * (s.ndim - 2)), s, 0), state)

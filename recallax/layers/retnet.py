@@ -18,7 +18,8 @@ from recallax.layers.base import Site
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, Streams
 from recallax.layers.gates import heads_of
-from recallax.layers.memory import Cell, MemoryConfig, Recurrence, Sizes
+from recallax.layers.matrix_memory import MatrixCell, Recurrence
+from recallax.layers.memory import MemoryConfig, Sizes
 from recallax.layers.readout import Readout
 from recallax.layers.rotary import rotary
 from recallax.types import Precision
@@ -53,7 +54,7 @@ class RetNet(MemoryConfig):
         return Readout(heads * values, d_model, site, groups=heads, gate=gate, precision=precision, rngs=rngs)
 
 
-class RetNetCell(Cell):
+class RetNetCell(MatrixCell):
     """See the head of the file."""
 
     def __init__(self, sizes: Sizes, base: float):

@@ -10,8 +10,10 @@ from recallax.tasks.induction import InductionHeads
 from recallax.tasks.key_retrieval import KeyRetrieval
 from recallax.tasks.mad import Compression, Memorization, SelectiveCopying
 from recallax.tasks.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
+from recallax.tasks.masked_prefix import MaskedPrefix
 from recallax.tasks.mqar import MQAR, ZOOLOGY_MIX, ZOOLOGY_TEST, Segment
 from recallax.tasks.overwrites import OverwriteRecall, Writes
+from recallax.tasks.reread import Filled, Repeated
 from recallax.tasks.set_disjointness import SetDisjointness
 from recallax.tasks.state_tracking import StateTracking
 
@@ -22,13 +24,16 @@ __all__ = [
     "ZOOLOGY_TEST",
     "Compression",
     "Copying",
+    "Filled",
     "FuzzyRecall",
     "InContextRecall",
     "InductionHeads",
     "KeyRetrieval",
+    "MaskedPrefix",
     "Memorization",
     "NoisyRecall",
     "OverwriteRecall",
+    "Repeated",
     "Segment",
     "SelectiveCopying",
     "SetDisjointness",

@@ -5,7 +5,7 @@ processes sees the same stream. Batches are numpy; a task can be used without th
 """
 
 import abc
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -20,11 +20,13 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 class Task(Config, abc.ABC):
     """A stream of labelled sequences. Subclasses are frozen keyword-only dataclasses and validate themselves."""
 
-    terms: ClassVar[tuple[str, ...]] = ("next_token",)
-    """Names of the loss terms; `Batch.term` indexes them and the trainer weighs them by name."""
-
     vocab_size: int
     """Every id in `Batch.tokens` and `Batch.targets` is below it (a field, or a property where there are extra ids)."""
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the loss terms; `Batch.term` indexes them and the trainer weighs them by name."""
+        return ("next_token",)
 
     @property
     @abc.abstractmethod
@@ -38,6 +40,13 @@ class Task(Config, abc.ABC):
     @abc.abstractmethod
     def max_targets(self, split: Split, length: int) -> int:
         """Most positions with a weight in any row of that length: logits are computed only there."""
+
+    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
+        """Every size, ascending, of the context that rows of that length begin with, which `SeqInfo.prefix` marks.
+
+        It is what is read before anything is asked; (0,) where questions stand among what they ask for.
+        """
+        return (0,)
 
     @abc.abstractmethod
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:

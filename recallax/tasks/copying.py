@@ -53,6 +53,10 @@ class Copying(Task):
     def max_targets(self, split: Split, length: int) -> int:
         return length // 2
 
+    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
+        longest = length // 2 - 1
+        return tuple(n + 1 for n in range(self.train_lengths[0] if split == "train" else longest, longest + 1))
+
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
         rng = stream(seed, split, index, "copy")
         longest = self._longest(split)[index % len(self._longest(split))]
@@ -74,7 +78,7 @@ class Copying(Task):
         targets[:, :-1], targets[:, -1] = tokens[:, 1:], stop
         weights = np.where(asked, 1 / (n + 1), 0).astype(np.float32)
         group = np.broadcast_to(np.searchsorted(self._buckets, n), (size, length)).astype(np.int32)
-        seq = whole_rows(size, length)._replace(segments=(t < 2 * n + 2).astype(np.int32))
+        seq = whole_rows(size, length)._replace(segments=(t < 2 * n + 2).astype(np.int32), prefix=t <= n)
         return Batch(tokens.astype(np.int32), targets * asked, weights, np.zeros_like(group), group, seq)
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:

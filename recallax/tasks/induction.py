@@ -48,6 +48,9 @@ class InductionHeads(Task):
     def max_targets(self, split: Split, length: int) -> int:
         return 1
 
+    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
+        return (length - 1,)
+
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
         rng = stream(seed, split, index, "induct")
         length = self.length if split == "train" else self.test_lengths[index % len(self.test_lengths)]
@@ -57,7 +60,7 @@ class InductionHeads(Task):
         targets, weights = np.zeros((size, length), np.int32), np.zeros((size, length), np.float32)
         targets[:, -1], weights[:, -1] = tokens[row, cue + 1], 1
         group = np.full((size, length), self._all_lengths.index(length), np.int32)
-        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length))
+        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length, length - 1))
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """The token behind the first cue, at the last position."""

@@ -71,6 +71,10 @@ class KeyRetrieval(Task):
         most = max(keys for n, keys in self._slices(split) if n == length)
         return most * self.asked if split == "train" else most
 
+    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
+        times = self.asked if split == "train" else 1
+        return tuple(sorted({n - 2 * keys * times for n, keys in self._slices(split) if n == length}))
+
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
         rng = stream(seed, split, index, "keyret")
         slices = self._slices(split)
@@ -91,7 +95,7 @@ class KeyRetrieval(Task):
         targets, weights = np.zeros((size, length), np.int32), np.zeros((size, length), np.float32)
         targets[:, haystack + 1 :: 2], weights[:, haystack + 1 :: 2] = answers, 1 / (keys * times)
         group = np.full((size, length), self.slices.index((length, keys)), np.int32)
-        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length))
+        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length, haystack))
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """The word behind the name behind the mark."""

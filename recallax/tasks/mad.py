@@ -7,7 +7,6 @@ counterpart; and accuracy counts every labelled position once.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Int
@@ -52,11 +51,14 @@ class SelectiveCopying(Task):
     def max_targets(self, split: Split, length: int) -> int:
         return self.content
 
+    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
+        return (self._body,)
+
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
         rng = stream(seed, split, index, "selcpy")
         content = rng.integers(self.vocab_size - 2, size=(size, self.content))
         gaps = self.content + 1
-        blanks = rng.integers(gaps, size=(size, self.length - 2 * self.content - 1)) + gaps * np.arange(size)[:, None]
+        blanks = rng.integers(gaps, size=(size, self._body - self.content)) + gaps * np.arange(size)[:, None]
         per_gap = np.bincount(blanks.ravel(), minlength=size * gaps).reshape(size, gaps)
         at = np.arange(self.content) + np.cumsum(per_gap, axis=1)[:, :-1]
 
@@ -65,9 +67,8 @@ class SelectiveCopying(Task):
         tokens[:, -self.content - 1] = self.vocab_size - 1
         targets, weights = np.zeros((size, self.length), np.int32), np.zeros((size, self.length), np.float32)
         targets[:, -self.content :], weights[:, -self.content :] = content, 1
-        return Batch(
-            tokens, targets, weights, np.zeros_like(targets), np.zeros_like(targets), whole_rows(size, self.length)
-        )
+        seq = whole_rows(size, self.length, self._body)
+        return Batch(tokens, targets, weights, np.zeros_like(targets), np.zeros_like(targets), seq)
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """What is neither blank nor the copy token, in order, at the end."""
@@ -79,6 +80,10 @@ class SelectiveCopying(Task):
         """The commonest content token of the row."""
         return commonest_token(self, 0, self.vocab_size - 3)
 
+    @property
+    def _body(self) -> int:
+        return self.length - self.content - 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compression(Task):
@@ -89,8 +94,6 @@ class Compression(Task):
     (id V - 1); it is the same in every row and carries no weight (the release scores it, which adds up to 1/length).
     """
 
-    terms: ClassVar[tuple[str, ...]] = ("reconstruction",)
-
     vocab_size: int = 16
     length: int = 32
 
@@ -99,6 +102,10 @@ class Compression(Task):
             raise ConfigError(
                 f"Compression.length is {self.length} and vocab_size {self.vocab_size}; both must be at least 2"
             )
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        return ("reconstruction",)
 
     @property
     def groups(self) -> tuple[str, ...]:

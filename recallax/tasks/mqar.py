@@ -121,6 +121,9 @@ class MQAR(Task):
             raise ValueError(f"length {length} does not occur in {split}; its lengths are {self.lengths(split)}")
         return max(pairs)
 
+    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
+        return tuple(sorted({self._context(s) for s in self._mixture(split) if s.length == length}))
+
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
         rng = stream(seed, split, index, "mqar")
         segment = self._segment(rng, split, index)
@@ -128,7 +131,7 @@ class MQAR(Task):
         keys = 1 + distinct(rng, size, pairs, self.vocab_size // 2 - 1)
         values = self.vocab_size // 2 + distinct(rng, size, pairs, self.vocab_size - self.vocab_size // 2)
         context = np.stack((keys, values), axis=2).reshape(size, 2 * pairs)
-        start = 2 * pairs * self.passes
+        start = self._context(segment)
         at = start + 2 * slot_order(rng, size, pairs, (length - start) // 2, self.power)
 
         tokens = np.empty((size, length), np.int32)
@@ -140,7 +143,7 @@ class MQAR(Task):
         weights = np.zeros((size, length), np.float32)
         np.put_along_axis(weights, at, np.float32(1 / pairs), axis=1)
         group = np.full((size, length), self.slices.index((length, pairs)), np.int32)
-        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length))
+        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length, start))
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """The token after the first occurrence: whatever the filler repeats, the context came before it."""
@@ -154,6 +157,9 @@ class MQAR(Task):
     def chance(self) -> float:
         """One of the K values of the context at random: the mean of 1/K over the test slices."""
         return float(np.mean([1 / s.pairs for s in self.test_mixture]))
+
+    def _context(self, segment: Segment) -> int:
+        return 2 * segment.pairs * self.passes
 
     def _mixture(self, split: Split) -> tuple[Segment, ...]:
         return self.mixture if split == "train" else self.test_mixture

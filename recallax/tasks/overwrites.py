@@ -99,6 +99,9 @@ class OverwriteRecall(Task):
             raise ValueError(f"length {length} does not occur in {split}; its lengths are {self.lengths(split)}")
         return max(keys)
 
+    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
+        return tuple(sorted({length - 2 * s.keys for s in self._mixture(split) if s.length == length}))
+
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
         rng = stream(seed, split, index, "ovwrit")
         part = self._slice(rng, split, index)
@@ -125,7 +128,7 @@ class OverwriteRecall(Task):
         np.put_along_axis(targets, query, found.astype(np.int32), axis=1)
         np.put_along_axis(weights, query, np.float32(1 / part.keys), axis=1)
         np.put_along_axis(group, query, np.take_along_axis(bucket, asked, axis=1).astype(np.int32), axis=1)
-        seq = whole_rows(size, length)
+        seq = whole_rows(size, length, context)
         return Batch(tokens.astype(np.int32), targets, weights, np.zeros_like(group), group, seq)
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:

@@ -70,6 +70,9 @@ class SetDisjointness(Task):
     def max_targets(self, split: Split, length: int) -> int:
         return 1
 
+    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
+        return (length - 1,)
+
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
         rng = stream(seed, split, index, "setdis")
         pairs = self._pairs(split)
@@ -92,7 +95,7 @@ class SetDisjointness(Task):
         group = np.full((size, length), self._sizes.index((short, long)), np.int32)
         if self.order == "both":
             group[swapped] += len(self._sizes)
-        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length))
+        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length, length - 1))
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """The intersection of what stands before and after the separator, at the last position."""

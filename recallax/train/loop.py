@@ -2,9 +2,10 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from recallax.config import ConfigError, fingerprint, from_json, to_json
 from recallax.models import accounting
-from recallax.tasks.base import Split
+from recallax.tasks.base import Split, Task
 from recallax.train.checkpoint import Checkpoints
 from recallax.train.log import RunLog, read_log
 from recallax.train.profile import Profile, peak_flops, step_flops
@@ -105,15 +106,19 @@ def describe(config: RunConfig, name: str) -> dict[str, Any]:
     }
 
 
-def evaluate_run(folder: Path, split: Split, batches: int | None = None) -> dict[str, float]:
+def evaluate_run(
+    folder: Path, split: Split, batches: int | None = None, change: Callable[[Task], Task] = lambda task: task
+) -> dict[str, float]:
     """Metrics of a run's newest checkpoint, which may still be training; nothing in its folder is touched.
+
+    change: what is evaluated instead of the run's task; it may not need more token ids.
 
     Raises RunFolderError, CheckpointError or ConfigError if there is nothing to evaluate.
     """
     if batches is not None and batches < 1:
         raise ConfigError(f"batches is {batches}; it must be at least 1")
     config = from_json(read_config(folder), RunConfig)
-    program = Program(config)
+    program = Program(replace(config, task=change(config.task)))
     with Checkpoints(folder / "checkpoints", keep=None) as checkpoints:
         restored = checkpoints.restore(program.abstract)
     if restored is None:

@@ -1,0 +1,142 @@
+"""Contexts that are read more than once: JRT-Prompt, and the ways of filling a prompt that is too short.
+
+Both replace the context that a row begins with (`SeqInfo.prefix`) by the end of its endless repetition, so that its
+last copy is whole, and leave everything behind it as it is. Only that copy keeps the labels that a context may have.
+Source: Arora et al. 2024 (Just Read Twice, arXiv 2407.05483), sections 3 and 5.
+"""
+
+import abc
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Int
+
+from recallax.config import ConfigError, nearest
+from recallax.tasks.base import Split
+from recallax.tasks.transform import Transform
+from recallax.types import AnyArray, Batch, SeqInfo
+
+Filling = Literal["left_pad", "twice", "iterate"]
+
+
+class Reread(Transform, abc.ABC):
+    """What both have in common."""
+
+    @abc.abstractmethod
+    def read(self, size: int) -> int:
+        """Tokens to read instead of a context of `size`, at least as many; 0 for none."""
+
+    def lengths(self, split: Split) -> tuple[int, ...]:
+        return tuple(sorted({new for _, _, new in self._sizes(split)}))
+
+    def max_targets(self, split: Split, length: int) -> int:
+        found = {old for old, _, new in self._sizes(split) if new == length}
+        if not found:
+            raise ValueError(f"length {length} does not occur in {split}; its lengths are {self.lengths(split)}")
+        return max(self.task.max_targets(split, old) for old in found)
+
+    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
+        return tuple(sorted({self.read(size) for _, size, new in self._sizes(split) if new == length}))
+
+    def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
+        batch = self.task.batch(seed, split, index, size)
+        sizes = np.asarray(batch.seq.prefix).sum(axis=1)
+        return reread(batch, np.array([self.read(n) for n in sizes.tolist()]))
+
+    def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
+        """What the task answers to the rows as they were before."""
+        answers = np.zeros_like(tokens)
+        for row, answer in zip(tokens, answers, strict=True):
+            size = self._context(row)
+            more = self.read(size) - size
+            answer[more:] = self.task.solve(row[None, more:])[0]
+        return answers
+
+    @abc.abstractmethod
+    def _context(self, row: Int[np.ndarray, " T"]) -> int:
+        """The size of the context that was repeated at the beginning of a row."""
+
+    def _fits(self, row: Int[np.ndarray, " T"], size: int) -> bool:
+        """The row may begin with a context of that size, reread."""
+        total = self.read(size)
+        return total < len(row) and bool(np.all(row[size:total] == row[: total - size]))
+
+    def _sizes(self, split: Split) -> list[tuple[int, int, int]]:
+        """Lengths before, sizes of contexts, and lengths after."""
+        rows = [(length, size) for length in self.task.lengths(split) for size in self.task.prefixes(split, length)]
+        return [(length, size, length + self.read(size) - size) for length, size in rows]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repeated(Reread):
+    """JRT-Prompt: the context `times` times in a row, then the rest."""
+
+    times: int = 2
+
+    def __post_init__(self) -> None:
+        if self.times < 1:
+            raise ConfigError(f"Repeated.times is {self.times}; it must be at least 1")
+
+    def read(self, size: int) -> int:
+        return self.times * size
+
+    def _context(self, row: Int[np.ndarray, " T"]) -> int:
+        # A short beginning may repeat by chance, a long one does not.
+        return next((n for n in range(len(row) // self.times, 0, -1) if self._fits(row, n)), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filled(Reread):
+    """A context shorter than the prefix of `to` tokens that a model was trained with is brought nearer to it.
+
+    left_pad: not at all. The published code pads it with spaces, which convolutions and windows then read; here padding
+    is read by no layer, so none is needed. twice: it is read twice, or as much of that as there is room for.
+    iterate: it is read again and again until the prefix is full.
+    """
+
+    to: int
+    """Prefix tokens that the model was trained with (1024 in the published models)."""
+    way: Filling = "twice"
+
+    def __post_init__(self) -> None:
+        if self.way not in get_args(Filling):
+            raise ConfigError(f"Filled.way is {self.way!r}{nearest(self.way, list(get_args(Filling)))}")
+        if self.to < 1:
+            raise ConfigError(f"Filled.to is {self.to}; it must be at least 1")
+
+    def read(self, size: int) -> int:
+        wanted = {"left_pad": size, "twice": 2 * size, "iterate": self.to if size else 0}[self.way]
+        return max(size, min(wanted, self.to))
+
+    def _context(self, row: Int[np.ndarray, " T"]) -> int:
+        # Where a context has filled the prefix many times, so have two of it, and three.
+        return next((n for n in range(1, min(self.to, len(row))) if self._fits(row, n)), 0)
+
+
+def reread(batch: Batch, wanted: Int[np.ndarray, " B"]) -> Batch:
+    """The batch with `wanted` tokens of context in each row instead of those it has, of which none may be fewer.
+
+    Rows become longer by what the row that grows most needs, and padding stands at their end. Raises ValueError where a
+    row is more than one document or its prefix is not how it begins.
+    """
+    segments, prefix = np.asarray(batch.seq.segments), np.asarray(batch.seq.prefix)
+    length = prefix.shape[1]
+    sizes = prefix.sum(axis=1)
+    if segments.max(initial=0) > 1 or not np.array_equal(prefix, np.arange(length) < sizes[:, None]):
+        raise ValueError("rows to be reread must be one document each, which begins with its prefix")
+    more = (wanted - sizes)[:, None]
+    time = np.arange(length + int(more.max(initial=0)))[None]
+    source = np.where(time < more, (time - more) % np.maximum(sizes[:, None], 1), time - more)
+    inside = source < length
+    source = np.minimum(source, length - 1)
+
+    def moved(x: AnyArray) -> np.ndarray:
+        values = np.asarray(x)
+        return np.where(inside, np.take_along_axis(values, source, axis=1), 0).astype(values.dtype)
+
+    weights = moved(batch.weights) * (time >= more)
+    positions = np.broadcast_to(time.astype(np.int32), source.shape)
+    seq = SeqInfo(positions, moved(segments), time < wanted[:, None], batch.seq.key)
+    targets, term, group = (moved(x) for x in (batch.targets, batch.term, batch.group))
+    return Batch(moved(batch.tokens), targets, weights.astype(np.float32), term, group, seq)
