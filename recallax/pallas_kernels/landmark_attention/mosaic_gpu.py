@@ -3,7 +3,8 @@
 Two warpgroups have 64 queries of a head each, and a third brings the keys and values that both need: first the tiles of
 tokens in which their own blocks lie, then the complete blocks of the documents that they belong to, straight from the
 row, wherever they begin there. A past block enters as one logit, its landmark's, whose value is the average inside the
-block. `mosaic_gpu_tiles.py` has what is done with a tile, `mosaic_gpu_gradients.py` the backward pass.
+block. `mosaic_gpu_where.py` has what queries see, `mosaic_gpu_tiles.py` what is done with a tile, and
+`mosaic_gpu_gradients.py` the backward pass.
 """
 
 import functools
