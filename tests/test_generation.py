@@ -1,0 +1,438 @@
+"""Generation against the whole call, on either padding, in pieces, forked, sampled and stopped."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from recallax.config import ConfigError
+from recallax.layers import (
+    BaseConv,
+    Based,
+    GatedDeltaNet,
+    Identity,
+    Landmark,
+    MemoryAsContext,
+    MixerConfig,
+    MoM,
+    NeuralMemory,
+    Prefix,
+    SlidingWindow,
+)
+from recallax.models import LM, Autoencode, Block, LMConfig, Untied, accounting
+from recallax.models.generation import NOTHING, Generator, Standing
+from recallax.models.prompts import PromptError, Prompts, padded, unpacked
+from recallax.models.sampling import Greedy, Sampled, Sampling, row_keys
+from recallax.pallas_kernels.neural_memory.learner import Learner, LinearNet
+from recallax.types import SeqInfo
+from tests.test_laws import close, short_chunks  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("strict", "short_chunks")
+
+VOCAB, MAX_LEN = 23, 48
+LENGTHS, NEW = (5, 14, 9, 1), 6
+MEMORY = NeuralMemory(heads=1, learner=Learner(network=LinearNet(), chunk=2), conv=0)
+MIXERS: dict[str, MixerConfig] = {
+    "based": Based(feature_dim=4, heads=2),
+    "landmark": Landmark(landmark_every=3, heads=2, kv_heads=1, top_k=16),
+    "retrieval": Landmark(landmark_every=2, heads=2, top_k=2, per="head"),
+    "titans": MemoryAsContext(memory=MEMORY, segment=4, heads=2, persistent=2),
+    "prefix": Prefix(memory=GatedDeltaNet(heads=2, key_dim=4)),
+    "mom": MoM(memory=GatedDeltaNet(heads=2, key_dim=4), num_memories=3, top_k=2),
+}
+PREFIXES = {"prefix": (3, 6, 4, 1)}
+SWEPT = ("retrieval", "mom")
+
+
+def together(*names: str, swept: Sequence[str] = SWEPT):
+    """All laws of a mixer in one process, which compiles its programs once: four rows of 14 tokens, and six more."""
+    marks = {name: [pytest.mark.full] if name in swept else [] for name in names}
+    params = [pytest.param(name, marks=[pytest.mark.xdist_group(f"generation-{name}"), *marks[name]]) for name in names]
+    return pytest.mark.parametrize("name", params)
+
+
+each_mixer = together(*MIXERS)
+
+
+@functools.cache
+def model(name: str) -> LM:
+    """Two repeated layers and a window, so that a state has leaves with rows on different axes."""
+    blocks = {
+        "conv": Block(mixer=BaseConv(width=3), channel=Identity()),
+        "mixer": Block(mixer=MIXERS[name], channel=Identity()),
+        "window": Block(mixer=SlidingWindow(window=4, heads=2), channel=Identity()),
+    }
+    pattern = {"based": "conv mixer*2 window"}.get(name, "mixer*2")
+    config = LMConfig(d_model=16, vocab_size=VOCAB, pattern=pattern, blocks=blocks, readout=Untied())
+    graph, params, rest = nnx.split(config.build(nnx.Rngs(0)), nnx.Param, ...)
+    leaves, tree = jax.tree.flatten(params)
+    size = 0.05 if name == "titans" else 0.3  # memories that learn blow rounding up
+    leaves = [x + size * jax.random.normal(jax.random.key(i), x.shape, x.dtype) for i, x in enumerate(leaves)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, leaves), rest)
+
+
+@functools.cache
+def greedy(name: str) -> Generator:
+    return Generator(model(name), max_len=MAX_LEN)
+
+
+@functools.cache
+def sampled() -> Generator:
+    return Generator(model("based"), max_len=MAX_LEN, sampling=Sampled(temperature=3.0, top_k=20))
+
+
+on_based = pytest.mark.xdist_group("generation-based")
+
+
+def token_ids(seed: int, lengths: Sequence[int]) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(VOCAB, size=n).tolist() for n in lengths]
+
+
+def prompts(name: str = "based", **choices) -> Prompts:
+    return padded(token_ids(0, LENGTHS), prefix=PREFIXES.get(name, 0), **choices)
+
+
+def same(a, b) -> None:
+    """Every leaf bit for bit."""
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+# The loop against the call
+
+
+@together("based", "landmark", "titans", "prefix", "mom", swept=("titans", "mom"))  # retrieval: another function
+def test_greedy_tokens_are_the_likeliest_of_the_whole_call(name):
+    generator = greedy(name)
+    done = generator.generate(generator.prefill(prompts(name)), NEW)
+    assert done.tokens.shape == (4, NEW) and (done.counts == NEW).all()
+    assert len(set(done.tokens.ravel().tolist())) > 5  # the law could fail
+    rows = [[*prompt, *more] for prompt, more in zip(token_ids(0, LENGTHS), done.tokens.tolist(), strict=True)]
+    tokens, seq = padded(rows, prefix=PREFIXES.get(name, 0))
+    at = np.array(LENGTHS)[:, None] - 1 + np.arange(NEW + 1)[None]
+    graph, weights = nnx.split(model(name))
+    logits, _ = jax.jit(lambda *of: nnx.merge(graph, weights)(*of))(jnp.asarray(tokens), seq, at)
+    np.testing.assert_array_equal(np.asarray(logits[:, :-1]).argmax(axis=-1), done.tokens)
+    close(done.after.logits, logits[:, -1])
+    assert done.after.position.tolist() == [n + NEW for n in LENGTHS]
+
+
+@on_based
+def test_a_generation_may_be_divided():
+    generator = sampled()
+    begun = generator.prefill(prompts())
+    whole = generator.generate(begun, NEW, seed=3)
+    first = generator.generate(begun, NEW // 2, seed=3)
+    second = generator.generate(first.after, NEW // 2, seed=3)
+    np.testing.assert_array_equal(np.concatenate([first.tokens, second.tokens], axis=1), whole.tokens)
+    same(second.after, whole.after)
+
+
+class Counted(Sampling):
+    """Greedy, and tells how often it is traced and how often it runs."""
+
+    def __init__(self) -> None:
+        self.traced, self.ran = [], []
+
+    def choose(self, logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
+        self.traced.append(logits.shape)
+        jax.debug.callback(lambda: self.ran.append(1))
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+@on_based
+def test_the_loop_is_compiled_once_and_ends_when_all_rows_have_stopped():
+    begun = greedy("based").prefill(prompts())
+    wanted = greedy("based").generate(begun, NEW)
+    stop = sorted({int(wanted.tokens[row, row + 1]) for row in range(4)})
+    ends = [1 + min(np.flatnonzero(np.isin(row, stop)), default=NEW) for row in wanted.tokens]
+    assert max(ends) < NEW and len(set(ends)) > 1
+    counted = Counted()
+    generator = Generator(model("based"), max_len=MAX_LEN, sampling=counted, stop=stop)
+    for seed in range(3):
+        done = generator.generate(begun, NEW, seed=seed)
+    jax.effects_barrier()
+    assert counted.traced == [(4, VOCAB)]
+    assert len(counted.ran) == 3 * max(ends)
+    assert done.counts.tolist() == ends
+    for row, end in enumerate(ends):
+        assert done.rows()[row].tolist() == wanted.tokens[row, :end].tolist()
+        assert (done.tokens[row, end:] == NOTHING).all()
+
+
+@together("based", "landmark", "titans", "mom", swept=("titans", "mom"))
+def test_a_stopped_row_keeps_its_state_bit_for_bit(name):
+    """While the others go on; it is that of the tokens before the stop token."""
+    begun = greedy(name).prefill(prompts(name))
+    free = greedy(name).generate(begun, NEW)
+    stop = next(int(t) for t in free.tokens[3, 1:] if not (free.tokens == t).any(axis=1).all())
+    generator = Generator(model(name), max_len=MAX_LEN, stop=[stop])
+    done = generator.generate(begun, NEW)
+    ends = [row.index(stop) if stop in row else NEW for row in free.tokens.tolist()]
+    assert done.counts.tolist() == [min(end + 1, NEW) for end in ends] and max(ends) == NEW
+    assert done.after.active.tolist() == [end == NEW for end in ends]
+    again = generator.generate(done.after, NEW)
+    ids = token_ids(0, LENGTHS)
+    read = [[*ids[row], *free.tokens[row, :end].tolist()][:14] for row, end in enumerate(ends)]
+    wanted = greedy(name).prefill(padded(read, length=14))
+    for row in np.flatnonzero(np.array(ends) < NEW).tolist():
+        assert again.counts[row] == 0 and again.after.position[row] == len(ids[row]) + ends[row]
+        same(generator.fork(again.after, [row]), generator.fork(done.after, [row]))
+        if len(ids[row]) + ends[row] <= 14:
+            close(generator.fork(done.after, [row])[:3], generator.fork(wanted, [row])[:3], 1e-4)
+    # A stopped row goes on with what is read next.
+    more = greedy(name).prefill(padded(token_ids(5, (2, 2, 2, 2)), length=14), done.after)
+    assert more.active.all() and (more.position == done.after.position + 2).all()
+
+
+# Batches
+
+
+@each_mixer
+def test_padding_on_either_side_and_packed_rows_are_the_same_prompts(name):
+    generator = greedy(name)
+    right = generator.generate(generator.prefill(prompts(name)), NEW)
+    same(generator.generate(generator.prefill(prompts(name, side="left")), NEW), right)
+    # The same prompts in two packed rows.
+    ids, ahead = token_ids(0, LENGTHS), PREFIXES.get(name, (0,) * 4)
+    tokens, segments, positions = np.zeros((3, 2, 20), np.int32)
+    prefix = np.zeros((2, 20), bool)
+    for row, first, number, which in ((0, 0, 1, 0), (0, 5, 2, 1), (1, 2, 7, 2), (1, 11, 3, 3)):
+        here = slice(first, first + LENGTHS[which])
+        tokens[row, here], segments[row, here], positions[row, here] = ids[which], number, np.arange(LENGTHS[which])
+        prefix[row, here] = positions[row, here] < ahead[which]
+    apart = unpacked(tokens, SeqInfo(positions, segments, prefix))
+    same(apart, prompts(name))
+    same(generator.generate(generator.prefill(apart), NEW), right)
+
+
+@each_mixer
+def test_a_row_depends_neither_on_the_others_nor_on_its_place(name):
+    generator, order = greedy(name), [2, 0, 3, 1]
+    ids, ahead = token_ids(0, LENGTHS), PREFIXES.get(name, (0,) * 4)
+    done = generator.generate(generator.prefill(prompts(name)), NEW)
+    moved = padded([ids[i] for i in order], prefix=[ahead[i] for i in order])
+    other = generator.generate(generator.prefill(moved), NEW)
+    same(other.tokens, done.tokens[order])
+    same(other.after, generator.fork(done.after, order))
+    strangers = token_ids(9, (11, 14, 2, 3))
+    beside = padded([strangers[0], ids[1], *strangers[2:]], prefix=[0, ahead[1], 0, 0])
+    among = generator.generate(generator.prefill(beside), NEW)
+    same(among.tokens[1], done.tokens[1])
+    same(generator.fork(among.after, [1]), generator.fork(done.after, [1]))
+    assert (among.tokens[0] != done.tokens[0]).any()
+
+
+# Forks
+
+
+@each_mixer
+def test_answers_have_the_same_bits_in_any_order_and_company(name):
+    """An answer reads at most 14 tokens here, and so does a prompt: they share their programs."""
+    generator, context = greedy(name), 2
+    begun = generator.fork(generator.prefill(prompts(name)), [context])
+    kept = jax.tree.map(np.array, begun)
+    questions = token_ids(3, (3, 1, 4, 2, 4, 1))
+    answers = generator.answer(begun, questions, NEW, batch=4, width=14)
+    same(begun, kept)
+    order = [5, 3, 0, 1, 4, 2]
+    again = generator.answer(begun, [questions[i] for i in order], NEW, batch=4, width=14)
+    same(again, [answers[i] for i in order])
+    same(generator.answer(begun, questions[3:4], NEW, batch=4, width=14), answers[3:4])
+    assert len({tuple(answer.tolist()) for answer in answers}) > 2
+    # The states, too.
+    copies = generator.fork(begun, [0] * 4)
+    first, second = (
+        generator.prefill(padded([questions[i] for i in some], length=14), copies)
+        for some in ((0, 1, 2, 3), (2, 5, 1, 0))
+    )
+    same(generator.fork(first, [0, 1, 2, 2]), generator.fork(second, [3, 2, 0, 0]))
+    # And what they say is what a prompt of context and question says.
+    ids, ahead = token_ids(0, LENGTHS)[context], PREFIXES.get(name, (0,) * 4)[context]
+    whole = generator.prefill(padded([ids + question for question in questions[:4]], prefix=ahead, length=14))
+    close(first.state, whole.state, 1e-4)
+    close(first.logits, whole.logits, 1e-4)
+    same(generator.generate(whole, NEW).rows(), answers[:4])
+
+
+@on_based
+def test_sampled_answers_are_keyed_by_name():
+    generator = sampled()
+    begun = generator.fork(generator.prefill(prompts()), [2])
+    questions, order = token_ids(3, (3, 1, 4)), [2, 0, 1]
+    answers = generator.answer(begun, questions, NEW, batch=4, width=14)
+    shuffled = [questions[i] for i in order]
+    same(generator.answer(begun, shuffled, NEW, batch=4, width=14, names=order), [answers[i] for i in order])
+    twice = generator.answer(begun, [questions[0], questions[0]], NEW, batch=4, width=14)
+    same(twice[0], answers[0])
+    assert (twice[0] != twice[1]).any()
+
+
+# Pieces
+
+
+@each_mixer
+def test_a_prompt_may_be_read_in_pieces(name, monkeypatch):
+    """Across landmarks and grids, which they do not fit; rows end in different pieces."""
+    generator, piece = greedy(name), 6
+    whole = generator.prefill(prompts(name))
+    read: list[int] = []
+    reader = generator._read
+
+    def counted(weights, here, tokens, *more):
+        read.append(tokens.shape[1])
+        return reader(weights, here, tokens, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generator, "_read", counted)
+        pieces = generator.prefill(prompts(name, side="left"), piece=piece)
+    assert read == [piece] * -(-max(LENGTHS) // piece)
+    close(pieces.state, whole.state)
+    close(pieces.logits, whole.logits)
+    same(pieces[2:], whole[2:])
+    same(generator.generate(pieces, NEW).tokens, generator.generate(whole, NEW).tokens)
+    if name in PREFIXES:
+        with pytest.raises(PromptError, match=r"prefix of prompt 1 is 6 tokens.*piece is 5: make it as long"):
+            generator.prefill(prompts(name), piece=5)
+        causal = generator.prefill(prompts())
+        assert jnp.abs(causal.logits - whole.logits).max() > 0.01  # the prefix counts
+
+
+# Sampling
+
+LOGITS = np.array([1.0, -0.5, 2.0, 2.0, 0.3, -3.0, 1.0, 0.9, 1.6, -1.0], np.float32)
+
+
+def cut(rule: Sampled) -> np.ndarray:
+    """Its probabilities by the definition, one id after the other."""
+    scaled = np.exp(LOGITS.astype(np.float64) / rule.temperature)
+    order = sorted(range(len(LOGITS)), key=lambda i: (-LOGITS[i], i))[: rule.top_k]
+    wanted, total, reached = np.zeros(len(LOGITS)), sum(scaled[i] for i in order), 0.0
+    for i in order:
+        if rule.top_p is not None and reached >= rule.top_p:
+            break
+        wanted[i] = scaled[i]
+        reached += scaled[i] / total
+    return wanted / wanted.sum()
+
+
+@pytest.mark.parametrize(
+    ("rule", "support"),
+    [
+        (Sampled(temperature=0.7), 10),
+        (Sampled(temperature=1.8, top_k=3), 3),
+        (Sampled(top_k=99), 10),
+        (Sampled(top_p=0.6), 3),
+        (Sampled(top_p=0.62, temperature=2.0), 5),
+        (Sampled(top_p=1e-6), 1),
+        (Sampled(top_k=4, top_p=0.5), 2),
+        (Sampled(top_k=5, top_p=0.9, temperature=1.3), 5),
+    ],
+    ids=str,
+)
+def test_draws_have_the_distribution_that_the_rule_defines(rule, support):
+    wanted, draws = cut(rule), 20_000
+    assert (wanted > 0).sum() == support
+    keys = row_keys(jax.random.key(1), jnp.arange(draws), jnp.full(draws, 7))
+    drawn = jax.jit(rule.choose)(jnp.tile(jnp.asarray(LOGITS), (draws, 1)), keys)
+    share = np.bincount(np.asarray(drawn), minlength=len(LOGITS)) / draws
+    assert ((share > 0) <= (wanted > 0)).all() and ((wanted > 2e-3) <= (share > 0)).all()
+    sigma = np.sqrt(wanted * (1 - wanted) / draws)
+    assert (np.abs(share - wanted) <= 4.5 * sigma + 1e-9).all()
+
+
+def test_the_likeliest_of_equals_is_the_lowest():
+    keys = jax.random.split(jax.random.key(0), 2)
+    assert Greedy().choose(jnp.asarray([LOGITS, -LOGITS]), keys).tolist() == [2, 5]
+
+
+@on_based
+def test_draws_are_keyed_by_seed_row_and_position():
+    generator = sampled()
+    begun = generator.fork(generator.prefill(prompts()), [0] * 4)
+    first, again, other = (generator.generate(begun, NEW, seed=seed).tokens for seed in (0, 0, 1))
+    same(first, again)
+    assert (first != other).any(axis=1).all()
+    assert len({tuple(row) for row in first.tolist()}) == 4  # equal prompts, own draws
+    assert all(len(set(row)) > 2 for row in first.tolist())
+    named = generator.generate(begun, NEW, rows=[3, 3, 0, 8]).tokens
+    same(named[:3], first[[3, 3, 0]])
+    keys = [row_keys(jax.random.key(0), jnp.array([row]), jnp.array([at])) for row in range(4) for at in range(4)]
+    assert len({tuple(np.asarray(jax.random.key_data(key)).ravel().tolist()) for key in keys}) == 16
+
+
+# Refusals
+
+
+def standing(rows: int = 1) -> Standing:
+    return greedy("based").fork(greedy("based").prefill(prompts()), list(range(rows)))
+
+
+WRONG = {
+    "there are no prompts": lambda: padded([]),
+    "prompt 1 has 3 tokens; rows of 2": lambda: padded([[1], [1, 2, 3]], length=2),
+    "prefix of prompt 0 is 3 tokens; it must be from 0 to the prompt's 1": lambda: padded([[1]], prefix=3),
+    "prompt 0 has the token -1": lambda: padded([[1, -1]]),
+    "prompt 1 has the token 23; ids of this model are 0 to 22": lambda: greedy("based").prefill(padded([[1], [2, 23]])),
+    "prompt 1 is empty": lambda: greedy("based").prefill(padded([[1], []])),
+    "row 0 holds several documents": lambda: greedy("based").prefill(
+        Prompts(np.array([[1, 2]]), SeqInfo(np.array([[0, 0]]), np.array([[1, 2]]), np.zeros((1, 2), bool)))
+    ),
+    "row 0 would have 49 tokens .* max_len is 48": lambda: greedy("based").prefill(padded([[1] * 49])),
+    "row 1 would have 50 tokens when all are generated; max_len is 48: raise it, or ask for 2": lambda: greedy(
+        "based"
+    ).generate(standing(2)._replace(position=jnp.array([5, 40])), 10),
+    "new is 0": lambda: greedy("based").generate(standing(), 0),
+    "piece is 0": lambda: greedy("based").prefill(padded([[1]]), piece=0),
+    "a document that goes on can have none": lambda: greedy("based").prefill(padded([[1, 2]], prefix=1), standing()),
+    "there are 2 prompts, and 1 rows to go on from": lambda: greedy("based").prefill(padded([[1], [2]]), standing()),
+    "rows to fork are .0, 1.; .* from 0 to 0": lambda: greedy("based").fork(standing(), [0, 1]),
+    "the context has 2 rows": lambda: greedy("based").answer(standing(2), [[1]], 2),
+    "names has 1 numbers for 2": lambda: greedy("based").answer(standing(), [[1], [2]], 2, names=[0]),
+    "rows names 3 rows; there are 1": lambda: greedy("based").generate(standing(), 2, rows=[0, 1, 2]),
+}
+
+
+@on_based
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_prompts_are_refused(message):
+    with pytest.raises(PromptError, match=message):
+        WRONG[message]()
+
+
+def test_wrong_settings_are_refused():
+    for wrong, message in (
+        (lambda: Sampled(temperature=0.0), r"temperature is 0.0; it must be above 0.*Greedy"),
+        (lambda: Sampled(temperature=float("nan")), "temperature is nan"),
+        (lambda: Sampled(top_k=0), "top_k is 0"),
+        (lambda: Sampled(top_p=1.5), "top_p is 1.5"),
+        (lambda: Sampled(top_p=0.0), "top_p is 0.0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            wrong()
+    with pytest.raises(ConfigError, match="stop has the token 23"):
+        Generator(model("based"), max_len=8, stop=[23])
+    with pytest.raises(ConfigError, match="max_len is 1"):
+        Generator(model("based"), max_len=1)
+    block = {"based": Block(mixer=MIXERS["based"])}
+    config = LMConfig(d_model=16, vocab_size=9, pattern="based", blocks=block, readout=Autoencode())
+    with pytest.raises(ConfigError, match=r"Autoencode.*cannot decode"):
+        Generator(accounting.abstract_model(config), max_len=8)
+
+
+def test_a_prefix_beyond_what_the_model_reads_is_refused():
+    """Instead of the NaN that the layer makes of it."""
+    block = {"prefix": Block(mixer=Prefix(memory=Based(feature_dim=4), max_prefix=4))}
+    config = LMConfig(d_model=16, vocab_size=VOCAB, pattern="prefix", blocks=block)
+    generator = Generator(config.build(nnx.Rngs(0)), max_len=16)
+    with pytest.raises(PromptError, match="prefix of prompt 1 is 5 tokens; this model reads at most 4"):
+        generator.prefill(padded(token_ids(0, (5, 6)), prefix=(4, 5)))
+    with pytest.raises(FloatingPointError, match="behind prompt 1 are not finite"):
+        generator.max_prefix = 5
+        generator.prefill(padded(token_ids(0, (5, 6)), prefix=(4, 5)))
