@@ -1,4 +1,4 @@
-"""The command line: `recallax list | show | train | eval | report | doctor`.
+"""The command line: `recallax list | show | train | eval | generate | report | doctor`.
 
 Only what a command needs is imported: `--help` and `list` read the configs' docstrings and import no JAX.
 """
@@ -29,6 +29,7 @@ USAGE = f"""recallax {__version__}: sequence models that recall well with little
   recallax show CONFIG [overrides]     what a config resolves to, its parameters, state bytes and FLOPs
   recallax train CONFIG [overrides]    train it, or go on where its run stopped
   recallax eval RUN                    evaluate a run's newest checkpoint
+  recallax generate RUN --prompt IDS   let a run's newest checkpoint go on from token ids, or answer its own task
   recallax report RUN...               one HTML page, a CSV and a Markdown table about runs
   recallax doctor                      what this machine has, and which implementation each op takes on it
 
@@ -146,21 +147,80 @@ def _eval(arguments: list[str]) -> int:
             fill: What brings a context that is shorter than --prefix nearer to it.
             prefix: Tokens of context that the run was trained with.
         """
-        from recallax.tasks import Filled, Repeated, Task
+        from recallax.tasks import Rereading
         from recallax.train.loop import evaluate_run
 
-        if fill != "left_pad" and prefix is None:
-            raise ConfigError(f"--fill {fill} needs --prefix, the context tokens that the run was trained with")
-
-        def reread(task: Task) -> Task:
-            filled = task if prefix is None else Filled(task=task, to=prefix, way=fill)
-            return filled if repeat == 1 else Repeated(task=filled, times=repeat)
-
-        for name, value in evaluate_run(run, split, batches, reread).items():
+        reread = Rereading(repeat=repeat, fill=fill, prefix=prefix)
+        for name, value in evaluate_run(run, split, batches, reread.task).items():
             print(f"{name:24} {value:.4f}")
         return 0
 
     return _guarded(lambda: tyro.cli(evaluate, args=arguments, prog="recallax eval"))
+
+
+def _generate(arguments: list[str]) -> int:
+    import tyro
+
+    def generate(
+        run: tyro.conf.Positional[Path],
+        prompt: tuple[str, ...] = (),
+        context: str | None = None,
+        task: int | None = None,
+        split: Literal["valid", "test"] = "test",
+        new: int | None = None,
+        stop: tuple[int, ...] = (),
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        piece: int | None = None,
+        repeat: int = 1,
+        fill: Literal["left_pad", "twice", "iterate"] = "left_pad",
+        prefix: int | None = None,
+    ) -> int:
+        """Let a run's newest checkpoint go on from prompts of token ids, or answer questions of its own task.
+
+        Args:
+            run: Folder of the run.
+            prompt: Token ids separated by spaces, in quotes. Several are read together, and a line each comes out.
+            context: Token ids that are read once, as a prefix, and then asked each prompt.
+            task: Draw this many rows of the run's task instead, read each up to its first question, and show what the
+                model answers beside what was wanted.
+            split: Which stream of the task.
+            new: Tokens to add; 16, or as many as the task's answer has.
+            stop: Token ids that end a row.
+            temperature: Draw tokens at this temperature instead of taking the likeliest.
+            top_k: Draw among that many likeliest ids.
+            top_p: Draw among the likeliest ids that have this probability together.
+            seed: What is drawn is a function of it, of the row's number and of the position.
+            piece: Read prompts that many tokens at a time.
+            repeat: Times that the context is read before the questions (2 is JRT-Prompt).
+            fill: What brings a context that is shorter than --prefix nearer to it.
+            prefix: Tokens of context that the run was trained with.
+        """
+        from recallax.models.sampling import Greedy, Sampled
+        from recallax.tasks import Rereading
+        from recallax.train.generate import Writing, answer_task, continue_prompts
+
+        sampling = Greedy()
+        if (temperature, top_k, top_p) != (None, None, None):
+            sampling = Sampled(temperature=1.0 if temperature is None else temperature, top_k=top_k, top_p=top_p)
+        writing = Writing(new=new, stop=stop, sampling=sampling, seed=seed, piece=piece)
+        reread = Rereading(repeat=repeat, fill=fill, prefix=prefix)
+        if (task is None) == (not prompt):
+            raise ConfigError(
+                "give either --prompt, token ids to go on from, or --task, a number of the task's own rows"
+            )
+        if task is None:
+            lines = continue_prompts(run, prompt, context, reread, writing)
+        elif context is not None:
+            raise ConfigError("--context goes with --prompt; the rows of --task have a context of their own")
+        else:
+            lines = answer_task(run, split, task, reread, writing)
+        print("\n".join(lines))
+        return 0
+
+    return _guarded(lambda: tyro.cli(generate, args=arguments, prog="recallax generate"))
 
 
 def _report(arguments: list[str]) -> int:
@@ -225,6 +285,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "show": _show,
     "train": _train,
     "eval": _eval,
+    "generate": _generate,
     "report": _report,
     "doctor": _doctor,
 }

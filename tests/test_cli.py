@@ -101,6 +101,16 @@ def test_wrong_input_is_refused(
         ("eval . --batches -1", ["batches is -1", "at least 1"]),
         ("eval . --split tset", ["tset", "'valid', 'test'"]),
         ("report nowhere", ["nowhere"]),
+        ("generate nowhere --prompt 1", ["nowhere is not a run's folder"]),
+        ("generate .", ["either --prompt", "or --task"]),
+        ("generate . --prompt 1 --task 1", ["either --prompt", "or --task"]),
+        ("generate . --task 0", ["--task is 0", "at least 1"]),
+        ("generate . --task 1 --context 1", ["--context goes with --prompt"]),
+        ("generate . --prompt 1 --repeat 2", ["--repeat, --fill and --prefix", "give --context"]),
+        ("generate . --prompt 1,x", ["the prompt '1,x' has the word 'x'", "token ids separated by spaces"]),
+        ("generate . --prompt=", ["the prompt '' is empty", "at least one token id"]),
+        ("generate . --prompt 1 --temperature 0", ["temperature is 0.0", "above 0"]),
+        ("generate . --prompt 1 --top-k 0", ["top_k is 0", "at least 1"]),
         ("show mqar_mikro", ["did you mean 'mqar_micro'"]),
         ("train", ["usage: recallax train CONFIG", "mqar_micro"]),
         ("train ../../etc/passwd", ["no config '../../etc/passwd'"]),
@@ -129,6 +139,7 @@ for command in sys.argv[1:]:
 """
     commands = ["", "--help", "help", "--version", "list", "list --help", "nothing", "show --help", "train --help"]
     commands += ["train", "train nothing", "show nothing", "eval --help", "report --help", "eval"]
+    commands += ["generate --help", "generate"]
     command = [sys.executable, "-c", script, *commands]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
     assert done.returncode == 0, done.stderr
@@ -324,6 +335,51 @@ def test_eval_can_read_the_context_again(uninterrupted: Path, capsys: pytest.Cap
     assert accuracy("--repeat", "2") != once
     assert accuracy("--fill", "twice", "--prefix", "64") == accuracy("--repeat", "2")
     assert "--fill twice needs --prefix" in refuse(capsys, "eval", str(uninterrupted), "--fill", "twice")
+
+
+def test_generate_answers_the_runs_own_task(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the whole row gets at its first question, and what the oracle says there."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from recallax.train.generate import first_question, trained_model
+
+    before = sorted((p, p.stat().st_mtime_ns) for p in uninterrupted.rglob("*"))
+    assert main(["generate", str(uninterrupted), "--task", "4"]) == 0
+    header, *rows, summary = capsys.readouterr().out.splitlines()
+    assert header.split() == ["group", "tokens", "wanted", "answer"]
+    task, model = trained_model(uninterrupted)
+    call, right = jax.jit(lambda tokens, seq: model(tokens, seq)[0]), 0
+    for index, row in enumerate(rows):
+        batch = task.batch(0, "test", index, 32)
+        at = int(np.argmax(batch.weights[0] > 0))
+        logits = call(jnp.asarray(batch.tokens), batch.seq)
+        answer, wanted = int(logits[0, at].argmax()), int(task.solve(np.asarray(batch.tokens))[0, at])
+        group = task.groups[int(batch.group[0, at])]
+        verdict = "right" if answer == wanted else "wrong"
+        assert row.split() == [group, str(at + 1), str(wanted), str(answer), verdict]
+        right += answer == wanted
+        question = first_question(task, "test", index)
+        assert question.prefix == batch.seq.prefix[0].sum() and np.array_equal(question.wanted, [wanted])
+    assert summary == f"{right} of 4 right"
+    assert sorted((p, p.stat().st_mtime_ns) for p in uninterrupted.rglob("*")) == before
+
+
+def test_generate_goes_on_from_prompts(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def lines(*options: str) -> list[str]:
+        assert main(["generate", str(uninterrupted), *options]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    both = lines("--prompt", "5 40 7 33 5 40 7 33 5", "7", "--new", "3")
+    assert [len(line.split()) for line in both] == [3, 3]
+    assert lines("--context", "5 40 7 33", "--repeat", "2", "--prompt", "5", "--new", "3") == both[:1]
+    first = both[0].split()[0]
+    assert lines("--prompt", "5 40 7 33 5 40 7 33 5", "--new", "3", "--piece", "4", "--stop", first) == [first]
+    drawn = lines("--prompt", "5 40 7 33 5 40 7 33 5", "7", "--new", "3", "--temperature", "9", "--seed", "1")
+    assert drawn != both
+    wrong = refuse(capsys, "generate", str(uninterrupted), "--prompt", "5 64")
+    assert "prompt 0 has the token 64; ids of this model are 0 to 63" in wrong
 
 
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ from recallax.models.generation import NOTHING, Generator, Standing
 from recallax.models.prompts import PromptError, Prompts, padded, unpacked
 from recallax.models.sampling import Greedy, Sampled, Sampling, row_keys
 from recallax.pallas_kernels.neural_memory.learner import Learner, LinearNet
+from recallax.tasks import Copying, Rereading, StateTracking
+from recallax.train.generate import first_question
 from recallax.types import SeqInfo
 from tests.test_laws import close, short_chunks  # noqa: F401
 
@@ -302,6 +304,22 @@ def test_a_prompt_may_be_read_in_pieces(name, monkeypatch):
             generator.prefill(prompts(name), piece=5)
         causal = generator.prefill(prompts())
         assert jnp.abs(causal.logits - whole.logits).max() > 0.01  # the prefix counts
+
+
+# A task's questions
+
+
+def test_a_tasks_question_ends_where_its_answer_begins():
+    copying = first_question(Copying(test_lengths=(6,)), "test", 0)
+    assert copying.prompt[0] == 26 and copying.prompt[-1] == 27 and copying.prefix == 7
+    assert copying.wanted.tolist() == [*copying.prompt[1:-1], 28]
+    task = StateTracking(test_lengths=(9,))  # asks at every token, and its answers are not what follows
+    dense = first_question(task, "test", 0)
+    assert (len(dense.prompt), len(dense.wanted), dense.prefix) == (1, 1, 0)
+    filled = Rereading(fill="iterate", prefix=11)
+    reread = first_question(filled.task(Copying(test_lengths=(6,))), "test", 0)
+    assert reread.prompt[:11].tolist() == filled.context(copying.prompt[:7], Copying()).tolist() and reread.prefix == 11
+    same(reread.wanted, copying.wanted)
 
 
 # Sampling

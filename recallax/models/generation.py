@@ -79,6 +79,7 @@ class Generator:
                 raise ConfigError(f"stop has the token {token}; ids of this model are 0 to {self.vocab - 1}")
         self.max_len, self.sampling, self.stop = max_len, sampling or Greedy(), tuple(stop)
         readers = [module for _, module in nnx.iter_modules(model) if isinstance(module, PrefixMixer)]
+        self.reads_prefixes = bool(readers)
         self.max_prefix = min((r.max_prefix for r in readers if r.max_prefix is not None), default=max_len)
         self._graph, self._weights = nnx.split(model)
         self._init_state = model.init_state
@@ -90,8 +91,8 @@ class Generator:
         """Read one prompt per row, behind what `after` has read, which stays as it is.
 
         piece: read that many tokens at a time, so that the device holds a piece and a state and never the prompts;
-        None reads them at once. A prefix is read at once in any case, so it must fit the first piece. Rows that had
-        stopped go on. Raises PromptError.
+        None reads them at once. Where a layer reads prefixes in both directions, one must fit the first piece. Rows
+        that had stopped go on. Raises PromptError.
         """
         checked(prompts, self.vocab)
         if after is not None and len(after.position) != len(prompts.tokens):
@@ -251,7 +252,7 @@ class Generator:
             raise PromptError(
                 f"the prefix of prompt {row} is {size} tokens; this model reads at most {self.max_prefix} as a prefix"
             )
-        if piece is not None and size > piece:
+        if piece is not None and size > piece and self.reads_prefixes:
             raise PromptError(
                 f"the prefix of prompt {row} is {size} tokens, which must be read at once, and piece is {piece}: make "
                 f"it as long, or the prefix shorter"

@@ -13,7 +13,7 @@ from recallax.tasks.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from recallax.tasks.masked_prefix import MaskedPrefix
 from recallax.tasks.mqar import MQAR, ZOOLOGY_MIX, ZOOLOGY_TEST, Segment
 from recallax.tasks.overwrites import OverwriteRecall, Writes
-from recallax.tasks.reread import Filled, Repeated
+from recallax.tasks.reread import Filled, Repeated, Rereading
 from recallax.tasks.set_disjointness import SetDisjointness
 from recallax.tasks.state_tracking import StateTracking
 
@@ -34,6 +34,7 @@ __all__ = [
     "NoisyRecall",
     "OverwriteRecall",
     "Repeated",
+    "Rereading",
     "Segment",
     "SelectiveCopying",
     "SetDisjointness",

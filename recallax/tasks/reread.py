@@ -7,13 +7,13 @@ Source: Arora et al. 2024 (Just Read Twice, arXiv 2407.05483), sections 3 and 5.
 
 import abc
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Int
 
 from recallax.config import ConfigError, nearest
-from recallax.tasks.base import Split
+from recallax.tasks.base import Split, Task
 from recallax.tasks.transform import Transform
 from recallax.types import AnyArray, Batch, SeqInfo
 
@@ -112,6 +112,37 @@ class Filled(Reread):
     def _context(self, row: Int[np.ndarray, " T"]) -> int:
         # Where a context has filled the prefix many times, so have two of it, and three.
         return next((n for n in range(1, min(self.to, len(row))) if self._fits(row, n)), 0)
+
+
+class Rereading(NamedTuple):
+    """How contexts are reread where a model is used: filled first, and then repeated."""
+
+    repeat: int = 1
+    fill: Filling = "left_pad"
+    prefix: int | None = None
+    """Tokens of context that the model was trained with; needed to fill."""
+
+    def task(self, task: Task) -> Task:
+        """The task with its contexts so reread. Raises ConfigError where `fill` lacks `prefix`."""
+        if self.fill != "left_pad" and self.prefix is None:
+            raise ConfigError(f"--fill {self.fill} needs --prefix, the context tokens that the run was trained with")
+        filled = task if self.prefix is None else Filled(task=task, to=self.prefix, way=self.fill)
+        return filled if self.repeat == 1 else Repeated(task=filled, times=self.repeat)
+
+    def context(self, context: Int[np.ndarray, " N"], task: Task) -> Int[np.ndarray, " M"]:
+        """A context of the user's own, reread as that task's would be."""
+        reads, changed = [], self.task(task)
+        while changed is not task and isinstance(changed, Reread):
+            reads.append(changed.read)
+            changed = changed.task
+        for read in reversed(reads):
+            context = again(context, read(len(context)))
+        return context
+
+
+def again(context: Int[np.ndarray, " N"], count: int) -> Int[np.ndarray, " M"]:
+    """The last `count` tokens of a context's endless repetition, at least as many as it has."""
+    return context[(np.arange(count) - count) % max(len(context), 1)]
 
 
 def reread(batch: Batch, wanted: Int[np.ndarray, " B"]) -> Batch:

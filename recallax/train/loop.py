@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from recallax.config import ConfigError, fingerprint, from_json, to_json
 from recallax.models import accounting
 from recallax.tasks.base import Split, Task
-from recallax.train.checkpoint import Checkpoints
+from recallax.train.checkpoint import Checkpoints, Restored
 from recallax.train.log import RunLog, read_log
 from recallax.train.profile import Profile, peak_flops, step_flops
 from recallax.train.program import Program
@@ -117,13 +117,22 @@ def evaluate_run(
     """
     if batches is not None and batches < 1:
         raise ConfigError(f"batches is {batches}; it must be at least 1")
+    program, restored = restore_run(folder, change)
+    return {"step": float(restored.step), **program.evaluate(restored.state, split, batches)}
+
+
+def restore_run(folder: Path, change: Callable[[Task], Task] = lambda task: task) -> tuple[Program, Restored]:
+    """A run's newest checkpoint and what executes it; nothing in its folder is touched.
+
+    Raises RunFolderError, CheckpointError or ConfigError if there is none.
+    """
     config = from_json(read_config(folder), RunConfig)
     program = Program(replace(config, task=change(config.task)))
     with Checkpoints(folder / "checkpoints", keep=None) as checkpoints:
         restored = checkpoints.restore(program.abstract)
     if restored is None:
         raise RunFolderError(f"{folder} has no checkpoint yet; train it first")
-    return {"step": float(restored.step), **program.evaluate(restored.state, split, batches)}
+    return program, restored
 
 
 def _open(folder: Path, config: RunConfig, process: int) -> RunFolder:

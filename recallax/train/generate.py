@@ -1,0 +1,154 @@
+"""What a trained run writes: behind a user's token ids, or behind the rows of its own task up to their first question.
+
+A model of this project may answer at the question's own place, so what it writes first is compared with what the task
+wants there; where the row itself goes on with the answer (copying), with all of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Int
+
+from recallax.config import ConfigError
+from recallax.models.generation import Generator
+from recallax.models.lm import LM
+from recallax.models.prompts import PromptError, TokenIds, padded
+from recallax.models.sampling import Greedy, Sampling
+from recallax.tasks import Rereading
+from recallax.tasks.base import Split, Task
+from recallax.train.loop import restore_run
+from recallax.types import Batch
+
+NEW = 16
+"""Tokens behind a prompt, if nothing is said."""
+SAMPLE = 32
+"""Rows that show whether a task's rows go on with their answers."""
+TOGETHER = 8
+"""Questions to one context that are read together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How to write."""
+
+    new: int | None = None
+    """Tokens; None is `NEW`, or as many as a task's answer has."""
+    stop: tuple[int, ...] = ()
+    sampling: Sampling = Greedy()
+    seed: int = 0
+    piece: int | None = None
+    """Tokens of a prompt to read at a time; None is all."""
+
+
+class Question(NamedTuple):
+    """A row of a task up to its first question."""
+
+    prompt: Int[np.ndarray, " N"]
+    prefix: int
+    wanted: Int[np.ndarray, " M"]
+    group: str
+
+
+def continue_prompts(
+    run: Path, prompts: Sequence[str], context: str | None, reread: Rereading, writing: Writing
+) -> list[str]:
+    """What a run's newest checkpoint writes behind each prompt, as token ids; behind a context that is read once as
+    their prefix, if there is one. Raises what `restore_run` raises, ConfigError and PromptError."""
+    asked = [token_ids(prompt, "prompt") for prompt in prompts]
+    ahead = None if context is None else token_ids(context, "context")
+    if ahead is None and reread != Rereading():
+        raise ConfigError("--repeat, --fill and --prefix are about a context; give --context, and ask with --prompt")
+    task, model = trained_model(run)
+    new = NEW if writing.new is None else writing.new
+    longest = max(map(len, asked))
+    if ahead is None:
+        generator = _generator(model, longest + new, writing)
+        begun = generator.prefill(padded(asked), piece=writing.piece)
+        found = generator.generate(begun, new, seed=writing.seed).rows()
+    else:
+        ahead = reread.context(ahead, task)
+        generator = _generator(model, len(ahead) + longest + new, writing)
+        begun = generator.prefill(padded([ahead], prefix=len(ahead)), piece=writing.piece)
+        found = generator.answer(begun, asked, new, batch=min(len(asked), TOGETHER), seed=writing.seed)
+    return [_shown(row) for row in found]
+
+
+def answer_task(run: Path, split: Split, count: int, reread: Rereading, writing: Writing) -> list[str]:
+    """A table of questions of the run's task, what was wanted, and what its newest checkpoint writes.
+
+    Raises what `restore_run` raises, ConfigError and PromptError."""
+    if count < 1:
+        raise ConfigError(f"--task is {count}; it must be at least 1 row")
+    task, model = trained_model(run)
+    task = reread.task(task)
+    questions = [first_question(task, split, index) for index in range(count)]
+    new = max(len(question.wanted) for question in questions) if writing.new is None else writing.new
+    generator = _generator(model, max(len(question.prompt) for question in questions) + new, writing)
+    prompts = padded([q.prompt for q in questions], prefix=[q.prefix for q in questions])
+    found = generator.generate(generator.prefill(prompts, piece=writing.piece), new, seed=writing.seed).rows()
+    lines, right = [("group", "tokens", "wanted", "answer", "")], 0
+    for question, row in zip(questions, found, strict=True):
+        good = np.array_equal(row[: len(question.wanted)], question.wanted)
+        right += good
+        shown = (question.group, str(len(question.prompt)), _shown(question.wanted), _shown(row))
+        lines.append((*shown, "right" if good else "wrong"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return [*table, f"{right} of {count} right"]
+
+
+def first_question(task: Task, split: Split, index: int, seed: int = 0) -> Question:
+    """The first row of that batch up to the first place that carries weight, and the answer there. It has more than
+    one token where all of the batch's rows go on with what was wanted."""
+    batch = task.batch(seed, split, index, SAMPLE)
+    weighted = np.asarray(batch.weights) > 0
+    at = weighted.argmax(axis=1)
+    if not weighted.any(axis=1).all():
+        raise PromptError(f"batch {index} of {split} has rows without a question; take another task")
+    tokens, here = np.asarray(batch.tokens)[0], int(at[0])
+    first = here - int(np.asarray(batch.seq.positions)[0, here])
+    prefix = int(np.asarray(batch.seq.prefix)[0, first : here + 1].sum())
+    wanted = np.asarray(batch.targets)[0, here : here + _answer_length(batch, at)]
+    group = task.groups[int(np.asarray(batch.group)[0, here])]
+    return Question(tokens[first : here + 1], prefix, wanted, group)
+
+
+def trained_model(run: Path) -> tuple[Task, LM]:
+    """A run's task, and its model with the weights of its newest checkpoint."""
+    program, restored = restore_run(run)
+    model = nnx.merge(program.graph, restored.state.params, restored.state.statistics)
+    return program.config.task, model
+
+
+def token_ids(text: str, what: str) -> Int[np.ndarray, " N"]:
+    """Ids separated by spaces. Raises PromptError naming the word that is none."""
+    words = text.replace(",", " ").split()
+    for word in words:
+        if not (word.isascii() and word.isdigit() and len(word) < 10):
+            raise PromptError(f"the {what} {text!r} has the word {word!r}; it must be token ids separated by spaces")
+    if not words:
+        raise PromptError(f"the {what} {text!r} is empty; give at least one token id")
+    return np.array([int(word) for word in words], np.int32)
+
+
+def _generator(model: LM, max_len: int, writing: Writing) -> Generator:
+    return Generator(model, max_len=max(max_len, 2), sampling=writing.sampling, stop=writing.stop)
+
+
+def _answer_length(batch: Batch, at: Int[np.ndarray, " B"]) -> int:
+    tokens, targets, weights = (np.asarray(x) for x in (batch.tokens, batch.targets, batch.weights))
+    row, length = np.arange(len(at)), 1
+    while (after := at + length).max() < tokens.shape[1]:
+        goes_on = (weights[row, after] > 0) & (tokens[row, after] == targets[row, after - 1])
+        if not goes_on.all():
+            break
+        length += 1
+    return length
+
+
+def _shown(ids: TokenIds) -> str:
+    return " ".join(map(str, ids))
