@@ -2,8 +2,8 @@
 
 And does it help to read twice, at the same state? Sets of 4 and 16 out of 60 ids, both orders in training. BASED with
 d' = 2 and 4, and with d' = 2 also on rows that repeat the sets (JRT-Prompt) and with prefix linear attention over them
-(JRT-RNN); as control, d' = 8 with every token seeing the whole row. Stages: three learning rates with one seed, then the
-best on valid with two others.
+(JRT-RNN); as control, d' = 8 with every token seeing the whole row. Stages: three learning rates with one seed, then
+the best on valid with two others.
 """
 
 from experiments.cell import Stage, rates_then_seeds
