@@ -24,6 +24,7 @@ from recallax.layers.mom import MoM
 from recallax.layers.neural_memory import NeuralMemory
 from recallax.layers.nothing import Nothing
 from recallax.layers.prefix import Prefix
+from recallax.layers.product_keys import ProductKeys
 from recallax.layers.relu_squared import ReLUSquared
 from recallax.layers.retnet import RetNet
 from recallax.layers.rg_lru import RGLRU
@@ -60,6 +61,7 @@ __all__ = [
     "NeuralMemory",
     "Nothing",
     "Prefix",
+    "ProductKeys",
     "ReLUSquared",
     "RecurrentMixer",
     "RetNet",
