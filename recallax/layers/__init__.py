@@ -6,6 +6,7 @@ from recallax.layers.base_conv import BaseConv
 from recallax.layers.based import Based
 from recallax.layers.chunk_experts import ChunkExperts
 from recallax.layers.delta_net import DeltaNet
+from recallax.layers.diagonal_ssm import DiagonalSSM
 from recallax.layers.gated_conv import GatedConv
 from recallax.layers.gated_delta_net import GatedDeltaNet
 from recallax.layers.gated_delta_product import GatedDeltaProduct
@@ -23,6 +24,7 @@ from recallax.layers.memory_as_gate import MemoryAsGate
 from recallax.layers.mom import MoM
 from recallax.layers.neural_memory import NeuralMemory
 from recallax.layers.nothing import Nothing
+from recallax.layers.parallel import Parallel
 from recallax.layers.prefix import Prefix
 from recallax.layers.product_keys import ProductKeys
 from recallax.layers.relu_squared import ReLUSquared
@@ -32,6 +34,7 @@ from recallax.layers.selection import AskedTokens, KeyScore, TokenScore
 from recallax.layers.sliding_window import SlidingWindow
 from recallax.layers.sparse_global_attention import SparseGlobalAttention
 from recallax.layers.swiglu import SwiGLU
+from recallax.layers.workspace import Workspace
 
 __all__ = [
     "GLA",
@@ -44,6 +47,7 @@ __all__ = [
     "Based",
     "ChunkExperts",
     "DeltaNet",
+    "DiagonalSSM",
     "GatedConv",
     "GatedDeltaNet",
     "GatedDeltaProduct",
@@ -60,6 +64,7 @@ __all__ = [
     "MoM",
     "NeuralMemory",
     "Nothing",
+    "Parallel",
     "Prefix",
     "ProductKeys",
     "ReLUSquared",
@@ -71,4 +76,5 @@ __all__ = [
     "SparseGlobalAttention",
     "SwiGLU",
     "TokenScore",
+    "Workspace",
 ]
