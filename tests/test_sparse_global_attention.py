@@ -104,13 +104,13 @@ def build(config, seed: int = 0):
 
 def test_a_heap_of_constant_size_gives_what_every_token_gives():
     heap, every = build(BASE), build(replace(BASE, cache="every token"))
-    x, cut = jax.random.normal(jax.random.key(0), (2, 60, 16)), 37
-    seq = jax.tree.map(jnp.asarray, whole_rows(2, 60))
+    x, cut = jax.random.normal(jax.random.key(0), (8, 60, 16)), 37
+    seq = jax.tree.map(jnp.asarray, whole_rows(8, 60))
     first, later = (jax.tree.map(lambda a, p=p: a[:, p], seq) for p in (slice(0, cut), slice(cut, None)))
     outputs, sizes = [], []
     for mixer in (heap, every):
         prefill = jax.jit(lambda x, seq, state, mixer=mixer: mixer.prefill(x, seq, state)[:2])
-        _, state = prefill(x[:, :cut], first, mixer.init_state(2, 60))
+        _, state = prefill(x[:, :cut], first, mixer.init_state(8, 60))
         outputs.append(prefill(x[:, cut:], later, state)[0])
         sizes.append([sum(leaf.nbytes for leaf in jax.tree.leaves(mixer.init_state(1, n))) for n in (60, 600)])
     np.testing.assert_array_equal(*outputs)
