@@ -15,6 +15,8 @@ from flax import nnx
 
 from recallax.__main__ import config_names
 from recallax.layers import (
+    AskedTokens,
+    KeyScore,
     Landmark,
     MemoryAsContext,
     MemoryAsGate,
@@ -24,6 +26,7 @@ from recallax.layers import (
     Nothing,
     RecurrentMixer,
     Site,
+    SparseGlobalAttention,
 )
 from recallax.layers.memory import MemoryConfig
 from recallax.models import LM, LMConfig, accounting
@@ -44,6 +47,7 @@ BF16_TOLERANCE = 0.04
 """Of bfloat16 against float32, relative to the largest output: a few units of its 8-bit mantissa."""
 ROUTED_TOLERANCE = 0.15
 """The same for mixers that choose: where two memories are nearly equal, rounding chooses the other one."""
+CHOOSE = (MoM, SparseGlobalAttention)
 LEARNS = {NeuralMemory: 0.05, MemoryAsGate: 0.05, MemoryAsContext: 0.02}
 """Mixers that learn while they read, and sizes of their weights: at 0.4, rounding of the inputs alone, with float32
 inside, moves single tokens by a third."""
@@ -80,6 +84,16 @@ def reading_few() -> list[Landmark]:
     ]
 
 
+def parts_of_hydra() -> list[MixerConfig]:
+    """Parts that configs hold inside others, and their other choices."""
+    sparse = SparseGlobalAttention(window=3, chosen=2, block=2, heads=2, kv_heads=1, head_dim=6)
+    return [
+        dataclasses.replace(sparse, cache="every token"),
+        dataclasses.replace(sparse, cache="every token", selector=AskedTokens(width=3)),
+        dataclasses.replace(sparse, selector=KeyScore(hidden=5, sampled=4)),
+    ]
+
+
 def reads_few(config: MixerConfig) -> bool:
     """Its call is the training form over all blocks, another function: the laws then take its prefill as the call."""
     return isinstance(config, Landmark) and (config.top_k or LENGTH) * (config.landmark_every + 1) < LENGTH - 1
@@ -92,7 +106,10 @@ def together(config: MixerConfig, *marks: pytest.MarkDecorator):
 
 each_mixer = pytest.mark.parametrize(
     "config",
-    [*map(together, mixers()), *(together(m, pytest.mark.full) for m in (*over_every_memory(), *reading_few()))],
+    [
+        *map(together, mixers()),
+        *(together(m, pytest.mark.full) for m in (*over_every_memory(), *reading_few(), *parts_of_hydra())),
+    ],
     ids=label,
 )
 each_model = pytest.mark.parametrize("name", {repr(model): name for name, model in tiny_models().items()}.values())
@@ -364,7 +381,7 @@ def test_bfloat16_stays_near_float32_also_after_hundreds_of_steps(config):
     for part_of in (slice(0, 200), slice(280, length)):
         for other in (low, walked):
             error = np.abs(np.asarray(other, np.float32) - np.asarray(y))[:, part_of].max()
-            allowed = ROUTED_TOLERANCE if isinstance(config, MoM) else BF16_TOLERANCE
+            allowed = ROUTED_TOLERANCE if isinstance(config, CHOOSE) else BF16_TOLERANCE
             assert error <= allowed * size, (part_of, error / size)
 
 

@@ -25,7 +25,9 @@ from recallax.layers.nothing import Nothing
 from recallax.layers.relu_squared import ReLUSquared
 from recallax.layers.retnet import RetNet
 from recallax.layers.rg_lru import RGLRU
+from recallax.layers.selection import AskedTokens, KeyScore, TokenScore
 from recallax.layers.sliding_window import SlidingWindow
+from recallax.layers.sparse_global_attention import SparseGlobalAttention
 from recallax.layers.swiglu import SwiGLU
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "HGRN2",
     "KDA",
     "RGLRU",
+    "AskedTokens",
     "Attention",
     "BaseConv",
     "Based",
@@ -41,6 +44,7 @@ __all__ = [
     "GatedDeltaNet",
     "GatedDeltaProduct",
     "Identity",
+    "KeyScore",
     "Landmark",
     "LinearAttention",
     "Mamba",
@@ -58,5 +62,7 @@ __all__ = [
     "SequenceMixer",
     "Site",
     "SlidingWindow",
+    "SparseGlobalAttention",
     "SwiGLU",
+    "TokenScore",
 ]

@@ -1,0 +1,21 @@
+"""How much of MQAR's standard mixture does attention over a short window and a few chosen tokens recall?
+
+Width 64, behind a short convolution; a window of 16 tokens and 32 chosen ones (Hydra, arXiv 2508.15099, has 256 and
+512). Expected: no published number. Cost: minutes on one H100.
+
+    recallax train mqar_hydra
+"""
+
+from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.layers import SparseGlobalAttention
+from recallax.models.zoology import zoology
+from recallax.train.run import RunConfig
+
+
+def get_config() -> RunConfig:
+    return standard(zoology(SparseGlobalAttention(window=16, chosen=32, block=16), 64))
+
+
+def get_tiny() -> RunConfig:
+    mixer = SparseGlobalAttention(window=3, chosen=2, block=2, heads=2, kv_heads=1, head_dim=6)
+    return standard_tiny(zoology(mixer, 16))
