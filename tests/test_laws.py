@@ -16,6 +16,7 @@ from flax import nnx
 from recallax.__main__ import config_names
 from recallax.layers import (
     AskedTokens,
+    ChunkExperts,
     KeyScore,
     Landmark,
     MemoryAsContext,
@@ -47,7 +48,7 @@ BF16_TOLERANCE = 0.04
 """Of bfloat16 against float32, relative to the largest output: a few units of its 8-bit mantissa."""
 ROUTED_TOLERANCE = 0.15
 """The same for mixers that choose: where two memories are nearly equal, rounding chooses the other one."""
-CHOOSE = (MoM, SparseGlobalAttention)
+CHOOSE = (MoM, SparseGlobalAttention, ChunkExperts)
 LEARNS = {NeuralMemory: 0.05, MemoryAsGate: 0.05, MemoryAsContext: 0.02}
 """Mixers that learn while they read, and sizes of their weights: at 0.4, rounding of the inputs alone, with float32
 inside, moves single tokens by a third."""
@@ -87,7 +88,10 @@ def reading_few() -> list[Landmark]:
 def parts_of_hydra() -> list[MixerConfig]:
     """Parts that configs hold inside others, and their other choices."""
     sparse = SparseGlobalAttention(window=3, chosen=2, block=2, heads=2, kv_heads=1, head_dim=6)
+    experts = ChunkExperts(experts=3, top_k=2, inner=5, chunk=3)
     return [
+        dataclasses.replace(experts, route="previous chunk"),
+        dataclasses.replace(experts, route="token", bias_rate=1e-3),
         dataclasses.replace(sparse, cache="every token"),
         dataclasses.replace(sparse, cache="every token", selector=AskedTokens(width=3)),
         dataclasses.replace(sparse, selector=KeyScore(hidden=5, sampled=4)),

@@ -21,7 +21,7 @@ BLOCK, WINDOW, CHOSEN, LENGTH, SEEN = 4, 6, 5, 41, 11
 SIZES: dict[str, Any] = {"window": WINDOW, "chosen": CHOSEN, "block": BLOCK}
 
 
-def drawn(seed: int, rows: int, length: int, offers: int = 1) -> dict[str, jax.Array]:
+def drawn(seed: int, rows: int, length: int, offers: int = 1) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(seed), 5)
     shapes = {"q": (4, 8), "k": (2, 8), "v": (2, 6), "offer": (offers,), "ask": (offers,)}
     return {
@@ -46,7 +46,7 @@ def held_tokens(offers: int, asks: bool):
     ask = before.pop("ask") if asks else None
     before.pop("ask", None)
     empty = empty_tokens(2, SEEN + LENGTH, 2, 8, 6, offers, asks, jnp.float32)
-    at = {"positions": jnp.asarray(where.positions), "segments": jnp.asarray(where.segments)}
+    at: dict[str, Any] = {"positions": jnp.asarray(where.positions), "segments": jnp.asarray(where.segments)}
     return sparse_global_attention(**before, ask=ask, **SIZES, **at, state=empty)[1]
 
 
@@ -80,7 +80,7 @@ def test_the_choice_is_that_of_a_loop():
     inputs.pop("ask")
     values = jnp.broadcast_to(jnp.eye(LENGTH)[None, :, None], (1, LENGTH, 2, LENGTH))
     seq = whole_rows(1, LENGTH)
-    at = {"positions": jnp.asarray(seq.positions), "segments": jnp.asarray(seq.segments)}
+    at: dict[str, Any] = {"positions": jnp.asarray(seq.positions), "segments": jnp.asarray(seq.segments)}
     weights = jax.jit(lambda inputs: sparse_global_attention(**inputs, **SIZES, **at)[0])(inputs | {"v": values})
     offer = np.asarray(inputs["offer"])[0, :, 0]
     for t in range(LENGTH):

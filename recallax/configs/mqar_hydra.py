@@ -6,16 +6,25 @@ Width 64, behind a short convolution; a window of 16 tokens and 32 chosen ones (
     recallax train mqar_hydra
 """
 
+from dataclasses import replace
+
 from recallax.configs.mqar_based import standard, standard_tiny
-from recallax.layers import SparseGlobalAttention
+from recallax.layers import ChunkExperts, Nothing, SparseGlobalAttention
+from recallax.models import Block, LMConfig
 from recallax.models.zoology import zoology
 from recallax.train.run import RunConfig
 
 
+def with_experts(model: LMConfig, experts: ChunkExperts) -> LMConfig:
+    blocks = model.blocks | {"experts": Block(mixer=experts, channel=Nothing())}
+    return replace(model, pattern="conv mixer experts", blocks=blocks)
+
+
 def get_config() -> RunConfig:
-    return standard(zoology(SparseGlobalAttention(window=16, chosen=32, block=16), 64))
+    attention = SparseGlobalAttention(window=16, chosen=32, block=16)
+    return standard(with_experts(zoology(attention, 64), ChunkExperts(experts=4, inner=64, chunk=16)))
 
 
 def get_tiny() -> RunConfig:
     mixer = SparseGlobalAttention(window=3, chosen=2, block=2, heads=2, kv_heads=1, head_dim=6)
-    return standard_tiny(zoology(mixer, 16))
+    return standard_tiny(with_experts(zoology(mixer, 16), ChunkExperts(experts=3, top_k=2, inner=5, chunk=3)))

@@ -4,6 +4,7 @@ from recallax.layers.attention import Attention
 from recallax.layers.base import MixerConfig, RecurrentMixer, SequenceMixer, Site
 from recallax.layers.base_conv import BaseConv
 from recallax.layers.based import Based
+from recallax.layers.chunk_experts import ChunkExperts
 from recallax.layers.delta_net import DeltaNet
 from recallax.layers.gated_conv import GatedConv
 from recallax.layers.gated_delta_net import GatedDeltaNet
@@ -39,6 +40,7 @@ __all__ = [
     "Attention",
     "BaseConv",
     "Based",
+    "ChunkExperts",
     "DeltaNet",
     "GatedConv",
     "GatedDeltaNet",

@@ -107,21 +107,23 @@ def empty_tokens(
     batch: int, slots: int, groups: int, keys: int, values: int, offers: int, asks: bool, dtype
 ) -> EveryToken:
     """Nothing held yet, with a slot for each of `slots` tokens."""
-    offer = jnp.zeros((batch, slots, offers), jnp.float32)
     asked = jnp.zeros((batch, offers), jnp.float32) if asks else None
-    return EveryToken(*(jnp.zeros((batch, slots, groups, n), dtype) for n in (keys, values)), offer, asked)
+    return EveryToken(*_slots(batch, slots, groups, keys, values, offers, dtype), asked)
 
 
 def empty_heap(
     batch: int, window: int, chosen: int, groups: int, keys: int, values: int, offers: int, dtype
 ) -> GlobalHeap:
     """Nothing held yet."""
+    recent, best = (_slots(batch, n, groups, keys, values, offers, dtype) for n in (window, chosen))
+    return GlobalHeap(*recent, *best, jnp.zeros((batch, chosen), jnp.int32))
 
-    def slots(count: int) -> tuple[Array, Array, Array]:
-        k, v = (jnp.zeros((batch, count, groups, n), dtype) for n in (keys, values))
-        return k, v, jnp.zeros((batch, count, offers), jnp.float32)
 
-    return GlobalHeap(*slots(window), *slots(chosen), jnp.zeros((batch, chosen), jnp.int32))
+def _slots(
+    batch: int, count: int, groups: int, keys: int, values: int, offers: int, dtype
+) -> tuple[Float[Array, "B N G K"], Float[Array, "B N G V"], Float[Array, "B N R"]]:
+    k, v = (jnp.zeros((batch, count, groups, n), dtype) for n in (keys, values))
+    return k, v, jnp.zeros((batch, count, offers), jnp.float32)
 
 
 def _blocks(

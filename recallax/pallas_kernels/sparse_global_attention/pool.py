@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -75,8 +76,10 @@ def pooled(held: Held | None, k: Array, v: Array, offer: Array, positions: Int[A
         older = (position >= 0) & (position < recent[:, :1])  # what the window still holds is not listed twice
         parts.insert(0, _past(held.chosen_k, held.chosen_v, held.chosen_offer, position, older))
     columns = zip(*parts, new[:5], strict=True)
-    joined = (jnp.concatenate([*(x.astype(y.dtype) for x in old), y], axis=1) for *old, y in columns)
-    return Pool(*joined, sum(part[0].shape[1] for part in parts))
+    k, v, offer, position, document = (
+        jnp.concatenate([*(x.astype(y.dtype) for x in old), y], axis=1) for *old, y in columns
+    )
+    return Pool(k, v, offer, position, document, sum(part[0].shape[1] for part in parts))
 
 
 def _past(k: Array, v: Array, offer: Array, position: Array, valid: Bool[Array, "B N"]) -> tuple[Array, ...]:
@@ -113,12 +116,10 @@ def latest(pool: Pool, held: Held, docs: Documents, blocks: Blocks, chosen: tupl
         after = GlobalHeap(*recent, *_taken(pool, index, mask), number)
     empty = last < 0
 
-    def keep(old: Array | None, new: Array | None) -> Array | None:
-        if old is None or new is None:
-            return None
+    def keep(old: Array, new: Array) -> Array:
         return jnp.where(empty.reshape(-1, *[1] * (old.ndim - 1)), old, new.astype(old.dtype))
 
-    return type(held)(*(keep(old, new) for old, new in zip(held, after, strict=True)))
+    return jax.tree.map(keep, held, after)
 
 
 def _taken(pool: Pool, index: Int[Array, "B N"], mask: Bool[Array, "B N"]) -> tuple[Array, Array, Array]:
