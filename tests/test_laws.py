@@ -25,6 +25,7 @@ from recallax.layers import (
     MoM,
     NeuralMemory,
     Nothing,
+    ProductKeys,
     RecurrentMixer,
     Site,
     SparseGlobalAttention,
@@ -48,7 +49,7 @@ BF16_TOLERANCE = 0.04
 """Of bfloat16 against float32, relative to the largest output: a few units of its 8-bit mantissa."""
 ROUTED_TOLERANCE = 0.15
 """The same for mixers that choose: where two memories are nearly equal, rounding chooses the other one."""
-CHOOSE = (MoM, SparseGlobalAttention, ChunkExperts)
+CHOOSE = (MoM, SparseGlobalAttention, ChunkExperts, ProductKeys)
 LEARNS = {NeuralMemory: 0.05, MemoryAsGate: 0.05, MemoryAsContext: 0.02}
 """Mixers that learn while they read, and sizes of their weights: at 0.4, rounding of the inputs alone, with float32
 inside, moves single tokens by a third."""

@@ -23,6 +23,7 @@ from recallax.layers.memory_as_gate import MemoryAsGate
 from recallax.layers.mom import MoM
 from recallax.layers.neural_memory import NeuralMemory
 from recallax.layers.nothing import Nothing
+from recallax.layers.product_keys import ProductKeys
 from recallax.layers.relu_squared import ReLUSquared
 from recallax.layers.retnet import RetNet
 from recallax.layers.rg_lru import RGLRU
@@ -58,6 +59,7 @@ __all__ = [
     "MoM",
     "NeuralMemory",
     "Nothing",
+    "ProductKeys",
     "ReLUSquared",
     "RecurrentMixer",
     "RetNet",
