@@ -17,6 +17,7 @@ from recallax.__main__ import config_names
 from recallax.layers import (
     AskedTokens,
     ChunkExperts,
+    DiagonalSSM,
     KeyScore,
     Landmark,
     MemoryAsContext,
@@ -25,6 +26,7 @@ from recallax.layers import (
     MoM,
     NeuralMemory,
     Nothing,
+    Parallel,
     ProductKeys,
     RecurrentMixer,
     Site,
@@ -49,7 +51,7 @@ BF16_TOLERANCE = 0.04
 """Of bfloat16 against float32, relative to the largest output: a few units of its 8-bit mantissa."""
 ROUTED_TOLERANCE = 0.15
 """The same for mixers that choose: where two memories are nearly equal, rounding chooses the other one."""
-CHOOSE = (MoM, SparseGlobalAttention, ChunkExperts, ProductKeys)
+CHOOSE = (MoM, SparseGlobalAttention, ChunkExperts, ProductKeys, Parallel)
 LEARNS = {NeuralMemory: 0.05, MemoryAsGate: 0.05, MemoryAsContext: 0.02}
 """Mixers that learn while they read, and sizes of their weights: at 0.4, rounding of the inputs alone, with float32
 inside, moves single tokens by a third."""
@@ -91,6 +93,7 @@ def parts_of_hydra() -> list[MixerConfig]:
     sparse = SparseGlobalAttention(window=3, chosen=2, block=2, heads=2, kv_heads=1, head_dim=6)
     experts = ChunkExperts(experts=3, top_k=2, inner=5, chunk=3)
     return [
+        Parallel(ssm=DiagonalSSM(longest=8.0), attention=sparse, experts=experts),
         dataclasses.replace(experts, route="previous chunk"),
         dataclasses.replace(experts, route="token", bias_rate=1e-3),
         dataclasses.replace(sparse, cache="every token"),
@@ -438,8 +441,13 @@ def test_reported_bytes_are_the_bytes_of_a_real_state(name):
 
 def test_every_family_of_configs_is_met():
     """The laws find mixers through the configs: a mixer that no config holds would be missed."""
-    met = {type(config) for config in mixers()}
+    met = {type(part) for config in mixers() for part in (config, *_inside(config))}
     assert met >= set(_leaves(MixerConfig))
+
+
+def _inside(config: MixerConfig) -> list[MixerConfig]:
+    values = [getattr(config, f.name) for f in dataclasses.fields(config)]  # type: ignore[arg-type]
+    return [part for value in values if isinstance(value, MixerConfig) for part in (value, *_inside(value))]
 
 
 def _leaves(cls: type) -> list[type]:

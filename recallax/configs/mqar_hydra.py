@@ -1,39 +1,71 @@
-"""How much of MQAR's standard mixture does attention over a short window and a few chosen tokens recall?
+"""How much of MQAR's standard mixture does each part of Hydra recall, alone beside its state-space model and together?
 
-Width 64, behind a short convolution; a window of 16 tokens and 32 chosen ones (Hydra, arXiv 2508.15099, has 256 and
-512). Expected: no published number. Cost: minutes on one H100.
+Width 64; a window of 16 tokens and 32 chosen ones, 4 experts by chunks of 16, a workspace of 16 slots, 1,024 slots of
+facts (Hydra, arXiv 2508.15099, at the size of MQAR). Expected: no published number; the state-space model has 64
+states, so what is recalled is what attention and the workspace add. Cost: minutes on one H100.
 
     recallax train mqar_hydra
+    recallax train mqar_hydra --model.pattern "ssm*4"                   the state-space model alone; with it:
+    recallax train mqar_hydra --model.pattern "(ssm attention)*2"       or (ssm experts)*2, (ssm*2 workspace)*2
+    recallax train mqar_hydra --model.pattern "(delta attention)*2"     another recurrence in its place
+    recallax train mqar_hydra --model.pattern "(ssm asked)*2"           blocks ask for tokens; or keys, landmark
 """
 
 from dataclasses import replace
 
 from recallax.configs.mqar_based import standard, standard_tiny
-from recallax.layers import ChunkExperts, Nothing, ProductKeys, SparseGlobalAttention
+from recallax.layers import (
+    AskedTokens,
+    ChunkExperts,
+    DiagonalSSM,
+    GatedDeltaNet,
+    KeyScore,
+    Landmark,
+    Nothing,
+    Parallel,
+    ProductKeys,
+    SparseGlobalAttention,
+    Workspace,
+)
 from recallax.models import Block, LMConfig
-from recallax.models.zoology import zoology
+from recallax.models.hydra import ABLATIONS, hydra_blocks
 from recallax.train.run import RunConfig
 
+EXPERTS = ChunkExperts(experts=4, inner=64, chunk=16)
 
-def with_experts(model: LMConfig, experts: ChunkExperts, facts: ProductKeys) -> LMConfig:
-    parts = {"experts": experts, "facts": facts}
-    blocks = model.blocks | {name: Block(mixer=part, channel=Nothing()) for name, part in parts.items()}
-    return replace(model, pattern="conv mixer experts facts", blocks=blocks)
+
+def with_other_choices(
+    blocks: dict[str, Block], ssm: DiagonalSSM, attention: SparseGlobalAttention
+) -> dict[str, Block]:
+    """The blocks, with other selectors, routes and recurrences."""
+    others = {
+        "asked": Parallel(ssm=ssm, attention=replace(attention, selector=AskedTokens(), cache="every token")),
+        "keys": Parallel(ssm=ssm, attention=replace(attention, selector=KeyScore())),
+        "landmark": Parallel(ssm=ssm, attention=Landmark(landmark_every=15, top_k=2)),
+        "by_previous": Parallel(ssm=ssm, experts=replace(EXPERTS, route="previous chunk")),
+        "by_token": Parallel(ssm=ssm, experts=replace(EXPERTS, route="token")),
+        "delta": Parallel(ssm=GatedDeltaNet(heads=1)),
+    }
+    return blocks | {name: Block(mixer=mixer, channel=Nothing()) for name, mixer in others.items()}
 
 
 def get_config() -> RunConfig:
-    attention = SparseGlobalAttention(window=16, chosen=32, block=16)
-    return standard(
-        with_experts(
-            zoology(attention, 64),
-            ChunkExperts(experts=4, inner=64, chunk=16),
-            ProductKeys(sub_keys=32, key_dim=32, value_dim=64),
-        )
-    )
+    ssm, attention = DiagonalSSM(longest=256.0), SparseGlobalAttention(window=16, chosen=32, block=16)
+    workspace = Workspace(slots=16, rank=64, chunk=16)
+    facts = ProductKeys(sub_keys=32, heads=2, key_dim=32, value_dim=64, top_k=8)
+    blocks = with_other_choices(hydra_blocks(ssm, attention, EXPERTS, workspace, facts), ssm, attention)
+    return standard(LMConfig(d_model=64, pattern=ABLATIONS["all"], blocks=blocks))
 
 
 def get_tiny() -> RunConfig:
-    mixer = SparseGlobalAttention(window=3, chosen=2, block=2, heads=2, kv_heads=1, head_dim=6)
-    experts = ChunkExperts(experts=3, top_k=2, inner=5, chunk=3)
-    facts = ProductKeys(sub_keys=4, heads=2, key_dim=6, value_dim=5, top_k=3)
-    return standard_tiny(with_experts(zoology(mixer, 16), experts, facts))
+    """Every part once; that they also stand beside one another is among the laws' wide sweeps."""
+    ssm, experts = DiagonalSSM(longest=8.0), ChunkExperts(experts=3, top_k=2, inner=5, chunk=3)
+    sparse = SparseGlobalAttention(window=3, chosen=2, block=2, heads=2, kv_heads=1, head_dim=6)
+    mixers = {
+        "experts": Parallel(ssm=ssm, experts=experts),
+        "attention": Parallel(attention=sparse),
+        "workspace": Workspace(slots=3, rank=6, chunk=4),
+        "facts": ProductKeys(sub_keys=4, heads=2, key_dim=6, value_dim=5, top_k=3),
+    }
+    blocks = {name: Block(mixer=mixer, channel=Nothing()) for name, mixer in mixers.items()}
+    return standard_tiny(LMConfig(d_model=16, pattern="experts attention workspace facts", blocks=blocks))

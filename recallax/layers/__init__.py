@@ -6,6 +6,7 @@ from recallax.layers.base_conv import BaseConv
 from recallax.layers.based import Based
 from recallax.layers.chunk_experts import ChunkExperts
 from recallax.layers.delta_net import DeltaNet
+from recallax.layers.diagonal_ssm import DiagonalSSM
 from recallax.layers.gated_conv import GatedConv
 from recallax.layers.gated_delta_net import GatedDeltaNet
 from recallax.layers.gated_delta_product import GatedDeltaProduct
@@ -23,6 +24,7 @@ from recallax.layers.memory_as_gate import MemoryAsGate
 from recallax.layers.mom import MoM
 from recallax.layers.neural_memory import NeuralMemory
 from recallax.layers.nothing import Nothing
+from recallax.layers.parallel import Parallel
 from recallax.layers.product_keys import ProductKeys
 from recallax.layers.relu_squared import ReLUSquared
 from recallax.layers.retnet import RetNet
@@ -31,6 +33,7 @@ from recallax.layers.selection import AskedTokens, KeyScore, TokenScore
 from recallax.layers.sliding_window import SlidingWindow
 from recallax.layers.sparse_global_attention import SparseGlobalAttention
 from recallax.layers.swiglu import SwiGLU
+from recallax.layers.workspace import Workspace
 
 __all__ = [
     "GLA",
@@ -43,6 +46,7 @@ __all__ = [
     "Based",
     "ChunkExperts",
     "DeltaNet",
+    "DiagonalSSM",
     "GatedConv",
     "GatedDeltaNet",
     "GatedDeltaProduct",
@@ -59,6 +63,7 @@ __all__ = [
     "MoM",
     "NeuralMemory",
     "Nothing",
+    "Parallel",
     "ProductKeys",
     "ReLUSquared",
     "RecurrentMixer",
@@ -69,4 +74,5 @@ __all__ = [
     "SparseGlobalAttention",
     "SwiGLU",
     "TokenScore",
+    "Workspace",
 ]

@@ -110,9 +110,11 @@ class ChunkExpertsMixer(RecurrentMixer):
         self.router = parameter(drawn(0.02, d_model, self.experts), ("embed", None))
         start = jnp.zeros(self.experts, precision.param)
         self.start = parameter(start, (None,), decay=False) if config.route == "previous chunk" else None
-        self.up = parameter(drawn(0.02, self.experts, d_model, 2 * config.inner), (None, "embed", "mlp"))
+        up = drawn(0.02, self.experts, d_model, 2 * config.inner)
         out = drawn(1.0, self.experts, config.inner, d_model) * residual_std(site.depth)
-        self.out = parameter(out, (None, "mlp", "embed"))
+        share = self.top_k / self.experts
+        self.up = parameter(up, (None, "embed", "mlp"), active=share)
+        self.out = parameter(out, (None, "mlp", "embed"), active=share)
         self.bias = Statistic(jnp.zeros(self.experts, jnp.float32)) if config.bias_rate else None
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:

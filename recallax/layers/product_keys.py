@@ -79,10 +79,16 @@ class ProductKeysMixer(StatelessMixer):
         shape = (2, self.heads, config.sub_keys, half)
         keys = half**-0.5 * jax.random.normal(rngs.params(), shape, precision.param)
         self.keys = parameter(keys, (None, None, None, None))
-        table = config.value_dim**-0.5 * jax.random.normal(
-            rngs.params(), (config.sub_keys**2, config.value_dim), precision.param
+        count = config.sub_keys**2
+        table = jax.random.normal(rngs.params(), (count, config.value_dim), precision.param)
+        self.values = parameter(
+            config.value_dim**-0.5 * table,
+            ("vocab", None),
+            decay=False,
+            lr=config.value_lr,
+            sparse=True,
+            active=min(1.0, self.heads * self.top_k / count),
         )
-        self.values = parameter(table, ("vocab", None), decay=False, lr=config.value_lr, sparse=True)
         std = residual_std(site.depth)
         self.out = Linear(config.value_dim, d_model, precision=precision, rngs=rngs, std=std, axes=(None, "embed"))
         self.gate = Linear(d_model, 1, precision=precision, rngs=rngs, bias=True, axes=("embed", None))

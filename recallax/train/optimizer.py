@@ -39,14 +39,12 @@ def by_rows(inner: optax.GradientTransformation, sparse: dict) -> optax.Gradient
     What SparseAdam does in PyTorch; here the arrays are dense, so it saves no traffic and no memory.
     """
 
-    def update(grads, state, params=None):
-        updates, new = inner.update(grads, state, params)
-
+    def update(updates, state, params=None):
         def touched(grad: jax.Array, tagged: bool) -> jax.Array:
             return (grad != 0).any(axis=-1, keepdims=True) if tagged else jnp.ones((), bool)
 
-        rows = jax.tree.map(touched, grads, sparse)
-        every = jnp.ones((), bool)
+        rows, every = jax.tree.map(touched, updates, sparse), jnp.ones((), bool)
+        updates, new = inner.update(updates, state, params)
         moved = optax.tree_map_params(inner, lambda _, row: row, new, rows, transform_non_params=lambda _: every)
         state = jax.tree.map(jnp.where, moved, new, state)
         return jax.tree.map(lambda row, u: jnp.where(row, u, 0), rows, updates), state
