@@ -1,5 +1,6 @@
 """Experts by chunk: dispatch against the masked dense form, what a chunk is routed by, losses and diagnostics."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -67,7 +68,7 @@ def dense(mixer: ChunkExpertsMixer, x: jax.Array, seq: SeqInfo) -> jax.Array:
     return jnp.einsum("btef,efd,bte->btd", jax.nn.silu(gate) * up, mixer.out[...], weights)
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", ["previous chunk", *(pytest.param(r, marks=pytest.mark.full) for r in ROUTES[::2])])
 def test_dispatch_equals_the_masked_dense_form_in_values_and_gradients(route):
     mixer, seq = build(replace(CONFIG, route=route)), packed()
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
@@ -87,18 +88,23 @@ def test_dispatch_equals_the_masked_dense_form_in_values_and_gradients(route):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(jnp.abs(b).max())))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def told(graph, params, rest, x: jax.Array, seq: SeqInfo):
+    return nnx.merge(graph, params, rest)(x, seq)[1]
+
+
 def means(mixer: ChunkExpertsMixer, x: jax.Array, seq: SeqInfo | None = None) -> dict[str, float]:
-    _, aux = mixer(x, whole_rows(*x.shape[:2]) if seq is None else seq)
+    aux = told(*nnx.split(mixer, nnx.Param, ...), x, whole_rows(*x.shape[:2]) if seq is None else seq)
     return {name.removeprefix("diagnostic/"): float(mean.total / mean.weight) for name, mean in aux.items()}
 
 
 def test_a_fresh_router_spreads_random_tokens():
     mixer = build(replace(CONFIG, experts=8), size=0.0)
-    told = means(mixer, jax.random.normal(jax.random.key(4), (8, 256, WIDTH)))
-    assert told["expert_usage_deviation"] < 0.25 / 8
-    assert told["expert_entropy"] > 0.99 * math.log(8)
-    assert told["expert_token_entropy"] <= told["expert_entropy"] + 1e-6
-    assert abs(told["expert_repeats"] - 1 / 8) < 0.1
+    found = means(mixer, jax.random.normal(jax.random.key(4), (8, 256, WIDTH)))
+    assert found["expert_usage_deviation"] < 0.25 / 8
+    assert found["expert_entropy"] > 0.99 * math.log(8)
+    assert found["expert_token_entropy"] <= found["expert_entropy"] + 1e-6
+    assert abs(found["expert_repeats"] - 1 / 8) < 0.1
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
@@ -125,8 +131,9 @@ def test_losses_reach_the_router_alone_and_padding_counts_for_nothing():
     mixer, seq = build(CONFIG), packed()
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
     x = jax.random.normal(jax.random.key(6), (2, 19, WIDTH))
+    by_loss = jax.jit(jax.jacrev(lambda p: nnx.merge(graph, p, rest)(x, seq)[1]))(params)
     for name in ("expert_balance", "expert_z"):
-        slopes = jax.grad(lambda p, name=name: nnx.merge(graph, p, rest)(x, seq)[1][name].total)(params)
+        slopes = by_loss[name].total
         for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
             assert bool(jnp.any(slope != 0)) == ("router" in jax.tree_util.keystr(path)), (name, path)
     changed = jnp.where((seq.segments > 0)[..., None], x, 7.0)
@@ -140,10 +147,17 @@ def test_the_bias_moves_towards_experts_that_got_less_in_training_only():
     assert mixer.bias is not None
     before = means(mixer, x)["expert_usage_deviation"]
     np.testing.assert_array_equal(mixer.bias[...], 0)
-    mixer(x, whole_rows(4, 32)._replace(key=jax.random.key(0)))
-    np.testing.assert_array_equal(mixer.bias[...], [-0.25, -0.25, 0.25, 0.25])
-    for _ in range(2):
-        mixer(x, whole_rows(4, 32)._replace(key=jax.random.key(0)))
+    graph, params, rest = nnx.split(mixer, nnx.Param, ...)
+
+    @jax.jit
+    def train(rest):
+        module = nnx.merge(graph, params, rest)
+        module(x, whole_rows(4, 32)._replace(key=jax.random.key(0)))
+        return nnx.state(module, Statistic)
+
+    rest = train(rest)
+    np.testing.assert_array_equal(rest["bias"][...], [-0.25, -0.25, 0.25, 0.25])
+    mixer = nnx.merge(graph, params, train(train(rest)))
     assert means(mixer, x)["expert_usage_deviation"] < before
 
 

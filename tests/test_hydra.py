@@ -25,12 +25,11 @@ def build(config, d_model: int = WIDTH):
 def test_paths_are_summed_behind_their_gates():
     mixer = build(Parallel(ssm=SlidingWindow(window=3), attention=SwiGLU(inner=5), experts=Identity()))
     assert isinstance(mixer, ParallelMixer)
-    y, told = mixer(X, SEQ)
-    parts = {name: path(X, SEQ)[0] for name, path in mixer.paths.items()}
+    y, told, parts = jax.jit(lambda: (*mixer(X, SEQ), {name: path(X, SEQ)[0] for name, path in mixer.paths.items()}))()
     np.testing.assert_allclose(y, 0.8 * parts["ssm"] + 0.2 * parts["attention"] + 0.5 * X, atol=1e-6)
     assert float(told["diagnostic/experts_size"].total / told["diagnostic/experts_size"].weight) == pytest.approx(0.5)
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
-    slopes = jax.grad(lambda p: nnx.merge(graph, p, rest)(X, SEQ)[0].var())(params)
+    slopes = jax.jit(jax.grad(lambda p: nnx.merge(graph, p, rest)(X, SEQ)[0].var()))(params)
     assert all(leaf.any() for leaf in jax.tree.leaves(slopes["gates"]))
 
 

@@ -50,7 +50,7 @@ def held_tokens(offers: int, asks: bool):
     return sparse_global_attention(**before, ask=ask, **SIZES, **at, state=empty)[1]
 
 
-@pytest.mark.parametrize("asks", [False, True])
+@pytest.mark.parametrize("asks", [pytest.param(False, marks=pytest.mark.full), True])
 def test_blocks_equal_the_definition_in_values_and_gradients(asks):
     positions, segments = packed()
     inputs, state = drawn(1, 2, LENGTH, 3 if asks else 1), held_tokens(3 if asks else 1, asks)

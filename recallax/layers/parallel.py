@@ -21,7 +21,7 @@ from recallax.layers.dense import parameter
 from recallax.layers.nothing import Nothing
 from recallax.types import DIAGNOSTIC, Aux, Mean, Precision, SeqInfo, StepInfo, add_aux
 
-PATHS = ("ssm", "attention", "experts")
+PATHS: tuple[str, ...] = ("ssm", "attention", "experts")
 
 
 @dataclass(frozen=True, kw_only=True)
