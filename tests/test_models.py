@@ -381,7 +381,7 @@ def test_hydra_has_its_toy_and_its_ablations():
     config = importlib.import_module("recallax.configs.mqar_hydra").get_config().model
     counts = {name: accounting.parameters(replace(config, pattern=p), 64) for name, p in hydra.ABLATIONS.items()}
     assert counts["ssm"] == min(counts.values()) and counts["all"] == max(counts.values())
-    for name in ("asked", "keys", "landmark", "by_previous", "by_token", "delta"):
+    for name in ("asked", "keys", "landmark", "by_previous", "by_token", "long", "delta"):
         other = replace(config, pattern=f"ssm {name}")
         logits = jax.eval_shape(lambda other=other: other.build(nnx.Rngs(0), 64)(TOKENS, whole_rows(2, 9))[0])
         assert logits.shape == (2, 9, 64), name

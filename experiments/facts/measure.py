@@ -1,8 +1,8 @@
-"""How many facts a product-key memory stores, and in how many of its slots; `python -m experiments.facts.measure` rewrites
-results.jsonl and table.md.
+"""How many facts a product-key memory stores, and in how many of its slots: `python -m experiments.facts.measure`
+rewrites results.jsonl and table.md.
 
-A fact is a random vector of width 64 and one of 256 answers, drawn at random, so nothing but storing helps. The layer is
-all there is between the vector and a learned linear readout; every step sees a random eighth of the facts.
+A fact is a random vector of width 64 and one of 256 answers, drawn at random, so nothing but storing helps. The layer
+is all there is between the vector and a learned linear readout; every step sees a random eighth of the facts.
 """
 
 import json

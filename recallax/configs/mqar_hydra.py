@@ -21,6 +21,7 @@ from recallax.layers import (
     GatedDeltaNet,
     KeyScore,
     Landmark,
+    LongMamba,
     Nothing,
     Parallel,
     ProductKeys,
@@ -44,6 +45,7 @@ def with_other_choices(
         "landmark": Parallel(ssm=ssm, attention=Landmark(landmark_every=15, top_k=2)),
         "by_previous": Parallel(ssm=ssm, experts=replace(EXPERTS, route="previous chunk")),
         "by_token": Parallel(ssm=ssm, experts=replace(EXPERTS, route="token")),
+        "long": Parallel(ssm=LongMamba(mixer=ssm, trained=256, context=1024)),
         "delta": Parallel(ssm=GatedDeltaNet(heads=1)),
     }
     return blocks | {name: Block(mixer=mixer, channel=Nothing()) for name, mixer in others.items()}
@@ -59,7 +61,8 @@ def get_config() -> RunConfig:
 
 def get_tiny() -> RunConfig:
     """Every part once; that they also stand beside one another is among the laws' wide sweeps."""
-    ssm, experts = DiagonalSSM(longest=8.0), ChunkExperts(experts=3, top_k=2, inner=5, chunk=3)
+    ssm = LongMamba(mixer=DiagonalSSM(longest=8.0), trained=24, context=48)
+    experts = ChunkExperts(experts=3, top_k=2, inner=5, chunk=3)
     sparse = SparseGlobalAttention(window=3, chosen=2, block=2, heads=2, kv_heads=1, head_dim=6)
     mixers = {
         "experts": Parallel(ssm=ssm, experts=experts),

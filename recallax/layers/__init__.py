@@ -16,6 +16,7 @@ from recallax.layers.identity import Identity
 from recallax.layers.kda import KDA
 from recallax.layers.landmark import Landmark
 from recallax.layers.linear_attention import LinearAttention
+from recallax.layers.long_mamba import LongMamba
 from recallax.layers.mamba import Mamba
 from recallax.layers.mamba2 import Mamba2
 from recallax.layers.memory import MemoryConfig
@@ -54,6 +55,7 @@ __all__ = [
     "KeyScore",
     "Landmark",
     "LinearAttention",
+    "LongMamba",
     "Mamba",
     "Mamba2",
     "MemoryAsContext",

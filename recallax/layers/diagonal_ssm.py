@@ -27,6 +27,7 @@ from recallax.layers.continuation import continued, started
 from recallax.layers.dense import Linear, parameter, residual_std, torch_std
 from recallax.layers.norm import RMSNorm
 from recallax.layers.short_convolution import ShortConvolution
+from recallax.layers.step_filter import Filtered
 from recallax.pallas_kernels.selective_scan import selective_scan, selective_scan_step
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
@@ -56,7 +57,7 @@ class DiagonalSSMState(NamedTuple):
     past: Float[Array, "B W-1 D"]
 
 
-class DiagonalSSMMixer(RecurrentMixer):
+class DiagonalSSMMixer(RecurrentMixer, Filtered):
     """See the head of the file."""
 
     def __init__(self, config: DiagonalSSM, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
@@ -107,8 +108,13 @@ class DiagonalSSMMixer(RecurrentMixer):
     def _selected(self, u: Float[Array, "*batch D"]) -> tuple[Array, Array, Array]:
         """What is fed, the log-decay, and C, in float32."""
         r, b, c, value = jnp.split(self.input(u).astype(jnp.float32), 4, axis=-1)
-        rate = jax.nn.softplus(self.rate[...].astype(jnp.float32))
-        return b * value, -jax.nn.softplus(r) * jnp.broadcast_to(rate, r.shape), c
+        dt, fed = self.filtered(jax.nn.softplus(r)), b * value
+        if self.filter is not None:
+            fed = jnp.where(dt > 0, fed, 0)  # what is fed does not grow with the step
+        return fed, -dt * jnp.broadcast_to(self.rates(), r.shape), c
+
+    def rates(self) -> Float[Array, " D"]:
+        return jax.nn.softplus(self.rate[...].astype(jnp.float32))
 
     def _read(
         self, read: Float[Array, "*batch D"], c: Float[Array, "*batch D"], u: Float[Array, "*batch D"]
