@@ -1,29 +1,13 @@
-"""One trained config of a sweep, and the row it leaves."""
+"""One trained config of a sweep, and the row it leaves; what the questions' sweeps have in common."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from recallax.config import fingerprint
 from recallax.models import LMConfig, accounting
 from recallax.train.log import commit, environment
 from recallax.train.program import Program
 from recallax.train.run import RunConfig
-from recallax.train.step import TrainState
-
-type Row = dict[str, Any]
-type Stage = Callable[[list[Row]], list["Cell"]]
-"""Cells to train, given the rows of the stages before."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A config, and what the report calls it."""
-
-    labels: Mapping[str, str | int | float]
-    config: RunConfig
-    probe: Callable[[Program, TrainState], Row] | None = None
-    """What else to measure of the trained model; its entries join the row."""
+from recallax.train.sweep import Cell, Row, Stage
 
 
 def measure(cell: Cell) -> Row:
