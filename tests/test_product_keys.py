@@ -1,7 +1,9 @@
 """Product-key memory: exact top-k, the gradient of the table, and what its tags do to updates."""
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
+from experiments.facts import measure as facts
 from recallax.config import ConfigError
 from recallax.layers import Identity, ProductKeys, Site
 from recallax.layers.norm import rms
@@ -144,3 +147,20 @@ def test_an_optimizer_without_tags_is_the_plain_one():
 def test_choices_that_do_not_fit_are_named(changes, message):
     with pytest.raises(ConfigError, match=message):
         replace(CONFIG, **changes)
+
+
+def test_the_record_of_facts_meets_its_thresholds():
+    """4,096 facts by the 8 best slots: at least .95 recalled, in at least half of the slots."""
+    rows = [json.loads(x) for x in (Path(facts.__file__).parent / "results.jsonl").read_text().splitlines()]
+    recall = {arm: [row["recall"] for row in rows if row["arm"] == arm] for arm in facts.ARMS}
+    assert len(recall["product keys"]) == 3 and min(recall["product keys"]) >= 0.95
+    assert min(row["slots_used"] for row in rows if row["arm"] == "product keys") >= 0.5
+    assert max(recall["values never learned"]) < 0.5
+
+
+@pytest.mark.full
+def test_facts_are_stored_as_recorded(monkeypatch):
+    monkeypatch.setattr(facts, "STEPS", 200)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        row = facts.measure("product keys", 0)
+    assert row["recall"] >= 0.95 and row["slots_used"] >= 0.5

@@ -77,10 +77,11 @@ def _recorded(graph: nnx.GraphDef, weights: nnx.State, r: Float[Array, "B L D"],
     """The stream after a block, and by path the steps and rates of its filtered modules."""
     block = nnx.merge(graph, weights)
     parts = {path: n for path, n in nnx.iter_graph(block) if isinstance(n, Filtered) and n.filter is not None}
-    for part in parts.values():
-        part.filter = Recorder(part.rates().shape[0], 0.0)
+    recorders = {path: Recorder(part.rates().shape[0], 0.0) for path, part in parts.items()}
+    for path, part in parts.items():
+        part.filter = recorders[path]
     r, _ = block(r, seq)
-    return r, {path: (part.filter.seen[...], part.rates()) for path, part in parts.items()}
+    return r, {path: (recorders[path].seen[...], part.rates()) for path, part in parts.items()}
 
 
 def thresholds(
