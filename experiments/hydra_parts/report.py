@@ -4,26 +4,10 @@ from pathlib import Path
 
 from experiments.cell import Row
 from experiments.hydra_parts.sweep import PATTERNS, RATES
+from experiments.rates_table import rates_table
 
 
 def main(rows: list[Row], folder: Path) -> None:
-    (folder / "table.md").write_text(table(rows) + "\n")
-    print(table(rows))
-
-
-def table(rows: list[Row]) -> str:
-    """Accuracy on valid at each rate, and on test of both seeds at the best one; arms that have rows."""
-    header = ["mixer", "state bytes", "parameters", *(f"{rate:g}" for rate in RATES), "test, each seed", "seconds"]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for name in PATTERNS:
-        own = [row for row in rows if row["mixer"] == name]
-        if not own:
-            continue
-        grid = {row["lr"]: row["valid"]["accuracy"] for row in own if row["stage"] == "grid"}
-        rate = max(grid, key=grid.__getitem__)
-        tests = [f"{row['test']['accuracy']:.3f}" for row in own if row["lr"] == rate]
-        cells = [name, own[0]["state_bytes"], own[0]["parameters"]]
-        cells += [f"{grid[r]:.3f}" if r in grid else "" for r in RATES]
-        seconds = min(row["seconds"] for row in own)
-        lines.append("| " + " | ".join(map(str, [*cells, " ".join(tests), f"{seconds:.0f}"])) + " |")
-    return "\n".join(lines)
+    text = rates_table(rows, PATTERNS, RATES)
+    (folder / "table.md").write_text(text + "\n")
+    print(text)

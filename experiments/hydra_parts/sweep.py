@@ -5,7 +5,7 @@ Stages: two learning rates for every arm; then a second seed at the rate that is
 
 from dataclasses import replace
 
-from experiments.cell import Cell, Row, Stage, best
+from experiments.cell import Stage, rates_then_seeds
 from recallax.configs import mqar_micro
 from recallax.layers import (
     AskedTokens,
@@ -58,18 +58,6 @@ PATTERNS = {
 }
 
 
-def grid(rows: list[Row]) -> list[Cell]:
-    return [_cell("grid", name, rate, 0) for name in PATTERNS for rate in RATES]
-
-
-def seeds(rows: list[Row]) -> list[Cell]:
-    return [_cell("seeds", name, best(rows, "grid", mixer=name)["lr"], 1) for name in PATTERNS]
-
-
-def _cell(stage: str, name: str, rate: float, seed: int) -> Cell:
-    return Cell({"stage": stage, "mixer": name, "lr": rate, "seed": seed}, _run(name, rate, seed))
-
-
 def _run(name: str, rate: float, seed: int) -> RunConfig:
     base = mqar_micro.get_config()
     train = replace(base.train, steps=STEPS, seed=seed, data_seed=seed)
@@ -77,4 +65,4 @@ def _run(name: str, rate: float, seed: int) -> RunConfig:
     return replace(base, model=model, optim=AdamW(lr=rate), train=train)
 
 
-STAGES: tuple[Stage, ...] = (grid, seeds)
+STAGES: tuple[Stage, ...] = rates_then_seeds(PATTERNS, RATES, _run, others=(1,))

@@ -3,7 +3,7 @@
 Stages: two learning rates for every arm; then a second seed at the rate that is best on valid.
 """
 
-from experiments.cell import Cell, Row, Stage, best
+from experiments.cell import Stage, rates_then_seeds
 from recallax.layers import Nothing, SlidingWindow, SwiGLU, Workspace
 from recallax.models import Block, LMConfig
 from recallax.tasks.key_retrieval import KeyRetrieval
@@ -25,18 +25,6 @@ PATTERNS = {
 }
 
 
-def grid(rows: list[Row]) -> list[Cell]:
-    return [_cell("grid", name, rate, 0) for name in PATTERNS for rate in RATES]
-
-
-def seeds(rows: list[Row]) -> list[Cell]:
-    return [_cell("seeds", name, best(rows, "grid", mixer=name)["lr"], 1) for name in PATTERNS]
-
-
-def _cell(stage: str, name: str, rate: float, seed: int) -> Cell:
-    return Cell({"stage": stage, "mixer": name, "lr": rate, "seed": seed}, _run(name, rate, seed))
-
-
 def _run(name: str, rate: float, seed: int) -> RunConfig:
     return RunConfig(
         task=KeyRetrieval(words=16, names=4, train=SIZES, asked=1, test=SIZES),
@@ -47,4 +35,4 @@ def _run(name: str, rate: float, seed: int) -> RunConfig:
     )
 
 
-STAGES: tuple[Stage, ...] = (grid, seeds)
+STAGES: tuple[Stage, ...] = rates_then_seeds(PATTERNS, RATES, _run, others=(1,))
