@@ -1,4 +1,4 @@
-"""The command line: `recallax list | show | train | eval | generate | report | doctor`.
+"""The command line: `recallax list | show | train | eval | generate | sweep | report | doctor`.
 
 Only what a command needs is imported: `--help` and `list` read the configs' docstrings and import no JAX.
 """
@@ -30,6 +30,7 @@ USAGE = f"""recallax {__version__}: sequence models that recall well with little
   recallax train CONFIG [overrides]    train it, or go on where its run stopped
   recallax eval RUN                    evaluate a run's newest checkpoint
   recallax generate RUN --prompt IDS   let a run's newest checkpoint go on from token ids, or answer its own task
+  recallax sweep FILE                  train what a Python file asks for, and list what the runs came to
   recallax report RUN...               one HTML page, a CSV and a Markdown table about runs
   recallax doctor                      what this machine has, and which implementation each op takes on it
 
@@ -223,6 +224,33 @@ def _generate(arguments: list[str]) -> int:
     return _guarded(lambda: tyro.cli(generate, args=arguments, prog="recallax generate"))
 
 
+def _sweep(arguments: list[str]) -> int:
+    import tyro
+
+    def run(
+        file: tyro.conf.Positional[Path], out: Path | None = None, workers: int | None = None, retries: int = 1
+    ) -> int:
+        """Train what a Python file asks for, a run folder each, and list what they came to.
+
+        The same command goes on where a sweep stopped: finished runs are skipped, unfinished ones continued.
+
+        Args:
+            file: Python file with `STAGES`, functions from rows to cells (`recallax/train/sweep.py`).
+            out: Folder of the runs and of results.jsonl; runs/FOLDER-OF-THE-FILE by default.
+            workers: Runs at a time; one per accelerator, or one per core.
+            retries: Times that a run which failed is tried again.
+        """
+        from recallax.train.backend import Local
+        from recallax.train.sweep import sweep
+
+        folder = out or Path("runs") / file.absolute().parent.name
+        failed = sweep(file, folder, Local(workers), retries=retries)
+        print(f"rows: {folder / 'results.jsonl'}")
+        return min(failed, 1)
+
+    return _guarded(lambda: tyro.cli(run, args=arguments, prog="recallax sweep"))
+
+
 def _report(arguments: list[str]) -> int:
     import tyro
 
@@ -286,6 +314,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "generate": _generate,
+    "sweep": _sweep,
     "report": _report,
     "doctor": _doctor,
 }
