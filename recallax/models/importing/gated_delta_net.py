@@ -3,15 +3,22 @@
 Their attention layers have what recallax's attention has not, so only their linear layers can be imported.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from recallax.layers import GatedDeltaNet
-from recallax.models.block import Block
+from recallax.layers.gated_delta_net import GatedDeltaNetCell
+from recallax.layers.memory import MemoryMixer
+from recallax.layers.swiglu import SwiGLUMixer
+from recallax.models.block import Block, BlockModule
 from recallax.models.importing import decoder
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.form import TAPS, TRANSPOSED, chain, parted, reordered
 from recallax.models.importing.key_map import Entry, linear, one
-from recallax.models.lm import LMConfig
+from recallax.models.importing.mamba2 import taps
+from recallax.models.lm import LM, LMConfig
 
 OLMO_EPS = 1e-5
 """Of Olmo-Hybrid's output norm, whatever its rms_norm_eps."""
@@ -32,6 +39,16 @@ def olmo_hybrid(fields: Fields) -> LMConfig:
     negative = fields.optional("linear_allow_neg_eigval", bool, True)
     attention = "it normalises queries and keys, and its layers normalise after each sublayer"
     return _model(fields, _mixer(fields, OLMO_EPS, max_beta=2.0 if negative else 1.0), attention)
+
+
+def describe_qwen3_next(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+    """The config of `Qwen3NextForCausalLM`."""
+    return _described(model, layers) | {"mlp_only_layers": list(range(len(layers)))}
+
+
+def describe_olmo_hybrid(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+    """The config of `OlmoHybridForCausalLM`."""
+    return _described(model, layers) | {"linear_allow_neg_eigval": _cells(layers)[0].max_beta == 2}
 
 
 def qwen3_next_entries(fields: Fields, model: LMConfig) -> list[Entry]:
@@ -67,6 +84,28 @@ def _model(fields: Fields, mixer: GatedDeltaNet, attention: str) -> LMConfig:
         readout=decoder.readout(fields),
         norm_eps=fields.get("rms_norm_eps", float),
     )
+
+
+def _described(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+    cell = _cells(layers)[0]
+    groups, heads, keys, values = cell.sizes
+    return (
+        decoder.sizes(model, len(layers))
+        | decoder.swiglu_fields(decoder.parts(layers, "channel", SwiGLUMixer)[0])
+        | {
+            "layer_types": ["linear_attention"] * len(layers),
+            "linear_num_key_heads": groups,
+            "linear_num_value_heads": heads,
+            "linear_key_head_dim": keys,
+            "linear_value_head_dim": values,
+            "linear_conv_kernel_dim": taps(cell),
+            "rms_norm_eps": model.norm.eps,
+        }
+    )
+
+
+def _cells(layers: Sequence[BlockModule]) -> list[GatedDeltaNetCell]:
+    return decoder.parts(decoder.parts(layers, "mixer", MemoryMixer), "cell", GatedDeltaNetCell)
 
 
 def _mixer(fields: Fields, eps: float, max_beta: float) -> GatedDeltaNet:

@@ -52,6 +52,19 @@ def convert(entries: Sequence[Entry], weights: Mapping[str, np.ndarray], shapes:
     return {name: array for entry in entries for name, array in _converted(entry, weights, shapes)}
 
 
+def revert(entries: Sequence[Entry], parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Their weights by key from our parameters by name, in rows (C order): `convert` read backwards.
+
+    Raises WeightsError for a map that does not use every parameter once.
+    """
+    _check_map(entries, {name: array.shape for name, array in parameters.items()})
+    found: dict[str, np.ndarray] = {}
+    for entry in entries:
+        made = entry.form.to_theirs(tuple(np.asarray(parameters[name]) for name in entry.ours))
+        found |= {key: np.ascontiguousarray(array) for key, array in zip(entry.theirs, made, strict=True)}
+    return found
+
+
 def _converted(entry: Entry, weights: Mapping[str, np.ndarray], shapes: Shapes) -> list[tuple[str, np.ndarray]]:
     # An import must find what an export would write.
     expected = entry.form.to_theirs(tuple(np.zeros(shapes[name], np.float32) for name in entry.ours))

@@ -1,12 +1,19 @@
 """Kimi Linear: Kimi Delta Attention with the softplus gate, and SwiGLU; without its latent attention and experts."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from recallax.layers import KDA
-from recallax.models.block import Block
+from recallax.layers.kda import KDACell
+from recallax.layers.memory import MemoryMixer
+from recallax.layers.swiglu import SwiGLUMixer
+from recallax.models.block import Block, BlockModule
 from recallax.models.importing import decoder
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.form import TAPS, reshaped
 from recallax.models.importing.key_map import Entry, linear, one
-from recallax.models.lm import LMConfig
+from recallax.models.importing.mamba2 import taps
+from recallax.models.lm import LM, LMConfig
 
 
 def kimi_linear(fields: Fields) -> LMConfig:
@@ -30,6 +37,23 @@ def kimi_linear(fields: Fields) -> LMConfig:
         blocks={"layer": Block(mixer=mixer, channel=decoder.swiglu(fields))},
         readout=decoder.readout(fields),
         norm_eps=fields.get("rms_norm_eps", float),
+    )
+
+
+def describe(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+    """The config of `KimiLinearForCausalLM`."""
+    cell = decoder.parts(decoder.parts(layers, "mixer", MemoryMixer), "cell", KDACell)[0]
+    return (
+        decoder.sizes(model, len(layers))
+        | decoder.swiglu_fields(decoder.parts(layers, "channel", SwiGLUMixer)[0])
+        | {
+            "layer_types": ["linear_attention"] * len(layers),
+            "mlp_layer_types": ["dense"] * len(layers),
+            "linear_num_heads": cell.sizes.heads,
+            "linear_head_dim": cell.sizes.keys,
+            "linear_conv_kernel_dim": taps(cell),
+            "rms_norm_eps": model.norm.eps,
+        }
     )
 
 
