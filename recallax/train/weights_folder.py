@@ -127,7 +127,7 @@ def dtype_name(array: np.ndarray) -> str:
 
 def _refuse_pickles(path: Path) -> None:
     if path.suffix in PICKLES:
-        raise WeightsError(f"{path} may hold pickled code and is never read; convert it to safetensors where it is safe")
+        raise WeightsError(f"{path} may hold pickled code and is never read; convert it to safetensors elsewhere")
 
 
 def _weights(folder: Path) -> Weights:

@@ -17,13 +17,14 @@ from flax import nnx
 
 from recallax.config import ConfigError, nearest
 from recallax.models import accounting
-from recallax.models.importing import falcon_h1, gated_delta_net, kimi_linear, llama, mamba, mamba2, nemotron_h
 from recallax.models.block import Block, BlockModule
+from recallax.models.importing import falcon_h1, gated_delta_net, kimi_linear, llama, mamba, mamba2, nemotron_h
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.key_map import SHOWN, Entry, WeightsError, convert, revert
 from recallax.models.lm import LM, LMConfig
 from recallax.models.pattern import parse
 from recallax.models.placement import filled, layer_places, parameter_places, parameter_shapes
+from recallax.models.readout import Tied
 
 __all__ = [
     "LAYOUTS",
@@ -54,9 +55,7 @@ class Layout(NamedTuple):
 
 LAYOUTS: dict[str, Layout] = {
     "falcon_h1": Layout(falcon_h1.falcon_h1, falcon_h1.entries, "FalconH1ForCausalLM"),
-    "kimi_linear": Layout(
-        kimi_linear.kimi_linear, kimi_linear.entries, "KimiLinearForCausalLM", kimi_linear.describe
-    ),
+    "kimi_linear": Layout(kimi_linear.kimi_linear, kimi_linear.entries, "KimiLinearForCausalLM", kimi_linear.describe),
     "llama": Layout(llama.llama, llama.entries, "LlamaForCausalLM", llama.describe_llama),
     "mamba": Layout(mamba.mamba, mamba.entries, "MambaForCausalLM", mamba.describe),
     "mamba2": Layout(mamba2.mamba2, mamba2.entries, "Mamba2ForCausalLM", mamba2.describe),
@@ -109,7 +108,7 @@ def import_parameters(config: Mapping[str, Any], weights: Mapping[str, np.ndarra
     abstract = accounting.abstract_model(model)
     places = parameter_places(abstract, layer_places(parse(model.pattern, list(model.blocks))))
     entries = _layout(config).entries(Fields(config), model)
-    return convert(entries, weights, parameter_shapes(abstract, places))
+    return convert(entries, _without_copy(entries, model, weights), parameter_shapes(abstract, places))
 
 
 def export_config(kind: str, model: LMConfig, vocab_size: int | None = None) -> dict[str, Any]:
@@ -146,6 +145,19 @@ def export_weights(config: Mapping[str, Any], parameters: Mapping[str, np.ndarra
     Raises WeightsError where the parameters are not those of the model.
     """
     return revert(_layout(config).entries(Fields(config), import_config(config)), parameters)
+
+
+def _without_copy(
+    entries: Sequence[Entry], model: LMConfig, weights: Mapping[str, np.ndarray]
+) -> Mapping[str, np.ndarray]:
+    """The weights without the readout of a tied model, which some files hold a second time."""
+    embedding = next(entry.theirs[0] for entry in entries if entry.ours == ("embedding",))
+    copy = weights.get("lm_head.weight")
+    if model.readout != Tied() or copy is None or embedding not in weights:
+        return weights
+    if not np.array_equal(copy, weights[embedding]):
+        raise WeightsError(f"lm_head.weight is not {embedding}, and config.json ties the two; give its own config.json")
+    return {key: array for key, array in weights.items() if key != "lm_head.weight"}
 
 
 def _plain(model: LMConfig, vocab_size: int | None = None) -> LMConfig:

@@ -12,7 +12,6 @@ from recallax.config import ConfigError
 from recallax.layers import Attention, SlidingWindow, SwiGLU
 from recallax.layers.softmax import SoftmaxMixer
 from recallax.layers.swiglu import SwiGLUMixer
-from recallax.models.block import BlockModule
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.form import TRANSPOSED, chain, joined, shifted
 from recallax.models.importing.key_map import Entry, linear, one
@@ -39,8 +38,8 @@ def sizes(model: LM, layers: int) -> dict[str, Any]:
     }
 
 
-def parts[M: nnx.Module](layers: Sequence[BlockModule], part: str, kind: type[M]) -> list[M]:
-    """The mixers or channel mixers of all layers. Raises ConfigError where one is of another kind."""
+def parts[M: nnx.Module](layers: Sequence[nnx.Module], part: str, kind: type[M]) -> list[M]:
+    """A part of every layer, or of every mixer of them. Raises ConfigError where one is of another kind."""
     found = [getattr(layer, part) for layer in layers]
     for number, module in enumerate(found):
         if not isinstance(module, kind):

@@ -96,7 +96,7 @@ def _check_map(entries: Sequence[Entry], shapes: Shapes) -> None:
     theirs = Counter(key for entry in entries for key in entry.theirs)
     ours = Counter(name for entry in entries for name in entry.ours)
     faults = {
-        "uses more than once": [name for name, count in (theirs + ours).items() if count > 1],
+        "uses more than once": [name for side in (theirs, ours) for name, count in side.items() if count > 1],
         "fills no": list(shapes.keys() - ours.keys()),
         "fills what the model lacks,": list(ours.keys() - shapes.keys()),
     }

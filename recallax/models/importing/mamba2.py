@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
+from recallax.config import ConfigError
 from recallax.layers import Mamba2, Nothing
 from recallax.layers.mamba2 import Mamba2Cell
 from recallax.layers.matrix_memory import MatrixCell
 from recallax.layers.memory import MemoryMixer
 from recallax.models.block import Block, BlockModule
-from recallax.config import ConfigError
 from recallax.models.importing import decoder
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.form import TAPS, TRANSPOSED, chain, parted, reordered, reshaped, scaled
