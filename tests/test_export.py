@@ -1,23 +1,26 @@
 """Checkpoints out and in: the same bytes again, equal programs, and files that lie."""
 
+import importlib
 import json
 import os
 import shutil
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import jaxtyping
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from recallax.__main__ import load, main
+from recallax.__main__ import config_names, load, main
 from recallax.config import ConfigError, to_json
 from recallax.layers import HGRN2, Attention, Based, GatedDeltaNet, Mamba2, MoM, Nothing, SlidingWindow
 from recallax.models import Block, LMConfig, Untied
@@ -31,12 +34,14 @@ from recallax.models.importing import (
 )
 from recallax.train import weights_folder
 from recallax.train.checkpoint import Checkpoints
-from recallax.train.export import export_run, import_run, read_run
+from recallax.train.export import export_run, import_run, read_run, read_state
 from recallax.train.loop import evaluate_run
 from recallax.train.program import Program
 from recallax.train.run import RunConfig, tiny
 from recallax.train.run_folder import RunFolder, RunFolderError
+from recallax.train.stablehlo import PLATFORMS, export_programs, load_programs
 from recallax.train.weights_folder import read_folder, read_safetensors, write_folder, write_weights
+from recallax.types import StepInfo, whole_rows
 from tests.test_parity import FIRST_LAYERS, MODELS, first_layers, fixture
 
 CHANGED = ("layernorm.weight", "model.norm.weight")
@@ -266,6 +271,104 @@ def test_our_own_layout_is_strict(message: str, tmp_path: Path):
     with pytest.raises(WeightsError, match=message):
         import_run(tmp_path / "out", load("mqar_micro"), tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+# Compiled programs
+
+
+def live(run: Path) -> Any:
+    """The model of a run as it is trained."""
+    _, graph, _, params, statistics = read_state(run)
+    return nnx.merge(graph, params, statistics)
+
+
+LENGTH, CONTEXT = 6, 20
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """The type checker of the tests takes no number of rows that is still open."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_programs_compute_what_the_model_computes(tmp_path: Path):
+    """Two calls of prefill, the second shorter in some rows, then steps in which a row waits; any number of rows."""
+    decoder = lm("a*2 b", a=MAMBA2, b=Block(mixer=SlidingWindow(window=5)))
+    run = saved(run_of(decoder), tmp_path / "run")
+    export_programs(run, tmp_path / "out", length=LENGTH, context=CONTEXT)
+    programs, model = load_programs(tmp_path / "out"), live(run)
+    prefill, step = jax.jit(model.prefill), jax.jit(model.step)
+    tokens = np.random.default_rng(1).integers(64, size=(3, 2 * LENGTH)).astype(np.int32)
+    first, second = tokens[:, :LENGTH], tokens[:, LENGTH:]
+    lengths = np.array([4, 6, 1], np.int32)
+    full, zero, places = np.full(3, LENGTH, np.int32), np.zeros(3, np.int32), np.arange(LENGTH)[None]
+
+    dirty = {name: np.ones_like(x) for name, x in programs.empty(3).items()}  # position 0 starts afresh
+    logits, state = programs.prefill(programs.weights, first, full, zero, dirty)
+    seq = jax.tree.map(jnp.asarray, whole_rows(3, LENGTH))
+    expected, wanted, _ = prefill(jnp.asarray(first), seq, model.init_state(3, CONTEXT))
+    close(logits, expected[:, -1])
+    one, _ = programs.prefill(programs.weights, first[:1], full[:1], zero[:1], programs.empty(1))
+    close(one, logits[:1])
+
+    logits, state = programs.prefill(programs.weights, second, lengths, full, state)
+    segments = jnp.asarray((places < lengths[:, None]).astype(np.int32))
+    seq = seq._replace(positions=seq.positions + LENGTH, segments=segments)
+    expected, wanted, _ = prefill(jnp.asarray(second), seq, wanted)
+    close(logits, expected[np.arange(3), lengths - 1])
+
+    position, active = LENGTH + lengths, np.array([True, False, True])
+    for token in (3, 5):
+        given = np.full(3, token, np.int32)
+        logits, state = programs.step(programs.weights, given, position, active, state)
+        info = StepInfo(jnp.asarray(position), jnp.asarray(active))
+        expected, wanted = step(jnp.asarray(given), info, wanted)
+        close(logits[active], expected[active])
+        position = position + active
+    for ours, theirs in zip(state.values(), jax.tree.leaves(wanted), strict=True):
+        close(ours, theirs)
+
+
+def close(a: Any, b: Any) -> None:
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_programs_are_for_every_platform_and_hold_no_weights(tmp_path: Path):
+    run = saved(run_of(lm("a", a=replace(MAMBA2, mixer=Mamba2(head_dim=8, state_dim=512)))), tmp_path / "run")
+    export_programs(run, tmp_path / "out", length=LENGTH, context=CONTEXT)
+    for name in ("prefill", "step"):
+        program = jax.export.deserialize(bytearray((tmp_path / "out" / f"{name}.jax").read_bytes()))
+        assert program.platforms == PLATFORMS == ("cpu", "cuda", "tpu")
+        assert "stablehlo.custom_call @tpu" not in program.mlir_module() and "mosaic" not in program.mlir_module()
+        assert (tmp_path / "out" / f"{name}.stablehlo").stat().st_size < 60_000
+    assert (tmp_path / "out" / "weights.safetensors").stat().st_size > 90_000
+
+
+def test_what_cannot_decode_is_not_exported(tmp_path: Path):
+    run = saved(run_of(replace(lm("a", a=MAMBA2), readout=Untied())), tmp_path / "run")
+    for length, context in ((0, 5), (6, 5)):
+        with pytest.raises(ConfigError, match=f"length is {length} and context {context}"):
+            export_programs(run, tmp_path / "out", length=length, context=context)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", config_names())
+def test_every_config_becomes_programs_for_any_number_of_rows(name: str, tmp_path: Path):
+    config = importlib.import_module(f"recallax.configs.{name}").get_tiny()
+    export_programs(saved(config, tmp_path / "run"), tmp_path / "out", length=LENGTH, context=CONTEXT)
+    programs = load_programs(tmp_path / "out")
+    for rows in (1, 2):
+        row = np.ones(rows, np.int32)
+        logits, state = programs.prefill(programs.weights, np.zeros((rows, LENGTH), np.int32), 3 * row, 0 * row,
+                                         programs.empty(rows))  # fmt: skip
+        again, _ = programs.step(programs.weights, row, 3 * row, row > 0, state)
+        assert logits.shape == again.shape and np.isfinite(logits).all() and np.isfinite(again).all()
 
 
 # Files that lie

@@ -66,16 +66,25 @@ class Trained(NamedTuple):
     """Parameters and statistics by name, layers by their absolute number."""
 
 
-def read_run(folder: Path) -> Trained:
-    """The newest checkpoint of a run. Raises RunFolderError, CheckpointError or ConfigError if there is none."""
+def read_state(folder: Path) -> tuple[RunConfig, nnx.GraphDef, int, dict, dict]:
+    """A run's config, the graph of its model, and step, parameters and statistics of its newest checkpoint.
+
+    Raises RunFolderError, CheckpointError or ConfigError if there is none.
+    """
     config = from_json(read_config(folder), RunConfig)
     program = Program(config)
     with Checkpoints(folder / "checkpoints", keep=None) as checkpoints:
         restored = checkpoints.restore(program.abstract)
     if restored is None:
         raise RunFolderError(f"{folder} has no checkpoint yet; train it first")
-    leaves = flatten_dict(restored.state.params) | flatten_dict(restored.state.statistics)
-    return Trained(config, restored.step, unstacked(leaves, _places(config)))
+    return config, program.graph, restored.step, restored.state.params, restored.state.statistics
+
+
+def read_run(folder: Path) -> Trained:
+    """What the newest checkpoint of a run holds. Raises as `read_state`."""
+    config, _, step, params, statistics = read_state(folder)
+    leaves = flatten_dict(params) | flatten_dict(statistics)
+    return Trained(config, step, unstacked(leaves, _places(config)))
 
 
 def export_run(folder: Path, form: Form, out: Path, *, layout: str | None = None, dtype: Dtype | None = None) -> str:
