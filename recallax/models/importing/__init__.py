@@ -50,7 +50,7 @@ class Layout(NamedTuple):
     """The class of transformers that loads it."""
     describe: Callable[[LM, Sequence[BlockModule]], dict[str, Any]] | None = None
     """The fields of config.json for a model of ours, given with its layers; wrong where the layout has no such model.
-    None is a layout that no model of ours has."""
+    None is a layout whose models all have a layer that recallax has not."""
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -61,17 +61,12 @@ LAYOUTS: dict[str, Layout] = {
     "mamba2": Layout(mamba2.mamba2, mamba2.entries, "Mamba2ForCausalLM", mamba2.describe),
     "mistral": Layout(llama.mistral, llama.entries, "MistralForCausalLM", llama.describe_mistral),
     "nemotron_h": Layout(nemotron_h.nemotron_h, nemotron_h.entries, "NemotronHForCausalLM", nemotron_h.describe),
-    "olmo_hybrid": Layout(
-        gated_delta_net.olmo_hybrid,
-        gated_delta_net.olmo_hybrid_entries,
-        "OlmoHybridForCausalLM",
-        gated_delta_net.describe_olmo_hybrid,
-    ),
+    "olmo_hybrid": Layout(gated_delta_net.olmo_hybrid, gated_delta_net.olmo_hybrid_entries, "OlmoHybridForCausalLM"),
     "qwen3_next": Layout(
         gated_delta_net.qwen3_next,
         gated_delta_net.qwen3_next_entries,
         "Qwen3NextForCausalLM",
-        gated_delta_net.describe_qwen3_next,
+        gated_delta_net.describe,
     ),
 }
 """By the `model_type` of config.json; key names and shapes are those of transformers 5.23."""
@@ -118,7 +113,7 @@ def export_config(kind: str, model: LMConfig, vocab_size: int | None = None) -> 
     """
     layout = _layout({"model_type": kind})
     if layout.describe is None:
-        raise ConfigError(f"{kind}: no model of recallax has this layout, so none can be exported to it")
+        raise ConfigError(f"{kind}: transformers has none of layers that recallax has, so none can be exported")
     ours = _plain(model, vocab_size)
     abstract = accounting.abstract_model(ours)
     layers = [part for part in abstract.stack.parts if isinstance(part, BlockModule)]

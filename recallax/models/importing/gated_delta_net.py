@@ -41,14 +41,24 @@ def olmo_hybrid(fields: Fields) -> LMConfig:
     return _model(fields, _mixer(fields, OLMO_EPS, max_beta=2.0 if negative else 1.0), attention)
 
 
-def describe_qwen3_next(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
-    """The config of `Qwen3NextForCausalLM`."""
-    return _described(model, layers) | {"mlp_only_layers": list(range(len(layers)))}
-
-
-def describe_olmo_hybrid(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
-    """The config of `OlmoHybridForCausalLM`."""
-    return _described(model, layers) | {"linear_allow_neg_eigval": _cells(layers)[0].max_beta == 2}
+def describe(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+    """The config of `Qwen3NextForCausalLM`. (transformers refuses an Olmo-Hybrid without attention layers.)"""
+    cell = decoder.parts(decoder.parts(layers, "mixer", MemoryMixer), "cell", GatedDeltaNetCell)[0]
+    groups, heads, keys, values = cell.sizes
+    return (
+        decoder.sizes(model, len(layers))
+        | decoder.swiglu_fields(decoder.parts(layers, "channel", SwiGLUMixer)[0])
+        | {
+            "layer_types": ["linear_attention"] * len(layers),
+            "linear_num_key_heads": groups,
+            "linear_num_value_heads": heads,
+            "linear_key_head_dim": keys,
+            "linear_value_head_dim": values,
+            "linear_conv_kernel_dim": taps(cell),
+            "rms_norm_eps": model.norm.eps,
+            "mlp_only_layers": list(range(len(layers))),
+        }
+    )
 
 
 def qwen3_next_entries(fields: Fields, model: LMConfig) -> list[Entry]:
@@ -84,28 +94,6 @@ def _model(fields: Fields, mixer: GatedDeltaNet, attention: str) -> LMConfig:
         readout=decoder.readout(fields),
         norm_eps=fields.get("rms_norm_eps", float),
     )
-
-
-def _described(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
-    cell = _cells(layers)[0]
-    groups, heads, keys, values = cell.sizes
-    return (
-        decoder.sizes(model, len(layers))
-        | decoder.swiglu_fields(decoder.parts(layers, "channel", SwiGLUMixer)[0])
-        | {
-            "layer_types": ["linear_attention"] * len(layers),
-            "linear_num_key_heads": groups,
-            "linear_num_value_heads": heads,
-            "linear_key_head_dim": keys,
-            "linear_value_head_dim": values,
-            "linear_conv_kernel_dim": taps(cell),
-            "rms_norm_eps": model.norm.eps,
-        }
-    )
-
-
-def _cells(layers: Sequence[BlockModule]) -> list[GatedDeltaNetCell]:
-    return decoder.parts(decoder.parts(layers, "mixer", MemoryMixer), "cell", GatedDeltaNetCell)
 
 
 def _mixer(fields: Fields, eps: float, max_beta: float) -> GatedDeltaNet:
