@@ -41,9 +41,10 @@ from recallax.train.run_folder import RunFolder
 from recallax.types import whole_rows
 
 ROWS, LENGTH = 2, 150
+UNTIED = Untied()
 
 
-def model(pattern: str, readout: Readout = Untied(), norm_eps: float = 1e-5, **mixers: MixerConfig) -> LMConfig:
+def model(pattern: str, readout: Readout = UNTIED, norm_eps: float = 1e-5, **mixers: MixerConfig) -> LMConfig:
     """Layers of one sublayer, but for those named with a capital letter, which have a perceptron too."""
     channels = {name: Nothing() if name.islower() else SwiGLU() for name in mixers}
     blocks = {name: Block(mixer=mixer, channel=channels[name]) for name, mixer in mixers.items()}
