@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from recallax.__main__ import config_names, load, main
 from recallax.config import ConfigError, to_json
-from recallax.layers import HGRN2, Attention, Based, GatedDeltaNet, Mamba2, MoM, Nothing, SlidingWindow
+from recallax.layers import HGRN2, Attention, Based, GatedDeltaNet, Mamba2, MoM, Nothing, SlidingWindow, SwiGLU
 from recallax.models import Block, LMConfig, Untied
 from recallax.models.importing import (
     WeightsError,
@@ -31,6 +31,8 @@ from recallax.models.importing import (
     import_config,
     import_model,
     import_parameters,
+    is_state_spaces,
+    translated,
 )
 from recallax.train import weights_folder
 from recallax.train.checkpoint import Checkpoints
@@ -129,6 +131,104 @@ def test_a_second_copy_of_a_tied_readout_is_no_key_too_many():
     same_bytes(export_weights(config, import_parameters(config, copied)), weights)
     with pytest.raises(WeightsError, match=r"lm_head.weight is not backbone.embeddings.weight"):
         import_parameters(config, weights | {"lm_head.weight": embedding + 1})
+
+
+# The key names of others
+
+
+def as_fla() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The first layers of the Olmo-Hybrid fixture, which are fla's Gated DeltaNet under other names."""
+    theirs, weights = published("olmo_hybrid")
+    keys, values = 2 * 6, 4 * 5
+    found: dict[str, np.ndarray] = {}
+    for key, x in weights.items():
+        for old, new in (
+            ("embed_tokens", "embeddings"), ("linear_attn", "attn"),
+            ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "mlp_norm"),
+        ):  # fmt: skip
+            key = key.replace(old, new)
+        if ".conv1d." in key:
+            for name, part in zip("qkv", np.split(x, [keys, 2 * keys]), strict=True):
+                found[key.replace(".conv1d.", f".{name}_conv1d.")] = part
+            assert len(part) == values
+        else:
+            found[key] = x
+    config = {
+        "model_type": "gated_deltanet", "hidden_size": 24, "vocab_size": 32, "num_hidden_layers": 2, "num_heads": 2,
+        "num_v_heads": 4, "head_dim": 6, "expand_v": 5 / 6, "allow_neg_eigval": True, "norm_eps": 1e-5,
+        "intermediate_size": theirs["intermediate_size"],
+    }  # fmt: skip
+    return config, found
+
+
+def test_fla_has_olmo_hybrids_layers_under_other_names():
+    config, weights = as_fla()
+    theirs, others = published("olmo_hybrid")
+    mine, same = import_config(config), import_config(theirs | {"rms_norm_eps": 1e-5})
+    assert mine == same
+    parameters = import_parameters(config, weights)
+    same_bytes(parameters, import_parameters(theirs, others))
+    written = export_config("gated_deltanet", mine)
+    assert {key: written[key] for key in config} == config
+    same_bytes(export_weights(written, parameters), weights)
+
+
+def test_the_width_of_flas_perceptron_may_be_a_ratio():
+    config, _ = as_fla()
+    config |= {"hidden_size": 1000, "intermediate_size": None, "hidden_ratio": 4}
+    assert import_config(config).blocks["layer"].channel == SwiGLU(inner=2816)  # int(2666.7) up to a multiple of 256
+
+
+STATE_SPACES = {"n_layer": 2, "d_model": 16, "vocab_size": 27, "pad_vocab_size_multiple": 8, "rms_norm": True}
+STATE_SPACES |= {"residual_in_fp32": True, "fused_add_norm": True}
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2_groups"])
+def test_state_spaces_names_are_translated(name: str):
+    theirs, weights = published(name)
+    tied = {"backbone.embeddings.weight": weights["backbone.embeddings.weight"]}
+    given = {key.replace("embeddings", "embedding"): x for key, x in weights.items()}
+    ssm = {"d_state": theirs["state_size"], "expand": theirs["expand"]}
+    if name == "mamba2_groups":
+        ssm |= {"layer": "Mamba2", "headdim": 8, "ngroups": 2}
+        given["lm_head.weight"] = given["backbone.embedding.weight"]
+    elif theirs.get("time_step_rank") not in (None, "auto"):
+        ssm["dt_rank"] = theirs["time_step_rank"]
+    config = STATE_SPACES | {"ssm_cfg": ssm}
+    assert is_state_spaces(config) and not is_state_spaces(theirs)
+    made, named = translated(config, given)
+    assert import_config(made) == import_config(theirs | {"tie_word_embeddings": True})
+    wanted = {key: x for key, x in weights.items() if key != "lm_head.weight"} | tied
+    same_bytes(export_weights(made, import_parameters(made, named)), wanted)
+
+
+def test_a_checkpoint_of_state_spaces_becomes_a_run(tmp_path: Path):
+    _, weights = published("mamba2_groups")
+    embedding = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+    given = {key: x for key, x in weights.items() if "embeddings" not in key} | {"lm_head.weight": embedding}
+    ssm = {"layer": "Mamba2", "d_state": 6, "headdim": 8, "ngroups": 2}
+    (tmp_path / "theirs").mkdir()
+    config = STATE_SPACES | {"vocab_size": 60, "ssm_cfg": ssm}
+    write_weights(tmp_path / "theirs", config, given | {"backbone.embedding.weight": embedding})
+    run = import_run(tmp_path / "theirs", load("mqar_micro"), tmp_path / "run")
+    assert export_run(run, "safetensors", tmp_path / "out") == "mamba2"
+    wanted = {key: x for key, x in given.items() if key != "lm_head.weight"} | {"backbone.embeddings.weight": embedding}
+    same_bytes(load_file(tmp_path / "out" / "model.safetensors"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "layer is 'Mamba3'; only Mamba1, Mamba2"),
+        ({"ssm_cfg": {"dt_limit": [0, 1]}}, "does not know the field 'dt_limit'"),
+        ({"ssm_cfg": {}, "moe": 8}, "does not know the field 'moe'"),
+        ({"ssm_cfg": {}, "attn_layer_idx": [3]}, "no layers besides Mamba"),
+        ({"ssm_cfg": {}, "rms_norm": False}, "no mean and no bias"),
+    ],
+)
+def test_what_state_spaces_means_otherwise_is_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        translated(STATE_SPACES | changes, {})
 
 
 # Runs

@@ -27,6 +27,8 @@ from recallax.models.importing import (
     export_weights,
     import_config,
     import_parameters,
+    is_state_spaces,
+    translated,
 )
 from recallax.models.importing.key_map import convert, one
 from recallax.models.pattern import parse
@@ -119,6 +121,8 @@ def import_run(source: Path, base: RunConfig, folder: Path | None = None) -> Pat
     what does not fit, RunFolderError where the folder is taken.
     """
     config, weights = _read(source)
+    if is_state_spaces(config):
+        config, weights = translated(config, weights)
     kind = str(config.get("model_type"))
     run = _own_config(source, config) if kind == OWN else replace(base, model=import_config(config))
     program = Program(run)  # before anything is written: it may not fit the task

@@ -18,9 +18,10 @@ from flax import nnx
 from recallax.config import ConfigError, nearest
 from recallax.models import accounting
 from recallax.models.block import Block, BlockModule
-from recallax.models.importing import falcon_h1, gated_delta_net, kimi_linear, llama, mamba, mamba2, nemotron_h
+from recallax.models.importing import falcon_h1, fla, gated_delta_net, kimi_linear, llama, mamba, mamba2, nemotron_h
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.key_map import SHOWN, Entry, WeightsError, convert, revert
+from recallax.models.importing.state_spaces import is_state_spaces, translated
 from recallax.models.lm import LM, LMConfig
 from recallax.models.pattern import parse
 from recallax.models.placement import filled, layer_places, parameter_places, parameter_shapes
@@ -36,6 +37,8 @@ __all__ = [
     "import_config",
     "import_model",
     "import_parameters",
+    "is_state_spaces",
+    "translated",
 ]
 
 
@@ -68,8 +71,9 @@ LAYOUTS: dict[str, Layout] = {
         "Qwen3NextForCausalLM",
         gated_delta_net.describe,
     ),
+    "gated_deltanet": Layout(fla.gated_deltanet, fla.entries, "GatedDeltaNetForCausalLM", fla.describe),
 }
-"""By the `model_type` of config.json; key names and shapes are those of transformers 5.23."""
+"""By the `model_type` of config.json; key names and shapes are those of transformers 5.23 and, last, of fla 0.6."""
 
 
 def import_config(config: Mapping[str, Any]) -> LMConfig:

@@ -111,9 +111,8 @@ def swiglu_fields(channel: SwiGLUMixer) -> dict[str, Any]:
     return {"intermediate_size": channel.out.kernel.shape[0], "hidden_act": "silu"}
 
 
-def swiglu_entries(fields: Fields, theirs: str, ours: str) -> list[Entry]:
-    """The gated perceptron; ours has gate and input side by side."""
-    inner = fields.get("intermediate_size", int)
+def swiglu_entries(inner: int, theirs: str, ours: str) -> list[Entry]:
+    """The gated perceptron of that inner width; ours has gate and input side by side."""
     gate_and_up = (f"{theirs}.gate_proj.weight", f"{theirs}.up_proj.weight")
     return [
         Entry(gate_and_up, (f"{ours}.up.kernel",), chain(joined(inner, inner), TRANSPOSED)),

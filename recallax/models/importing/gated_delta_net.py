@@ -112,7 +112,7 @@ def _block_entries(fields: Fields, theirs: str, ours: str, offset: float = 0.0) 
     return [
         decoder.scale(f"{theirs}.input_layernorm", f"{ours}.mixer_norm", offset),
         decoder.scale(f"{theirs}.post_attention_layernorm", f"{ours}.channel_norm", offset),
-        *decoder.swiglu_entries(fields, f"{theirs}.mlp", f"{ours}.channel"),
+        *decoder.swiglu_entries(fields.get("intermediate_size", int), f"{theirs}.mlp", f"{ours}.channel"),
     ]
 
 

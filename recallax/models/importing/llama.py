@@ -43,7 +43,7 @@ def entries(fields: Fields, model: LMConfig) -> list[Entry]:
     for layer in range(len(model.layers)):
         theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
         found += decoder.softmax_entries(f"{theirs}.self_attn", f"{ours}.mixer")
-        found += decoder.swiglu_entries(fields, f"{theirs}.mlp", f"{ours}.channel")
+        found += decoder.swiglu_entries(fields.get("intermediate_size", int), f"{theirs}.mlp", f"{ours}.channel")
         found.append(decoder.scale(f"{theirs}.input_layernorm", f"{ours}.mixer_norm"))
         found.append(decoder.scale(f"{theirs}.post_attention_layernorm", f"{ours}.channel_norm"))
     return found
