@@ -123,6 +123,7 @@ def import_run(source: Path, base: RunConfig, folder: Path | None = None) -> Pat
     config, weights = _read(source)
     if is_state_spaces(config):
         config, weights = translated(config, weights)
+    _refuse_more_layers(config, weights)
     kind = str(config.get("model_type"))
     run = _own_config(source, config) if kind == OWN else replace(base, model=import_config(config))
     program = Program(run)  # before anything is written: it may not fit the task
@@ -189,6 +190,13 @@ def _read(source: Path) -> tuple[dict[str, Any], Weights]:
     if not (source / ORBAX).is_dir():
         return read_folder(source)
     return read_json(source / "config.json"), _read_orbax(source / ORBAX)
+
+
+def _refuse_more_layers(config: Mapping[str, Any], weights: Weights) -> None:
+    """A config that claims layers without weights would be built before anything is found missing."""
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > len(weights):
+        raise WeightsError(f"config.json has num_hidden_layers {layers}, and there are {len(weights)} arrays in all")
 
 
 def _own_config(source: Path, config: Mapping[str, Any]) -> RunConfig:

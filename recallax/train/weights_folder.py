@@ -84,21 +84,23 @@ def read_safetensors(path: Path) -> Weights:
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Make a folder with what `fill` puts into it, all or nothing: it is filled under another name and then renamed.
 
-    Raises WeightsError where something is there already, and what `fill` raises; then nothing is left.
+    Raises WeightsError where something is there already or nothing can be written, and what `fill` raises; then nothing
+    is left.
     """
     folder = Path(os.path.abspath(folder))
     if folder.exists() or folder.is_symlink():
         raise WeightsError(f"{folder} is there already; move it away, or choose another --out")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
         fill(temporary)
         for path in temporary.rglob("*"):
             if path.is_file():
                 _sync(path)
         temporary.rename(folder)
         _sync(folder.parent)
+    except OSError as error:
+        raise WeightsError(f"{folder} cannot be written: {error}; choose another --out, or make space") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

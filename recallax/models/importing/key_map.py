@@ -5,6 +5,7 @@ Our parameters are named by their path in the model, with the absolute number of
 pattern: `embedding`, `layers.3.mixer.q.kernel`, `norm.scale`.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from recallax.models.importing.form import SAME, TRANSPOSED, Form, chain, scaled
 type Shapes = Mapping[str, tuple[int, ...]]
 SHOWN = 5
 """Names that an error lists before it counts the rest."""
+LARGER = 16
+"""A parameter this many times as large as its weights is refused before it is made: a config may claim any size."""
 
 
 class WeightsError(ValueError):
@@ -66,6 +69,11 @@ def revert(entries: Sequence[Entry], parameters: Mapping[str, np.ndarray]) -> di
 
 
 def _converted(entry: Entry, weights: Mapping[str, np.ndarray], shapes: Shapes) -> list[tuple[str, np.ndarray]]:
+    wanted = sum(math.prod(shapes[name]) for name in entry.ours)
+    if wanted > LARGER * sum(np.asarray(weights[key]).size for key in entry.theirs):
+        raise WeightsError(
+            f"{', '.join(entry.theirs)} would need {wanted} numbers; give the config.json of these weights"
+        )
     # An import must find what an export would write.
     expected = entry.form.to_theirs(tuple(np.zeros(shapes[name], np.float32) for name in entry.ours))
     arrays = tuple(np.asarray(weights[key]) for key in entry.theirs)
