@@ -1,6 +1,9 @@
 """Shape checking is on in tests: every jaxtyping annotation of recallax is checked at every call."""
 
+from collections.abc import Iterator
+
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -24,3 +27,11 @@ def forget_programs():
     """A process may map only so many programs: beyond some thousands the compiler crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """The type checker of the tests takes no number of rows that is still open."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

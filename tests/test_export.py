@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import ml_dtypes
 import numpy as np
 import pytest
@@ -52,6 +51,14 @@ NOT_OURS = {
     "mlp_only_layers",
 }  # fmt: skip
 """Fields that change no number, or that belong to the attention layers that are cut off."""
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    """These tests compile far longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def published(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -395,14 +402,6 @@ def live(run: Path) -> Any:
 
 
 LENGTH, CONTEXT = 6, 20
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """The type checker of the tests takes no number of rows that is still open."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked")
