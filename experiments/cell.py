@@ -1,29 +1,13 @@
-"""One trained config of a sweep, and the row it leaves."""
+"""One trained config of a sweep, and the row it leaves; what the questions' sweeps have in common."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from recallax.config import fingerprint
 from recallax.models import LMConfig, accounting
 from recallax.train.log import commit, environment
 from recallax.train.program import Program
 from recallax.train.run import RunConfig
-from recallax.train.step import TrainState
-
-type Row = dict[str, Any]
-type Stage = Callable[[list[Row]], list["Cell"]]
-"""Cells to train, given the rows of the stages before."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A config, and what the report calls it."""
-
-    labels: Mapping[str, str | int | float]
-    config: RunConfig
-    probe: Callable[[Program, TrainState], Row] | None = None
-    """What else to measure of the trained model; its entries join the row."""
+from recallax.train.sweep import Cell, Row, Stage
 
 
 def measure(cell: Cell) -> Row:
@@ -70,25 +54,32 @@ def best(rows: list[Row], stage: str, **labels: str | int | float) -> Row:
 
 
 def rates_then_seeds(
-    names: Iterable[str], rates: Iterable[float], config: Callable[[str, float, int], RunConfig]
+    names: Iterable[str],
+    rates: Iterable[float],
+    config: Callable[[str, float, int], RunConfig],
+    others: tuple[int, ...] = (1, 2),
 ) -> tuple[Stage, Stage]:
-    """Two stages: every mixer at every rate with seed 0, then the rate that is best on valid with seeds 1 and 2."""
+    """Two stages: every mixer at every rate with seed 0, then the rate that is best on valid with the other seeds."""
 
     def grid(rows: list[Row]) -> list[Cell]:
         return [_cell("grid", name, rate, 0, config) for name in names for rate in rates]
 
     def seeds(rows: list[Row]) -> list[Cell]:
-        return at_best_rate("seeds", names, config, rows)
+        return at_best_rate("seeds", names, config, rows, others)
 
     return grid, seeds
 
 
 def at_best_rate(
-    stage: str, names: Iterable[str], config: Callable[[str, float, int], RunConfig], rows: list[Row]
+    stage: str,
+    names: Iterable[str],
+    config: Callable[[str, float, int], RunConfig],
+    rows: list[Row],
+    others: tuple[int, ...] = (1, 2),
 ) -> list[Cell]:
-    """Seeds 1 and 2 of each mixer, at the rate that its grid found best on valid."""
+    """Other seeds of each mixer, at the rate that its grid found best on valid."""
     chosen = {name: best(rows, "grid", mixer=name)["lr"] for name in names}
-    return [_cell(stage, name, rate, seed, config) for name, rate in chosen.items() for seed in (1, 2)]
+    return [_cell(stage, name, rate, seed, config) for name, rate in chosen.items() for seed in others]
 
 
 def _cell(stage: str, name: str, rate: float, seed: int, config: Callable[[str, float, int], RunConfig]) -> Cell:

@@ -1,4 +1,4 @@
-"""The command line: `recallax list | show | train | eval | export | import | report | doctor`.
+"""The command line: `recallax list | show | train | eval | sweep | export | import | report | doctor`.
 
 Only what a command needs is imported: `--help` and `list` read the configs' docstrings and import no JAX.
 """
@@ -29,6 +29,7 @@ USAGE = f"""recallax {__version__}: sequence models that recall well with little
   recallax show CONFIG [overrides]     what a config resolves to, its parameters, state bytes and FLOPs
   recallax train CONFIG [overrides]    train it, or go on where its run stopped
   recallax eval RUN                    evaluate a run's newest checkpoint
+  recallax sweep FILE                  train what a Python file asks for, and list what the runs came to
   recallax export RUN --to FORM        its weights for other programs: safetensors, stablehlo or orbax
   recallax import PATH                 a run of weights: an export, or a model of transformers in safetensors
   recallax report RUN...               one HTML page, a CSV and a Markdown table about runs
@@ -165,6 +166,33 @@ def _eval(arguments: list[str]) -> int:
     return _guarded(lambda: tyro.cli(evaluate, args=arguments, prog="recallax eval"))
 
 
+def _sweep(arguments: list[str]) -> int:
+    import tyro
+
+    def run(
+        file: tyro.conf.Positional[Path], out: Path | None = None, workers: int | None = None, retries: int = 1
+    ) -> int:
+        """Train what a Python file asks for, a run folder each, and list what they came to.
+
+        The same command goes on where a sweep stopped: finished runs are skipped, unfinished ones continued.
+
+        Args:
+            file: Python file with `STAGES`, functions from rows to cells (`recallax/train/sweep.py`).
+            out: Folder of the runs and of results.jsonl; runs/FOLDER-OF-THE-FILE by default.
+            workers: Runs at a time; one per accelerator, or one per core.
+            retries: Times that a run which failed is tried again.
+        """
+        from recallax.train.backend import Local
+        from recallax.train.sweep import sweep
+
+        folder = out or Path("runs") / file.absolute().parent.name
+        failed = sweep(file, folder, Local(workers), retries=retries)
+        print(f"rows: {folder / 'results.jsonl'}")
+        return min(failed, 1)
+
+    return _guarded(lambda: tyro.cli(run, args=arguments, prog="recallax sweep"))
+
+
 def _export(arguments: list[str]) -> int:
     import tyro
 
@@ -287,6 +315,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "show": _show,
     "train": _train,
     "eval": _eval,
+    "sweep": _sweep,
     "export": _export,
     "import": _import,
     "report": _report,

@@ -69,6 +69,8 @@ class Mean(NamedTuple):
 
 Aux = dict[str, Mean]
 """Extra loss terms and diagnostics of a module; the keys are fixed when the module is built."""
+DIAGNOSTIC = "diagnostic/"
+"""What the names of means begin with that are logged and no part of the loss."""
 
 
 def add_aux(a: Aux, b: Aux) -> Aux:

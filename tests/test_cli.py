@@ -143,7 +143,14 @@ def test_show_says_what_a_config_costs(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["show", "mqar_micro", "--model.d-model", "16"]) == 0
     out = capsys.readouterr().out
     assert '"d_model": 16' in out and "fingerprint" in out
-    for line in ("parameters", "forward FLOPs", "layers            2: conv mixer", "1,024"):
+    for line in (
+        "parameters",
+        "one token takes",
+        "forward FLOPs",
+        "FLOPs per token",
+        "layers            2: conv mixer",
+        "1,024",
+    ):
         assert line in out
 
 

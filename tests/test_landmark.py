@@ -207,4 +207,4 @@ def test_memory_is_linear_in_time():
         return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
     short, long = held(4096), held(8192)
-    assert long <= 2.1 * short and long <= 12 * 3 * 8192 * 16 * 4
+    assert long <= 2.1 * short and long <= 7 * 3 * 8192 * 16 * 4

@@ -29,7 +29,20 @@ from recallax.layers import (
 from recallax.layers.base import Statistic
 from recallax.layers.norm import RMSNorm
 from recallax.layers.stateless import StatelessMixer
-from recallax.models import Autoencode, Block, LMConfig, Tied, Untied, accounting, based, jrt_rnn, landmark, mom, titans
+from recallax.models import (
+    Autoencode,
+    Block,
+    LMConfig,
+    Tied,
+    Untied,
+    accounting,
+    based,
+    hydra,
+    jrt_rnn,
+    landmark,
+    mom,
+    titans,
+)
 from recallax.models.block import BlockModule
 from recallax.models.pattern import flatten, parse
 from recallax.pallas_kernels.neural_memory import Learner
@@ -277,7 +290,7 @@ def test_mom_has_the_published_sizes():
         (mom.mom_1b3(), 1618.42, 1416.21, 1552.88),
     ):
         assert round(accounting.parameters(config) / 1e6, 2) == total
-        assert round(mom.active_parameters(config) / 1e6, 2) == active
+        assert round(accounting.active_parameters(config) / 1e6, 2) == active
         assert round(accounting.parameters(replace(config, readout=Tied())) / 1e6, 2) == tied
         assert sum(accounting.parameter_table(config).values()) == accounting.parameters(config)
         # In each of 24 layers five memories of 4 x 256 x 256 float32 and three bfloat16 inputs of their convolutions.
@@ -358,6 +371,44 @@ def test_titans_has_the_published_shapes_and_the_parameters_that_these_make(size
     for other, tokens in ((context, persistent), (gated, 0), (layered, 0)):
         more = accounting.parameters(other) - accounting.parameters(alone)
         assert more == pytest.approx(layers * (attention - tokens), rel=1e-3)
+
+
+def test_hydra_has_the_published_total_and_the_stated_parts():
+    """1.61B within 2 %; the parts are those that `models/hydra.py` states, and a token takes .94B."""
+    config, d = hydra.hydra_1b6(), 2048
+    total = accounting.parameters(config)
+    assert total == pytest.approx(1.61e9, rel=0.02) and total / 1e6 == pytest.approx(1624.2, abs=0.05)
+    blocks = [name for name in config.layers if name not in ("workspace", "facts")]
+    assert len(blocks) == 24 and config.layers.count("facts") == 1
+    assert [i + 1 for i, name in enumerate(blocks) if name in ("attention", "all")] == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert [i + 1 for i, name in enumerate(blocks) if name in ("experts", "all")] == list(range(2, 25, 2))
+    parts: dict[str, int] = {}
+    for name, count in accounting.parameter_table(config).items():
+        what = name.split()[-1] if "paths" in name else name.split()[0]
+        parts[what] = parts.get(what, 0) + count
+    assert parts["ssm"] == pytest.approx(24 * (5 * d**2 + d), rel=1e-3)  # with convolutions and norms
+    assert parts["attention"] == pytest.approx(8 * 4 * d**2, rel=1e-3)
+    assert parts["experts"] == pytest.approx(12 * (8 * 3 * d * 1248 + 8 * d), rel=1e-3)
+    assert parts["facts"] == pytest.approx(512**2 * 512 + 8 * 512 * 128 + d * 1024 + 512 * d, rel=1e-3)
+    idle = 12 * 6 * 3 * d * 1248 + (512**2 - 4 * 32) * 512
+    assert accounting.active_parameters(config) == total - idle
+    # A token's cost and a sequence's memory do not grow with the context.
+    flops = [accounting.forward_flops(config, n) / n for n in (1024, 8192)]
+    assert flops[0] == pytest.approx(flops[1], rel=0.01)
+    assert accounting.state_bytes(config, 1024) == accounting.state_bytes(config, 100_000)
+
+
+def test_hydra_has_its_toy_and_its_ablations():
+    toy = hydra.hydra_toy()
+    assert [name for name in toy.layers if name not in ("workspace", "facts")][3::4] == ["all", "all"]
+    assert accounting.parameters(toy) / 1e6 == pytest.approx(8.38, abs=0.01)
+    config = importlib.import_module("recallax.configs.mqar_hydra").get_config().model
+    counts = {name: accounting.parameters(replace(config, pattern=p), 64) for name, p in hydra.ABLATIONS.items()}
+    assert counts["ssm"] == min(counts.values()) and counts["all"] == max(counts.values())
+    for name in ("asked", "keys", "landmark", "by_previous", "by_token", "long", "delta"):
+        other = replace(config, pattern=f"ssm {name}")
+        logits = jax.eval_shape(lambda other=other: other.build(nnx.Rngs(0), 64)(TOKENS, whole_rows(2, 9))[0])
+        assert logits.shape == (2, 9, 64), name
 
 
 def test_landmark_models_have_the_published_sizes():

@@ -4,7 +4,9 @@ from recallax.layers.attention import Attention
 from recallax.layers.base import MixerConfig, RecurrentMixer, SequenceMixer, Site
 from recallax.layers.base_conv import BaseConv
 from recallax.layers.based import Based
+from recallax.layers.chunk_experts import ChunkExperts
 from recallax.layers.delta_net import DeltaNet
+from recallax.layers.diagonal_ssm import DiagonalSSM
 from recallax.layers.gated_conv import GatedConv
 from recallax.layers.gated_delta_net import GatedDeltaNet
 from recallax.layers.gated_delta_product import GatedDeltaProduct
@@ -14,6 +16,7 @@ from recallax.layers.identity import Identity
 from recallax.layers.kda import KDA
 from recallax.layers.landmark import Landmark
 from recallax.layers.linear_attention import LinearAttention
+from recallax.layers.long_mamba import LongMamba
 from recallax.layers.mamba import Mamba
 from recallax.layers.mamba2 import Mamba2
 from recallax.layers.memory import MemoryConfig
@@ -22,28 +25,38 @@ from recallax.layers.memory_as_gate import MemoryAsGate
 from recallax.layers.mom import MoM
 from recallax.layers.neural_memory import NeuralMemory
 from recallax.layers.nothing import Nothing
+from recallax.layers.parallel import Parallel
 from recallax.layers.prefix import Prefix
+from recallax.layers.product_keys import ProductKeys
 from recallax.layers.relu_squared import ReLUSquared
 from recallax.layers.retnet import RetNet
 from recallax.layers.rg_lru import RGLRU
+from recallax.layers.selection import AskedTokens, KeyScore, TokenScore
 from recallax.layers.sliding_window import SlidingWindow
+from recallax.layers.sparse_global_attention import SparseGlobalAttention
 from recallax.layers.swiglu import SwiGLU
+from recallax.layers.workspace import Workspace
 
 __all__ = [
     "GLA",
     "HGRN2",
     "KDA",
     "RGLRU",
+    "AskedTokens",
     "Attention",
     "BaseConv",
     "Based",
+    "ChunkExperts",
     "DeltaNet",
+    "DiagonalSSM",
     "GatedConv",
     "GatedDeltaNet",
     "GatedDeltaProduct",
     "Identity",
+    "KeyScore",
     "Landmark",
     "LinearAttention",
+    "LongMamba",
     "Mamba",
     "Mamba2",
     "MemoryAsContext",
@@ -53,12 +66,17 @@ __all__ = [
     "MoM",
     "NeuralMemory",
     "Nothing",
+    "Parallel",
     "Prefix",
+    "ProductKeys",
     "ReLUSquared",
     "RecurrentMixer",
     "RetNet",
     "SequenceMixer",
     "Site",
     "SlidingWindow",
+    "SparseGlobalAttention",
     "SwiGLU",
+    "TokenScore",
+    "Workspace",
 ]

@@ -11,15 +11,25 @@ from jaxtyping import Array, Float
 from recallax.types import Precision
 
 
-def parameter(value: Array, axes: tuple[str | None, ...], *, decay: bool = True) -> nnx.Param[Array]:
+def parameter(
+    value: Array,
+    axes: tuple[str | None, ...],
+    *,
+    decay: bool = True,
+    lr: float = 1.0,
+    sparse: bool = False,
+    active: float = 1.0,
+) -> nnx.Param[Array]:
     """A trainable array with what the optimizer and the mesh need to know about it.
 
     axes: a logical name per axis ("embed", "heads", "mlp", "vocab" or None), from which the mesh shards it; a stack
-    of repeated blocks adds leading axes that have no name. decay: False exempts it from weight decay.
+    of repeated blocks adds leading axes that have no name. decay: False exempts it from weight decay. lr: its learning
+    rate as a multiple of the run's. sparse: rows whose gradient is zero are left as they are, their moments too.
+    active: the share of it that one token takes.
     """
     if len(axes) != value.ndim:
         raise ValueError(f"a parameter of shape {value.shape} has axes {axes}; it needs one per axis")
-    return nnx.Param(value, axes=axes, decay=decay)
+    return nnx.Param(value, axes=axes, decay=decay, lr=lr, sparse=sparse, active=active)
 
 
 class Linear(nnx.Module):

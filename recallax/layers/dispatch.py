@@ -81,6 +81,12 @@ def gathered(x: Shaped[Array, "B P ..."], plan: Dispatch, slots: int) -> Shaped[
     return y.reshape(batch, places // slots, slots, *x.shape[2:])
 
 
+def to_slots(x: Float[Array, "N W"], plan: Dispatch, batch: int, slots: int) -> Float[Array, "B T S W"]:
+    """From the order by memory to each token's slots."""
+    y = _gather(x[None], jnp.argsort(plan.grouped)[None], plan.grouped[None, :, None])
+    return y.reshape(batch, -1, slots, x.shape[-1])
+
+
 def project(linear: Linear, x: Float[Array, "N D"], sizes: Int[Array, " M"]) -> Float[Array, "N W"]:
     """Every token times the weights of its memory; `linear` is stacked over memories, x is ordered by memory."""
     y = grouped_product(x.astype(linear.dtype), linear.kernel[...].astype(linear.dtype), sizes)

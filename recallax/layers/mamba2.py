@@ -25,6 +25,7 @@ from recallax.layers.matrix_memory import MatrixCell, Recurrence
 from recallax.layers.memory import MemoryConfig, Sizes
 from recallax.layers.readout import Order, Readout
 from recallax.layers.short_convolution import ShortConvolution
+from recallax.layers.step_filter import Filtered
 from recallax.types import Precision
 
 
@@ -99,7 +100,7 @@ class Mamba2(MemoryConfig):
         )
 
 
-class Mamba2Cell(MatrixCell):
+class Mamba2Cell(MatrixCell, Filtered):
     """See the head of the file."""
 
     def __init__(self, sizes: Sizes, conv: ShortConvolution, gate: DecayGate, precision: Precision):
@@ -111,9 +112,12 @@ class Mamba2Cell(MatrixCell):
         groups, heads, _, _ = self.sizes
         q, k = (heads_of(streams[name], groups) for name in ("q", "k"))
         x = heads_of(streams["v"], heads)
-        dt = self.gate.dt(streams["dt"])
+        dt = self.filtered(self.gate.dt(streams["dt"]))
         v = (x.astype(jnp.float32) * dt[..., None]).astype(x.dtype)
         return Recurrence(q, k, v, log_decay=self.gate(dt))
+
+    def rates(self) -> Float[Array, " H"]:
+        return jnp.exp(self.gate.a_log[...].astype(jnp.float32))
 
     def read(self, y: Float[Array, "B T H V"], streams: Mapping[str, Float[Array, "B T W"]]) -> Float[Array, "B T H V"]:
         x = heads_of(streams["v"], self.sizes.heads).astype(jnp.float32)

@@ -5,11 +5,14 @@ matrix products of the traced program.
 """
 
 import math
+from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from recallax.config import Config
+from recallax.layers import MoM
 from recallax.models.lm import LM, LMConfig
 from recallax.models.pattern import parse
 from recallax.models.placement import layer_places, parameter_places, parameter_shapes
@@ -27,6 +30,23 @@ def parameters(config: LMConfig, vocab_size: int | None = None) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
+def active_parameters(config: LMConfig, vocab_size: int | None = None) -> int:
+    """Parameters that one token takes: of memories and experts as many as it chooses, of a table the rows it reads."""
+    blocks = {name: _with_chosen(block) for name, block in config.blocks.items()}
+    params = nnx.split(abstract_model(replace(config, blocks=blocks), vocab_size), nnx.Param, ...)[1]
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return round(sum(math.prod(leaf.shape) * leaf.get_metadata()["active"] for leaf in leaves))
+
+
+def _with_chosen[C: Config](config: C) -> C:
+    """With as many memories as a token chooses, wherever in it there is a mixture of them."""
+    if isinstance(config, MoM):
+        config = replace(config, num_memories=config.top_k)
+    inside = {f.name: getattr(config, f.name) for f in fields(config)}  # type: ignore[arg-type]
+    parts = {name: _with_chosen(part) for name, part in inside.items() if isinstance(part, Config)}
+    return replace(config, **parts) if parts else config  # type: ignore[type-var]
+
+
 def parameter_table(config: LMConfig, vocab_size: int | None = None) -> dict[str, int]:
     """Trainable numbers by what they belong to: embedding, norm, readout, and each part of each block."""
     table: dict[str, int] = {}
@@ -36,7 +56,8 @@ def parameter_table(config: LMConfig, vocab_size: int | None = None) -> dict[str
         parts = name.split(".")
         what = parts[0]
         if parts[0] == "layers":
-            what = " ".join([config.layers[int(parts[1])], *parts[2 : 3 if parts[2].endswith("norm") else 4]])
+            deep = 3 if parts[2].endswith("norm") else 5 if parts[3] == "paths" else 4
+            what = " ".join([config.layers[int(parts[1])], *parts[2:deep]])
         table[what] = table.get(what, 0) + math.prod(shape)
     return table
 

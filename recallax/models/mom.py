@@ -14,7 +14,6 @@ active parameters are reached (the released config ties them):
 from dataclasses import replace
 
 from recallax.layers import GatedDeltaNet, MoM, SwiGLU
-from recallax.models import accounting
 from recallax.models.block import Block
 from recallax.models.lm import LMConfig
 from recallax.models.readout import Untied
@@ -39,16 +38,6 @@ def mom_hybrid(config: LMConfig, attention: Block, ratio: int = 7) -> LMConfig:
     rest = len(config.layers) - periods * (ratio + 1)
     pattern = f"(mom*{ratio} attention)*{periods}" + (f" mom*{rest}" if rest else "")
     return replace(config, pattern=pattern, blocks=config.blocks | {"attention": attention})
-
-
-def active_parameters(config: LMConfig) -> int:
-    """Parameters that one token uses: with as many memories as it chooses."""
-
-    def used(block: Block) -> Block:
-        mixer = block.mixer
-        return replace(block, mixer=replace(mixer, num_memories=mixer.top_k)) if isinstance(mixer, MoM) else block
-
-    return accounting.parameters(replace(config, blocks={name: used(b) for name, b in config.blocks.items()}))
 
 
 def _mom(d_model: int, inner: int) -> LMConfig:

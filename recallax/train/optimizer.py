@@ -1,6 +1,7 @@
-"""AdamW with warm-up, cosine decay, clipping and a weight-decay mask taken from the parameters' own tags."""
+"""AdamW with warm-up, cosine decay and clipping; weight decay, rates and sparse rows by the parameters' own tags."""
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -20,12 +21,35 @@ def make_optimizer(config: RunConfig, params: nnx.State) -> optax.GradientTransf
     """The transformation for parameters held as plain dicts; `params` only gives their tags."""
     optim = config.optim
     mask = tags(params, lambda p: p.get_metadata()["decay"] and len(p.get_metadata()["axes"]) >= 2)
-    return optax.chain(
-        optax.clip_by_global_norm(optim.clip),
-        optax.adamw(
-            schedule(config), b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, mask=mask
-        ),
+    adam = optax.adamw(
+        schedule(config), b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, mask=mask
     )
+    sparse, rates = (tags(params, lambda p, name=name: p.get_metadata()[name]) for name in ("sparse", "lr"))
+    if any(jax.tree.leaves(sparse)):
+        adam = by_rows(adam, sparse)
+    parts = [optax.clip_by_global_norm(optim.clip), adam]
+    if any(rate != 1.0 for rate in jax.tree.leaves(rates)):
+        parts.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, rate: u * rate, updates, rates)))
+    return optax.chain(*parts)
+
+
+def by_rows(inner: optax.GradientTransformation, sparse: dict) -> optax.GradientTransformation:
+    """The same, but rows of tagged parameters whose gradient is zero stay as they are, and so do their moments.
+
+    What SparseAdam does in PyTorch; here the arrays are dense, so it saves no traffic and no memory.
+    """
+
+    def update(updates, state, params=None):
+        def touched(grad: jax.Array, tagged: bool) -> jax.Array:
+            return (grad != 0).any(axis=-1, keepdims=True) if tagged else jnp.ones((), bool)
+
+        rows, every = jax.tree.map(touched, updates, sparse), jnp.ones((), bool)
+        updates, new = inner.update(updates, state, params)
+        moved = optax.tree_map_params(inner, lambda _, row: row, new, rows, transform_non_params=lambda _: every)
+        state = jax.tree.map(jnp.where, moved, new, state)
+        return jax.tree.map(lambda row, u: jnp.where(row, u, 0), rows, updates), state
+
+    return optax.GradientTransformation(inner.init, update)
 
 
 def logical_axes(params: nnx.State) -> dict:

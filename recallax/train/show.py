@@ -7,11 +7,11 @@ from recallax.models import accounting
 from recallax.train.run import RunConfig
 
 CONTEXTS = (256, 1024, 4096, 16_384)
-"""Tokens at which state bytes are given besides the task's own lengths."""
+"""Tokens at which state bytes and FLOPs are given besides the task's own lengths."""
 
 
 def show(name: str, config: RunConfig) -> str:
-    """The resolved value, parameters, state bytes against context, and forward FLOPs per token, as text."""
+    """The resolved value, parameters, and state bytes and forward FLOPs per token against context, as text."""
     task, model = config.task, config.model
     vocab, longest = task.vocab_size, max(task.lengths("test"))
     contexts = sorted({*task.lengths("test"), *CONTEXTS})
@@ -23,13 +23,17 @@ def show(name: str, config: RunConfig) -> str:
         "",
         f"layers            {len(model.layers)}: {' '.join(_runs(model.layers))}",
         f"parameters        {accounting.parameters(model, vocab):,}",
+        f"  one token takes {accounting.active_parameters(model, vocab):,}",
         *(f"  {part:<30}{count:>14,}" for part, count in accounting.parameter_table(model, vocab).items()),
         f"forward FLOPs     {flops:,.0f} per token at {longest} tokens, matrix products only",
         f"                  {labelled:,.0f} with logits at labelled positions only, as in training and evaluation",
         "",
-        f"{'context':>12}  {'state bytes':>14}",
+        f"{'context':>12}  {'state bytes':>14}  {'FLOPs per token':>16}",
     ]
-    return "\n".join(lines + [f"{c:>12,}  {accounting.state_bytes(model, c, vocab):>14,}" for c in contexts])
+    for context in contexts:
+        held, spent = accounting.state_bytes(model, context, vocab), accounting.forward_flops(model, context, vocab)
+        lines.append(f"{context:>12,}  {held:>14,}  {spent / context:>16,.0f}")
+    return "\n".join(lines)
 
 
 def _runs(names: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from recallax.models.readout import Projection
 from recallax.pallas_kernels.linear_cross_entropy import Scores, linear_cross_entropy
 from recallax.tasks.base import Split, Task
 from recallax.train.run import RunConfig
-from recallax.types import Batch, Mean
+from recallax.types import DIAGNOSTIC, Batch, Mean
 
 MAX_STREAK = 10
 """Non-finite steps in a row after which the state freezes; the loop then stops the run."""
@@ -117,7 +117,8 @@ def make_step(
         means = {name: Mean(jnp.sum(jnp.where(term == i, loss, 0)), totals[name]) for i, name in enumerate(task.terms)}
         # A module's mean is taken per microbatch: its weight may depend on the parameters.
         extra = {name: mean.total / jnp.maximum(mean.weight, 1e-9) / parts for name, mean in aux.items()}
-        scalar = scores.total + sum(coefficients.get(name, 1.0) * mean for name, mean in extra.items())
+        losses = {name: mean for name, mean in extra.items() if not name.startswith(DIAGNOSTIC)}
+        scalar = scores.total + sum(coefficients.get(name, 1.0) * mean for name, mean in losses.items())
         means |= {name: Mean(mean, jnp.ones(())) for name, mean in extra.items()}
         correct = jnp.sum(jnp.where(scores.right, weights, 0))
         return scalar, (means, Mean(correct, jnp.sum(weights)), statistics)

@@ -21,7 +21,7 @@ from recallax.pallas_kernels.product import product
 
 CHUNK = 64
 """Queries at a time; a row of up to twice as many is taken whole."""
-KEYS = 2048
+KEYS = 512
 """Tokens of past blocks at a time."""
 UNSEEN = -(2**30)
 """Where the block of a slot begins that is no token's."""
@@ -95,6 +95,7 @@ def blockwise(
         time = start + jnp.arange(chunk)
 
         def further(running: tuple[Array, Array, Array], part: Blocks) -> tuple[tuple[Array, Array, Array], None]:
+            @jax.checkpoint  # or the scan would keep the scores of all parts
             def take(running: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
                 return _past(q, part, seen_from(part, document, time), running)
 

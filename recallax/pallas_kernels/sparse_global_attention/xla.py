@@ -1,0 +1,97 @@
+"""Sparse global attention block by block: memory and work linear in time, but for one score per block and token.
+
+Chosen keys and those of the window are gathered for all blocks at once, (C + W + block) / block copies of the keys and
+values, so that their gradient is one sum and not one array of the row's length per block; attention scores exist for
+one block at a time and are computed again in the backward pass.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from recallax.pallas_kernels.chunking import Documents
+from recallax.pallas_kernels.grid import Pieces, cut, joined, rows_at
+from recallax.pallas_kernels.product import product
+from recallax.pallas_kernels.sparse_global_attention.pool import NEVER, Blocks, Pool, eligible, scores
+
+
+def choose(
+    pool: Pool, blocks: Blocks, chosen: int, size: int, window: int
+) -> tuple[Int[Array, "N B C"], Bool[Array, "N B C"]]:
+    """Indices of the wanted tokens in order of time, and which of them are any; of equals the earliest."""
+
+    def block(one: Blocks) -> tuple[Array, Array]:
+        wanted = jax.lax.stop_gradient(scores(pool.offer, one.ask[:, None]))
+        candidate = eligible(pool, one.document, one.first, size, window)
+        values, index = jax.lax.top_k(jnp.where(candidate, wanted, NEVER), min(chosen, wanted.shape[1]))
+        index = jnp.sort(jnp.where(values > NEVER, index, wanted.shape[1]), axis=1)
+        return jnp.minimum(index, wanted.shape[1] - 1), index < wanted.shape[1]
+
+    return jax.lax.map(block, blocks)
+
+
+def blockwise(
+    q: Float[Array, "B T H K"],
+    pool: Pool,
+    positions: Int[Array, "B T"],
+    docs: Documents,
+    blocks: Blocks,
+    index: Int[Array, "N B C"],
+    mask: Bool[Array, "N B C"],
+    parts: Pieces,
+    begun: Int[Array, " B"] | None,
+    window: int,
+    size: int,
+    weighed: bool,
+) -> Float[Array, "B T H V"]:
+    """Attention over the chosen tokens and the window's; q is scaled already."""
+    width = parts.source.shape[2]
+    reach = jnp.arange(window - 1 + width, dtype=jnp.int32) - (window - 1)
+    near = pool.new + parts.source[..., :1] + reach[None, None]
+    within = (near >= 0) & (near < pool.k.shape[1])
+    near = jnp.clip(near, 0, pool.k.shape[1] - 1)
+    every = jnp.concatenate([index, near], axis=2)
+    k, v, position, document = (_gathered(x, every) for x in (pool.k, pool.v, pool.position, pool.document))
+    offer, count = _gathered(pool.offer, index), index.shape[2]
+
+    @jax.checkpoint
+    def block(part: tuple[Array, ...]) -> Array:
+        q, at, doc, k, v, position, document, offer, ask, mask, within = part
+        distance = at[:, :, None] - position[:, None]
+        mine = document[:, None] == doc[:, :, None]
+        far = mask[:, None] & (distance[..., :count] >= window)
+        close = within[:, None] & (distance[..., count:] >= 0) & (distance[..., count:] < window)
+        visible = mine & jnp.concatenate([far, close], axis=2)
+        bias = jax.nn.log_sigmoid(scores(offer, ask[:, None])) if weighed else jnp.zeros(mask.shape, jnp.float32)
+        bias = jnp.concatenate([bias, jnp.zeros_like(within, bias.dtype)], axis=1)
+        return _attend(q, k, v, visible, bias).astype(v.dtype)
+
+    tokens = (cut(q, parts), cut(positions, parts), cut(docs.index, parts))
+    y = jax.lax.map(block, (*tokens, k, v, position, document, offer, blocks.ask, mask, within))
+    return joined(y, q.shape[1], size, begun)
+
+
+def _gathered(x: Shaped[Array, "B P ..."], index: Int[Array, "N B S"]) -> Shaped[Array, "N B S ..."]:
+    """Each block's entries, in one gather."""
+    count, rows, size = index.shape
+    flat = rows_at(x, jnp.moveaxis(index, 0, 1).reshape(rows, -1))
+    return jnp.moveaxis(flat.reshape(rows, count, size, *x.shape[2:]), 1, 0)
+
+
+def _attend(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S G K"],
+    v: Float[Array, "B S G V"],
+    visible: Bool[Array, "B T S"],
+    bias: Float[Array, "B S"],
+) -> Float[Array, "B T H V"]:
+    """Softmax in float32, products in the inputs' dtype; 0 where nothing is visible."""
+    b, t, h, width = q.shape
+    grouped = q.reshape(b, t, k.shape[2], -1, width)
+    seen = visible[:, None, None]
+    logits = product("btgrk,bsgk->bgrts", grouped, k)
+    logits = jnp.where(seen, logits + bias[:, None, None, None], NEVER)
+    weights = jnp.where(seen, jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))), 0)
+    total = jnp.moveaxis(weights.sum(axis=-1), 3, 1)[..., None]
+    out = product("bgrts,bsgv->btgrv", weights.astype(v.dtype), v)
+    return (out / jnp.where(total > 0, total, 1)).reshape(b, t, h, -1)

@@ -1,0 +1,173 @@
+"""Sweeps: a Python file that yields configs, a run folder for each, and a row for each that is finished.
+
+    OUT/<fingerprint>/        a run folder like any other; report, eval and a second sweep read it
+    OUT/<fingerprint>/row.json    what the run came to, written last: a folder that has it is finished
+    OUT/<fingerprint>.log     what the run printed, of all attempts
+    OUT/results.jsonl         the rows, in the order in which runs ended
+
+The file has `STAGES`, functions from the rows so far to cells. A stage is asked again whenever its cells have ended,
+until it has no new ones: so a grid can grow around its best (`further_rates`). Each cell is trained in a process of its
+own, so that none can take another down; one that fails is tried again, and goes on from its last checkpoint.
+"""
+
+import importlib.util
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recallax.config import ConfigError, fingerprint
+from recallax.train.backend import Backend
+from recallax.train.log import read_log
+from recallax.train.run import RunConfig
+from recallax.train.run_folder import write_atomic
+from recallax.train.sweep_display import SweepDisplay
+
+type Row = dict[str, Any]
+type Stage = Callable[[list[Row]], list["Cell"]]
+"""Cells to train, given the rows so far."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A config, and what a report calls it."""
+
+    labels: Mapping[str, str | int | float]
+    config: RunConfig
+    probe: Callable[..., Row] | None = None
+    """What else to measure of the trained model, from its `Program` and `TrainState`; its entries join the row."""
+
+
+def stages_of(file: Path) -> list[Stage]:
+    """The stages of a sweep's file, which may import what lies in the working directory. Raises ConfigError."""
+    if not file.is_file():
+        raise ConfigError(f"there is no sweep at {file}; give a Python file that has STAGES")
+    sys.path.insert(0, str(Path.cwd()))
+    spec = importlib.util.spec_from_file_location(f"sweep_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    stages = getattr(module, "STAGES", None)
+    if not stages or not all(callable(stage) for stage in stages):
+        raise ConfigError(f"{file} has no STAGES; it must be a list of functions from rows to cells")
+    return list(stages)
+
+
+def sweep(file: Path, out: Path, backend: Backend, *, retries: int = 1) -> int:
+    """Train every cell that has no row yet; the number of those that failed for good, which end the sweep's stage."""
+    stages = stages_of(file)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = rows_of(out)
+    _write(rows, out)
+    with SweepDisplay(out) as display:
+        for number, stage in enumerate(stages, 1):
+            attempts: Counter[str] = Counter()
+            while todo := _unmeasured(stage, rows, attempts, retries):
+                display.begin(number, len(stages), len(todo))
+                for cell, row in _train(todo, (file, out, len(rows)), backend, display):
+                    attempts[fingerprint(cell.config)] += 1
+                    if row is not None:
+                        rows[row["config"]] = row
+                        _write(rows, out)
+            failed = [name for name in attempts if name not in rows]
+            if failed:
+                display.note(f"{len(failed)} failed: {', '.join(f'{out / name}.log' for name in failed)}")
+                return len(failed)
+    return 0
+
+
+def rows_of(out: Path) -> dict[str, Row]:
+    """The rows of a sweep, by fingerprint; those of runs that ended while nobody watched come last."""
+    file = out / "results.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    listed = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have torn the last
+    ended = [json.loads(path.read_text()) for path in sorted(out.glob("*/row.json"))]
+    rows = {row["config"]: row for row in listed}
+    return rows | {row["config"]: row for row in ended if row["config"] not in rows}
+
+
+def _write(rows: Mapping[str, Row], out: Path) -> None:
+    write_atomic(out / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows.values()))
+
+
+def _unmeasured(stage: Stage, rows: Mapping[str, Row], attempts: Counter[str], retries: int) -> list[Cell]:
+    found = {fingerprint(cell.config): cell for cell in stage(list(rows.values()))}
+    return [cell for name, cell in found.items() if name not in rows and attempts[name] <= retries]
+
+
+def _train(
+    cells: list[Cell], asked: tuple[Path, Path, int], backend: Backend, display: SweepDisplay
+) -> Iterator[tuple[Cell, Row | None]]:
+    """Each cell with its row as it ends, None where it failed; `asked` is the file, the folder, and the rows it saw."""
+    file, out, seen = asked
+    with ThreadPoolExecutor(backend.workers) as pool:
+
+        def attempt(cell: Cell) -> int:
+            name = fingerprint(cell.config)
+            display.started(name, cell.labels, cell.config.train.steps)
+            command = [sys.executable, "-m", "recallax.train.sweep_cell", str(file), name, str(out), str(seen)]
+            return backend.run(command, out / f"{name}.log")
+
+        running: dict[Future[int], Cell] = {pool.submit(attempt, cell): cell for cell in cells}
+        try:
+            while running:
+                ended, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    cell = running.pop(future)
+                    name = fingerprint(cell.config)
+                    path = out / name / "row.json"
+                    row = json.loads(path.read_text()) if future.result() == 0 and path.exists() else None
+                    display.ended(name, row)
+                    yield cell, row
+                display.refresh()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            backend.stop()
+            raise
+
+
+def row_of(cell: Cell, folder: Path) -> Row:
+    """What a finished run's log says of it."""
+    log = read_log(folder / "log.jsonl")
+    (begun, *_), last = [row for row in log if row["kind"] == "run"], log[-1]["step"]
+    evaluations = {row["split"]: row for row in log if row["kind"] == "eval" and row["step"] == last}
+    metrics = {split: {k: v for k, v in row.items() if k not in _OWN} for split, row in evaluations.items()}
+    trained = [row for row in log if row["kind"] == "train"]
+    told = {
+        name: begun.get(name) for name in ("chance", "parameters", "state_bytes", "device", "cpus", "jax", "commit")
+    }
+    skipped = trained[-1].get("skipped", 0) if trained else 0
+    own = {"config": fingerprint(cell.config), **metrics, "skipped": skipped, "seconds": round(log[-1]["seconds"], 1)}
+    return {**cell.labels, **own, **told}
+
+
+_OWN = ("kind", "step", "fingerprint", "seconds", "split")
+_TOLD = ("chance", "parameters", "state_bytes", "device", "cpus", "jax", "commit")
+
+
+def further_rates(found: Mapping[float, float], factor: float = 2.0, finest: float = math.sqrt(2)) -> tuple[float, ...]:
+    """Learning rates to try next, ascending, given the accuracy of those tried; none where the best one is settled.
+
+    Beyond the edge of the grid by `factor` while the best stands there, then between the best and its neighbours
+    until they are within `finest` of it.
+    """
+    if not found:
+        raise ValueError("no rate has been tried yet; begin with a grid")
+    rates = sorted(found)
+    best = max(rates, key=lambda rate: found[rate])
+    at = rates.index(best)
+    wanted = []
+    for neighbour, beyond in ((at - 1, best / factor), (at + 1, best * factor)):
+        if not 0 <= neighbour < len(rates):
+            wanted.append(beyond)
+        elif max(rates[neighbour] / best, best / rates[neighbour]) > finest * (1 + 1e-9):
+            wanted.append(math.sqrt(rates[neighbour] * best))
+    return tuple(sorted(float(f"{rate:.6g}") for rate in wanted))

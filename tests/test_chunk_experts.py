@@ -1,0 +1,192 @@
+"""Experts by chunk: dispatch against the masked dense form, what a chunk is routed by, losses and diagnostics."""
+
+import functools
+import math
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from recallax.config import ConfigError
+from recallax.layers import ChunkExperts, Identity, Site
+from recallax.layers.base import Statistic
+from recallax.layers.chunk_experts import ChunkExpertsMixer
+from recallax.models import Block, LMConfig
+from recallax.tasks import MQAR, Segment
+from recallax.train.program import Program
+from recallax.train.run import RunConfig, tiny
+from recallax.types import Precision, SeqInfo, whole_rows
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+WIDTH, ROUTES = 16, ("first token", "previous chunk", "token")
+CONFIG = ChunkExperts(experts=4, top_k=2, inner=6, chunk=4)
+
+
+def build(config: ChunkExperts, size: float = 0.4) -> ChunkExpertsMixer:
+    mixer = config.build(WIDTH, Site(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
+    graph, params, rest = nnx.split(mixer, nnx.Param, ...)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + size * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(tree, leaves), rest)
+
+
+def packed() -> SeqInfo:
+    positions = np.zeros((2, 19), np.int32)
+    segments = np.zeros((2, 19), np.int32)
+    positions[0], segments[0] = np.arange(19), 1
+    for number, (start, end) in enumerate(((0, 6), (6, 16)), 1):
+        positions[1, start:end], segments[1, start:end] = np.arange(end - start), number
+    return SeqInfo(jnp.asarray(positions), jnp.asarray(segments), jnp.zeros((2, 19), bool))
+
+
+def dense(mixer: ChunkExpertsMixer, x: jax.Array, seq: SeqInfo) -> jax.Array:
+    """Every expert on every token, and routing read off the definition with loops."""
+    own, positions = x @ mixer.router[...], np.asarray(seq.positions)
+    rows = []
+    for b in range(x.shape[0]):
+        logits = []
+        for t in range(x.shape[1]):
+            at = int(positions[b, t])
+            begin = t - at % mixer.chunk
+            if mixer.by == "previous chunk":
+                assert mixer.start is not None
+                mean = own[b, max(begin - mixer.chunk, 0) : max(begin, 1)].mean(axis=0)
+                logits.append(mixer.start[...] if at < mixer.chunk else mean)
+            else:
+                logits.append(own[b, t if mixer.by == "token" else begin])
+        rows.append(jnp.stack(logits))
+    logits = jnp.stack(rows)
+    least = jnp.sort(logits, axis=-1)[..., -mixer.top_k][..., None]
+    weights = jax.nn.softmax(jnp.where(logits >= least, logits, -jnp.inf), axis=-1)
+    gate, up = jnp.split(jnp.einsum("btd,edf->btef", x, mixer.up[...]), 2, axis=-1)
+    return jnp.einsum("btef,efd,bte->btd", jax.nn.silu(gate) * up, mixer.out[...], weights)
+
+
+@pytest.mark.parametrize("route", ["previous chunk", *(pytest.param(r, marks=pytest.mark.full) for r in ROUTES[::2])])
+def test_dispatch_equals_the_masked_dense_form_in_values_and_gradients(route):
+    mixer, seq = build(replace(CONFIG, route=route)), packed()
+    graph, params, rest = nnx.split(mixer, nnx.Param, ...)
+    x, valid = jax.random.normal(jax.random.key(2), (2, 19, WIDTH)), (seq.segments > 0)[..., None]
+    cotangent = jnp.where(valid, jax.random.normal(jax.random.key(3), x.shape), 0)
+
+    def results(form):
+        def loss(params, x):
+            y = jnp.where(valid, form(nnx.merge(graph, params, rest), x), 0)
+            return jnp.sum(y * cotangent), y
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+
+    with jax.default_matmul_precision("highest"):
+        one, other = results(lambda m, x: m(x, seq)[0]), results(lambda m, x: dense(m, x, seq))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(jnp.abs(b).max())))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def told(graph, params, rest, x: jax.Array, seq: SeqInfo):
+    return nnx.merge(graph, params, rest)(x, seq)[1]
+
+
+def means(mixer: ChunkExpertsMixer, x: jax.Array, seq: SeqInfo | None = None) -> dict[str, float]:
+    aux = told(*nnx.split(mixer, nnx.Param, ...), x, whole_rows(*x.shape[:2]) if seq is None else seq)
+    return {name.removeprefix("diagnostic/"): float(mean.total / mean.weight) for name, mean in aux.items()}
+
+
+def test_a_fresh_router_spreads_random_tokens():
+    mixer = build(replace(CONFIG, experts=8), size=0.0)
+    found = means(mixer, jax.random.normal(jax.random.key(4), (8, 256, WIDTH)))
+    assert found["expert_usage_deviation"] < 0.25 / 8
+    assert found["expert_entropy"] > 0.99 * math.log(8)
+    assert found["expert_token_entropy"] <= found["expert_entropy"] + 1e-6
+    assert abs(found["expert_repeats"] - 1 / 8) < 0.1
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_balance_loss_brings_a_skewed_router_back(weight):
+    """All tokens share a direction that one expert answers to; z-loss off."""
+    mixer = build(replace(CONFIG, balance_weight=weight, z_weight=0.0), size=0.0)
+    x = jax.random.normal(jax.random.key(5), (8, 64, WIDTH)).at[..., 0].set(3.0)
+    mixer.router[...] = mixer.router[...].at[0, 0].set(1.0)
+    graph, params, rest = nnx.split(mixer, nnx.Param, ...)
+    optimizer = optax.sgd(0.1)
+
+    def body(carry, _):
+        params, moments = carry
+        slopes = jax.grad(lambda p: nnx.merge(graph, p, rest)(x, whole_rows(8, 64))[1]["expert_balance"].total)(params)
+        updates, moments = optimizer.update(slopes, moments, params)
+        return (optax.apply_updates(params, updates), moments), None
+
+    (params, _), _ = jax.jit(lambda p: jax.lax.scan(body, (p, optimizer.init(p)), length=300))(params)
+    entropy = means(nnx.merge(graph, params, rest), x)["expert_entropy"]
+    assert entropy >= 0.8 * math.log(4) if weight else entropy < 0.5 * math.log(4)
+
+
+def test_losses_reach_the_router_alone_and_padding_counts_for_nothing():
+    mixer, seq = build(CONFIG), packed()
+    graph, params, rest = nnx.split(mixer, nnx.Param, ...)
+    x = jax.random.normal(jax.random.key(6), (2, 19, WIDTH))
+    by_loss = jax.jit(jax.jacrev(lambda p: nnx.merge(graph, p, rest)(x, seq)[1]))(params)
+    for name in ("expert_balance", "expert_z"):
+        slopes = by_loss[name].total
+        for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
+            assert bool(jnp.any(slope != 0)) == ("router" in jax.tree_util.keystr(path)), (name, path)
+    changed = jnp.where((seq.segments > 0)[..., None], x, 7.0)
+    assert means(mixer, x, seq) == means(mixer, changed, seq)
+
+
+def test_the_bias_moves_towards_experts_that_got_less_in_training_only():
+    mixer = build(replace(CONFIG, bias_rate=0.25, route="token"), size=0.0)
+    mixer.router[...] = mixer.router[...].at[0, 0].set(1.0).at[0, 1].set(0.5)
+    x = jax.random.normal(jax.random.key(7), (4, 32, WIDTH)).at[..., 0].set(3.0)
+    assert mixer.bias is not None
+    before = means(mixer, x)["expert_usage_deviation"]
+    np.testing.assert_array_equal(mixer.bias[...], 0)
+    graph, params, rest = nnx.split(mixer, nnx.Param, ...)
+
+    @jax.jit
+    def train(rest):
+        module = nnx.merge(graph, params, rest)
+        module(x, whole_rows(4, 32)._replace(key=jax.random.key(0)))
+        return nnx.state(module, Statistic)
+
+    rest = train(rest)
+    np.testing.assert_array_equal(rest["bias"][...], [-0.25, -0.25, 0.25, 0.25])
+    mixer = nnx.merge(graph, params, train(train(rest)))
+    assert means(mixer, x)["expert_usage_deviation"] < before
+
+
+def test_a_run_moves_the_bias_and_its_loss_has_no_diagnostics():
+    slices = (Segment(length=16, pairs=2),)
+    experts = replace(CONFIG, bias_rate=1e-3)
+    blocks = {"e": Block(mixer=experts, channel=Identity())}
+    config = tiny(
+        RunConfig(
+            task=MQAR(vocab_size=32, mixture=slices, test_mixture=slices),
+            model=LMConfig(d_model=WIDTH, pattern="e*2", blocks=blocks, remat="block"),
+        )
+    )
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        program = Program(config)
+        state, report = program.step(program.initial(), program.batch(0))
+    terms = {name: float(mean.total / mean.weight) for name, mean in report.terms.items()}
+    assert terms["diagnostic/expert_entropy"] > 1
+    losses = sum(value for name, value in terms.items() if not name.startswith("diagnostic/"))
+    assert float(report.loss) == pytest.approx(losses, rel=1e-5)
+    (bias,) = jax.tree.leaves(state.statistics)
+    assert bias.shape == (2, 4) and np.isclose(np.abs(np.asarray(bias)), 1e-3).any()
+    assert nnx.state(build(CONFIG), Statistic) == nnx.State({})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"top_k": 5}, "experts = 4"), ({"chunk": 0}, "chunk is 0"), ({"z_weight": -1.0}, "z_weight")],
+)
+def test_choices_that_do_not_fit_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(CONFIG, **changes)

@@ -1,0 +1,99 @@
+"""LongMamba: what a filter lets pass, what calibration finds, and that nothing changes at the training length."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from recallax.config import ConfigError
+from recallax.layers import Attention, DiagonalSSM, Identity, LongMamba, Mamba2, Nothing, Parallel, Site
+from recallax.layers.base import Statistic
+from recallax.layers.diagonal_ssm import DiagonalSSMMixer
+from recallax.models import Block, LMConfig
+from recallax.models.long_context import calibrated, thresholds
+from recallax.types import Precision, whole_rows
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+WIDTH, TRAINED = 16, 24
+MAMBA = Mamba2(state_dim=4, head_dim=8, expand=1)
+
+
+def test_a_filtered_step_is_as_if_the_token_were_not_there():
+    """Channel by channel, in a float64 loop over the tokens that are left."""
+    config = LongMamba(mixer=DiagonalSSM(longest=64.0), trained=4, context=8, threshold=0.6)
+    mixer = config.build(WIDTH, Site(0, 1), precision=Precision(), rngs=nnx.Rngs(0))
+    assert isinstance(mixer, DiagonalSSMMixer)
+    x = 3 * jax.random.normal(jax.random.key(0), (1, 30, WIDTH))
+    state = mixer.prefill(x, whole_rows(1, 30), mixer.init_state(1, 30))[1]
+    u, _ = mixer.conv(x, jnp.ones((1, 30), jnp.int32), None)
+    r, b, _, value = np.split(np.asarray(mixer.input(u), np.float64)[0], 4, axis=-1)
+    dt, rate = np.log1p(np.exp(r)), np.log1p(np.exp(np.asarray(mixer.rate[...], np.float64)))
+    assert 0.2 < (dt < 0.6).mean() < 0.8
+    for c in range(WIDTH):
+        s = 0.0
+        for t in np.flatnonzero(dt[:, c] >= 0.6):
+            s = np.exp(-dt[t, c] * rate[c]) * s + b[t, c] * value[t, c]
+        np.testing.assert_allclose(state.s[0, c, 0], s, atol=1e-5)
+
+
+def test_after_filtering_a_long_context_decays_as_the_training_length_did():
+    rng = np.random.default_rng(0)
+    length, context, rates = 256, 2048, np.array([1e-3, 5e-3, 1.0])
+    dt, long = (np.exp(rng.normal(size=(20, n, 3)) / 2) for n in (length, context))
+    found = thresholds(dt, rates, context, keeps=0.05, outliers=0.95)
+    assert (found[:2] > 0).all() and found[2] == 0  # the last channel forgets within the training length
+    kept, want = (steps.sum(axis=1).mean(axis=0)[:2] for steps in (np.where(long < found, 0, long), dt))
+    np.testing.assert_allclose(kept, want, rtol=0.1)
+    assert 0.02 < (long[..., 0] >= found[0]).mean() < 0.125  # fewer tokens than there were, since the largest stay
+    np.testing.assert_array_equal(thresholds(dt, rates, length, keeps=0.05, outliers=0.95), 0)
+
+
+def model(mixer, context: int, pattern: str = "(m w)*2") -> LMConfig:
+    """State-space models in a repeated stack, one of them inside another mixer."""
+    long = LongMamba(mixer=mixer, trained=TRAINED, context=context)
+    blocks = {
+        "m": Block(mixer=long, channel=Identity()),
+        "w": Block(mixer=Parallel(ssm=long, attention=Attention()), channel=Nothing()),
+    }
+    return LMConfig(d_model=WIDTH, vocab_size=20, pattern=pattern, blocks=blocks)
+
+
+def logits(built, tokens) -> np.ndarray:
+    graph, state = nnx.split(built)
+    return np.asarray(jax.jit(lambda s: nnx.merge(graph, s)(tokens, whole_rows(*tokens.shape))[0])(state))
+
+
+@pytest.mark.parametrize(
+    "mixer", [pytest.param(MAMBA, marks=pytest.mark.full), DiagonalSSM(longest=200.0)], ids=lambda m: type(m).__name__
+)
+def test_calibration_finds_each_layers_thresholds_and_changes_only_longer_contexts(mixer):
+    tokens = jax.random.randint(jax.random.key(1), (3, 4 * TRAINED), 0, 20)
+    rows = tokens[:, :TRAINED]
+    short, long = (model(mixer, context).build(nnx.Rngs(0)) for context in (TRAINED, 4 * TRAINED))
+    assert not jax.tree.leaves(nnx.state(short, Statistic))  # no filters, so nothing can change
+    plain = logits(short, tokens)
+    np.testing.assert_array_equal(logits(long, tokens), plain)  # not calibrated yet
+    filtered = calibrated(model(mixer, 4 * TRAINED), long, rows, keeps=1e-6)
+    found = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(filtered, Statistic))]
+    assert all(len(leaf) == 2 and (leaf > 0).any() and not np.array_equal(*leaf) for leaf in found) and len(found) == 2
+    assert not any(leaf.any() for leaf in jax.tree.leaves(nnx.state(long, Statistic)))  # the given one is left alone
+    changed = np.abs(logits(filtered, tokens) - plain)
+    assert changed.max() > 1e-4
+    flat = model(mixer, 4 * TRAINED, "m w m w")
+    same = calibrated(flat, flat.build(nnx.Rngs(0)), rows, keeps=1e-6)
+    np.testing.assert_allclose(logits(same, tokens), logits(filtered, tokens), atol=1e-5)
+
+
+def test_what_cannot_be_filtered_or_calibrated_is_named():
+    with pytest.raises(ConfigError, match="Attention has no step sizes"):
+        LongMamba(mixer=Attention()).build(WIDTH, Site(0, 1), precision=Precision(), rngs=nnx.Rngs(0))
+    config = model(MAMBA, 2 * TRAINED)
+    with pytest.raises(ConfigError, match="rows have 7 tokens"):
+        calibrated(config, config.build(nnx.Rngs(0)), jnp.ones((1, 7), jnp.int32))
+    short = replace(config, blocks={"m": Block(mixer=LongMamba(mixer=MAMBA, trained=9, context=9))}, pattern="m")
+    with pytest.raises(ConfigError, match="must be one"):
+        calibrated(short, short.build(nnx.Rngs(0)), jnp.ones((1, 9), jnp.int32))

@@ -1,0 +1,166 @@
+"""Product-key memory: exact top-k, the gradient of the table, and what its tags do to updates."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from experiments.facts import measure as facts
+from recallax.config import ConfigError
+from recallax.layers import Identity, ProductKeys, Site
+from recallax.layers.norm import rms
+from recallax.layers.product_keys import ProductKeysMixer, mixture
+from recallax.models import Block, LMConfig
+from recallax.tasks import MQAR, Segment
+from recallax.train.optimizer import make_optimizer
+from recallax.train.program import Program
+from recallax.train.run import AdamW, RunConfig, tiny
+from recallax.types import Precision, whole_rows
+
+pytestmark = pytest.mark.usefixtures("strict")
+
+WIDTH = 16
+CONFIG = ProductKeys(sub_keys=64, heads=2, key_dim=8, value_dim=6, top_k=8)
+
+
+def build(config: ProductKeys) -> ProductKeysMixer:
+    return config.build(WIDTH, Site(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("top_k", [1, 8, 64])
+def test_the_best_slots_are_those_of_all_sums(top_k):
+    mixer, x = build(replace(CONFIG, top_k=top_k)), jax.random.normal(jax.random.key(1), (50, WIDTH))
+    q = rms(mixer.query(x).reshape(50, 2, 8), mixer.scale[...], 1e-5, jnp.float32)
+    first, second = (
+        np.einsum("thd,hnd->thn", h, k) for h, k in zip(np.split(np.asarray(q), 2, -1), mixer.keys[...], strict=True)
+    )
+    every = (first[..., :, None] + second[..., None, :]).reshape(50, 2, -1)
+    index, weight = jax.jit(mixer.choose)(x)
+    np.testing.assert_array_equal(index, np.argsort(-every, axis=-1, kind="stable")[..., :top_k])
+    best = np.exp(-np.sort(-every, axis=-1)[..., :top_k])
+    np.testing.assert_allclose(weight, best / best.sum(axis=-1, keepdims=True), rtol=2e-4)
+
+
+def test_the_mixture_and_its_gradients_are_those_of_a_gather():
+    values, weight = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(9, 5), (20, 7)]))
+    index, slope = jax.random.randint(jax.random.key(2), (20, 7), 0, 9), jax.random.normal(jax.random.key(3), (20, 5))
+
+    def plain(values, weight):
+        return jnp.einsum("ts,tsv->tv", weight, values[index])
+
+    one, other = (
+        jax.vjp(form, values, weight) for form in (lambda values, weight: mixture(values, index, weight), plain)
+    )
+    for a, b in zip(
+        jax.tree.leaves((one[0], one[1](slope))), jax.tree.leaves((other[0], other[1](slope))), strict=True
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_every_parameter_learns_and_the_gate_starts_nearly_closed():
+    mixer, x = build(CONFIG), jax.random.normal(jax.random.key(4), (2, 30, WIDTH))
+    graph, params, rest = nnx.split(mixer, nnx.Param, ...)
+    slopes = jax.jit(jax.grad(lambda p: nnx.merge(graph, p, rest)(x, whole_rows(2, 30))[0].var()))(params)
+    assert all(leaf.any() for leaf in jax.tree.leaves(slopes))
+    gate = np.asarray(jax.nn.sigmoid(mixer.gate(x)))
+    assert abs(gate.mean() - 0.119) < 0.01
+
+
+def test_what_is_read_is_told_without_padding():
+    mixer = build(replace(CONFIG, top_k=1, heads=1))
+    x = jnp.broadcast_to(jax.random.normal(jax.random.key(5), (WIDTH,)), (1, 9, WIDTH))
+    x = x.at[0, 6:].set(jax.random.normal(jax.random.key(6), (3, WIDTH)))
+    seq = whole_rows(1, 9)._replace(segments=jnp.asarray([[1] * 6 + [0] * 3]))
+    _, told = mixer(x, seq)
+    assert float(told["diagnostic/slots_used"].total) == pytest.approx(1 / 64**2)
+    assert float(told["diagnostic/slots_kl"].total) == pytest.approx(np.log(64**2), rel=1e-5)
+
+
+def test_values_have_a_rate_of_their_own_and_rows_that_nobody_read_stay():
+    slices = (Segment(length=16, pairs=2),)
+    blocks = {"facts": Block(mixer=replace(CONFIG, value_lr=3.0), channel=Identity())}
+    config = tiny(
+        RunConfig(
+            task=MQAR(vocab_size=32, mixture=slices, test_mixture=slices),
+            model=LMConfig(d_model=WIDTH, pattern="facts*2", blocks=blocks),
+            optim=AdamW(warmup=0.0, weight_decay=0.1),
+        )
+    )
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        program = Program(config)
+        start = program.initial()
+        path = ("stack", "parts", 0, "body", "parts", 0, "mixer", "values")
+
+        def table(tree):
+            for name in path:
+                tree = tree[name]
+            return np.asarray(tree)
+
+        tables, moments = [table(start.params)], []
+        state = start
+        for index in range(3):
+            state, _ = program.step(state, program.batch(index))
+            tables.append(table(state.params))
+            moments.append(table(optax.tree.get(state.optimizer, "mu")))
+        moved = [(a != b).any(axis=-1) for a, b in itertools.pairwise(tables[1:])]
+        assert 0 < moved[0].mean() < 0.5 and (moved[0] != moved[1]).any()
+        first_only = moved[0] & ~moved[1]
+        assert first_only.any()  # plain Adam's momentum would go on moving them
+        np.testing.assert_array_equal(moments[1][first_only], moments[2][first_only])
+        # The first step of Adam is the rate itself in every element that has a gradient.
+        _, params, _ = nnx.split(config.model.build(nnx.Rngs(0), 32), nnx.Param, ...)
+        optimizer, pure = make_optimizer(config, params), nnx.to_pure_dict(params)
+        grads = jax.tree.map(lambda p: jnp.ones_like(p) * 1e-3, pure)
+
+        @jax.jit
+        def second(pure):
+            _, held = optimizer.update(grads, optimizer.init(pure), pure)
+            return optimizer.update(grads, held, pure)[0]
+
+        updates = second(pure)
+    other = np.abs(np.asarray(updates["norm"]["scale"])).mean()
+    np.testing.assert_allclose(np.abs(table(updates)), 3 * other, rtol=1e-4)
+
+
+def test_an_optimizer_without_tags_is_the_plain_one():
+    """So that checkpoints of older runs stay readable."""
+    model = LMConfig(d_model=8, vocab_size=9, pattern="a", blocks={"a": Block(mixer=Identity())})
+    _, params, _ = nnx.split(model.build(nnx.Rngs(0)), nnx.Param, ...)
+    slices = (Segment(length=16, pairs=2),)
+    run = RunConfig(task=MQAR(vocab_size=9, mixture=slices, test_mixture=slices), model=model)
+    held: Any = make_optimizer(run, params).init(nnx.to_pure_dict(params))
+    assert len(held) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"top_k": 65}, "sub_keys = 64"), ({"key_dim": 7}, "be even"), ({"heads": 0}, "heads is 0")],
+)
+def test_choices_that_do_not_fit_are_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        replace(CONFIG, **changes)
+
+
+def test_the_record_of_facts_meets_its_thresholds():
+    """4,096 facts by the 8 best slots: at least .95 recalled, in at least half of the slots."""
+    rows = [json.loads(x) for x in (Path(facts.__file__).parent / "results.jsonl").read_text().splitlines()]
+    recall = {arm: [row["recall"] for row in rows if row["arm"] == arm] for arm in facts.ARMS}
+    assert len(recall["product keys"]) == 3 and min(recall["product keys"]) >= 0.95
+    assert min(row["slots_used"] for row in rows if row["arm"] == "product keys") >= 0.5
+    assert max(recall["values never learned"]) < 0.5
+
+
+@pytest.mark.full
+def test_facts_are_stored_as_recorded(monkeypatch):
+    monkeypatch.setattr(facts, "STEPS", 200)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        row = facts.measure("product keys", 0)
+    assert row["recall"] >= 0.95 and row["slots_used"] >= 0.5
