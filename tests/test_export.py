@@ -40,7 +40,7 @@ from recallax.train.program import Program
 from recallax.train.run import RunConfig, tiny
 from recallax.train.run_folder import RunFolder, RunFolderError
 from recallax.train.stablehlo import PLATFORMS, export_programs, load_programs
-from recallax.train.weights_folder import read_folder, read_safetensors, write_folder, write_weights
+from recallax.train.weights_folder import read_folder, read_safetensors, write_folder, write_safetensors, write_weights
 from recallax.types import StepInfo, whole_rows
 from tests.test_parity import FIRST_LAYERS, MODELS, first_layers, fixture
 
@@ -557,6 +557,8 @@ def test_what_the_library_writes_is_read(tmp_path: Path):
     arrays = {key: np.asarray(x) for key, x in arrays.items()}
     save_file(arrays, tmp_path / "model.safetensors", metadata={"format": "pt"})
     same_bytes(read_safetensors(tmp_path / "model.safetensors"), arrays)
+    write_safetensors(tmp_path / "ours.safetensors", arrays | {"f": arrays["d"].T})
+    same_bytes(load_file(tmp_path / "ours.safetensors"), arrays | {"f": arrays["d"].T})
     save_file({}, tmp_path / "empty.safetensors")
     assert read_safetensors(tmp_path / "empty.safetensors") == {}
 

@@ -117,7 +117,7 @@ def write_safetensors(path: Path, weights: Mapping[str, np.ndarray]) -> None:
         from safetensors.numpy import save_file
     except ImportError as error:
         raise WeightsError('writing safetensors needs an extra: pip install "recallax[export]"') from error
-    arrays = {key: np.ascontiguousarray(array) for key, array in weights.items()}
+    arrays = {key: np.asarray(array, order="C") for key, array in weights.items()}
     # transformers loads only what says that it was written in the order of PyTorch
     save_file(arrays, path, metadata={"format": "pt"})
 

@@ -64,7 +64,7 @@ def revert(entries: Sequence[Entry], parameters: Mapping[str, np.ndarray]) -> di
     found: dict[str, np.ndarray] = {}
     for entry in entries:
         made = entry.form.to_theirs(tuple(np.asarray(parameters[name]) for name in entry.ours))
-        found |= {key: np.ascontiguousarray(array) for key, array in zip(entry.theirs, made, strict=True)}
+        found |= {key: np.asarray(array, order="C") for key, array in zip(entry.theirs, made, strict=True)}
     return found
 
 
