@@ -260,12 +260,10 @@ def saved(config: RunConfig, folder: Path) -> Path:
 
 HYBRID = replace(
     lm(
-        "conv (based mom hgrn)*2 window",
-        conv=load("mqar_micro").model.blocks["conv"],
+        "based (mom hgrn)*2",
         based=Block(mixer=Based(feature_dim=4, heads=2)),
         mom=Block(mixer=MoM(memory=GatedDeltaNet(heads=2), num_memories=3, top_k=2)),
         hgrn=Block(mixer=HGRN2()),
-        window=Block(mixer=SlidingWindow(window=5)),
     ),
     readout=Untied(),
 )
@@ -277,7 +275,7 @@ def test_a_run_without_a_published_layout_goes_out_and_in(tmp_path: Path):
     run = saved(run_of(HYBRID), tmp_path / "run")
     assert export_run(run, "safetensors", tmp_path / "out") == "recallax"
     weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert {"embedding", "layers.4.mixer.readout.out.kernel", "layers.7.mixer.q.kernel"} <= weights.keys()
+    assert {"embedding", "layers.0.mixer.readout.out.kernel", "layers.4.mixer.query.parts.q.kernel"} <= weights.keys()
     assert not any("stack" in key for key in weights) and any(key.endswith("cell.floor") for key in weights)
     same_bytes(read_run(run).variables, weights)
 
