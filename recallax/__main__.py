@@ -1,4 +1,4 @@
-"""The command line: `recallax list | show | train | eval | generate | sweep | report | doctor`.
+"""The command line: `recallax list | show | train | eval | generate | sweep | export | import | report | doctor`.
 
 Only what a command needs is imported: `--help` and `list` read the configs' docstrings and import no JAX.
 """
@@ -31,6 +31,8 @@ USAGE = f"""recallax {__version__}: sequence models that recall well with little
   recallax eval RUN                    evaluate a run's newest checkpoint
   recallax generate RUN --prompt IDS   let a run's newest checkpoint go on from token ids, or answer its own task
   recallax sweep FILE                  train what a Python file asks for, and list what the runs came to
+  recallax export RUN --to FORM        its weights for other programs: safetensors, stablehlo or orbax
+  recallax import PATH                 a run of weights: an export, or a model of transformers in safetensors
   recallax report RUN...               one HTML page, a CSV and a Markdown table about runs
   recallax doctor                      what this machine has, and which implementation each op takes on it
 
@@ -251,6 +253,66 @@ def _sweep(arguments: list[str]) -> int:
     return _guarded(lambda: tyro.cli(run, args=arguments, prog="recallax sweep"))
 
 
+def _export(arguments: list[str]) -> int:
+    import tyro
+
+    def export(
+        run: tyro.conf.Positional[Path],
+        to: Literal["safetensors", "stablehlo", "orbax"],
+        out: Path | None = None,
+        layout: str | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        length: int = 64,
+        context: int = 1024,
+    ) -> int:
+        """Write a run's newest checkpoint as other programs read it.
+
+        Args:
+            run: Folder of the run.
+            to: safetensors with a config.json; stablehlo, compiled programs of prefill and step; or orbax.
+            out: The folder to make; RUN/export-FORM by default.
+            layout: Of safetensors: a model_type of transformers, or recallax's own; by default the one that the run
+                was imported from, else the first of transformers that has this model, else recallax's own.
+            dtype: Of safetensors and orbax; by default that of the import, else float32.
+            length: Of stablehlo: tokens that one call of prefill takes at most.
+            context: Of stablehlo: tokens that the state has room for.
+        """
+        folder = out or run / f"export-{to}"
+        if to == "stablehlo":
+            from recallax.train.stablehlo import export_programs
+
+            export_programs(run, folder, length=length, context=context)
+            print(f"stablehlo: {folder}")
+            return 0
+        from recallax.train.export import export_run
+
+        kind = export_run(run, to, folder, layout=layout, dtype=dtype)
+        print(f"{to}: {folder}\nlayout: {kind}")
+        return 0
+
+    return _guarded(lambda: tyro.cli(export, args=arguments, prog="recallax export"))
+
+
+def _import(arguments: list[str]) -> int:
+    import tyro
+
+    def bring(path: tyro.conf.Positional[Path], run: Path | None = None, config: str = "mqar_micro") -> int:
+        """Make a run of exported or published weights, which train, eval and export then open.
+
+        Args:
+            path: Folder with config.json and *.safetensors, or what `export --to orbax` made.
+            run: Folder of the new run; runs/imported_LAYOUT-FINGERPRINT by default.
+            config: Whose task, optimizer and schedule a published model gets; recallax's own layout brings its own.
+        """
+        base = load(config)
+        from recallax.train.export import import_run
+
+        print(f"run: {import_run(path, base, run)}")
+        return 0
+
+    return _guarded(lambda: tyro.cli(bring, args=arguments, prog="recallax import"))
+
+
 def _report(arguments: list[str]) -> int:
     import tyro
 
@@ -315,6 +377,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": _eval,
     "generate": _generate,
     "sweep": _sweep,
+    "export": _export,
+    "import": _import,
     "report": _report,
     "doctor": _doctor,
 }

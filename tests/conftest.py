@@ -5,8 +5,10 @@ What one process of a test run compiles, the others find: workers, and the comma
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -43,3 +45,11 @@ def forget_programs():
     """A process may map only so many programs: beyond some thousands the compiler crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """The type checker of the tests takes no number of rows that is still open."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -16,11 +16,13 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_the_commands_run_in_the_order_they_stand(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [shlex.split(line, comments=True) for block in blocks("sh") for line in block.splitlines()]
     commands = [words[1:] for words in lines if words and words[0] == "recallax"]
-    assert {words[0] for words in commands} == {"list", "show", "train", "eval", "generate", "report", "doctor"}
+    wanted = {"list", "show", "train", "eval", "generate", "export", "import", "report", "doctor"}
+    assert {words[0] for words in commands} == wanted
     for words in commands:
         assert main(words + (SHORT if words[0] == "train" else [])) == 0, words
     assert (tmp_path / "runs/report.html").read_text().count("<svg") >= 2

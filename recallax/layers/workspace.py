@@ -132,7 +132,7 @@ class WorkspaceMixer(RecurrentMixer):
     def _piece(self, state: WorkspaceState, part: tuple[Array, ...]) -> tuple[WorkspaceState, Float[Array, "B C R"]]:
         """Tokens of one chunk: what they read, and the slots after them."""
         query, key, value, at, valid = part
-        fresh = self.init_state(len(at), 1)
+        fresh = self.init_state(at.shape[0], 1)
         state = _where(valid[:, 0] & (at[:, 0] == 0), fresh, state)
         slots = self.slot_norm(state.slots)
         scale = self.rank**-0.5

@@ -162,7 +162,7 @@ class LM(nnx.Module):
         """The state after the landmark that follows this token, in rows where one does."""
         if self.landmarks is None:
             return state
-        follows, x = self.landmarks.after(info), self.landmarks.rows(len(info.position))
+        follows, x = self.landmarks.after(info), self.landmarks.rows(info.position.shape[0])
         return jax.lax.cond(follows.active.any(), lambda s: self.stack.step(x, follows, s)[1], lambda s: s, state)
 
     def read_last(self, r: Float[Array, "B D"], position: Int[Array, "B 1"]) -> Float[Array, "B V"]:

@@ -36,10 +36,15 @@ def layer_places(terms: Sequence[Term], path: Path = ("stack",)) -> list[Place]:
     return found
 
 
-def parameter_places(module: nnx.Module, layers: Sequence[Place] = ()) -> dict[str, Place]:
-    """The place of every parameter by its name; `layers` are the module's, if it is a model."""
+def parameter_places(
+    module: nnx.Module, layers: Sequence[Place] = (), kinds: tuple[type[nnx.Variable], ...] = (nnx.Param,)
+) -> dict[str, Place]:
+    """The place of every parameter by its name; `layers` are the module's, if it is a model.
+
+    kinds: the variables that count; statistics, for instance, may be asked for besides.
+    """
     found: dict[str, Place] = {}
-    for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+    for path, _ in nnx.to_flat_state(nnx.state(module, kinds)):
         inside = [(n, layer) for n, layer in enumerate(layers) if path[: len(layer.path)] == layer.path]
         for number, layer in inside:
             found[_name("layers", number, *path[len(layer.path) :])] = Place(path, layer.index)
@@ -54,6 +59,22 @@ def parameter_shapes(module: nnx.Module, places: Mapping[str, Place]) -> dict[st
     return {name: tuple(leaves[place.path].shape)[len(place.index) :] for name, place in places.items()}
 
 
+def unstacked(leaves: Mapping[Path, Any], places: Mapping[str, Place]) -> dict[str, np.ndarray]:
+    """Every named parameter out of the leaves of a module, by their paths; repeated stacks are taken apart."""
+    held = {path: np.asarray(leaf) for path, leaf in leaves.items()}
+    return {name: held[place.path][place.index] for name, place in places.items()}
+
+
+def stacked(
+    arrays: Mapping[str, np.ndarray], places: Mapping[str, Place], leaves: Mapping[Path, Any]
+) -> dict[Path, np.ndarray]:
+    """The other way round: values for `leaves`, which say shape and dtype, from named parameters."""
+    values = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+    for name, place in places.items():
+        values[place.path][place.index] = arrays[name]
+    return values
+
+
 def filled[M: nnx.Module](module: M, places: Mapping[str, Place], arrays: Mapping[str, np.ndarray]) -> M:
     """The module with these parameters in place of its own, which may be abstract (`nnx.eval_shape`).
 
@@ -63,9 +84,7 @@ def filled[M: nnx.Module](module: M, places: Mapping[str, Place], arrays: Mappin
     if nnx.to_flat_state(rest):
         raise ValueError(f"{type(module).__name__} holds more than parameters; nothing says what the rest should be")
     leaves = dict(nnx.to_flat_state(params))
-    values = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
-    for name, place in places.items():
-        values[place.path][place.index] = arrays[name]
+    values = stacked(arrays, places, leaves)
     new = [(path, leaf.replace(jnp.asarray(values[path]))) for path, leaf in leaves.items()]
     return nnx.merge(graph, nnx.from_flat_state(new))
 

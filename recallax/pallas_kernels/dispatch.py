@@ -28,6 +28,7 @@ ORDER: dict[Platform, tuple[str, ...]] = {
 PROVEN: frozenset[tuple[str, str]] = frozenset()
 """(op, form) with a checked-in row that shows it agrees with the reference and is faster there than the XLA form."""
 
+_portable = contextvars.ContextVar("portable", default=False)
 _interpreting = contextvars.ContextVar("interpreting", default=False)
 
 
@@ -53,6 +54,8 @@ def call(op: str, forms: Mapping[str, Callable[..., Any]], implementation: str |
 
 def candidates(op: str, forms: Mapping[str, Callable[..., Any]]) -> list[str]:
     """What `implementation=None` tries for the platform at hand, in order."""
+    if _portable.get():
+        return ["xla"]
     return [name for name in ORDER[platform()] if name in forms and (name == "xla" or (op, name) in PROVEN)]
 
 
@@ -61,6 +64,16 @@ def platform() -> Platform:
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("gpu", "cuda", "rocm") else "tpu" if name == "tpu" else "cpu"
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Within it `implementation=None` takes the XLA form: for programs that are traced here and run anywhere."""
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
 
 
 @contextlib.contextmanager

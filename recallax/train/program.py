@@ -49,6 +49,10 @@ class Program:
         """The state at step 0, a function of the config's seed alone."""
         return jax.jit(self._initial, out_shardings=self._shardings)()
 
+    def beginning(self, params: dict, statistics: dict) -> TrainState:
+        """The state at step 0 of a run that begins with these parameters in place of its own."""
+        return jax.jit(self._begun, out_shardings=self._shardings)(params, statistics)
+
     def batch(self, index: int) -> Batch:
         """Train batch number `index`, as numpy."""
         train = self.config.train
@@ -78,7 +82,10 @@ class Program:
         key = jax.random.key(self.config.train.seed)
         model = self.config.model.build(nnx.Rngs(jax.random.fold_in(key, 0)), self.config.task.vocab_size)
         _, params, statistics = nnx.split(model, nnx.Param, Statistic)
-        params, statistics = nnx.to_pure_dict(params), nnx.to_pure_dict(statistics)
+        return self._begun(nnx.to_pure_dict(params), nnx.to_pure_dict(statistics))
+
+    def _begun(self, params: dict, statistics: dict) -> TrainState:
+        key = jax.random.key(self.config.train.seed)
         zero = jnp.zeros((), jnp.int32)
         moments = self._optimizer.init(params)
         return TrainState(zero, params, statistics, moments, jax.random.fold_in(key, 1), zero, zero)

@@ -3,15 +3,22 @@
 Their attention layers have what recallax's attention has not, so only their linear layers can be imported.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from recallax.layers import GatedDeltaNet
-from recallax.models.block import Block
+from recallax.layers.gated_delta_net import GatedDeltaNetCell
+from recallax.layers.memory import MemoryMixer
+from recallax.layers.swiglu import SwiGLUMixer
+from recallax.models.block import Block, BlockModule
 from recallax.models.importing import decoder
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.form import TAPS, TRANSPOSED, chain, parted, reordered
 from recallax.models.importing.key_map import Entry, linear, one
-from recallax.models.lm import LMConfig
+from recallax.models.importing.mamba2 import taps
+from recallax.models.lm import LM, LMConfig
 
 OLMO_EPS = 1e-5
 """Of Olmo-Hybrid's output norm, whatever its rms_norm_eps."""
@@ -32,6 +39,26 @@ def olmo_hybrid(fields: Fields) -> LMConfig:
     negative = fields.optional("linear_allow_neg_eigval", bool, True)
     attention = "it normalises queries and keys, and its layers normalise after each sublayer"
     return _model(fields, _mixer(fields, OLMO_EPS, max_beta=2.0 if negative else 1.0), attention)
+
+
+def describe(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+    """The config of `Qwen3NextForCausalLM`. (transformers refuses an Olmo-Hybrid without attention layers.)"""
+    cell = decoder.parts(decoder.parts(layers, "mixer", MemoryMixer), "cell", GatedDeltaNetCell)[0]
+    groups, heads, keys, values = cell.sizes
+    return (
+        decoder.sizes(model, len(layers))
+        | decoder.swiglu_fields(decoder.parts(layers, "channel", SwiGLUMixer)[0])
+        | {
+            "layer_types": ["linear_attention"] * len(layers),
+            "linear_num_key_heads": groups,
+            "linear_num_value_heads": heads,
+            "linear_key_head_dim": keys,
+            "linear_value_head_dim": values,
+            "linear_conv_kernel_dim": taps(cell),
+            "rms_norm_eps": model.norm.eps,
+            "mlp_only_layers": list(range(len(layers))),
+        }
+    )
 
 
 def qwen3_next_entries(fields: Fields, model: LMConfig) -> list[Entry]:
@@ -85,7 +112,7 @@ def _block_entries(fields: Fields, theirs: str, ours: str, offset: float = 0.0) 
     return [
         decoder.scale(f"{theirs}.input_layernorm", f"{ours}.mixer_norm", offset),
         decoder.scale(f"{theirs}.post_attention_layernorm", f"{ours}.channel_norm", offset),
-        *decoder.swiglu_entries(fields, f"{theirs}.mlp", f"{ours}.channel"),
+        *decoder.swiglu_entries(fields.get("intermediate_size", int), f"{theirs}.mlp", f"{ours}.channel"),
     ]
 
 

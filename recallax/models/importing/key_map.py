@@ -5,6 +5,7 @@ Our parameters are named by their path in the model, with the absolute number of
 pattern: `embedding`, `layers.3.mixer.q.kernel`, `norm.scale`.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from recallax.models.importing.form import SAME, TRANSPOSED, Form, chain, scaled
 type Shapes = Mapping[str, tuple[int, ...]]
 SHOWN = 5
 """Names that an error lists before it counts the rest."""
+LARGER = 16
+"""A parameter this many times as large as its weights is refused before it is made: a config may claim any size."""
 
 
 class WeightsError(ValueError):
@@ -52,7 +55,25 @@ def convert(entries: Sequence[Entry], weights: Mapping[str, np.ndarray], shapes:
     return {name: array for entry in entries for name, array in _converted(entry, weights, shapes)}
 
 
+def revert(entries: Sequence[Entry], parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Their weights by key from our parameters by name, in rows (C order): `convert` read backwards.
+
+    Raises WeightsError for a map that does not use every parameter once.
+    """
+    _check_map(entries, {name: array.shape for name, array in parameters.items()})
+    found: dict[str, np.ndarray] = {}
+    for entry in entries:
+        made = entry.form.to_theirs(tuple(np.asarray(parameters[name]) for name in entry.ours))
+        found |= {key: np.asarray(array, order="C") for key, array in zip(entry.theirs, made, strict=True)}
+    return found
+
+
 def _converted(entry: Entry, weights: Mapping[str, np.ndarray], shapes: Shapes) -> list[tuple[str, np.ndarray]]:
+    wanted = sum(math.prod(shapes[name]) for name in entry.ours)
+    if wanted > LARGER * sum(np.asarray(weights[key]).size for key in entry.theirs):
+        raise WeightsError(
+            f"{', '.join(entry.theirs)} would need {wanted} numbers; give the config.json of these weights"
+        )
     # An import must find what an export would write.
     expected = entry.form.to_theirs(tuple(np.zeros(shapes[name], np.float32) for name in entry.ours))
     arrays = tuple(np.asarray(weights[key]) for key in entry.theirs)
@@ -83,7 +104,7 @@ def _check_map(entries: Sequence[Entry], shapes: Shapes) -> None:
     theirs = Counter(key for entry in entries for key in entry.theirs)
     ours = Counter(name for entry in entries for name in entry.ours)
     faults = {
-        "uses more than once": [name for name, count in (theirs + ours).items() if count > 1],
+        "uses more than once": [name for side in (theirs, ours) for name, count in side.items() if count > 1],
         "fills no": list(shapes.keys() - ours.keys()),
         "fills what the model lacks,": list(ours.keys() - shapes.keys()),
     }

@@ -1,12 +1,19 @@
 """Kimi Linear: Kimi Delta Attention with the softplus gate, and SwiGLU; without its latent attention and experts."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from recallax.layers import KDA
-from recallax.models.block import Block
+from recallax.layers.kda import KDACell
+from recallax.layers.memory import MemoryMixer
+from recallax.layers.swiglu import SwiGLUMixer
+from recallax.models.block import Block, BlockModule
 from recallax.models.importing import decoder
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.form import TAPS, reshaped
 from recallax.models.importing.key_map import Entry, linear, one
-from recallax.models.lm import LMConfig
+from recallax.models.importing.mamba2 import taps
+from recallax.models.lm import LM, LMConfig
 
 
 def kimi_linear(fields: Fields) -> LMConfig:
@@ -33,6 +40,23 @@ def kimi_linear(fields: Fields) -> LMConfig:
     )
 
 
+def describe(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+    """The config of `KimiLinearForCausalLM`."""
+    cell = decoder.parts(decoder.parts(layers, "mixer", MemoryMixer), "cell", KDACell)[0]
+    return (
+        decoder.sizes(model, len(layers))
+        | decoder.swiglu_fields(decoder.parts(layers, "channel", SwiGLUMixer)[0])
+        | {
+            "layer_types": ["linear_attention"] * len(layers),
+            "mlp_layer_types": ["dense"] * len(layers),
+            "linear_num_heads": cell.sizes.heads,
+            "linear_head_dim": cell.sizes.keys,
+            "linear_conv_kernel_dim": taps(cell),
+            "rms_norm_eps": model.norm.eps,
+        }
+    )
+
+
 def entries(fields: Fields, model: LMConfig) -> list[Entry]:
     """The key map."""
     found = decoder.ends(model, "model.embed_tokens", "model.norm")
@@ -40,7 +64,7 @@ def entries(fields: Fields, model: LMConfig) -> list[Entry]:
     for layer in range(len(model.layers)):
         theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
         found += _mixer(heads, f"{theirs}.self_attn", f"{ours}.mixer")
-        found += decoder.swiglu_entries(fields, f"{theirs}.mlp", f"{ours}.channel")
+        found += decoder.swiglu_entries(fields.get("intermediate_size", int), f"{theirs}.mlp", f"{ours}.channel")
         found.append(decoder.scale(f"{theirs}.input_layernorm", f"{ours}.mixer_norm"))
         found.append(decoder.scale(f"{theirs}.post_attention_layernorm", f"{ours}.channel_norm"))
     return found

@@ -1,11 +1,16 @@
 """Llama and Mistral: rotary attention with grouped queries, over everything or over a window, and SwiGLU."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from recallax.layers import Attention, SlidingWindow
-from recallax.models.block import Block
+from recallax.layers.softmax import SoftmaxMixer
+from recallax.layers.swiglu import SwiGLUMixer
+from recallax.models.block import Block, BlockModule
 from recallax.models.importing import decoder
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.key_map import Entry
-from recallax.models.lm import LMConfig
+from recallax.models.lm import LM, LMConfig
 
 
 def llama(fields: Fields) -> LMConfig:
@@ -21,13 +26,24 @@ def mistral(fields: Fields) -> LMConfig:
     return _model(fields, decoder.softmax(fields, window))
 
 
+def describe_llama(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+    """The config of `LlamaForCausalLM`."""
+    return _described(model, layers) | {"mlp_bias": False}
+
+
+def describe_mistral(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+    """The config of `MistralForCausalLM`."""
+    fields = _described(model, layers)
+    return fields | {"sliding_window": decoder.parts(layers, "mixer", SoftmaxMixer)[0].window}
+
+
 def entries(fields: Fields, model: LMConfig) -> list[Entry]:
     """The key map of both."""
     found = decoder.ends(model, "model.embed_tokens", "model.norm")
     for layer in range(len(model.layers)):
         theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
         found += decoder.softmax_entries(f"{theirs}.self_attn", f"{ours}.mixer")
-        found += decoder.swiglu_entries(fields, f"{theirs}.mlp", f"{ours}.channel")
+        found += decoder.swiglu_entries(fields.get("intermediate_size", int), f"{theirs}.mlp", f"{ours}.channel")
         found.append(decoder.scale(f"{theirs}.input_layernorm", f"{ours}.mixer_norm"))
         found.append(decoder.scale(f"{theirs}.post_attention_layernorm", f"{ours}.channel_norm"))
     return found
@@ -42,4 +58,15 @@ def _model(fields: Fields, mixer: Attention | SlidingWindow) -> LMConfig:
         blocks={"layer": Block(mixer=mixer, channel=decoder.swiglu(fields))},
         readout=decoder.readout(fields),
         norm_eps=fields.get("rms_norm_eps", float),
+    )
+
+
+def _described(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+    mixer = decoder.parts(layers, "mixer", SoftmaxMixer)[0]
+    return (
+        decoder.sizes(model, len(layers))
+        | decoder.softmax_fields(mixer)
+        | decoder.rotary_fields(mixer.base)
+        | decoder.swiglu_fields(decoder.parts(layers, "channel", SwiGLUMixer)[0])
+        | {"rms_norm_eps": model.norm.eps}
     )

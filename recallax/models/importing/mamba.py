@@ -1,12 +1,16 @@
 """Mamba: layers of one sublayer, the embedding tied by default."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from recallax.layers import Mamba, Nothing
-from recallax.models.block import Block
+from recallax.layers.mamba import MambaMixer
+from recallax.models.block import Block, BlockModule
 from recallax.models.importing import decoder
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.form import TAPS
 from recallax.models.importing.key_map import Entry, linear, one
-from recallax.models.lm import LMConfig
+from recallax.models.lm import LM, LMConfig
 
 
 def mamba(fields: Fields) -> LMConfig:
@@ -29,6 +33,22 @@ def mamba(fields: Fields) -> LMConfig:
         readout=decoder.readout(fields, tied=True),
         norm_eps=fields.get("layer_norm_epsilon", float),
     )
+
+
+def describe(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+    """The config of `MambaForCausalLM`."""
+    mixer = decoder.parts(layers, "mixer", MambaMixer)[0]
+    width, inner = model.embedding.shape[1], mixer.d.shape[0]
+    return decoder.sizes(model, len(layers)) | {
+        "state_size": mixer.states,
+        "expand": decoder.whole_multiple(inner, width),
+        "conv_kernel": mixer.conv.taps.shape[0],
+        "time_step_rank": mixer.rank,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "hidden_act": "silu",
+        "layer_norm_epsilon": model.norm.eps,
+    }
 
 
 def entries(fields: Fields, model: LMConfig) -> list[Entry]:

@@ -1,16 +1,21 @@
 """Mamba-2: layers of one sublayer. Its mixer is also Nemotron-H's and Falcon-H1's."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from recallax.config import ConfigError
 from recallax.layers import Mamba2, Nothing
-from recallax.models.block import Block
+from recallax.layers.mamba2 import Mamba2Cell
+from recallax.layers.matrix_memory import MatrixCell
+from recallax.layers.memory import MemoryMixer
+from recallax.models.block import Block, BlockModule
 from recallax.models.importing import decoder
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.form import TAPS, TRANSPOSED, chain, parted, reordered, reshaped, scaled
 from recallax.models.importing.key_map import Entry, linear, one
-from recallax.models.lm import LMConfig
+from recallax.models.lm import LM, LMConfig
 
 
 def mamba2(fields: Fields) -> LMConfig:
@@ -37,6 +42,37 @@ def mamba2(fields: Fields) -> LMConfig:
         readout=decoder.readout(fields),
         norm_eps=eps,
     )
+
+
+def describe(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+    """The config of `Mamba2ForCausalLM`."""
+    cell = cells(layers)[0]
+    groups, heads, keys, values = cell.sizes
+    return decoder.sizes(model, len(layers)) | {
+        "state_size": keys,
+        "n_groups": groups,
+        "num_heads": heads,
+        "head_dim": values,
+        "expand": decoder.whole_multiple(heads * values, model.embedding.shape[1]),
+        "conv_kernel": taps(cell),
+        "time_step_limit": list(cell.gate.limit),
+        "use_bias": False,
+        "use_conv_bias": True,
+        "hidden_act": "silu",
+        "layer_norm_epsilon": model.norm.eps,
+    }
+
+
+def cells(layers: Sequence[BlockModule]) -> list[Mamba2Cell]:
+    """The cells of layers that are all Mamba-2. Raises ConfigError where one is not."""
+    return decoder.parts(decoder.parts(layers, "mixer", MemoryMixer), "cell", Mamba2Cell)
+
+
+def taps(cell: MatrixCell) -> int:
+    """Of the convolution. Raises ConfigError where there is none."""
+    if cell.conv is None:
+        raise ConfigError("its mixer has no short convolution, and this layout has one")
+    return cell.conv.taps.shape[0]
 
 
 def entries(fields: Fields, model: LMConfig) -> list[Entry]:

@@ -1,13 +1,19 @@
 """Nemotron-H: Mamba-2, attention without positions and squared-ReLU perceptrons, one sublayer a layer."""
 
-from recallax.config import nearest
+from collections.abc import Sequence
+from typing import Any
+
+from recallax.config import ConfigError, nearest
 from recallax.layers import Mamba2, MixerConfig, Nothing, ReLUSquared
-from recallax.models.block import Block
+from recallax.layers.memory import MemoryMixer
+from recallax.layers.relu_squared import ReLUSquaredMixer
+from recallax.layers.softmax import SoftmaxMixer
+from recallax.models.block import Block, BlockModule
 from recallax.models.importing import decoder
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.key_map import Entry, linear
-from recallax.models.importing.mamba2 import mixer_entries
-from recallax.models.lm import LMConfig
+from recallax.models.importing.mamba2 import cells, mixer_entries, taps
+from recallax.models.lm import LM, LMConfig
 
 BLOCKS = {"linear_attention": "mamba", "full_attention": "attention", "mlp": "mlp"}
 
@@ -33,6 +39,44 @@ def nemotron_h(fields: Fields) -> LMConfig:
         blocks={name: Block(mixer=part, channel=Nothing()) for name, part in parts.items() if name in layers},
         readout=decoder.readout(fields),
         norm_eps=fields.get("layer_norm_epsilon", float),
+    )
+
+
+KINDS = {MemoryMixer: "linear_attention", SoftmaxMixer: "full_attention", ReLUSquaredMixer: "mlp"}
+
+
+def describe(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+    """The config of `NemotronHForCausalLM`; what no layer has is left at 1."""
+    kinds = [KINDS.get(type(layer.mixer)) for layer in layers]
+    if None in kinds:
+        name = type(layers[kinds.index(None)].mixer).__name__
+        raise ConfigError(f"layer {kinds.index(None)} has the mixer {name}, which this layout has not")
+    of = {kind: [layer for layer, k in zip(layers, kinds, strict=True) if k == kind] for kind in BLOCKS}
+    fields: dict[str, Any] = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 1, "intermediate_size": 1}
+    fields |= dict.fromkeys(("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel"), 1)
+    fields["time_step_min"] = 0.0
+    if of["full_attention"]:
+        fields |= decoder.softmax_fields(decoder.parts(of["full_attention"], "mixer", SoftmaxMixer)[0])
+    if of["mlp"]:
+        fields["intermediate_size"] = decoder.parts(of["mlp"], "mixer", ReLUSquaredMixer)[0].up.kernel.shape[1]
+    if of["linear_attention"]:
+        cell = cells(of["linear_attention"])[0]
+        groups, heads, keys, values = cell.sizes
+        fields |= {"mamba_num_heads": heads, "mamba_head_dim": values, "n_groups": groups, "ssm_state_size": keys}
+        fields |= {"conv_kernel": taps(cell), "time_step_min": cell.gate.limit[0]}
+    return (
+        decoder.sizes(model, len(layers))
+        | fields
+        | {
+            "layers_block_type": kinds,
+            "use_bias": False,
+            "use_conv_bias": True,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "mlp_hidden_act": "relu2",
+            "mamba_hidden_act": "silu",
+            "layer_norm_epsilon": model.norm.eps,
+        }
     )
 
 

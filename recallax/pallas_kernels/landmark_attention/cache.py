@@ -95,7 +95,7 @@ def finish(
     slots, real = cache.k.shape[1:3]
     done = active & (position % (real + 1) == real)
     at = jnp.where(done, position // (real + 1), slots)  # out of range where nothing is to be written
-    row = jnp.arange(len(position))
+    row = jnp.arange(position.shape[0])
 
     def placed(blocks: Array, block: Array) -> Array:
         return blocks.at[row, at].set(block.astype(blocks.dtype), mode="drop")

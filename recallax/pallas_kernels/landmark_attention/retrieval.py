@@ -100,7 +100,7 @@ def at_home(
 def turned_home(cache: LandmarkCache, seen: Int[Array, " B"], turn: Turn) -> LandmarkCache:
     """The cache with its keys at their true positions, as queries at theirs meet them; it has seen this many tokens."""
     slots, real = cache.k.shape[1:3]
-    size, rows = real + 1, len(seen)
+    size, rows = real + 1, seen.shape[0]
     number = jnp.broadcast_to(jnp.arange(slots)[None], (rows, slots))
     own = turn(cache.own_k, jnp.broadcast_to((seen // size * size)[:, None, None], cache.own_k.shape[:-1]))
     marks, k = (at_home(x, number, size, turn) for x in (cache.marks, cache.k))
@@ -142,7 +142,7 @@ def choose(
     values, index = jax.lax.top_k(ranking, min(how.top_k, count))
     least = math.log(how.min_probability) if how.min_probability > 0 else NEVER / 2
     index = jnp.sort(jnp.where(values >= least, index, count), axis=-1)
-    row = jnp.arange(len(number))[:, None, None, None]
+    row = jnp.arange(number.shape[0])[:, None, None, None]
     at = number[row, jnp.minimum(index, count - 1)]
     if how.distances == "true":
         return Chosen(index, positions[:, :, None, None] - at * size)
@@ -223,7 +223,7 @@ def read_all(
 ) -> Float[Array, "B H V"]:
     """The same for one token over all blocks of the cache, at true distances; its own token is in the cache."""
     slots, real, groups = cache.k.shape[1:4]
-    size, rows = real + 1, len(position)
+    size, rows = real + 1, position.shape[0]
     number = jnp.arange(slots)[None]
     visible = number < position[:, None] // size
     marks, k, v = (jnp.where(visible.reshape(rows, slots, *[1] * (x.ndim - 2)), x, 0) for x in cache[:3])
@@ -311,7 +311,7 @@ def retrieve_step(
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H N"] | None]:
     """One token, which is in the cache's unfinished block already unless it is a landmark."""
     count, real, heads = cache.marks.shape[1], cache.own_k.shape[1], q.shape[1]
-    number = jnp.broadcast_to(jnp.arange(count)[None], (len(position), count))
+    number = jnp.broadcast_to(jnp.arange(count)[None], (position.shape[0], count))
     visible = number < position[:, None] // (real + 1)
     at, place = position[:, None], position[:, None] % (real + 1)
     chosen, after = look(q[:, None], cache.marks, number, visible[:, None], at, real, best, how, turn)

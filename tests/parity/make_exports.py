@@ -1,0 +1,111 @@
+"""Make runs of models that transformers has, export them, and keep what they compute beside the weights.
+
+    python -m tests.parity.make_exports FOLDER            # with recallax's own Python
+    OMP_NUM_THREADS=1 ENV/bin/python tests/parity/load_exports.py FOLDER
+
+The second line is for the environment of `make_fixtures.py`: transformers loads what was exported and must give the
+same logits. Models are wider than the fixtures, none of them was imported, and every weight is away from where it
+starts.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from recallax.__main__ import load, main
+from recallax.config import to_json
+from recallax.layers import (
+    KDA,
+    Attention,
+    GatedDeltaNet,
+    Mamba,
+    Mamba2,
+    MixerConfig,
+    Nothing,
+    ReLUSquared,
+    SlidingWindow,
+    SwiGLU,
+)
+from recallax.models import Block, LMConfig, Tied, Untied
+from recallax.models.readout import Readout
+from recallax.train.checkpoint import Checkpoints
+from recallax.train.export import read_state
+from recallax.train.program import Program
+from recallax.train.run import RunConfig
+from recallax.train.run_folder import RunFolder
+from recallax.types import whole_rows
+
+ROWS, LENGTH = 2, 150
+UNTIED = Untied()
+
+
+def model(pattern: str, readout: Readout = UNTIED, norm_eps: float = 1e-5, **mixers: MixerConfig) -> LMConfig:
+    """Layers of one sublayer, but for those named with a capital letter, which have a perceptron too."""
+    channels = {name: Nothing() if name.islower() else SwiGLU() for name in mixers}
+    blocks = {name: Block(mixer=mixer, channel=channels[name]) for name, mixer in mixers.items()}
+    return LMConfig(d_model=96, pattern=pattern, blocks=blocks, readout=readout, norm_eps=norm_eps)
+
+
+MAMBA2 = Mamba2(state_dim=24, head_dim=16)
+DELTA = GatedDeltaNet(heads=2, value_heads=4, key_dim=16, value_dim=24, eps=1e-6)
+MODELS: dict[str, tuple[str, LMConfig]] = {
+    "mamba": ("mamba", model("a*3", a=Mamba(), readout=Tied())),
+    "mamba2": ("mamba2", model("a*3", a=MAMBA2)),
+    "mamba2_groups_tied": ("mamba2", model("a*3", a=replace(MAMBA2, groups=3), readout=Tied())),
+    "llama": ("llama", model("A*3", A=Attention(heads=6, kv_heads=2))),
+    "mistral": ("mistral", model("A*3", A=SlidingWindow(window=20, heads=6, kv_heads=3))),
+    "qwen3_next": ("qwen3_next", model("A*3", A=DELTA, norm_eps=1e-6)),
+    "kimi_linear": ("kimi_linear", model("A*3", A=KDA(heads=3, gate="softplus"))),
+    "nemotron_h": (
+        "nemotron_h",
+        model(
+            "(m p)*2 a p",
+            m=replace(MAMBA2, groups=2),
+            p=ReLUSquared(inner=128),
+            a=Attention(heads=6, kv_heads=2, rotary_base=None),
+        ),
+    ),
+}
+"""By name: the layout, and the model."""
+
+
+def run_of(config: RunConfig, folder: Path, seed: int) -> None:
+    """A run whose weights are moved from where they start."""
+    program = Program(config)
+    rng = np.random.default_rng(seed)
+
+    def moved(leaf: jax.Array) -> np.ndarray:
+        x = np.asarray(leaf)
+        return (x + rng.normal(scale=0.3 if x.ndim < 3 else x.shape[-2] ** -0.5, size=x.shape)).astype(x.dtype)
+
+    state = program.initial()
+    state = program.beginning(jax.tree.map(moved, state.params), state.statistics)
+    with RunFolder(folder, config) as run, Checkpoints(run.checkpoints) as checkpoints:
+        checkpoints.save(0, state, {"config": to_json(config)})
+
+
+def logits_of(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    _, graph, _, params, statistics = read_state(folder)
+    seq = jax.tree.map(jnp.asarray, whole_rows(*tokens.shape))
+    return np.asarray(jax.jit(lambda p, s, t: nnx.merge(graph, p, s)(t, seq)[0])(params, statistics, tokens))
+
+
+def write(out: Path) -> None:
+    base = load("mqar_micro")
+    for seed, (name, (layout, lm)) in enumerate(MODELS.items()):
+        run, folder = out / "runs" / name, out / name
+        config = replace(base, model=lm)
+        run_of(config, run, seed)
+        if main(["export", str(run), "--to", "safetensors", "--out", str(folder), "--layout", layout]):
+            sys.exit(1)
+        tokens = np.random.default_rng(seed).integers(base.task.vocab_size, size=(ROWS, LENGTH)).astype(np.int32)
+        np.savez(folder / "expected.npz", allow_pickle=False, tokens=tokens, logits=logits_of(run, tokens))
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

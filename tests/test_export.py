@@ -1,0 +1,669 @@
+"""Checkpoints out and in: the same bytes again, equal programs, and files that lie."""
+
+import importlib
+import json
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from recallax.__main__ import config_names, load, main
+from recallax.config import ConfigError, to_json
+from recallax.layers import HGRN2, Attention, Based, GatedDeltaNet, Mamba2, MoM, Nothing, SlidingWindow, SwiGLU
+from recallax.models import Autoencode, Block, LMConfig, Untied
+from recallax.models.importing import (
+    WeightsError,
+    export_config,
+    export_weights,
+    import_config,
+    import_model,
+    import_parameters,
+    is_state_spaces,
+    translated,
+)
+from recallax.train import weights_folder
+from recallax.train.checkpoint import Checkpoints
+from recallax.train.export import export_run, import_run, read_run, read_state
+from recallax.train.loop import evaluate_run
+from recallax.train.program import Program
+from recallax.train.run import RunConfig, tiny
+from recallax.train.run_folder import RunFolder, RunFolderError
+from recallax.train.stablehlo import PLATFORMS, export_programs, load_programs
+from recallax.train.weights_folder import read_folder, read_safetensors, write_folder, write_safetensors, write_weights
+from recallax.types import StepInfo, whole_rows
+from tests.test_parity import FIRST_LAYERS, MODELS, first_layers, fixture
+
+CHANGED = ("layernorm.weight", "model.norm.weight")
+"""Of Qwen3-Next: they are kept as 1 + weight, so an import rounds them."""
+NOT_OURS = {
+    "chunk_size", "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "rope_parameters",
+    "mlp_only_layers",
+}  # fmt: skip
+"""Fields that change no number, or that belong to the attention layers that are cut off."""
+
+
+@pytest.fixture(autouse=True)
+def quick() -> Iterator[None]:
+    """These tests compile far longer than they run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def published(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    config, weights, _ = first_layers(name, 2) if name in FIRST_LAYERS else fixture(name)
+    return config, weights
+
+
+def same_bytes(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], but: tuple[str, ...] = ()) -> None:
+    assert ours.keys() == theirs.keys()
+    for key, array in theirs.items():
+        assert ours[key].dtype == array.dtype and ours[key].shape == array.shape, key
+        assert (ours[key].tobytes() == array.tobytes()) != key.endswith(but or "\0"), key
+
+
+# The layouts of transformers
+
+
+@pytest.mark.parametrize("name", (*MODELS, *FIRST_LAYERS))
+def test_what_is_imported_is_exported_again(name: str):
+    """The config from our model alone, and the weights from our parameters, byte for byte."""
+    config, weights = published(name)
+    ours = import_config(config)
+    # transformers itself refuses an Olmo-Hybrid whose attention layers are cut off
+    written = config if name == "olmo_hybrid" else export_config(config["model_type"], ours)
+    assert import_config(written) == ours
+    assert {key for key in config if written.get(key) != config[key]} <= NOT_OURS
+    parameters = import_parameters(config, weights)
+    again = export_weights(written, parameters)
+    changed = CHANGED if name == "qwen3_next" else ()
+    same_bytes(again, weights, changed)
+    for key in weights:
+        np.testing.assert_allclose(again[key], weights[key], rtol=0, atol=2**-23 * bool(changed))
+    twice = import_parameters(written, again)
+    for key, array in parameters.items():
+        np.testing.assert_array_equal(twice[key], array)
+    same_bytes(export_weights(written, twice), again)
+
+
+def test_half_precision_survives_the_one_in_a_norm():
+    """bfloat16 weights, as they are published, are not rounded by 1 + weight in float32."""
+    config, weights = published("qwen3_next")
+    weights = {key: x.astype(ml_dtypes.bfloat16).astype(np.float32) for key, x in weights.items()}
+    same_bytes(export_weights(config, import_parameters(config, weights)), weights)
+
+
+def lm(pattern: str, **blocks: Block) -> LMConfig:
+    return LMConfig(d_model=16, pattern=pattern, blocks=blocks)
+
+
+MAMBA2 = Block(mixer=Mamba2(head_dim=8, state_dim=4), channel=Nothing())
+ATTENTION, WINDOW = Block(mixer=Attention()), Block(mixer=SlidingWindow())
+UNSAID = {
+    "channel would be Nothing": ("mamba2", lm("a*2", a=Block(mixer=MAMBA2.mixer))),
+    "soft_cap would be None": ("mamba2", replace(lm("a", a=MAMBA2), soft_cap=3.0)),
+    "eps would be 0.001": ("mamba2", replace(lm("a", a=MAMBA2), norm_eps=1e-3)),
+    "24 is no multiple of d_model 16": ("mamba2", lm("a", a=replace(MAMBA2, mixer=Mamba2(head_dim=8, inner=24)))),
+    "layer 0 has the mixer MemoryMixer": ("llama", lm("a", a=MAMBA2)),
+    "layers.1.mixer.window would be None, and is 64": ("llama", lm("a b", a=ATTENTION, b=WINDOW)),
+    "no positions": ("llama", lm("a", a=Block(mixer=Attention(rotary_base=None)))),
+    "none can be exported": ("falcon_h1", lm("a", a=MAMBA2)),
+    "olmo_hybrid: .*none can be exported": ("olmo_hybrid", lm("a", a=Block(mixer=GatedDeltaNet()))),
+    "did you mean 'llama'": ("lama", lm("a", a=ATTENTION)),
+}
+
+
+@pytest.mark.parametrize("message", UNSAID)
+def test_a_layout_refuses_what_it_cannot_say(message: str):
+    with pytest.raises(ConfigError, match=message):
+        export_config(*UNSAID[message], 32)
+
+
+def test_a_second_copy_of_a_tied_readout_is_no_key_too_many():
+    config, weights = published("mamba")
+    embedding = weights["backbone.embeddings.weight"]
+    copied = weights | {"lm_head.weight": embedding.copy()}
+    same_bytes(export_weights(config, import_parameters(config, copied)), weights)
+    with pytest.raises(WeightsError, match=r"lm_head.weight is not backbone.embeddings.weight"):
+        import_parameters(config, weights | {"lm_head.weight": embedding + 1})
+
+
+# The key names of others
+
+
+def as_fla() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The first layers of the Olmo-Hybrid fixture, which are fla's Gated DeltaNet under other names."""
+    theirs, weights = published("olmo_hybrid")
+    keys, values = 2 * 6, 4 * 5
+    found: dict[str, np.ndarray] = {}
+    for key, x in weights.items():
+        for old, new in (
+            ("embed_tokens", "embeddings"), ("linear_attn", "attn"),
+            ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "mlp_norm"),
+        ):  # fmt: skip
+            key = key.replace(old, new)
+        if ".conv1d." in key:
+            for name, part in zip("qkv", np.split(x, [keys, 2 * keys]), strict=True):
+                found[key.replace(".conv1d.", f".{name}_conv1d.")] = part
+            assert len(part) == values
+        else:
+            found[key] = x
+    config = {
+        "model_type": "gated_deltanet", "hidden_size": 24, "vocab_size": 32, "num_hidden_layers": 2, "num_heads": 2,
+        "num_v_heads": 4, "head_dim": 6, "expand_v": 5 / 6, "allow_neg_eigval": True, "norm_eps": 1e-5,
+        "intermediate_size": theirs["intermediate_size"],
+    }  # fmt: skip
+    return config, found
+
+
+def test_fla_has_olmo_hybrids_layers_under_other_names():
+    config, weights = as_fla()
+    theirs, others = published("olmo_hybrid")
+    mine, same = import_config(config), import_config(theirs | {"rms_norm_eps": 1e-5})
+    assert mine == same
+    parameters = import_parameters(config, weights)
+    same_bytes(parameters, import_parameters(theirs, others))
+    written = export_config("gated_deltanet", mine)
+    assert {key: written[key] for key in config} == config
+    same_bytes(export_weights(written, parameters), weights)
+
+
+def test_the_width_of_flas_perceptron_may_be_a_ratio():
+    config, _ = as_fla()
+    config = config | {"hidden_size": 1000, "intermediate_size": None, "hidden_ratio": 4}
+    assert import_config(config).blocks["layer"].channel == SwiGLU(inner=2816)  # int(2666.7) up to a multiple of 256
+
+
+STATE_SPACES = {"n_layer": 2, "d_model": 16, "vocab_size": 27, "pad_vocab_size_multiple": 8, "rms_norm": True}
+STATE_SPACES |= {"residual_in_fp32": True, "fused_add_norm": True}
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2_groups"])
+def test_state_spaces_names_are_translated(name: str):
+    theirs, weights = published(name)
+    tied = {"backbone.embeddings.weight": weights["backbone.embeddings.weight"]}
+    given = {key.replace("embeddings", "embedding"): x for key, x in weights.items()}
+    ssm = {"d_state": theirs["state_size"], "expand": theirs["expand"]}
+    if name == "mamba2_groups":
+        ssm |= {"layer": "Mamba2", "headdim": 8, "ngroups": 2}
+        given["lm_head.weight"] = given["backbone.embedding.weight"]
+    elif theirs.get("time_step_rank") not in (None, "auto"):
+        ssm["dt_rank"] = theirs["time_step_rank"]
+    config = STATE_SPACES | {"ssm_cfg": ssm}
+    assert is_state_spaces(config) and not is_state_spaces(theirs)
+    made, named = translated(config, given)
+    assert import_config(made) == import_config(theirs | {"tie_word_embeddings": True})
+    wanted = {key: x for key, x in weights.items() if key != "lm_head.weight"} | tied
+    same_bytes(export_weights(made, import_parameters(made, named)), wanted)
+
+
+def test_a_checkpoint_of_state_spaces_becomes_a_run(tmp_path: Path):
+    _, weights = published("mamba2_groups")
+    embedding = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+    given = {key: x for key, x in weights.items() if "embeddings" not in key} | {"lm_head.weight": embedding}
+    ssm = {"layer": "Mamba2", "d_state": 6, "headdim": 8, "ngroups": 2}
+    (tmp_path / "theirs").mkdir()
+    config = STATE_SPACES | {"vocab_size": 60, "ssm_cfg": ssm}
+    write_weights(tmp_path / "theirs", config, given | {"backbone.embedding.weight": embedding})
+    run = import_run(tmp_path / "theirs", load("mqar_micro"), tmp_path / "run")
+    assert export_run(run, "safetensors", tmp_path / "out") == "mamba2"
+    wanted = {key: x for key, x in given.items() if key != "lm_head.weight"} | {"backbone.embeddings.weight": embedding}
+    same_bytes(load_file(tmp_path / "out" / "model.safetensors"), wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "layer is 'Mamba3'; only Mamba1, Mamba2"),
+        ({"ssm_cfg": {"dt_limit": [0, 1]}}, "does not know the field 'dt_limit'"),
+        ({"ssm_cfg": {}, "moe": 8}, "does not know the field 'moe'"),
+        ({"ssm_cfg": {}, "attn_layer_idx": [3]}, "no layers besides Mamba"),
+        ({"ssm_cfg": {}, "rms_norm": False}, "no mean and no bias"),
+    ],
+)
+def test_what_state_spaces_means_otherwise_is_refused(changes: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        translated(STATE_SPACES | changes, {})
+
+
+# Runs
+
+
+def run_of(model: LMConfig) -> RunConfig:
+    return tiny(load("mqar_micro"), model=model)
+
+
+def saved(config: RunConfig, folder: Path) -> Path:
+    """A run at step 0 with random variables, statistics included, made without a step of training."""
+    program = Program(config)
+    rng = np.random.default_rng(0)
+
+    def draw(like: dict) -> dict:
+        return jax.tree.map(lambda x: rng.normal(scale=0.1, size=x.shape).astype(x.dtype), like)
+
+    state = program.beginning(draw(program.abstract.params), draw(program.abstract.statistics))
+    with RunFolder(folder, config) as run, Checkpoints(run.checkpoints) as checkpoints:
+        checkpoints.save(0, state, {"config": to_json(config)})
+    return folder
+
+
+HYBRID = replace(
+    lm(
+        "based (mom hgrn)*2",
+        based=Block(mixer=Based(feature_dim=4, heads=2)),
+        mom=Block(mixer=MoM(memory=GatedDeltaNet(heads=2), num_memories=3, top_k=2)),
+        hgrn=Block(mixer=HGRN2()),
+    ),
+    readout=Untied(),
+)
+"""Layers that no published layout has, among them repeated ones and statistics."""
+
+
+def test_a_run_without_a_published_layout_goes_out_and_in(tmp_path: Path):
+    """In our own layout, safetensors and orbax, there and back."""
+    run = saved(run_of(HYBRID), tmp_path / "run")
+    assert export_run(run, "safetensors", tmp_path / "out") == "recallax"
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {"embedding", "layers.0.mixer.readout.out.kernel", "layers.4.mixer.query.parts.q.kernel"} <= weights.keys()
+    assert not any("stack" in key for key in weights) and any(key.endswith("cell.floor") for key in weights)
+    same_bytes(read_run(run).variables, weights)
+
+    again = import_run(tmp_path / "out", load("mqar_micro"), tmp_path / "again")
+    assert not (again / "log.jsonl").exists() and read_run(again).config == read_run(run).config
+    assert export_run(again, "safetensors", tmp_path / "twice") == "recallax"
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+    assert export_run(again, "orbax", tmp_path / "orbax") == "recallax"
+    third = import_run(tmp_path / "orbax", load("mqar_micro"), tmp_path / "third")
+    same_bytes(read_run(third).variables, weights)
+
+
+def test_how_layers_are_stacked_changes_no_byte(tmp_path: Path):
+    """A run spelled with repeats and one spelled layer by layer export the same, and either reads the other's."""
+    model = lm("(a b*2)*2", a=ATTENTION, b=WINDOW)
+    flat = replace(model, pattern=" ".join(model.layers))
+    run = saved(run_of(model), tmp_path / "stacked")
+    export_run(run, "safetensors", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["run"] = to_json(run_of(flat))
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    unstacked = import_run(tmp_path / "out", load("mqar_micro"), tmp_path / "unstacked")
+    assert read_run(unstacked).config.model.pattern == flat.pattern
+    same_bytes(read_run(unstacked).variables, read_run(run).variables)
+    assert evaluate_run(unstacked, "valid", 1)["loss"] == pytest.approx(evaluate_run(run, "valid", 1)["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mamba2_groups", "llama"])
+def test_a_published_model_becomes_a_run_and_comes_out_the_same(name: str, tmp_path: Path):
+    """Files of bfloat16 and float32 side by side, and fields that are not ours, come back to the byte."""
+    config, weights = published(name)
+    config = config | {"vocab_size": 64, "of_no_concern": [1, {"a": None}]}
+    weights = {key: np.concatenate([x] * 2) if x.shape[0] == 32 and x.ndim == 2 and "layers" not in key else x
+               for key, x in weights.items()}  # fmt: skip
+    weights = {key: x if x.ndim == 1 else x.astype(ml_dtypes.bfloat16) for key, x in weights.items()}
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    write_weights(theirs, config, weights)
+    run = import_run(theirs, load("mqar_micro"), tmp_path / "run")
+    assert export_run(run, "safetensors", tmp_path / "out") == config["model_type"]
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (theirs / file).read_bytes()
+    assert 0 <= evaluate_run(run, "valid", 1)["accuracy"] <= 1
+
+    assert export_run(run, "safetensors", tmp_path / "half", dtype="float16") == config["model_type"]
+    assert {x.dtype.name for x in load_file(tmp_path / "half" / "model.safetensors").values()} == {"float16"}
+    assert export_run(run, "safetensors", tmp_path / "own", layout="recallax") == "recallax"
+    same_bytes(load_file(tmp_path / "own" / "model.safetensors"), read_run(run).variables)
+
+
+def test_a_run_of_a_published_kind_finds_its_layout(tmp_path: Path):
+    """Never imported: the config is written from the model alone, and the weights give the same model there."""
+    run = saved(run_of(lm("a*2", a=MAMBA2)), tmp_path / "run")
+    assert export_run(run, "safetensors", tmp_path / "out") == "mamba2"
+    config, weights = read_folder(tmp_path / "out")
+    assert config["architectures"] == ["Mamba2ForCausalLM"] and config["vocab_size"] == 64
+    with pytest.raises(ConfigError, match="cannot be exported as llama"):
+        export_run(run, "safetensors", tmp_path / "no", layout="llama")
+    model = import_model(config, weights, "mamba mamba")
+    assert nnx.state(model, nnx.Param)["stack"]["parts"][1]["mixer"]["cell"]["d"].shape == (4,)
+    same_bytes(import_parameters(config, weights), read_run(run).variables)
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = saved(run_of(lm("a", a=MAMBA2)), tmp_path / "run")
+
+    def broken(*_: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(weights_folder, "write_safetensors", broken)
+    with pytest.raises(WeightsError, match="out cannot be written: the disk is full"):
+        export_run(run, "safetensors", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    monkeypatch.undo()
+    export_run(run, "safetensors", tmp_path / "out")
+    with pytest.raises(WeightsError, match="is there already"):
+        export_run(run, "safetensors", tmp_path / "out")
+    with pytest.raises(RunFolderError, match=r"has checkpoints of the steps \[0\]"):
+        export_run(run, "safetensors", tmp_path / "own", layout="recallax")
+        import_run(tmp_path / "own", load("mqar_micro"), run)
+
+
+def test_a_config_of_sizes_without_weights_is_refused_at_once(tmp_path: Path):
+    """Nothing of the claimed size is made: either would take all memory."""
+    config, weights = published("llama")
+    with pytest.raises(WeightsError, match="would need 32000000000000 numbers"):
+        import_parameters(config | {"hidden_size": 10**12, "head_dim": 8}, weights)
+    (tmp_path / "theirs").mkdir()
+    write_weights(tmp_path / "theirs", config | {"num_hidden_layers": 10**9}, weights)
+    with pytest.raises(WeightsError, match="num_hidden_layers 1000000000, and there are 21 arrays in all"):
+        import_run(tmp_path / "theirs", load("mqar_micro"), tmp_path / "run")
+
+
+OWN_FAULTS: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
+    "lack 'layers.0.mixer.cell.d'": lambda w: w.pop("layers.0.mixer.cell.d"),
+    "no place for 'layers.9.q'": lambda w: w.update({"layers.9.q": np.zeros(2, np.float32)}),
+    r"norm.scale has shape \(3,\); it must be \(16,\)": lambda w: w.update({"norm.scale": np.zeros(3, np.float32)}),
+}
+
+
+@pytest.mark.parametrize("message", OWN_FAULTS)
+def test_our_own_layout_is_strict(message: str, tmp_path: Path):
+    run = saved(run_of(lm("a", a=MAMBA2)), tmp_path / "run")
+    export_run(run, "safetensors", tmp_path / "out", layout="recallax")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    OWN_FAULTS[message](weights)
+    save_file(weights, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(WeightsError, match=message):
+        import_run(tmp_path / "out", load("mqar_micro"), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+# Compiled programs
+
+
+def live(run: Path) -> Any:
+    """The model of a run as it is trained."""
+    _, graph, _, params, statistics = read_state(run)
+    return nnx.merge(graph, params, statistics)
+
+
+LENGTH, CONTEXT = 6, 20
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_programs_compute_what_the_model_computes(tmp_path: Path):
+    """Two calls of prefill, the second shorter in some rows, then steps in which a row waits; any number of rows."""
+    decoder = lm("a*2 b", a=MAMBA2, b=Block(mixer=SlidingWindow(window=5)))
+    run = saved(run_of(decoder), tmp_path / "run")
+    export_programs(run, tmp_path / "out", length=LENGTH, context=CONTEXT)
+    programs, model = load_programs(tmp_path / "out"), live(run)
+    prefill, step = jax.jit(model.prefill), jax.jit(model.step)
+    tokens = np.random.default_rng(1).integers(64, size=(3, 2 * LENGTH)).astype(np.int32)
+    first, second = tokens[:, :LENGTH], tokens[:, LENGTH:]
+    lengths = np.array([4, 6, 1], np.int32)
+    full, zero, places = np.full(3, LENGTH, np.int32), np.zeros(3, np.int32), np.arange(LENGTH)[None]
+
+    dirty = {name: np.ones_like(x) for name, x in programs.empty(3).items()}  # position 0 starts afresh
+    logits, state = programs.prefill(programs.weights, first, full, zero, dirty)
+    seq = jax.tree.map(jnp.asarray, whole_rows(3, LENGTH))
+    expected, wanted, _ = prefill(jnp.asarray(first), seq, model.init_state(3, CONTEXT))
+    close(logits, expected[:, -1])
+    one, _ = programs.prefill(programs.weights, first[:1], full[:1], zero[:1], programs.empty(1))
+    close(one, logits[:1])
+
+    logits, state = programs.prefill(programs.weights, second, lengths, full, state)
+    segments = jnp.asarray((places < lengths[:, None]).astype(np.int32))
+    seq = seq._replace(positions=seq.positions + LENGTH, segments=segments)
+    expected, wanted, _ = prefill(jnp.asarray(second), seq, wanted)
+    close(logits, expected[np.arange(3), lengths - 1])
+
+    position, active = LENGTH + lengths, np.array([True, False, True])
+    for token in (3, 5):
+        given = np.full(3, token, np.int32)
+        logits, state = programs.step(programs.weights, given, position, active, state)
+        info = StepInfo(jnp.asarray(position), jnp.asarray(active))
+        expected, wanted = step(jnp.asarray(given), info, wanted)
+        close(logits[active], expected[active])
+        position = position + active
+    for ours, theirs in zip(state.values(), jax.tree.leaves(wanted), strict=True):
+        close(ours, theirs)
+
+
+def close(a: Any, b: Any) -> None:
+    np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_programs_are_for_every_platform_and_hold_no_weights(tmp_path: Path):
+    run = saved(run_of(lm("a", a=replace(MAMBA2, mixer=Mamba2(head_dim=8, state_dim=512)))), tmp_path / "run")
+    export_programs(run, tmp_path / "out", length=LENGTH, context=CONTEXT)
+    for name in ("prefill", "step"):
+        program = jax.export.deserialize(bytearray((tmp_path / "out" / f"{name}.jax").read_bytes()))
+        assert program.platforms == PLATFORMS == ("cpu", "cuda", "tpu")
+        assert "stablehlo.custom_call @tpu" not in program.mlir_module() and "mosaic" not in program.mlir_module()
+        assert (tmp_path / "out" / f"{name}.stablehlo").stat().st_size < 60_000
+    assert (tmp_path / "out" / "weights.safetensors").stat().st_size > 90_000
+
+
+def test_what_cannot_decode_is_not_exported(tmp_path: Path):
+    run = saved(run_of(replace(lm("a", a=MAMBA2), readout=Autoencode())), tmp_path / "run")
+    for length, context, message in (
+        (0, 5, "length is 0"),
+        (6, 5, "context 5; .*length the smaller"),
+        (5, 5, "no step"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            export_programs(run, tmp_path / "out", length=length, context=context)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", config_names())
+def test_every_config_becomes_programs_for_any_number_of_rows(name: str, tmp_path: Path):
+    config = importlib.import_module(f"recallax.configs.{name}").get_tiny()
+    if isinstance(config.model.readout, Autoencode):
+        return
+    export_programs(saved(config, tmp_path / "run"), tmp_path / "out", length=LENGTH, context=CONTEXT)
+    programs = load_programs(tmp_path / "out")
+    for rows in (1, 2):
+        row = np.ones(rows, np.int32)
+        logits, state = programs.prefill(programs.weights, np.zeros((rows, LENGTH), np.int32), 3 * row, 0 * row,
+                                         programs.empty(rows))  # fmt: skip
+        again, _ = programs.step(programs.weights, row, 3 * row, row > 0, state)
+        assert logits.shape == again.shape and np.isfinite(logits).all() and np.isfinite(again).all()
+
+
+# Files that lie
+
+
+def header_of(entries: Any, size: int = 8) -> bytes:
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(size)
+
+
+def entry(first: int, last: int, shape: Any = (1,), dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [first, last]}
+
+
+TWICE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+HOSTILE = {
+    "it has 0 bytes and says": b"",
+    "it has 7 bytes and says": bytes(7),
+    "says that its header has 9": struct.pack("<Q", 9) + b"{}",
+    "says that its header has 18446744073709551615": b"\xff" * 8 + b"{}",
+    "header has 100000001": struct.pack("<Q", 100_000_001) + b"{}",
+    "it is not JSON": header_of(b"{", 0),
+    "not JSON: Expecting value": header_of(b"\x80\x04\x95.".replace(b"\x80", b"c").replace(b"\x95", b"o")),
+    "utf-8": header_of(b'{"\xff": 1}'),
+    "nested too deep": header_of(b"[" * 100_000),
+    "is not an object": header_of(b"[]", 0),
+    "'a' is there twice": header_of(TWICE),
+    "'dtype' is there twice": header_of(b'{"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}'),
+    "end at byte 4 of 8": header_of({"a": entry(0, 4)}),
+    "'b' begins at byte 0, where 4 is taken": header_of({"a": entry(0, 4), "b": entry(0, 8, (2,))}),
+    "'b' begins at byte 2, where 4 is taken": header_of({"a": entry(0, 4), "b": entry(2, 6)}),
+    "'a' begins at byte 4, where 0 is next": header_of({"a": entry(4, 8)}),
+    "end at byte 16 of 8": header_of({"a": entry(0, 16, (4,))}),
+    "not as many bytes as F32": header_of({"a": entry(0, 8)}),
+    r"the offsets \[8, 4\], which": header_of({"a": entry(8, 4)}),
+    r"the offsets \[-4, 4\], not lists of sizes": header_of({"a": entry(-4, 4, (2,))}),
+    r"the shape \[-1, -2\]": header_of({"a": entry(0, 8, (-1, -2))}),
+    r"the shape \[true, 2\]|the shape \[True, 2\]": header_of({"a": entry(0, 8, (True, 2))}),
+    r"the shape \[2.0\]": header_of({"a": entry(0, 8, (2.0,))}),
+    "has 17 axes": header_of({"a": entry(0, 8, (1,) * 16 + (2,))}),
+    "which are not as many bytes as F32 .4611686018427387904": header_of({"a": entry(0, 8, (2**62, 4))}),
+    "has dtype 'I64'": header_of({"a": entry(0, 8, dtype="I64")}),
+    r"has dtype \['F32'\]": header_of({"a": entry(0, 8, dtype=["F32"])}),
+    "by dtype, shape and data_offsets alone": header_of({"a": entry(0, 8) | {"code": "import os"}}),
+    "'a' is not described": header_of({"a": None}),
+    "__metadata__ is not text": header_of({"__metadata__": {"format": 1}, "a": entry(0, 8, (2,))}),
+}
+
+
+@pytest.mark.parametrize("message", HOSTILE)
+def test_a_header_that_lies_is_refused(message: str, tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(HOSTILE[message])
+    with pytest.raises(WeightsError, match=message) as error:
+        read_safetensors(path)
+    assert str(path) in str(error.value)
+
+
+def test_what_the_library_writes_is_read(tmp_path: Path):
+    """All dtypes, scalars, empty arrays, and tensors that begin at odd places."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a": rng.normal(size=(3, 5)).astype(np.float16),
+        "b": np.float32(rng.normal(size=())),
+        "c": np.zeros((0, 4), np.float32),
+        "d": rng.normal(size=(2, 1, 3)),
+        "e": rng.normal(size=7).astype(ml_dtypes.bfloat16),
+    }
+    arrays = {key: np.asarray(x) for key, x in arrays.items()}
+    save_file(arrays, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    same_bytes(read_safetensors(tmp_path / "model.safetensors"), arrays)
+    write_safetensors(tmp_path / "ours.safetensors", arrays | {"f": arrays["d"].T})
+    same_bytes(load_file(tmp_path / "ours.safetensors"), arrays | {"f": arrays["d"].T})
+    save_file({}, tmp_path / "empty.safetensors")
+    assert read_safetensors(tmp_path / "empty.safetensors") == {}
+
+
+def sharded(folder: Path, **names: Any) -> Path:
+    """A model in two shards; `names` are what the index says of its keys `a` and `b`."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    for key in "ab":
+        save_file({key: np.full(2, ord(key), np.float32)}, folder / f"{key}.safetensors")
+    index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"} | names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_shards_are_read(tmp_path: Path):
+    _, weights = read_folder(sharded(tmp_path / "model"))
+    same_bytes(weights, {key: np.full(2, ord(key), np.float32) for key in "ab"})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("../a.safetensors", r"names the shard '../a.safetensors'"),
+        ("/etc/a.safetensors", "in the folder"),
+        ("sub/a.safetensors", "in the folder"),
+        ("..\\a.safetensors", "in the folder"),
+        (".a.safetensors", "in the folder"),
+        ("a.safetensors\n", "in the folder"),
+        ("a\0.safetensors", "in the folder"),
+        ("", "in the folder"),
+        ("pytorch_model.bin", "pytorch_model.bin may hold pickled code"),
+        (3, "no weight_map"),
+        ("c.safetensors", "c.safetensors cannot be read: No such file"),
+        ("b.safetensors", r"do not agree on \['a'\]"),
+    ],
+)
+def test_a_shard_that_is_not_in_the_folder_is_refused(name: Any, message: str, tmp_path: Path):
+    save_file({"a": np.zeros(2, np.float32)}, tmp_path / "a.safetensors")
+    with pytest.raises(WeightsError, match=message):
+        read_folder(sharded(tmp_path / "model", a=name))
+
+
+@pytest.mark.parametrize("suffix", weights_folder.PICKLES)
+def test_nothing_is_unpickled(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pickle.load", None)
+    monkeypatch.setattr("pickle.loads", None)
+    path = tmp_path / f"pytorch_model{suffix}"
+    path.write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    (tmp_path / "config.json").write_text("{}")
+    for source in (path, tmp_path):
+        with pytest.raises(WeightsError, match=f"pytorch_model{suffix} may hold pickled code and is never read"):
+            read_folder(source)
+
+
+def test_folders_without_weights_are_named(tmp_path: Path):
+    with pytest.raises(WeightsError, match="is not a folder"):
+        read_folder(tmp_path / "nowhere")
+    with pytest.raises(WeightsError, match=r"config.json cannot be read: No such file"):
+        read_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{]")
+    with pytest.raises(WeightsError, match=r"config.json is not what it should be: it is not JSON"):
+        read_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(WeightsError, match=r"has no \*.safetensors"):
+        read_folder(tmp_path)
+    for key in "ab":
+        save_file({key: np.zeros(1, np.float32)}, tmp_path / f"{key}.safetensors")
+    with pytest.raises(WeightsError, match="has 2 safetensors files and no"):
+        read_folder(tmp_path)
+
+
+# The command line
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    saved(run_of(lm("a", a=MAMBA2)), tmp_path / "run")
+    assert main(["export", "run", "--to", "safetensors"]) == 0
+    assert main(["import", "run/export-safetensors", "--run", "again", "--config", "mqar_micro"]) == 0
+    assert main(["export", "again", "--to", "orbax", "--out", "orbax"]) == 0
+    assert main(["import", "orbax"]) == 0
+    out = capsys.readouterr().out
+    assert "layout: mamba2" in out and "run: runs/imported_recallax-" in out
+    os.remove("orbax/parameters/_METADATA")
+    for arguments, message in {
+        "export run --to orbax --layout llama": "--layout llama is a layout of safetensors",
+        "export run --to safetensors --layout lama --out x": "did you mean 'llama'",
+        "export run --to safetensors": "is there already",
+        "export nowhere --to safetensors": "nowhere is not a run's folder",
+        "export run --to onnx": "onnx",
+        "import nowhere": "nowhere is not a folder",
+        "import orbax --run broken": "is not a sound orbax checkpoint",
+        "import run/export-safetensors --config mqar_mikro": "did you mean 'mqar_micro'",
+        "import run/export-safetensors --config mqar_based": "vocab_size",
+    }.items():
+        try:
+            status = main(arguments.split())
+        except SystemExit as stop:
+            status = stop.code
+        err = capsys.readouterr()
+        assert status == 2 and message in err.err + err.out, (arguments, err)
+    assert not {"x", "broken"} & set(os.listdir())
+
+
+def test_the_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(WeightsError, match=r'pip install "recallax\[export\]"'):
+        write_folder(tmp_path / "out", lambda folder: write_weights(folder, {}, {}))
+    assert not list(tmp_path.iterdir())
