@@ -1,9 +1,5 @@
-"""Shape checking is on in tests: every jaxtyping annotation of recallax is checked at every call.
+"""Shape checking is on in tests: every jaxtyping annotation of recallax is checked at every call."""
 
-What one process of a test run compiles, the others find: workers, and the commands that tests start. Nothing stays.
-"""
-
-import os
 import tempfile
 from collections.abc import Iterator
 
@@ -13,17 +9,16 @@ import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("recallax", "beartype.beartype")
-FOLDER = "JAX_COMPILATION_CACHE_DIR"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if FOLDER not in os.environ:  # a worker has it from the process that started it
-        found = tempfile.TemporaryDirectory(prefix="recallax-compiled-")
-        config.add_cleanup(found.cleanup)
-        os.environ[FOLDER] = found.name
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-    jax.config.update("jax_compilation_cache_dir", os.environ[FOLDER])
+    """What a process has compiled it finds again, also in the next module.
+
+    No two processes share a folder: one would read what another is about to write.
+    """
+    found = tempfile.TemporaryDirectory(prefix="recallax-compiled-")
+    config.add_cleanup(found.cleanup)
+    jax.config.update("jax_compilation_cache_dir", found.name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
