@@ -42,6 +42,7 @@ FORMS = {
     "reference": reference.neural_memory,
     "primal": primal.neural_memory,
     "xla": xla.neural_memory,
+    "mosaic_gpu": kernel("recallax.pallas_kernels.neural_memory.mosaic_gpu", "neural_memory"),
     "mosaic_tpu": kernel("recallax.pallas_kernels.neural_memory.mosaic_tpu", "neural_memory"),
 }
 
