@@ -2,11 +2,11 @@
 
     U = T (V - a_0 K W - a_1 K S),   T = (I + G- * K K^T)^{-1}          minus the slopes of `xla.py`'s exact chunks
 
-What tokens weigh gradients and states with (G, a, b, c) is a matter of gates and documents alone and comes first, in XLA
-(`inner.weigh`), as does what the initial weights add (`exact.py`). Then all chunks' scores and inverses, then a walk
-over time that carries both states (`mosaic_gpu_walks.py`). For the gradients that walk also keeps U and the states
-before each chunk, a walk backward leaves those of V and of the states behind each chunk, and then every chunk is for
-itself.
+What tokens weigh gradients and states with (G, a, b, c) is a matter of gates and documents alone and comes first, in
+XLA (`inner.weigh`), as does what the initial weights add (`exact.py`). Then all chunks' scores and inverses, then a
+walk over time that carries both states (`mosaic_gpu_walks.py`). For the gradients that walk also keeps U and the
+states before each chunk, a walk backward leaves those of V and of the states behind each chunk, and then every chunk is
+for itself (`mosaic_gpu_gradients.py`).
 """
 
 import functools
@@ -27,31 +27,13 @@ from recallax.pallas_kernels.mosaic_gpu_solve import inverse_rooms, left_inverse
 from recallax.pallas_kernels.neural_memory.exact import before_tokens, require_exact, without_origin
 from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens, filled, weigh
 from recallax.pallas_kernels.neural_memory.learner import Learner
+from recallax.pallas_kernels.neural_memory.mosaic_gpu_gradients import Vectors, Weights, chunk_gradients
 from recallax.pallas_kernels.neural_memory.mosaic_gpu_walks import Kept, ascend, descend
-from recallax.pallas_kernels.product import product
 
 WIDTHS = (64, 128)
 """Of keys and values: what a warpgroup's registers and the tensor cores' tiles are made for."""
 
-type Vectors = tuple[Float[Array, "B H T"], ...]
 type States = tuple[Float[Array, "B H K V"], ...]
-
-
-class _Weights(NamedTuple):
-    """What tokens weigh with; of vectors one per state, the momentum's last."""
-
-    now: Float[Array, "B H T C"]
-    """G: gradients of the chunk's tokens, as queries meet them."""
-    before: Float[Array, "B H T C"]
-    """G-: as later gradients do."""
-    finds: Vectors
-    reads: Vectors
-    leaves: Vectors
-    stays: Vectors
-
-    def vectors(self) -> Vectors:
-        """In the order of `mosaic_gpu_walks.Vectors`."""
-        return *self.finds, *self.reads, *self.leaves, *self.stays
 
 
 class _Inputs(NamedTuple):
@@ -60,7 +42,7 @@ class _Inputs(NamedTuple):
     q: Float[Array, "B T H K"]
     k: Float[Array, "B T H K"]
     v: Float[Array, "B T H V"]
-    weights: _Weights
+    weights: Weights
     states: States
 
 
@@ -88,7 +70,7 @@ def neural_memory(
     return (out.astype(jnp.float32) + read).astype(q.dtype)[:, :length], Memory({name: after[0] + left}, momentum)
 
 
-def _weights(learner: Learner, tokens: Tokens, docs: Documents) -> _Weights:
+def _weights(learner: Learner, tokens: Tokens, docs: Documents) -> Weights:
     b, t, h, _ = tokens.lr.shape
     tokens, parts = jax.tree.map(lambda x: x.reshape(-1, CHUNK, *x.shape[2:]), (tokens, docs))
     previous = jnp.pad(docs.index[:, CHUNK - 1 : -1 : CHUNK], ((0, 0), (1, 0)))
@@ -103,7 +85,7 @@ def _weights(learner: Learner, tokens: Tokens, docs: Documents) -> _Weights:
     def vectors(*some: Array) -> Vectors:
         return tuple(joined(x) for x in some[:states])
 
-    return _Weights(
+    return Weights(
         joined(weighing.gradients),
         joined(before),
         vectors(own * beta, own * f),
@@ -127,41 +109,13 @@ def _learn_fwd(interpret, inputs):
 def _learn_bwd(interpret, residuals, cotangents):
     (inputs, parts, (new, states)), (grad, late) = residuals, cotangents
     slope, slopes, first = _backward(interpret, inputs, *parts, grad, late)
-    # With U given, V's gradient is the constraint's that U solves, and every chunk is for itself.
-    _, pull = jax.vjp(lambda q, k, weights: _chunks(q, k, weights, new, states), *inputs[:2], inputs.weights)
-    dq, dk, weights = pull(jax.tree.map(lambda x: x.astype(jnp.float32), (grad, -slope, slopes)))
+    dq, dk, weights = chunk_gradients(
+        *inputs[:2], (grad, new, slope), (states, slopes), inputs.weights, interpret=interpret
+    )
     return (_Inputs(dq, dk, slope, weights, first),)
 
 
 _learn.defvjp(_learn_fwd, _learn_bwd)
-
-
-def _chunks(q, k, weights, new, states):
-    """Of U and the states before each chunk: the output, V less U, and the states behind each chunk."""
-
-    def cut(x: Array) -> Array:
-        return x.reshape(*x.shape[:2], -1, CHUNK, *x.shape[3:])
-
-    q, k, new = (cut(jnp.moveaxis(x, 2, 1)) for x in (q, k, new))
-    now, before, *vectors = jax.tree.map(cut, weights)
-    finds, reads, leaves, stays = vectors
-
-    def weighed(x, scores, vectors):
-        pairs = zip(vectors, states, strict=True)
-        total = sum(w[..., None] * product("bhnci,bhnio->bhnco", x, s) for w, s in pairs)
-        alike = product("bhnti,bhnsi->bhnts", x, k) * scores
-        total += product("bhnts,bhnso->bhnto", alike.astype(new.dtype), new)
-        return jnp.moveaxis(total.reshape(*total.shape[:2], -1, total.shape[4]), 1, 2)
-
-    def written(weight):
-        return product("bhnsi,bhnso->bhnio", k, (weight[..., None] * new.astype(jnp.float32)).astype(new.dtype))
-
-    def scaled(x, factor):
-        return factor[..., -1, None, None] * x.astype(jnp.float32)
-
-    after = [sum(scaled(x, w) for x, w in zip(states, reads, strict=True)) + written(leaves[0])]
-    after += [scaled(states[1], w) + written(leaves[1]) for w in stays]
-    return weighed(q, now, reads), weighed(k, before, finds), tuple(after)
 
 
 def _scored(interpret: bool, inputs: _Inputs) -> tuple[Float[Array, "B H T C"], Float[Array, "B H T D"]]:

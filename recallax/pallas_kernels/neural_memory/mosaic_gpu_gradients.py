@@ -1,0 +1,170 @@
+"""The gradients of the exact linear memory on Hopper after both walks: each chunk for itself, 64 channels at a time.
+
+With U given, a chunk is the function (`mosaic_gpu_walks.py`)
+
+    O = sum_m b_m Q S_m + (G * Q K^T) U          V - U = sum_m a_m K S_m + (G- * K K^T) U
+    S_0' = b_0C S_0 + b_1C S_1 + K^T (c_0 U)     S_1' = stays_C S_1 + K^T (c_1 U)
+
+of everything else, whose slopes are dO, -dV and dS'.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from recallax.pallas_kernels.mosaic_gpu import (
+    CHUNK,
+    MATRIX,
+    ROWS,
+    accumulate,
+    along_rows,
+    launch,
+    load,
+    matrix,
+    send,
+    vector,
+    zeros,
+)
+
+PART = 64
+"""Channels of a block."""
+SQUARE, SHAPE = (CHUNK, CHUNK), (CHUNK, PART)
+
+type Vectors = tuple[Float[Array, "B H T"], ...]
+type Kept = tuple[Float[Array, "B H N K V"], ...]
+"""Of each state."""
+
+
+class Weights(NamedTuple):
+    """What tokens weigh with; of vectors one per state, the momentum's last."""
+
+    now: Float[Array, "B H T C"]
+    """G: gradients of the chunk's tokens, as queries meet them."""
+    before: Float[Array, "B H T C"]
+    """G-: as later gradients do."""
+    finds: Vectors
+    reads: Vectors
+    leaves: Vectors
+    stays: Vectors
+
+    def vectors(self) -> Vectors:
+        """In the order of `mosaic_gpu_walks.Vectors`."""
+        return *self.finds, *self.reads, *self.leaves, *self.stays
+
+
+def chunk_gradients(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    values: tuple[Float[Array, "B T H V"], Float[Array, "B T H V"], Float[Array, "B T H V"]],
+    states: tuple[Kept, Kept],
+    weights: Weights,
+    *,
+    interpret: bool,
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Weights]:
+    """Of q, k and the weights. values: dO, U and dV; states: S and dS'."""
+    (b, t, h, width), columns, count = q.shape, values[0].shape[3], len(states[0])
+
+    def gradients(q, k, values, states, squares, vectors, tokens_out, squares_out, sums_out):
+        row, head, part, n = (lax.axis_index(name) for name in ("row", "head", "part", "chunk"))
+        time, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(part * PART, PART)
+
+        def scoped(keys, wide, held, pairs, staged, arrived):
+            for i, x in enumerate((q, k)):
+                plgpu.copy_gmem_to_smem(x.at[row, time, head, channels], keys.at[i], arrived)
+            for i, x in enumerate(values):
+                plgpu.copy_gmem_to_smem(x.at[row, time, head], wide.at[i], arrived)
+            for i, x in enumerate((*states[0], *states[1])):
+                plgpu.copy_gmem_to_smem(x.at[row, head, n, channels], held.at[i], arrived)
+            plgpu.barrier_wait(arrived)
+            here = [vector(x.at[row, head, time], MATRIX) for x in squares]
+            along = [x.at[row, head, time] for x in vectors]
+            parts, pairs_out, sums = _chunk(keys, wide, held, here, along, pairs, interpret)
+            for i, x in enumerate(parts):
+                staged.at[i][...] = x.astype(staged.dtype)
+            plgpu.commit_smem()
+            send(*((staged.at[i], x.at[row, time, head, channels]) for i, x in enumerate(tokens_out)))
+            for target, x in zip((*squares_out, *sums_out), (*pairs_out, *sums), strict=True):
+                target[row, head, part, time] = x
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.run_scoped(
+            scoped,
+            matrix(2, CHUNK, PART, tile=64),
+            matrix(3, CHUNK, columns, tile=64),
+            matrix(2 * count, PART, columns, tile=64),
+            matrix(2, CHUNK, CHUNK, tile=64),
+            matrix(2, CHUNK, PART, tile=64),
+            plgpu.Barrier(num_arrivals=5 + 2 * count),
+        )
+
+    sums = jax.ShapeDtypeStruct((b, h, width // PART, t), jnp.float32)
+    square = jax.ShapeDtypeStruct((*sums.shape, CHUNK), jnp.float32)
+    tokens, squares, sums = launch(
+        gradients,
+        out=((jax.ShapeDtypeStruct(q.shape, q.dtype),) * 2, (square,) * 2, (sums,) * (5 * count - 1)),
+        grid={"row": b, "head": h, "part": width // PART, "chunk": t // CHUNK},
+        workers=1,
+        copiers=0,
+        interpret=interpret,
+    )(q, k, values, states, weights[:2], (*weights.finds, *weights.reads, *weights.leaves))
+    now, before, *sums = (jnp.sum(x, axis=2) for x in (*squares, *sums))
+    finds, reads, leaves, ends = (sums[i : i + count] for i in range(0, 4 * count, count))
+    reads = (x + _at_end(end) for x, end in zip(reads, ends, strict=True))
+    stays = (_at_end(x) for x in sums[4 * count :])
+    return *tokens, Weights(now, before, tuple(finds), tuple(reads), tuple(leaves), tuple(stays))
+
+
+def _at_end(x: Float[Array, "B H T"]) -> Float[Array, "B H T"]:
+    """The sum of each chunk at its last token."""
+    sums = jnp.sum(x.reshape(*x.shape[:2], -1, CHUNK), axis=3, keepdims=True)
+    return jnp.pad(sums, ((0, 0),) * 3 + ((CHUNK - 1, 0),)).reshape(x.shape)
+
+
+def _chunk(keys, wide, held, squares, vectors, pairs, interpret):
+    """dq and dk, those of G and G-, and those of finds, reads, leaves, and of what moves the states, per channel.
+
+    pairs: room for what queries and gradients have of each key.
+    """
+    (q, k), (grad, new, slope) = ([x.at[i] for i in range(x.shape[0])] for x in (keys, wide))
+    count = len(vectors) // 3
+    states, late = ([held.at[i + n] for i in range(count)] for n in (0, count))
+    finds, reads, leaves = (
+        [along_rows(vector(x, ROWS), SHAPE) for x in vectors[i : i + count]] for i in range(0, 3 * count, count)
+    )
+    read, found = accumulate(
+        (zeros(*SQUARE), (grad, new.transpose((1, 0)))),
+        (zeros(*SQUARE), (slope, new.transpose((1, 0)))),
+        interpret=interpret,
+    )
+    for i, x in enumerate((read, -found)):
+        pairs.at[i][...] = (x * squares[i]).astype(pairs.dtype)
+    plgpu.commit_smem()
+    asked, alike = accumulate(
+        (zeros(*SQUARE), (q, k.transpose((1, 0)))), (zeros(*SQUARE), (k, k.transpose((1, 0)))), interpret=interpret
+    )
+    out = read * asked, -found * alike
+
+    def through(x, matrices, tokens, factors, sign):
+        """The sum of x S_m^T, rows weighed, and what each weight is owed."""
+        total, owed = zeros(*SHAPE), []
+        for state, factor in zip(matrices, factors, strict=True):
+            (part,) = accumulate((zeros(*SHAPE), (x, state.transpose((1, 0)))), interpret=interpret)
+            owed.append(sign * jnp.sum(load(tokens) * part, axis=1))
+            total += sign * part * factor
+        return total, owed
+
+    dq, of_reads = through(grad, states, q, reads, 1.0)
+    (dq,) = accumulate((dq, (pairs.at[0], k)), interpret=interpret)
+    dq = dq.astype(q.dtype)
+    found, of_finds = through(slope, states, k, finds, -1.0)
+    left, of_leaves = through(new, late, k, leaves, 1.0)
+    products = (pairs.at[0].transpose((1, 0)), q), (pairs.at[1], k), (pairs.at[1].transpose((1, 0)), k)
+    (dk,) = accumulate((found + left, *products), interpret=interpret)
+    moves = [(state, late[0]) for state in states] + [*zip(states, late, strict=True)][1:]
+    moved = [jnp.sum(load(state) * load(x), axis=1) for state, x in moves]
+    return (dq, dk), out, (*of_finds, *of_reads, *of_leaves, *moved)
