@@ -81,15 +81,10 @@ def chunk_gradients(
             for i, x in enumerate((*states[0], *states[1])):
                 plgpu.copy_gmem_to_smem(x.at[row, head, n, channels], held.at[i], arrived)
             plgpu.barrier_wait(arrived)
-            here = [vector(x.at[row, head, time], MATRIX) for x in squares]
-            along = [x.at[row, head, time] for x in vectors]
-            parts, pairs_out, sums = _chunk(keys, wide, held, here, along, pairs, interpret)
-            for i, x in enumerate(parts):
-                staged.at[i][...] = x.astype(staged.dtype)
-            plgpu.commit_smem()
+            weights = [[x.at[row, head, time] for x in some] for some in (squares, vectors)]
+            slopes = [[x.at[row, head, part, time] for x in some] for some in (squares_out, sums_out)]
+            _chunk(keys, wide, held, weights, slopes, pairs, staged, interpret)
             send(*((staged.at[i], x.at[row, time, head, channels]) for i, x in enumerate(tokens_out)))
-            for target, x in zip((*squares_out, *sums_out), (*pairs_out, *sums), strict=True):
-                target[row, head, part, time] = x
             plgpu.wait_smem_to_gmem(0)
 
         pl.run_scoped(
@@ -125,46 +120,45 @@ def _at_end(x: Float[Array, "B H T"]) -> Float[Array, "B H T"]:
     return jnp.pad(sums, ((0, 0),) * 3 + ((CHUNK - 1, 0),)).reshape(x.shape)
 
 
-def _chunk(keys, wide, held, squares, vectors, pairs, interpret):
-    """dq and dk, those of G and G-, and those of finds, reads, leaves, and of what moves the states, per channel.
+def _chunk(keys, wide, held, weights, slopes, pairs, staged, interpret):
+    """Leave dq and dk, staged, and the weights' slopes, some summed over channels: per channel where states move.
 
     pairs: room for what queries and gradients have of each key.
     """
     (q, k), (grad, new, slope) = ([x.at[i] for i in range(x.shape[0])] for x in (keys, wide))
+    (squares, vectors), (squares_out, sums_out) = weights, slopes
     count = len(vectors) // 3
     states, late = ([held.at[i + n] for i in range(count)] for n in (0, count))
-    finds, reads, leaves = (
-        [along_rows(vector(x, ROWS), SHAPE) for x in vectors[i : i + count]] for i in range(0, 3 * count, count)
-    )
-    read, found = accumulate(
-        (zeros(*SQUARE), (grad, new.transpose((1, 0)))),
-        (zeros(*SQUARE), (slope, new.transpose((1, 0)))),
-        interpret=interpret,
-    )
-    for i, x in enumerate((read, -found)):
-        pairs.at[i][...] = (x * squares[i]).astype(pairs.dtype)
+    finds, reads, leaves, moves = (range(i, i + count) for i in range(0, 4 * count, count))
+    for i, (slope_here, tokens, sign) in enumerate(((grad, q, 1.0), (slope, k, -1.0))):
+        pair, alike = accumulate(
+            (zeros(*SQUARE), (slope_here, new.transpose((1, 0)))),
+            (zeros(*SQUARE), (tokens, k.transpose((1, 0)))),
+            interpret=interpret,
+        )
+        pair *= sign
+        squares_out[i][...] = pair * alike
+        pairs.at[i][...] = (pair * vector(squares[i], MATRIX)).astype(pairs.dtype)
     plgpu.commit_smem()
-    asked, alike = accumulate(
-        (zeros(*SQUARE), (q, k.transpose((1, 0)))), (zeros(*SQUARE), (k, k.transpose((1, 0)))), interpret=interpret
-    )
-    out = read * asked, -found * alike
 
-    def through(x, matrices, tokens, factors, sign):
-        """The sum of x S_m^T, rows weighed, and what each weight is owed."""
-        total, owed = zeros(*SHAPE), []
-        for state, factor in zip(matrices, factors, strict=True):
+    def through(total, x, matrices, tokens, which, sign):
+        """Add x S_m^T, their rows weighed, and leave what each weight is owed."""
+        for state, i in zip(matrices, which, strict=True):
             (part,) = accumulate((zeros(*SHAPE), (x, state.transpose((1, 0)))), interpret=interpret)
-            owed.append(sign * jnp.sum(load(tokens) * part, axis=1))
-            total += sign * part * factor
-        return total, owed
+            part *= sign
+            sums_out[i][...] = jnp.sum(load(tokens) * part, axis=1)
+            total += part * along_rows(vector(vectors[i], ROWS), SHAPE)
+        return total
 
-    dq, of_reads = through(grad, states, q, reads, 1.0)
+    dq = through(zeros(*SHAPE), grad, states, q, reads, 1.0)
     (dq,) = accumulate((dq, (pairs.at[0], k)), interpret=interpret)
-    dq = dq.astype(q.dtype)
-    found, of_finds = through(slope, states, k, finds, -1.0)
-    left, of_leaves = through(new, late, k, leaves, 1.0)
+    staged.at[0][...] = dq.astype(staged.dtype)
+    dk = through(zeros(*SHAPE), slope, states, k, finds, -1.0)
+    dk = through(dk, new, late, k, leaves, 1.0)
     products = (pairs.at[0].transpose((1, 0)), q), (pairs.at[1], k), (pairs.at[1].transpose((1, 0)), k)
-    (dk,) = accumulate((found + left, *products), interpret=interpret)
-    moves = [(state, late[0]) for state in states] + [*zip(states, late, strict=True)][1:]
-    moved = [jnp.sum(load(state) * load(x), axis=1) for state, x in moves]
-    return (dq, dk), out, (*of_finds, *of_reads, *of_leaves, *moved)
+    (dk,) = accumulate((dk, *products), interpret=interpret)
+    staged.at[1][...] = dk.astype(staged.dtype)
+    plgpu.commit_smem()
+    moved = [(state, late[0]) for state in states] + [*zip(states, late, strict=True)][1:]
+    for i, (state, after) in zip(range(moves[0], len(sums_out)), moved, strict=True):
+        sums_out[i][...] = jnp.sum(load(state) * load(after), axis=1)
