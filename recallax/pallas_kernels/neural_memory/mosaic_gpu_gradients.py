@@ -8,31 +8,16 @@ With U given, a chunk is the function (`mosaic_gpu_walks.py`)
 of everything else, whose slopes are dO, -dV and dS'.
 """
 
+import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.mosaic_gpu import (
-    CHUNK,
-    MATRIX,
-    ROWS,
-    accumulate,
-    along_rows,
-    launch,
-    load,
-    matrix,
-    send,
-    vector,
-    zeros,
-)
+from recallax.pallas_kernels.delta_rule.mosaic_gpu_gradients import PART, by_chunks
+from recallax.pallas_kernels.mosaic_gpu import CHUNK, MATRIX, ROWS, accumulate, along_rows, load, vector, zeros
 
-PART = 64
-"""Channels of a block."""
 SQUARE, SHAPE = (CHUNK, CHUNK), (CHUNK, PART)
 
 type Vectors = tuple[Float[Array, "B H T"], ...]
@@ -67,51 +52,16 @@ def chunk_gradients(
     interpret: bool,
 ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], Weights]:
     """Of q, k and the weights. values: dO, U and dV; states: S and dS'."""
-    (b, t, h, width), columns, count = q.shape, values[0].shape[3], len(states[0])
-
-    def gradients(q, k, values, states, squares, vectors, tokens_out, squares_out, sums_out):
-        row, head, part, n = (lax.axis_index(name) for name in ("row", "head", "part", "chunk"))
-        time, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(part * PART, PART)
-
-        def scoped(keys, wide, held, pairs, staged, arrived):
-            for i, x in enumerate((q, k)):
-                plgpu.copy_gmem_to_smem(x.at[row, time, head, channels], keys.at[i], arrived)
-            for i, x in enumerate(values):
-                plgpu.copy_gmem_to_smem(x.at[row, time, head], wide.at[i], arrived)
-            for i, x in enumerate((*states[0], *states[1])):
-                plgpu.copy_gmem_to_smem(x.at[row, head, n, channels], held.at[i], arrived)
-            plgpu.barrier_wait(arrived)
-            weights = [[x.at[row, head, time] for x in some] for some in (squares, vectors)]
-            slopes = [[x.at[row, head, part, time] for x in some] for some in (squares_out, sums_out)]
-            _chunk(keys, wide, held, weights, slopes, pairs, staged, interpret)
-            send(*((staged.at[i], x.at[row, time, head, channels]) for i, x in enumerate(tokens_out)))
-            plgpu.wait_smem_to_gmem(0)
-
-        pl.run_scoped(
-            scoped,
-            matrix(2, CHUNK, PART, tile=64),
-            matrix(3, CHUNK, columns, tile=64),
-            matrix(2 * count, PART, columns, tile=64),
-            matrix(2, CHUNK, CHUNK, tile=64),
-            matrix(2, CHUNK, PART, tile=64),
-            plgpu.Barrier(num_arrivals=5 + 2 * count),
-        )
-
-    sums = jax.ShapeDtypeStruct((b, h, width // PART, t), jnp.float32)
-    square = jax.ShapeDtypeStruct((*sums.shape, CHUNK), jnp.float32)
-    tokens, squares, sums = launch(
-        gradients,
-        out=((jax.ShapeDtypeStruct(q.shape, q.dtype),) * 2, (square,) * 2, (sums,) * (5 * count - 1)),
-        grid={"row": b, "head": h, "part": width // PART, "chunk": t // CHUNK},
-        workers=1,
-        copiers=0,
-        interpret=interpret,
-    )(q, k, values, states, weights[:2], (*weights.finds, *weights.reads, *weights.leaves))
-    now, before, *sums = (jnp.sum(x, axis=2) for x in (*squares, *sums))
+    vectors, count = (*weights.finds, *weights.reads, *weights.leaves), len(states[0])
+    chunk = functools.partial(_chunk, interpret)
+    sums = ((CHUNK,),) * 2 + ((),) * (5 * count - 1)
+    given = weights.now, weights.before, *vectors
+    dq, dk, sums = by_chunks(chunk, q, k, values, (*states[0], *states[1]), given, sums, interpret=interpret)
+    now, before, *sums = (jnp.sum(x, axis=2) for x in sums)
     finds, reads, leaves, ends = (sums[i : i + count] for i in range(0, 4 * count, count))
     reads = (x + _at_end(end) for x, end in zip(reads, ends, strict=True))
     stays = (_at_end(x) for x in sums[4 * count :])
-    return *tokens, Weights(now, before, tuple(finds), tuple(reads), tuple(leaves), tuple(stays))
+    return dq, dk, Weights(now, before, tuple(finds), tuple(reads), tuple(leaves), tuple(stays))
 
 
 def _at_end(x: Float[Array, "B H T"]) -> Float[Array, "B H T"]:
@@ -120,16 +70,13 @@ def _at_end(x: Float[Array, "B H T"]) -> Float[Array, "B H T"]:
     return jnp.pad(sums, ((0, 0),) * 3 + ((CHUNK - 1, 0),)).reshape(x.shape)
 
 
-def _chunk(keys, wide, held, weights, slopes, pairs, staged, interpret):
-    """Leave dq and dk, staged, and the weights' slopes, some summed over channels: per channel where states move.
-
-    pairs: room for what queries and gradients have of each key.
-    """
+def _chunk(interpret, keys, wide, held, weights, slopes, pairs, staged):
+    """As of `by_chunks`; the slopes of what moves the states are per channel and not per token."""
     (q, k), (grad, new, slope) = ([x.at[i] for i in range(x.shape[0])] for x in (keys, wide))
-    (squares, vectors), (squares_out, sums_out) = weights, slopes
+    squares, vectors, squares_out, sums_out = weights[:2], weights[2:], slopes[:2], slopes[2:]
     count = len(vectors) // 3
     states, late = ([held.at[i + n] for i in range(count)] for n in (0, count))
-    finds, reads, leaves, moves = (range(i, i + count) for i in range(0, 4 * count, count))
+    finds, reads, leaves = (range(i, i + count) for i in range(0, 3 * count, count))
     for i, (slope_here, tokens, sign) in enumerate(((grad, q, 1.0), (slope, k, -1.0))):
         pair, alike = accumulate(
             (zeros(*SQUARE), (slope_here, new.transpose((1, 0)))),
@@ -158,7 +105,6 @@ def _chunk(keys, wide, held, weights, slopes, pairs, staged, interpret):
     products = (pairs.at[0].transpose((1, 0)), q), (pairs.at[1], k), (pairs.at[1].transpose((1, 0)), k)
     (dk,) = accumulate((dk, *products), interpret=interpret)
     staged.at[1][...] = dk.astype(staged.dtype)
-    plgpu.commit_smem()
     moved = [(state, late[0]) for state in states] + [*zip(states, late, strict=True)][1:]
-    for i, (state, after) in zip(range(moves[0], len(sums_out)), moved, strict=True):
-        sums_out[i][...] = jnp.sum(load(state) * load(after), axis=1)
+    for out, (state, after) in zip(sums_out[3 * count :], moved, strict=True):
+        out[...] = jnp.sum(load(state) * load(after), axis=1)
