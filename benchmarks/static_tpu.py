@@ -22,7 +22,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +77,8 @@ def _landmark(v: Any, q: Any, k: Any, implementation: str) -> tuple[Any, None]:
     return landmark_attention(q, k, v, real=63, positions=positions, implementation=implementation), None
 
 
-def _memory(v: Any, q: Any, k: Any, weight: Any, momentum: bool = True, **gates: Any) -> tuple[Any, Any]:
-    learner = Learner(network=LinearNet(), gradient="token", momentum=momentum)
+def _memory(v: Any, q: Any, k: Any, weight: Any, **gates: Any) -> tuple[Any, Any]:
+    learner = Learner(network=LinearNet(), gradient="token")
     norm = jnp.ones((HEADS, q.shape[3]))
     form = gates.pop("implementation")
     return neural_memory(learner, Tokens(q, k, v, **gates), Fixed({"w1": weight}, norm, norm), implementation=form)
@@ -87,7 +86,7 @@ def _memory(v: Any, q: Any, k: Any, weight: Any, momentum: bool = True, **gates:
 
 _TOKEN, _CHANNEL = {"log_decay": (HEADS,)}, {"log_decay": (HEADS, 128)}
 _STRENGTHS = {"erase": (HEADS,), "write": (HEADS,)}
-_MEMORY = _heads(128, 128), dict.fromkeys(("lr", "log_momentum", "log_keep"), (HEADS, 1))
+_GATES = dict.fromkeys(("lr", "log_momentum", "log_keep"), (HEADS, 1))
 _CHANNELS, _STATES = HEADS * 128, 16
 CASES: dict[str, Case] = {
     "linear_attention": Case(linear_attention, _heads(128, 128)),
@@ -98,8 +97,7 @@ CASES: dict[str, Case] = {
     "delta_rule, token decay": Case(delta_rule, _heads(128, 128), _STRENGTHS | _TOKEN),
     "delta_rule, channel decay": Case(delta_rule, _heads(128, 128), _STRENGTHS | _CHANNEL),
     "landmark_attention": Case(_landmark, _heads(128, 128)),
-    "neural_memory": Case(_memory, *_MEMORY, {"weight": (HEADS, 128, 128)}),
-    "neural_memory, no momentum": Case(partial(_memory, momentum=False), *_MEMORY, {"weight": (HEADS, 128, 128)}),
+    "neural_memory": Case(_memory, _heads(128, 128), _GATES, {"weight": (HEADS, 128, 128)}),
     "taylor_attention": Case(taylor_attention, _heads(16, 64)),
     "selective_scan": Case(
         selective_scan,
