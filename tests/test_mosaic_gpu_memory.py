@@ -44,15 +44,16 @@ def op(learner: Learner, inputs: dict[str, Any], memory: Any, ids: Any, form: st
     return out, state.memory
 
 
-def check(case: Case, learner: Learner) -> None:
-    """Values, final memory and every gradient of the kernels."""
+def check(case: Case, learner: Learner, rate: float = 1.0) -> None:
+    """Values, final memory and every gradient of the kernels; gates are as much slower as `rate` says."""
     ids = segments(case) if case.documents else None
+    inputs = {name: rate * x if name.startswith("log_") else x for name, x in cases.inputs(case).items()}
 
     def run(inputs, memory, form):
         with dispatch.interpreted():
             return op(learner, inputs, memory, ids, form)
 
-    compare(run, case, cases.inputs(case), cases.memory(case, learner), "bfloat16", "mosaic_gpu")
+    compare(run, case, inputs, cases.memory(case, learner), "bfloat16", "mosaic_gpu")
 
 
 @interpreted
@@ -67,6 +68,12 @@ def test_neural_memory(name):
 @pytest.mark.parametrize("name", in_the_gate(CASES, "packed over chunks"))
 def test_neural_memory_at_the_decayed_weights(name):
     check(CASES[name], dataclasses.replace(TOKEN, gradient="token_decayed", decay_to="zero"))
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+def test_states_that_outlast_a_chunk():
+    check(Case(195, 64, 64, heads=1, decay="token", beta=0.1, documents=(194,), padded=1), TOKEN, rate=0.01)
 
 
 @interpreted
