@@ -178,12 +178,14 @@ def _memory(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     learner = Learner(network=LinearNet(), gradient="token", momentum=case.decay)
 
     def op(weight, *tokens):
-        gain = jnp.ones((HEADS, case.keys))
-        return neural_memory(learner, Tokens(*tokens), Fixed({"w1": weight}, gain, gain), implementation="mosaic_gpu")
+        gain, ids = jnp.ones((HEADS, case.keys)), jnp.ones((case.batch, LENGTH), jnp.int32)
+        fixed = Fixed({"w1": weight}, gain, gain)
+        out, state = neural_memory(learner, Tokens(*tokens), fixed, segments=ids, implementation="mosaic_gpu")
+        return out, state.memory
 
     def run(*given):
-        (out, state), pull = jax.vjp(lambda *given: (lambda out, state: (out, state.memory))(*op(*given)), *given)
-        return out, pull((out, state))
+        out, pull = jax.vjp(op, *given)
+        return out, pull(out)
 
     tokens = (case.batch, LENGTH, HEADS)
     narrow, gate = ((*tokens, case.keys), jnp.bfloat16), ((*tokens, 1), jnp.float32)

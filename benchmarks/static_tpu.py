@@ -86,7 +86,7 @@ def _memory(v: Any, q: Any, k: Any, weight: Any, **gates: Any) -> tuple[Any, Any
 
 _TOKEN, _CHANNEL = {"log_decay": (HEADS,)}, {"log_decay": (HEADS, 128)}
 _STRENGTHS = {"erase": (HEADS,), "write": (HEADS,)}
-_GATES = dict.fromkeys(("lr", "log_momentum", "log_keep"), (HEADS, 1))
+_GATES = {"lr": (HEADS, 1), "log_momentum": (HEADS, 1), "log_keep": (HEADS, 1)}
 _CHANNELS, _STATES = HEADS * 128, 16
 CASES: dict[str, Case] = {
     "linear_attention": Case(linear_attention, _heads(128, 128)),

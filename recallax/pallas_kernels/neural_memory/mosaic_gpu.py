@@ -97,21 +97,22 @@ def _weights(learner: Learner, tokens: Tokens, docs: Documents) -> Weights:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _learn(interpret: bool, inputs: _Inputs) -> tuple[Float[Array, "B T H V"], States]:
-    return _forward(interpret, inputs, *_scored(interpret, inputs), keep=False)[:2]
+    scores, inverse = _scored(interpret, inputs)
+    return _forward(interpret, inputs, scores, inverse, keep=False)[:2]
 
 
 def _learn_fwd(interpret, inputs):
-    parts = _scored(interpret, inputs)
-    out, after, kept = _forward(interpret, inputs, *parts, keep=True)
-    return (out, after), (inputs, parts, kept)
+    scores, inverse = _scored(interpret, inputs)
+    out, after, kept = _forward(interpret, inputs, scores, inverse, keep=True)
+    return (out, after), (inputs, (scores, inverse), kept)
 
 
 def _learn_bwd(interpret, residuals, cotangents):
-    (inputs, parts, (new, states)), (grad, late) = residuals, cotangents
-    slope, slopes, first = _backward(interpret, inputs, *parts, grad, late)
-    dq, dk, weights = chunk_gradients(
-        *inputs[:2], (grad, new, slope), (states, slopes), inputs.weights, interpret=interpret
-    )
+    (inputs, (scores, inverse), (new, states)), (grad, late) = residuals, cotangents
+    q, k, _, weights, _ = inputs
+    slope, slopes, first = _backward(interpret, inputs, scores, inverse, grad, late)
+    values = grad, new, slope
+    dq, dk, weights = chunk_gradients(q, k, values, (states, slopes), weights, interpret=interpret)
     return (_Inputs(dq, dk, slope, weights, first),)
 
 

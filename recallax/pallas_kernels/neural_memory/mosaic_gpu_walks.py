@@ -11,7 +11,7 @@ scores of queries and keys, weighed by G; U is minus the slopes:
 a, b and c have an entry per token; b and `stays` of a chunk's last token move the states.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -134,7 +134,7 @@ def descend(
 
 def _weighed(x, held, vectors, interpret):
     """The sum of the products with each state, their rows weighed."""
-    total = None
+    total: Any = None
     for state, vector in zip(held, vectors, strict=True):
         (part,) = accumulate((zeros(*SHAPE), (x, state)), interpret=interpret)
         part *= _rows(vector)
