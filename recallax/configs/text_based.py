@@ -1,0 +1,43 @@
+"""How well does a small BASED model text, and what it can recall? On a corpus that recallax carries: no download.
+
+Shakespeare by bytes: rows of 256, 1.1M parameters. Expected: TODO
+Recall tokens end six bytes that stood in the row before and not more than 50 times in training.
+
+    recallax train text_based
+"""
+
+from recallax.layers import Based, GatedConv, MixerConfig, SlidingWindow, SwiGLU
+from recallax.models import Block, LMConfig
+from recallax.tasks import Text
+from recallax.train.run import AdamW, Evaluate, RunConfig, Train, tiny
+
+
+def small_based(width: int, heads: int, window: int) -> LMConfig:
+    """BASED's published order of layers at a small size."""
+
+    def block(mixer: MixerConfig) -> Block:
+        return Block(mixer=mixer, channel=SwiGLU(expand=2.0))
+
+    return LMConfig(
+        d_model=width,
+        pattern="conv based window conv",
+        blocks={
+            "conv": block(GatedConv(width=3)),
+            "based": block(Based(feature_dim=8, heads=heads)),
+            "window": block(SlidingWindow(window=window, heads=heads)),
+        },
+    )
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        task=Text(length=256, ngram=6, frequent=50),
+        model=small_based(128, 4, 32),
+        optim=AdamW(lr=4e-3),
+        train=Train(steps=800, batch_size=16),
+        evaluate=Evaluate(every=200, batches=8, batch_size=16),
+    )
+
+
+def get_tiny() -> RunConfig:
+    return tiny(get_config(), task=Text(length=16, ngram=3, frequent=1250), model=small_based(16, 2, 5))
