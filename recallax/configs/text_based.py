@@ -34,10 +34,14 @@ def get_config() -> RunConfig:
         task=Text(length=256, ngram=6, frequent=50),
         model=small_based(128, 4, 32),
         optim=AdamW(lr=4e-3),
-        train=Train(steps=800, batch_size=16),
-        evaluate=Evaluate(every=200, batches=8, batch_size=16),
+        train=Train(steps=600, batch_size=16),
+        evaluate=Evaluate(every=150, batches=10, batch_size=16),
     )
 
 
+def tiny_text(length: int) -> Text:
+    return Text(length=length, ngram=3, frequent=1250)
+
+
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), task=Text(length=16, ngram=3, frequent=1250), model=small_based(16, 2, 5))
+    return tiny(get_config(), task=tiny_text(16), model=small_based(16, 2, 5))

@@ -28,9 +28,12 @@ def describe_corpus(config: RunConfig, *, download: bool) -> str:
     return "\n".join([*table, f"tokens: {corpus.folder}"])
 
 
-def train_tokenizer(config: RunConfig, file: Path, ids: int) -> str:
+def train_tokenizer(config: RunConfig, file: Path, ids: int, *, download: bool) -> str:
     """Train a byte-level BPE on the train split of the config's text. Raises ConfigError."""
-    documents = text_of(config.task).source.open().documents["train"]
+    source = text_of(config.task).source
+    if download:
+        source.prepare()
+    documents = source.open().documents["train"]
     found = train_bpe(iter(documents), ids, file)
     return f"{file}: {found} token ids, of {len(documents):,} documents"
 
