@@ -6,7 +6,7 @@ the Pile. Source: Arora et al. 2023 (Zoology, arXiv 2312.04927), section 3.
 """
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Integer
 
 from recallax.tasks.text.shuffle import mixed
 
@@ -16,7 +16,7 @@ PIECE = 2**22
 """Tokens that are counted at a time."""
 
 
-def ngrams(tokens: Int[np.ndarray, "*rows N"], n: int, vocab: int) -> Int[np.ndarray, "*rows M"]:
+def ngrams(tokens: Integer[np.ndarray, "*rows N"], n: int, vocab: int) -> Int[np.ndarray, "*rows M"]:
     """A number for every run of n tokens, different for different runs; M = N - n + 1, and vocab**n is below 2**63."""
     count = max(tokens.shape[-1] - n + 1, 0)
     numbers = np.zeros((*tokens.shape[:-1], count), np.int64)
@@ -51,7 +51,7 @@ def recallable(
 
 
 def frequent_ngrams(
-    tokens: Int[np.ndarray, " S"], starts: Int[np.ndarray, " D"], n: int, vocab: int, above: int
+    tokens: Integer[np.ndarray, " S"], starts: Int[np.ndarray, " D"], n: int, vocab: int, above: int
 ) -> Int[np.ndarray, " F"]:
     """The n-grams that occur within documents more than `above` times, sorted. `starts` says where documents begin.
 
@@ -69,7 +69,7 @@ def frequent_ngrams(
     return candidates[counts > above]
 
 
-def _pieces(tokens: Int[np.ndarray, " S"], starts: Int[np.ndarray, " D"], n: int, vocab: int):
+def _pieces(tokens: Integer[np.ndarray, " S"], starts: Int[np.ndarray, " D"], n: int, vocab: int):
     """All n-grams that lie within a document, piece by piece."""
     for first in range(0, len(tokens), PIECE):
         numbers = ngrams(np.asarray(tokens[first : first + PIECE + n - 1]), n, vocab)

@@ -11,7 +11,7 @@ from jaxtyping import Int, UInt64
 ROUNDS = 8
 
 
-def shuffled(places: Int[np.ndarray, " N"], count: int, keys: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
+def shuffled(places: Int[np.ndarray, " N"], count: int, keys: UInt64[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
     """Which entry stands at each place of the order that its key names; `places` are from 0 to count - 1."""
     bits = np.uint64(max((count - 1).bit_length() + 1, 2) // 2)
     mask = (np.uint64(1) << bits) - np.uint64(1)

@@ -95,6 +95,8 @@ def corpus_of(texts: Iterable[str], held: Held) -> Corpus:
     """Documents in memory, split by what they say."""
     texts = list(texts)
     split = split_by_content(np.array([digest_of(text) for text in texts], np.int64), held)
-    documents = {name: Given([t for t, s in zip(texts, split, strict=True) if s == i]) for i, name in enumerate(SPLITS)}
+    documents: dict[Split, Documents] = {
+        name: Given([text for text, s in zip(texts, split, strict=True) if s == i]) for i, name in enumerate(SPLITS)
+    }
     whole = hashlib.sha256(repr((held, texts)).encode()).hexdigest()
     return Corpus(whole, documents)

@@ -105,12 +105,12 @@ class Text(Task):
         readings = np.array([(reading + more) % 2**64 for more in range(size // count + 2)], np.uint64)[places // count]
         keys = _keys(seed if split == "train" else 0, split, readings)
         batch = packed(stream, shuffled(places % count, count, keys), self.length, self.grid)
-        if split != "train":
-            batch.weights[readings > 0] = 0
         known = corpus.frequent(self.ngram, self.frequent)
-        recall = recallable(batch.tokens, batch.seq.segments, self.ngram, self.vocab_size, known)
-        batch.group[:, :-1] = recall[:, 1:]
-        return batch
+        tokens, segments = np.asarray(batch.tokens), np.asarray(batch.seq.segments)
+        group = np.zeros_like(tokens)
+        group[:, :-1] = recallable(tokens, segments, self.ngram, self.vocab_size, known)[:, 1:]
+        again = (readings > 0) & (split != "train")
+        return batch._replace(weights=np.where(again[:, None], 0, batch.weights).astype(np.float32), group=group)
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """The token that follows in the row: what is labelled is followed by its target."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from recallax.config import ConfigError
 from recallax.tasks.base import SPLITS, Split
@@ -34,8 +34,8 @@ TOGETHER = 1024
 class Stream(NamedTuple):
     """The documents of one split, one after another."""
 
-    tokens: Int[np.ndarray, " S"]
-    """Unsigned; on disk."""
+    tokens: Integer[np.ndarray, " S"]
+    """On disk."""
     starts: Int[np.ndarray, " D"]
     """Where documents begin, in `tokens`."""
     ends: Int[np.ndarray, " D"]
