@@ -271,15 +271,16 @@ def _tokenizer(arguments: list[str]) -> int:
         @dataclass(frozen=True, kw_only=True)
         class Tokenizer:
             config: Annotated[RunConfig, tyro.conf.arg(name="")]
-            out: Path
+            out: Path = Path("tokenizer.json")
             """The file to write; name it as the file of a BPE tokenizer in a config."""
             ids: int = 8192
             """Token ids at most, the 256 bytes and the boundary among them."""
             download: bool = False
             """Fetch the corpus and prepare it (TFDS: as array_record), where it is not there yet."""
 
-        default = Tokenizer(config=config, out=tyro.MISSING)
-        parsed = tyro.cli(Tokenizer, default=default, args=arguments[1:], prog=f"recallax tokenizer {name}")
+        parsed = tyro.cli(
+            Tokenizer, default=Tokenizer(config=config), args=arguments[1:], prog=f"recallax tokenizer {name}"
+        )
         print(train_tokenizer(parsed.config, parsed.out, parsed.ids, download=parsed.download))
         return 0
 

@@ -6,6 +6,7 @@ Recall tokens end six bytes that stood in the row before and not more than 50 ti
     recallax train text_based
 """
 
+from recallax.configs import demo_based
 from recallax.layers import Based, GatedConv, MixerConfig, SlidingWindow, SwiGLU
 from recallax.models import Block, LMConfig
 from recallax.tasks import Text
@@ -44,4 +45,4 @@ def tiny_text(length: int) -> Text:
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), task=tiny_text(16), model=small_based(16, 2, 5))
+    return tiny(get_config(), task=tiny_text(16), model=demo_based.get_tiny().model)

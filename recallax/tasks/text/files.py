@@ -2,9 +2,11 @@
 
 import glob
 import hashlib
+import io
 import os
 import re
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,7 +92,8 @@ class TextFiles(Source):
                 def _generate_examples(self) -> Any:
                     raise NotImplementedError("its splits hold their examples")
 
-        RecallaxText(data_dir=folder, file_format=FORMAT).download_and_prepare()
+        with redirect_stdout(io.StringIO()):  # it would tell of a download
+            RecallaxText(data_dir=folder, file_format=FORMAT).download_and_prepare()
 
     def _texts(self, files: list[Path]) -> Iterator[str]:
         for file in files:

@@ -60,7 +60,7 @@ class Tfds(Source):
 
 def tensorflow_datasets() -> Any:
     """The library, quiet. Raises ConfigError where it is missing."""
-    for name in ("grain", "array_record"):
+    for name in ("grain", "array_record", "importlib_resources"):
         library(name, "tfds", "a TFDS corpus")
     tfds = library("tensorflow_datasets", "tfds", "a TFDS corpus")
     tfds.disable_progress_bar()
