@@ -25,13 +25,15 @@ from recallax.tasks import SPLITS, MaskedPrefix, Split, Text
 from recallax.tasks.text import BPE, Bytes, SentencePiece, Shakespeare, Source, TextFiles, Tfds, repeats, tokens
 from recallax.tasks.text import cache as cache_module
 from recallax.tasks.text.cache import cache_root, made
+from recallax.tasks.text.files import Cut
 from recallax.tasks.text.repeats import frequent_ngrams, recallable
 from recallax.tasks.text.shuffle import shuffled
-from recallax.tasks.text.source import Corpus, Given, Held, digest_of, split_by_content
+from recallax.tasks.text.source import Corpus, Documents, Given, Held, digest_of, split_by_content
 from recallax.tasks.text.task import packed
 from recallax.tasks.text.tokenizer import BOUNDARY, train_bpe
 from recallax.tasks.text.tokens import Stream
 from recallax.train.checkpoint import CheckpointError
+from recallax.train.corpus import text_of
 from recallax.train.loop import evaluate_run, train
 from recallax.train.program import Program
 from recallax.train.run import RunConfig
@@ -73,7 +75,9 @@ class Sentences(Source):
     count: int = 40
 
     def open(self) -> Corpus:
-        documents = {split: Given(sentences(self.count, 10 * self.seed + i)) for i, split in enumerate(SPLITS)}
+        documents: dict[Split, Documents] = {
+            split: Given(sentences(self.count, 10 * self.seed + i)) for i, split in enumerate(SPLITS)
+        }
         return Corpus(f"sentences {self.seed} {self.count}", documents)
 
 
@@ -112,8 +116,8 @@ def stream_of(documents: Sequence[Sequence[int]], grid: int, boundary: int = 99)
         tokens += [boundary, *document, boundary]
         ends.append(len(tokens))
         tokens += [boundary] * (-len(tokens) % grid)
-    arrays = [np.array(x, np.int64) for x in (starts, ends)]
-    return Stream(np.array(tokens, np.uint16), *arrays, np.zeros(100, np.int64), 0)
+    begin, end = (np.array(x, np.int64) for x in (starts, ends))
+    return Stream(np.array(tokens, np.uint16), begin, end, np.zeros(100, np.int64), 0)
 
 
 def slow_rows(documents: Sequence[Sequence[int]], grid: int, length: int, boundary: int = 99) -> list[list[tuple]]:
@@ -354,7 +358,7 @@ def test_files_become_documents(folder: Path) -> None:
     paths = ("a/**/*.txt", "*.md")
     third = "\n".join(texts[8:])
     first, second = "\n\n".join(texts[:5]) + "\n", "\n \n\n".join(texts[5:8]) + "\n\n\n"
-    wanted = {"file": [first, second, third], "paragraph": [*texts[:8], third], "line": texts}
+    wanted: dict[Cut, list[str]] = {"file": [first, second, third], "paragraph": [*texts[:8], third], "line": texts}
     for cut, documents in wanted.items():
         found = found_in(TextFiles(paths=paths, documents=cut))
         assert sorted(itertools.chain(*found.values())) == sorted(text.strip("\n") for text in documents)
@@ -427,9 +431,11 @@ def test_tfds_corpora_that_are_refused(tfds_data: Path, change: dict[str, str], 
         assert part in str(error.value), error.value
 
 
-def refuse_files(parts: list[str], *paths: str, **fields: float | str) -> None:
+def refuse_files(
+    parts: list[str], *paths: str, documents: Cut = "file", valid: float = 0.05, test: float = 0.05
+) -> None:
     with pytest.raises(ConfigError) as error:
-        TextFiles(paths=paths, **fields).open()
+        TextFiles(paths=paths, documents=documents, valid=valid, test=test).open()
     for part in parts:
         assert part in str(error.value), error.value
 
@@ -598,9 +604,12 @@ def test_without_locks_the_first_to_finish_wins(folder: Path, monkeypatch: pytes
     def refuse(*_: object) -> None:
         raise OSError("no locks here")
 
+    def quick(into: Path) -> None:
+        (into / "part").write_text("first")
+
     def slow(into: Path) -> None:
         (into / "part").write_text("second")
-        made("thing", lambda other: (other / "part").write_text("first") and None)
+        made("thing", quick)
 
     monkeypatch.setattr(cache_module.fcntl, "flock", refuse)
     assert (made("thing", slow) / "part").read_text() == "first"
@@ -661,7 +670,7 @@ def test_measures_are_those_of_the_losses(tiny_run: tuple[RunConfig, Path]) -> N
         losses.append((np.log(np.exp(logits).sum(axis=-1)) - chosen)[asked])
         groups.append(np.asarray(batch.group)[asked])
     loss, group = np.concatenate(losses), np.concatenate(groups)
-    stream = task.tokens().streams["test"]
+    stream = text_of(task).tokens().streams["test"]
     wanted = {
         "perplexity": np.exp(loss.mean()),
         "perplexity/other": np.exp(loss[group == 0].mean()),
@@ -766,7 +775,7 @@ def test_commands_about_text(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert all(tokens == text_bytes + documents for documents, tokens, text_bytes in counts.values())
     assert main(["tokenizer", "text_files", "--out", "bpe.json", "--ids", "280", *source[:4]]) == 0
     assert "bpe.json: 280 token ids, of 72 documents" in capsys.readouterr().out
-    assert BPE(file="bpe.json", vocab_size=280).load().encode([" over the quick"])[0].size < 12
+    assert BPE(file="bpe.json", vocab_size=280).load().encode(["of the quick fox over a lazy dog"])[0].size < 32
     assert main(["corpus", "mqar_micro"]) == 2 and "the task is MQAR, which has no text" in capsys.readouterr().err
     assert main(["train", "text_files"]) == 2 and "1 different documents" in capsys.readouterr().err
     assert not (folder / "runs").exists(), "what is refused claims no folder"
@@ -775,5 +784,5 @@ def test_commands_about_text(folder: Path, capsys: pytest.CaptureFixture[str]) -
 def test_configs_name_their_corpora() -> None:
     published = based_360m_text.get_config()
     assert published.task.vocab_size == 50_257 and published.model.vocab_size == 50_264
-    assert published.task.source == Tfds(name="pg19", feature="book_text")
-    assert isinstance(text_files.get_config().task.source, TextFiles)
+    assert text_of(published.task).source == Tfds(name="pg19", feature="book_text")
+    assert isinstance(text_of(text_files.get_config().task).source, TextFiles)
