@@ -13,8 +13,8 @@ GB in the two caches.
 
 from dataclasses import replace
 
-from recallax.configs import based_360m as on_recall
-from recallax.configs.text_based import tiny_text
+from recallax.configs import text_based
+from recallax.configs.based_360m import language_model_size
 from recallax.models.based import based_360m
 from recallax.tasks import Text
 from recallax.tasks.text import BPE, Tfds
@@ -27,8 +27,8 @@ def get_config() -> RunConfig:
         tokenizer=BPE(file="tokenizers/pg19.json", vocab_size=50_257),
         length=2048,
     )
-    return replace(on_recall.language_model_size(based_360m()), task=text)
+    return replace(language_model_size(based_360m()), task=text)
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), task=tiny_text(32), model=on_recall.get_tiny().model)
+    return tiny(get_config(), task=text_based.tiny_text(32), model=text_based.get_tiny().model)

@@ -65,11 +65,11 @@ def continue_prompts(
 
     Raises what `restore_run` raises, ConfigError and PromptError.
     """
+    if context is None and reread != Rereading():
+        raise ConfigError("--repeat, --fill and --prefix are about a context; give --context, and ask with --prompt")
     encoder = task_of(run).encoder
     asked = [_ids(prompt, "prompt", encoder, first=context is None) for prompt in prompts]
     ahead = None if context is None else _ids(context, "context", encoder, first=True)
-    if ahead is None and reread != Rereading():
-        raise ConfigError("--repeat, --fill and --prefix are about a context; give --context, and ask with --prompt")
     task, model = trained_model(run)
     if encoder is not None:
         writing = replace(writing, stop=(*writing.stop, encoder.end))
