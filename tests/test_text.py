@@ -4,9 +4,12 @@ import hashlib
 import itertools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -752,6 +755,61 @@ def test_a_run_whose_corpus_has_changed_is_not_continued(folder: Path) -> None:
     with pytest.raises(ConfigError, match="no such file"):
         train(config, folder / "new", name="files")
     assert not (folder / "new").exists(), "what is refused claims no folder"
+
+
+SHORT = ["--task.length=32", "--train.steps=60", "--train.batch-size=8", "--train.log-every=1", "--train.save-every=20"]
+SHORT += ["--evaluate.batches=2", "--evaluate.batch-size=8", "--evaluate.every=30", "--model.d-model=16"]
+
+
+def processes(folder: Path, count: int) -> list[subprocess.Popen]:
+    """The processes of one run, with a device each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+    started = []
+    for i in range(count):
+        command = [sys.executable, "-m", "recallax", "train", "text_based", *SHORT, f"--run={folder}"]
+        if count > 1:
+            command += [f"--distributed.coordinator={address}", f"--distributed.processes={count}"]
+            command += [f"--distributed.process={i}"]
+        started.append(subprocess.Popen(command, env={**os.environ, **flags}, stdout=subprocess.DEVNULL))
+    return started
+
+
+def finish(started: list[subprocess.Popen]) -> list[int]:
+    try:
+        return [process.wait(400) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+@pytest.mark.full
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """Two processes are stopped, four go on: the losses are those of one that was never stopped."""
+
+    def losses(folder: Path) -> dict[tuple, float]:
+        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return {(r["kind"], r["step"], r.get("split")): r["loss"] for r in rows if r["kind"] in ("train", "eval")}
+
+    changing, one = tmp_path / "changing", tmp_path / "one"
+    pair = processes(changing, 2)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if (changing / "log.jsonl").exists() and '"train"' in (changing / "log.jsonl").read_text():
+            break
+        time.sleep(0.02)
+    pair[1].send_signal(signal.SIGTERM)
+    assert finish(pair) == [75, 75]
+    reached = max(step for kind, step, _ in losses(changing) if kind == "train")
+    assert 0 < reached < 60, "it was stopped on the way"
+    assert finish(processes(changing, 4)) == [0] * 4
+    assert finish(processes(one, 1)) == [0]
+    wanted, found = losses(one), losses(changing)
+    assert found.keys() == wanted.keys() and len(found) == 60 + 3
+    for where, loss in wanted.items():
+        assert found[where] == pytest.approx(loss, rel=1e-4), where
 
 
 def test_a_masked_prefix_over_text() -> None:
