@@ -291,6 +291,15 @@ def test_recall_tokens_are_those_of_the_definition(n: int, above: int, monkeypat
     assert found.any() == (above == 1000 or (above == 8 and n > 1)) and (len(often) > 0) == (above < 1000)
 
 
+def test_recall_never_reaches_across_a_boundary_that_no_token_marks() -> None:
+    rng = np.random.default_rng(0)
+    tokens, segments = rng.integers(0, 3, size=(50, 24)), np.sort(rng.integers(1, 6, size=(50, 24)), axis=1)
+    for n in (1, 2, 3):
+        found = recallable(tokens, segments, n, 3, np.zeros(0, np.int64))
+        for row, own, marks in zip(tokens.tolist(), segments.tolist(), found, strict=True):
+            assert marks.tolist() == slow_recall(row, own, n, set())
+
+
 def test_a_label_is_in_the_group_of_the_token_it_asks_for() -> None:
     for split in SPLITS:
         batch = SMALL.batch(0, split, 0, 20)

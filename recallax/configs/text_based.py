@@ -1,7 +1,9 @@
 """How well does a small BASED model text, and what it can recall? On a corpus that recallax carries: no download.
 
-Shakespeare by bytes: rows of 256, 1.1M parameters. Expected: TODO
-Recall tokens end six bytes that stood in the row before and not more than 50 times in training.
+Shakespeare by bytes in rows of 256; 733k parameters, 5 readings of 466 kB. Recall tokens end six bytes that stood in
+the row before, and at most 50 times in training: 1.6 % of what the test split asks. Expected on test: perplexity 4.5
+(2.17 bits per byte), on recall tokens 3.2; on valid it falls from 6.3 at step 150 to 4.75. Cost: two minutes on two
+CPU cores.
 
     recallax train text_based
 """
