@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -394,12 +395,14 @@ def tfds_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         VERSION = tfds.core.Version("2.0.1")
 
         def _info(self):
-            features = {"title": tfds.features.Text(), "body": tfds.features.Text()}
+            features = {name: tfds.features.Text() for name in ("title", "body", "raw")}
+            features["year"] = tfds.features.Scalar(np.int64)
             return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
         def _split_generators(self, _):
             def examples(texts: list[str]):
-                return ((i, {"title": f"{i}", "body": text}) for i, text in enumerate(texts))
+                rest = {"title": "", "raw": b"na\xefve", "year": 1900}
+                return ((i, {"body": text, **rest}) for i, text in enumerate(texts))
 
             return {"train": examples(sentences(30)), "test": examples(sentences(6, 1))}
 
@@ -427,7 +430,7 @@ def test_a_tfds_corpus_by_name(tfds_data: Path, folder: Path) -> None:
 REFUSED_TFDS = [
     ({"name": "no_such_books"}, ["task.source.name is 'no_such_books'", "TFDS does not have"]),
     ({"name": "lm1b"}, ["lm1b is not in", "recallax corpus CONFIG --download", "task.source.data_dir"]),
-    ({"feature": "text"}, ["some_books/2.0.1 has no feature 'text'", "title, body", "body"]),
+    ({"feature": "text"}, ["some_books/2.0.1 has no feature 'text'", "title, body, raw, year"]),
     ({}, ["has no split 'validation'", "train, test", "train[98%:99%]"]),
     ({"valid": "train[20:]", "train": "train[:21]"}, ["train is 'train[:21]' and valid 'train[20:]'", "not overlap"]),
     ({"valid": "test"}, ["valid is 'test' and test 'test'", "not overlap"]),
@@ -441,6 +444,38 @@ def test_tfds_corpora_that_are_refused(tfds_data: Path, change: dict[str, str], 
         source.open()
     for part in parts:
         assert part in str(error.value), error.value
+
+
+def test_features_and_formats_that_are_refused(tfds_data: Path, tmp_path: Path) -> None:
+    source = Tfds(name="some_books", valid="train[:1]", train="train[1:]", data_dir=str(tfds_data))
+    for feature in ("raw", "year"):
+        documents = replace(source, feature=feature).open().documents["valid"]
+        with pytest.raises(
+            ConfigError, match=rf"document 0 of some_books/2.0.1 train\[:1\] is not UTF-8 .*'{feature}'"
+        ):
+            list(documents)
+    shutil.copytree(tfds_data / "some_books", tmp_path / "some_books")
+    info = tmp_path / "some_books/2.0.1/dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(
+        ConfigError, match=r"2.0.1 holds tfrecord, which has no random access; prepare it as array_record"
+    ):
+        replace(source, feature="body", data_dir=str(tmp_path)).open()
+
+
+def test_a_corpus_is_prepared_where_it_is_missing(
+    tfds_data: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TFDS knows how to make this one, as it does those that it downloads."""
+    source = Tfds(name="some_books", feature="body", train="train[:9]", valid="train[9:]", data_dir=str(folder / "new"))
+    with pytest.raises(ConfigError, match=r"some_books is not in .*/new/some_books/2.0.1"):
+        source.open()
+    source.prepare()
+    found = found_in(source)
+    assert sorted(found["train"] + found["valid"]) == sorted(sentences(30))
+    before = sorted((folder / "new").rglob("*"))
+    source.prepare()
+    assert sorted((folder / "new").rglob("*")) == before
 
 
 def refuse_files(

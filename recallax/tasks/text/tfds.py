@@ -41,16 +41,17 @@ class Tfds(Source):
         return opened(builder, {"train": self.train, "valid": self.valid, "test": self.test}, self.feature)
 
     def prepare(self) -> None:
-        builder = self._builder()
+        if self._builder().is_prepared():
+            return
         try:
-            builder.download_and_prepare()
+            self._builder(file_format=FORMAT).download_and_prepare()
         except Exception as error:  # whatever a download or TFDS's code for the corpus may raise
             raise ConfigError(f"the TFDS corpus {self.name} could not be prepared: {_line(error)}") from error
 
-    def _builder(self) -> Any:
+    def _builder(self, file_format: str | None = None) -> Any:
         tfds = tensorflow_datasets()
         try:
-            return tfds.builder(self.name, data_dir=self.data_dir, file_format=FORMAT)
+            return tfds.builder(self.name, data_dir=self.data_dir, file_format=file_format)
         except Exception as error:  # AssertionError, ValueError and others, by what is wrong with the name
             raise ConfigError(
                 f"task.source.name is {self.name!r}, which TFDS does not have ({_line(error)}); "
@@ -71,7 +72,9 @@ def opened(builder: Any, splits: dict[Split, str], feature: str) -> Corpus:
     """The documents of a prepared corpus. Raises ConfigError where splits, feature or file format are not as wanted."""
     info = builder.info
     if (form := info.file_format.value) != FORMAT:
-        raise ConfigError(f"{builder.data_path} holds {form}; it must be array_record: prepare it so elsewhere")
+        raise ConfigError(
+            f"{builder.data_path} holds {form}, which has no random access; prepare it as array_record elsewhere"
+        )
     if feature not in (features := list(info.features)):
         raise ConfigError(f"{info.full_name} has no feature {feature!r}; it has {', '.join(features)}")
     ranges = {split: _ranges(builder, spec) for split, spec in splits.items()}
