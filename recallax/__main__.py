@@ -1,4 +1,5 @@
-"""The command line: `recallax list | show | train | eval | generate | sweep | export | import | report | doctor`.
+"""The command line: `recallax list | show | train | eval | generate | corpus | tokenizer | sweep | export | import |
+report | doctor`.
 
 Only what a command needs is imported: `--help` and `list` read the configs' docstrings and import no JAX.
 """
@@ -32,7 +33,9 @@ USAGE = f"""recallax {__version__}: sequence models that recall well with little
   recallax show CONFIG [overrides]     what a config resolves to, its parameters, state bytes and FLOPs
   recallax train CONFIG [overrides]    train it, or go on where its run stopped
   recallax eval RUN                    evaluate a run's newest checkpoint
-  recallax generate RUN --prompt IDS   let a run's newest checkpoint go on from token ids, or answer its own task
+  recallax generate RUN --prompt TEXT  let a run's newest checkpoint go on from text or token ids, or answer its task
+  recallax corpus CONFIG               fetch and tokenize the text of a config, and say how much there is
+  recallax tokenizer CONFIG --out FILE train a BPE tokenizer on the text of a config
   recallax sweep FILE                  train what a Python file asks for, and list what the runs came to
   recallax export RUN --to FORM        its weights for other programs: safetensors, stablehlo or orbax
   recallax import PATH                 a run of weights: an export, or a model of transformers in safetensors
@@ -190,12 +193,13 @@ def _generate(arguments: list[str]) -> int:
         fill: Literal["left_pad", "twice", "iterate"] = "left_pad",
         prefix: int | None = None,
     ) -> int:
-        """Let a run's newest checkpoint go on from prompts of token ids, or answer questions of its own task.
+        """Let a run's newest checkpoint go on from prompts, or answer questions of its own task.
 
         Args:
             run: Folder of the run.
-            prompt: Token ids separated by spaces, in quotes. Several are read together, and a line each comes out.
-            context: Token ids that are read once, as a prefix, and then asked each prompt.
+            prompt: Text for a run on text, else token ids separated by spaces, in quotes. Several are read together,
+                and what is written behind each comes out in turn.
+            context: Text or token ids that are read once, as a prefix, and then asked each prompt.
             task: Draw this many rows of the run's task instead, read each up to its first question, and show what the
                 model answers beside what was wanted.
             split: Which stream of the task.
@@ -233,6 +237,54 @@ def _generate(arguments: list[str]) -> int:
         return 0
 
     return _guarded(lambda: tyro.cli(generate, args=arguments, prog="recallax generate"))
+
+
+def _corpus(arguments: list[str]) -> int:
+    def run(name: str) -> int:
+        config = load(name)
+        import tyro
+
+        from recallax.train.corpus import describe_corpus
+        from recallax.train.run import RunConfig
+
+        @dataclass(frozen=True, kw_only=True)
+        class Corpus:
+            config: Annotated[RunConfig, tyro.conf.arg(name="")]
+            download: bool = False
+            """Fetch the corpus and prepare it (TFDS: as array_record), where it is not there yet."""
+
+        parsed = tyro.cli(Corpus, default=Corpus(config=config), args=arguments[1:], prog=f"recallax corpus {name}")
+        print(describe_corpus(parsed.config, download=parsed.download))
+        return 0
+
+    return _with_config("corpus", arguments, run)
+
+
+def _tokenizer(arguments: list[str]) -> int:
+    def run(name: str) -> int:
+        config = load(name)
+        import tyro
+
+        from recallax.train.corpus import train_tokenizer
+        from recallax.train.run import RunConfig
+
+        @dataclass(frozen=True, kw_only=True)
+        class Tokenizer:
+            config: Annotated[RunConfig, tyro.conf.arg(name="")]
+            out: Path = Path("tokenizer.json")
+            """The file to write; name it as the file of a BPE tokenizer in a config."""
+            ids: int = 8192
+            """Token ids at most, the 256 bytes and the boundary among them."""
+            download: bool = False
+            """Fetch the corpus and prepare it (TFDS: as array_record), where it is not there yet."""
+
+        parsed = tyro.cli(
+            Tokenizer, default=Tokenizer(config=config), args=arguments[1:], prog=f"recallax tokenizer {name}"
+        )
+        print(train_tokenizer(parsed.config, parsed.out, parsed.ids, download=parsed.download))
+        return 0
+
+    return _with_config("tokenizer", arguments, run)
 
 
 def _sweep(arguments: list[str]) -> int:
@@ -385,6 +437,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "generate": _generate,
+    "corpus": _corpus,
+    "tokenizer": _tokenizer,
     "sweep": _sweep,
     "export": _export,
     "import": _import,

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from recallax.config import ConfigError, fingerprint, from_json, to_json
 from recallax.models import accounting
 from recallax.tasks.base import Split, Task
-from recallax.train.checkpoint import Checkpoints, Restored
+from recallax.train.checkpoint import CheckpointError, Checkpoints, Restored
 from recallax.train.log import RunLog, read_log
 from recallax.train.profile import Profile, peak_flops, step_flops
 from recallax.train.program import Program
@@ -42,7 +42,7 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
     Raises what the checks of folder, checkpoint and config raise; NonFiniteError; Interrupted after SIGINT or SIGTERM.
     """
     process = jax.process_index()
-    program = Program(config)  # first: a config that cannot run claims no folder
+    program, data = Program(config), config.task.data()  # first: a config that cannot run claims no folder
     with (
         _open(folder, config, process) as run,
         Checkpoints(run.checkpoints, config.train.keep) as checkpoints,
@@ -55,6 +55,11 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
         restored = checkpoints.restore(program.abstract)
         state: TrainState = restored.state if restored else program.initial()
         start = int(state.step)
+        if restored and restored.meta.get("data", data) != data:
+            raise CheckpointError(
+                f"step {start} was trained on other data ({restored.meta['data']}, now {data}): the corpus or the "
+                "tokenizer's file has changed; bring the old one back, or start in a new folder"
+            )
         log.truncate(start if restored else -1)
         log.start(start, describe(config, name))
         logged = _evaluations(run.log_file) if process == 0 else set()
@@ -63,7 +68,7 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
 
         def save(state: TrainState) -> None:
             if int(state.step) not in checkpoints.steps():
-                meta = {"config": to_json(config), "fingerprint": fingerprint(config)}
+                meta = {"config": to_json(config), "fingerprint": fingerprint(config), "data": data}
                 checkpoints.save(int(state.step), state, meta)
 
         trace = Profile(folder / "profile", config.train.steps - start) if profile else None
@@ -161,7 +166,8 @@ def _evaluate(
     metrics, step = program.evaluate(state, split), int(state.step)
     if (step, split) not in logged:
         log.write("eval", step, {"split": split, **metrics})
-    display.note(f"{split}  accuracy {metrics['accuracy']:.4f}  loss {metrics['loss']:.4f}")
+    own = "".join(f"  {k.removeprefix('measure/')} {v:.4g}" for k, v in metrics.items() if k.startswith("measure/"))
+    display.note(f"{split}  accuracy {metrics['accuracy']:.4f}  loss {metrics['loss']:.4f}{own}")
     return metrics
 
 
