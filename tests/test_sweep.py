@@ -1,6 +1,11 @@
 """Sweeps: every cell a run, and none of them lost."""
 
 import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,6 +13,7 @@ import pytest
 from recallax.__main__ import main
 from recallax.config import ConfigError
 from recallax.train.backend import Local, accelerators
+from recallax.train.log import cores
 from recallax.train.sweep import further_rates, rows_of, stages_of
 
 FILE = """
@@ -86,9 +92,18 @@ def test_what_fails_takes_nothing_with_it_and_is_tried_again(
     assert sorted(row["lr"] for row in rows_of(out).values()) == [0.01, 0.5]
 
 
-def test_a_file_without_stages_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_without_stages_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="there is no sweep at"):
         stages_of(tmp_path / "none.py")
+    (tmp_path / "later_part.py").write_text("CELLS = []")
+    (tmp_path / "later.py").write_text(
+        "def stage(rows):\n    import later_part\n    return later_part.CELLS\nSTAGES = [stage]"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert [stage([]) for stage in stages_of(Path("later.py"))] == [[]], "imported when the stage runs"
     (tmp_path / "empty.py").write_text("CELLS = []")
     assert main(["sweep", str(tmp_path / "empty.py")]) == 2
     assert "has no STAGES" in capsys.readouterr().err
@@ -118,4 +133,19 @@ def test_cores_and_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert backend.run(["sh", "-c", "echo $CUDA_VISIBLE_DEVICES; exit 3"], log) == 3
     assert log.read_text() == "2\n"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert accelerators() == [] and Local(1).workers == 1
+    assert accelerators() == [] and Local(1).workers == 1 and Local().workers == cores()
+    for workers in (0, -1):
+        with pytest.raises(ConfigError, match=f"workers is {workers}; it must be at least 1"):
+            Local(workers)
+
+
+def test_nothing_starts_after_a_stop(tmp_path: Path) -> None:
+    backend, log = Local(1), tmp_path / "log"
+    with ThreadPoolExecutor(1) as pool:
+        status = pool.submit(backend.run, ["sh", "-c", "echo begun; exec sleep 60"], log)
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.01)
+        backend.stop()
+        assert status.result(timeout=10) == -signal.SIGTERM
+    assert backend.run(["sh", "-c", "echo again"], log) == os.EX_TEMPFAIL
+    assert log.read_text() == "begun\n"

@@ -44,17 +44,17 @@ class Cell:
 
 
 def stages_of(file: Path) -> list[Stage]:
-    """The stages of a sweep's file, which may import what lies in the working directory. Raises ConfigError."""
+    """The stages of a sweep's file, which may import what lies in the working directory, also later, when a stage or a
+    probe runs. Raises ConfigError.
+    """
     if not file.is_file():
         raise ConfigError(f"there is no sweep at {file}; give a Python file that has STAGES")
-    sys.path.insert(0, str(Path.cwd()))
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     spec = importlib.util.spec_from_file_location(f"sweep_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
+    spec.loader.exec_module(module)
     stages = getattr(module, "STAGES", None)
     if not stages or not all(callable(stage) for stage in stages):
         raise ConfigError(f"{file} has no STAGES; it must be a list of functions from rows to cells")
@@ -141,9 +141,7 @@ def row_of(cell: Cell, folder: Path) -> Row:
     evaluations = {row["split"]: row for row in log if row["kind"] == "eval" and row["step"] == last}
     metrics = {split: {k: v for k, v in row.items() if k not in _OWN} for split, row in evaluations.items()}
     trained = [row for row in log if row["kind"] == "train"]
-    told = {
-        name: begun.get(name) for name in ("chance", "parameters", "state_bytes", "device", "cpus", "jax", "commit")
-    }
+    told = {name: begun.get(name) for name in _TOLD}
     skipped = trained[-1].get("skipped", 0) if trained else 0
     own = {"config": fingerprint(cell.config), **metrics, "skipped": skipped, "seconds": round(log[-1]["seconds"], 1)}
     return {**cell.labels, **own, **told}
