@@ -4,6 +4,7 @@ Only what a command needs is imported: `--help` and `list` read the configs' doc
 """
 
 import ast
+import contextlib
 import importlib
 import os
 import sys
@@ -239,7 +240,18 @@ def _sweep(arguments: list[str]) -> int:
     import tyro
 
     def run(
-        file: tyro.conf.Positional[Path], out: Path | None = None, workers: int | None = None, retries: int = 1
+        file: tyro.conf.Positional[Path],
+        out: Path | None = None,
+        backend: Literal["local", "ray", "slurm"] = "local",
+        workers: int | None = None,
+        retries: int = 1,
+        address: str | None = None,
+        cpus: int | None = None,
+        gpus: float | None = None,
+        memory: float | None = None,
+        partition: str | None = None,
+        minutes: int | None = None,
+        extra: tuple[str, ...] = (),
     ) -> int:
         """Train what a Python file asks for, a run folder each, and list what they came to.
 
@@ -248,14 +260,32 @@ def _sweep(arguments: list[str]) -> int:
         Args:
             file: Python file with `STAGES`, functions from rows to cells (`recallax/train/sweep.py`).
             out: Folder of the runs and of results.jsonl; runs/FOLDER-OF-THE-FILE by default.
-            workers: Runs at a time; one per accelerator, or one per core.
-            retries: Times that a run which failed is tried again.
+            backend: Processes of this machine, tasks of a Ray cluster, or jobs of SLURM; a cluster shares OUT.
+            workers: Runs at a time: one per accelerator, or one per core; on a cluster, 64 of them in its queue.
+            retries: Times that a run which failed is tried again; one that was asked to stop has not failed.
+            address: Of ray: the cluster; RAY_ADDRESS, or else one that is started here, by default.
+            cpus: Of ray and slurm: cores of each run; 1 by default.
+            gpus: Of ray and slurm: accelerators of each run; on ray 1 by default if there is one, on slurm 0.
+            memory: Of slurm: GiB of each run.
+            partition: Of slurm: where jobs queue.
+            minutes: Of slurm: wall time, after which a run saves and queues again; 60 by default.
+            extra: Of slurm: further options of sbatch, as in `--extra account=ours constraint=h100`.
         """
-        from recallax.train.backend import Local
+        from recallax.train.backends import Asked, backend_of
         from recallax.train.sweep import sweep
 
         folder = out or Path("runs") / file.absolute().parent.name
-        failed = sweep(file, folder, Local(workers), retries=retries)
+        asked = Asked(
+            address=address,
+            cpus=cpus,
+            gpus=gpus,
+            memory=memory,
+            partition=partition,
+            minutes=minutes,
+            extra=extra or None,
+        )
+        with contextlib.closing(backend_of(backend, workers, asked, folder)) as chosen:
+            failed = sweep(file, folder, chosen, retries=retries)
         print(f"rows: {folder / 'results.jsonl'}")
         return min(failed, 1)
 

@@ -130,7 +130,7 @@ def test_cores_and_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(ConfigError, match="2 accelerators"):
         Local(3)
     backend, log = Local(1), tmp_path / "log"
-    assert backend.run(["sh", "-c", "echo $CUDA_VISIBLE_DEVICES; exit 3"], log) == 3
+    assert backend.execute(["sh", "-c", "echo $CUDA_VISIBLE_DEVICES; exit 3"], log) == 3
     assert log.read_text() == "2\n"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert accelerators() == [] and Local(1).workers == 1 and Local().workers == cores()
@@ -142,10 +142,10 @@ def test_cores_and_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_nothing_starts_after_a_stop(tmp_path: Path) -> None:
     backend, log = Local(1), tmp_path / "log"
     with ThreadPoolExecutor(1) as pool:
-        status = pool.submit(backend.run, ["sh", "-c", "echo begun; exec sleep 60"], log)
+        status = pool.submit(backend.execute, ["sh", "-c", "echo begun; exec sleep 60"], log)
         while not (log.exists() and log.read_text()):
             time.sleep(0.01)
         backend.stop()
         assert status.result(timeout=10) == -signal.SIGTERM
-    assert backend.run(["sh", "-c", "echo again"], log) == os.EX_TEMPFAIL
+    assert backend.execute(["sh", "-c", "echo again"], log) == os.EX_TEMPFAIL
     assert log.read_text() == "begun\n"

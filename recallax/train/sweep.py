@@ -7,12 +7,14 @@
 
 The file has `STAGES`, functions from the rows so far to cells. A stage is asked again whenever its cells have ended,
 until it has no new ones: so a grid can grow around its best (`further_rates`). Each cell is trained in a process of its
-own, so that none can take another down; one that fails is tried again, and goes on from its last checkpoint.
+own, so that none can take another down; where it runs is the backend's to say. One that fails is tried again, and goes
+on from its last checkpoint; so does one that was asked to stop, which is no failure.
 """
 
 import importlib.util
 import json
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -72,8 +74,8 @@ def sweep(file: Path, out: Path, backend: Backend, *, retries: int = 1) -> int:
             attempts: Counter[str] = Counter()
             while todo := _unmeasured(stage, rows, attempts, retries):
                 display.begin(number, len(stages), len(todo))
-                for cell, row in _train(todo, (file, out, len(rows)), backend, display):
-                    attempts[fingerprint(cell.config)] += 1
+                for cell, status, row in _train(todo, (file, out, len(rows)), backend, display):
+                    attempts[fingerprint(cell.config)] += status != os.EX_TEMPFAIL
                     if row is not None:
                         rows[row["config"]] = row
                         _write(rows, out)
@@ -105,16 +107,18 @@ def _unmeasured(stage: Stage, rows: Mapping[str, Row], attempts: Counter[str], r
 
 def _train(
     cells: list[Cell], asked: tuple[Path, Path, int], backend: Backend, display: SweepDisplay
-) -> Iterator[tuple[Cell, Row | None]]:
-    """Each cell with its row as it ends, None where it failed; `asked` is the file, the folder, and the rows it saw."""
+) -> Iterator[tuple[Cell, int, Row | None]]:
+    """Each cell as it ends, its exit status, and its row if it is finished.
+
+    asked: the file, the folder, and how many rows the stage has seen.
+    """
     file, out, seen = asked
     with ThreadPoolExecutor(backend.workers) as pool:
 
         def attempt(cell: Cell) -> int:
             name = fingerprint(cell.config)
             display.started(name, cell.labels, cell.config.train.steps)
-            command = [sys.executable, "-m", "recallax.train.sweep_cell", str(file), name, str(out), str(seen)]
-            return backend.run(command, out / f"{name}.log")
+            return backend.run([str(file), str(out), str(seen), name], out / f"{name}.log")
 
         running: dict[Future[int], Cell] = {pool.submit(attempt, cell): cell for cell in cells}
         try:
@@ -123,10 +127,10 @@ def _train(
                 for future in ended:
                     cell = running.pop(future)
                     name = fingerprint(cell.config)
-                    path = out / name / "row.json"
-                    row = json.loads(path.read_text()) if future.result() == 0 and path.exists() else None
-                    display.ended(name, row)
-                    yield cell, row
+                    path, status = out / name / "row.json", future.result()
+                    row = json.loads(path.read_text()) if status == 0 and path.exists() else None
+                    display.ended(name, status, row)
+                    yield cell, status, row
                 display.refresh()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
