@@ -1,5 +1,6 @@
 """Sweeps: every cell a run, and none of them lost."""
 
+import json
 import math
 import os
 import signal
@@ -12,9 +13,9 @@ import pytest
 
 from recallax.__main__ import main
 from recallax.config import ConfigError
-from recallax.train.backend import Local, accelerators
+from recallax.train.backend import Backend, Local, accelerators
 from recallax.train.log import cores
-from recallax.train.sweep import further_rates, rows_of, stages_of
+from recallax.train.sweep import further_rates, rows_of, stages_of, sweep
 
 FILE = """
 import os
@@ -90,6 +91,36 @@ def test_what_fails_takes_nothing_with_it_and_is_tried_again(
     (tmp_path / "mended").touch()
     assert main(["sweep", str(file), "--out", str(out), "--workers", "1"]) == 0
     assert sorted(row["lr"] for row in rows_of(out).values()) == [0.01, 0.5]
+
+
+class Interrupting(Backend):
+    """Runs are stopped by another, three times, and then finish."""
+
+    workers = 1
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def run(self, arguments: list[str], log: Path) -> int:
+        _, out, _, name = arguments
+        self.calls += 1
+        if self.calls <= 3:
+            return os.EX_TEMPFAIL
+        (Path(out) / name).mkdir()
+        (Path(out) / name / "row.json").write_text(json.dumps({"config": name, "valid": {"accuracy": 0.5}, "lr": 0}))
+        return 0
+
+    def stop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_run_that_was_stopped_has_not_failed(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text(file.read_text().replace("(0.01, 0.02)", "(0.01,)").replace("(grid, further)", "(grid,)"))
+    backend = Interrupting()
+    assert sweep(file, tmp_path / "runs", backend, retries=0) == 0 and backend.calls == 4
+    told = capsys.readouterr().out
+    assert told.count("lr 0.01: stopped, and will go on") == 3 and "failed" not in told
 
 
 def test_a_file_without_stages_is_refused(

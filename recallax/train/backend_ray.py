@@ -6,6 +6,7 @@ worker alone, the next run finds its accelerator free, and what Ray kills has no
 
 import os
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -29,13 +30,11 @@ class Ray(Backend):
         if cpus < 1 or (gpus is not None and gpus < 0):
             raise ConfigError(f"each run gets {cpus} cpus and {gpus} gpus; it needs at least 1 and 0")
         self._ray = _connect(address)
-        has = self._ray.cluster_resources()
-        wants = {"CPU": cpus, "GPU": min(1, has.get("GPU", 0)) if gpus is None else gpus}
-        lacking = [name for name, number in wants.items() if number > has.get(name, 0)]
-        if lacking:
+        try:
+            wants = needed(self._ray.cluster_resources(), cpus, gpus)
+        except ConfigError:
             self.close()
-            told = ", ".join(f"{wants[name]:g} {name} of {has.get(name, 0):g}" for name in lacking)
-            raise ConfigError(f"a run asks for more than the whole cluster has: {told}; lower --cpus or --gpus")
+            raise
         # A worker ends with its run (max_calls), and a run that fails is the sweep's to try again (max_retries).
         self._task = self._ray.remote(
             num_cpus=cpus, num_gpus=wants["GPU"], max_calls=1, max_retries=0, scheduling_strategy="SPREAD"
@@ -71,6 +70,18 @@ class Ray(Backend):
 
     def close(self) -> None:
         self._ray.shutdown()
+
+
+def needed(has: Mapping[str, float], cpus: int, gpus: float | None) -> dict[str, float]:
+    """What each run asks for, of a cluster that has so much. Raises ConfigError where that is more than all of it.
+
+    Of the whole and not of one node: Ray says itself, and waits, where no node is large enough.
+    """
+    wants = {"CPU": float(cpus), "GPU": min(1.0, has.get("GPU", 0.0)) if gpus is None else gpus}
+    if lacking := [name for name, number in wants.items() if number > has.get(name, 0)]:
+        told = ", ".join(f"{wants[name]:g} {name} of {has.get(name, 0):g}" for name in lacking)
+        raise ConfigError(f"a run asks for more than the whole cluster has: {told}; lower --cpus or --gpus")
+    return wants
 
 
 def _connect(address: str | None) -> Any:

@@ -75,12 +75,7 @@ class Slurm(Backend):
         yields: int = 100,
     ):
         self.workers = in_flight(workers)
-        try:
-            import submitit
-        except ImportError as error:
-            raise ConfigError(
-                f"--backend slurm needs submitit ({error}); install it with: pip install 'recallax[sweep]'"
-            ) from error
+        submitit = _submitit()
         folder = folder.absolute()
         try:
             self._executor = submitit.AutoExecutor(folder, cluster=executor, slurm_max_num_timeout=yields)
@@ -126,6 +121,23 @@ class Slurm(Backend):
             with log.open("a") as file:
                 file.write(f"job {job.job_id} was {job.state.lower()}: {error}\n")
             return 1
+
+
+def _submitit() -> Any:
+    """The module. Raises ConfigError without it."""
+    before = os.environ.get("SUBMITIT_LOG_LEVEL")
+    os.environ["SUBMITIT_LOG_LEVEL"] = "NOCONFIG"  # else its import closes every handler of this process's loggers
+    try:
+        import submitit
+    except ImportError as error:
+        raise ConfigError(
+            f"--backend slurm needs submitit ({error}); install it with: pip install 'recallax[sweep]'"
+        ) from error
+    finally:
+        del os.environ["SUBMITIT_LOG_LEVEL"]  # in a job its log is of use
+        if before is not None:
+            os.environ["SUBMITIT_LOG_LEVEL"] = before
+    return submitit
 
 
 class Attempt:
