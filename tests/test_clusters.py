@@ -101,14 +101,6 @@ STAGES = [stage]
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What one attempt has compiled the next one finds; no two of these tests' attempts compile at once."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-
-
-@pytest.fixture
 def ray_at_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Ray's files in a folder that goes with the test; a short one, since its sockets' paths may have 107 bytes."""
     with TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:

@@ -58,7 +58,9 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_cell_becomes_a_run_and_a_row(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_cell_becomes_a_run_and_a_row(
+    file: Path, tmp_path: Path, compiled: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "runs"
     assert main(["sweep", str(file), "--out", str(out), "--workers", "1"]) == 0
     rows = rows_of(out)
@@ -79,7 +81,7 @@ def test_every_cell_becomes_a_run_and_a_row(file: Path, tmp_path: Path, capsys: 
 
 
 def test_what_fails_takes_nothing_with_it_and_is_tried_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, compiled: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A process that is killed at once, as by the system when memory ends."""
     file, out = tmp_path / "sweep.py", tmp_path / "runs"

@@ -1,13 +1,14 @@
 """Heat maps of what was swept, found in what differs between the runs' configs."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean
 
 from recallax.train.report.figures import Figure, plain
-from recallax.train.report.settings import Setting, best, common_words, of_models
+from recallax.train.report.settings import Setting, best, models_of
 
 MOST = 6
 """Heat maps on one page."""
@@ -24,9 +25,8 @@ class Axis:
     """What each setting has, by the setting's number; those without the field are not there."""
 
     def ticks(self) -> list[str]:
-        """The values in order: numbers by size, texts as they come."""
-        found = list(dict.fromkeys(self.values.values()))
-        return sorted(found, key=float) if all(map(_is_number, found)) else found
+        """The values in order: texts, in which numbers count as such, then numbers by size."""
+        return sorted(set(self.values.values()), key=_order)
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,7 @@ def grids_of(settings: Sequence[Setting]) -> tuple[list[Grid], int]:
     """
     found = []
     for first, second in combinations(_axes(settings), 2):
-        across, down = sorted(
-            (first, second), key=lambda axis: (max(map(len, axis.ticks())) > 12, axis.name == "model")
-        )
+        across, down = sorted((first, second), key=_goes_down)
         cells: dict[tuple[str, str], list[Setting]] = {}
         for i in across.values.keys() & down.values.keys():
             cells.setdefault((across.values[i], down.values[i]), []).append(settings[i])
@@ -88,19 +86,19 @@ def _axes(settings: Sequence[Setting]) -> list[Axis]:
 
 
 def _models(settings: Sequence[Setting]) -> dict[int, str]:
-    """The model of each setting, by what the names of its runs have in common."""
-    names: dict[int, str] = {}
-    groups = of_models(settings)
-    labels = [common_words([setting.label for setting in group]) for group in groups]
-    for number, (group, label) in enumerate(zip(groups, labels, strict=True), 1):
-        unique = label if labels.count(label) == 1 else f"{label} #{number}"
-        names |= {i: unique for i, setting in enumerate(settings) if any(setting is other for other in group)}
-    return names
+    """The model of each setting, by name."""
+    names = {id(setting): model.label for model in models_of(settings) for setting in model.settings}
+    return {i: names[id(setting)] for i, setting in enumerate(settings)}
+
+
+def _goes_down(axis: Axis) -> tuple[bool, bool, bool, str]:
+    """The smaller of two goes across: few values, then what an optimizer takes, then what a model is made of."""
+    return len(axis.ticks()) > 12, axis.name == "model", not axis.name.startswith("optim."), axis.name
 
 
 def height(grid: Grid) -> float:
     """Inches."""
-    return 0.9 + 0.42 * len(grid.down.ticks())
+    return 1.0 + 0.42 * len(grid.down.ticks())
 
 
 def draw_grid(figure: Figure, grid: Grid) -> None:
@@ -131,7 +129,8 @@ def draw_grid(figure: Figure, grid: Grid) -> None:
     ax.set_xticks(range(len(columns)), [plain(tick, 24) for tick in columns])
     ax.set_yticks(range(len(rows)), [plain(tick) for tick in rows])
     ax.set(xlim=(-0.55, len(columns) - 0.45), ylim=(len(rows) - 0.45, -0.55))
-    ax.set(xlabel=plain(grid.across.name, 80), ylabel=plain(grid.down.name))
+    ax.set_xlabel(plain(grid.across.name, 80))
+    ax.set_title(plain(grid.down.name, 80), loc="left", fontsize=9)  # along the side it would not fit few rows
     ax.grid(visible=False)
     ax.tick_params(length=0)
     for side in ("left", "bottom"):
@@ -144,12 +143,10 @@ def _text(value: str) -> str:
         found = json.loads(value)
     except json.JSONDecodeError:
         return value
-    return found if isinstance(found, str) else value
+    return found if isinstance(found, str) else "none" if found is None else value
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _order(text: str) -> tuple[bool, list[tuple[bool, float, str]]]:
+    """Numbers after texts; within texts, `based 8` before `based 16`."""
+    parts = re.split(r"((?<![\w.])-?\d+(?:\.\d*)?(?:e-?\d+)?)", text)
+    return not parts[0], [(i % 2 == 1, float(part) if i % 2 else 0.0, part) for i, part in enumerate(parts)]

@@ -4,11 +4,12 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from recallax.train.report import grids, pareto
 from recallax.train.report.figures import as_svg, draw_curves, draw_groups
-from recallax.train.report.grids import draw_grid, grids_of, height
+from recallax.train.report.grids import draw_grid, grids_of
 from recallax.train.report.pareto import caption, draw_memory, placed
 from recallax.train.report.runs import Run, folders_of, read_run, tell_apart
-from recallax.train.report.settings import Setting, best_of_models, settings_of
+from recallax.train.report.settings import Setting, models_of, settings_of
 from recallax.train.report.tables import (
     Table,
     as_csv,
@@ -53,10 +54,14 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
 
 def _page(runs: list[Run], settings: list[Setting]) -> str:
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
-    parts = [f"<h1>{html.escape(title, quote=True)}</h1>", as_html(summary(runs))]
-    if _several_seeds(settings):
-        parts += ["<h2>Spread over seeds</h2>", as_html(by_setting(settings))]
-    parts += [*_memory(settings), *_heat_maps(settings), *_singly(runs, settings), *_configs(runs)]
+    parts = [f"<h1>{html.escape(title, quote=True)}</h1>"]
+    whole = as_html(summary(runs))
+    if len(runs) <= SINGLE:
+        parts.append(whole)
+    parts += [*_spread(settings), *_memory(settings), *_heat_maps(settings), *_singly(runs, settings)]
+    if len(runs) > SINGLE:
+        parts += ["<h2>Runs</h2>", whole]
+    parts += _configs(runs)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -65,18 +70,31 @@ def _page(runs: list[Run], settings: list[Setting]) -> str:
     )
 
 
-def _memory(settings: list[Setting]) -> list[str]:
-    found = placed(settings)
-    if len(best_of_models(found)) < 2:
+def _spread(settings: list[Setting]) -> list[str]:
+    """By setting, where there are several seeds; of many settings first the best of each model."""
+    if not _several_seeds(settings):
         return []
-    return ["<h2>Accuracy against memory</h2>", as_svg(caption(found), 4.4, lambda figure: draw_memory(figure, found))]
+    parts, whole = ["<h2>Spread over seeds</h2>"], as_html(by_setting(settings))
+    if len(settings) <= SINGLE:
+        return [*parts, whole]
+    best = sorted((model.best() for model in models_of(settings)), key=lambda setting: -setting.valid())
+    parts += ["<p>Of each model, the setting that is best on valid:</p>", as_html(by_setting(best))]
+    return [*parts, f"<details><summary>All {len(settings)} settings</summary>{whole}</details>"]
+
+
+def _memory(settings: list[Setting]) -> list[str]:
+    models = placed(settings)
+    if len(models) < 2:
+        return []
+    drawn = as_svg(caption(models), pareto.height(models), lambda figure: draw_memory(figure, models))
+    return ["<h2>Accuracy against memory</h2>", drawn]
 
 
 def _heat_maps(settings: list[Setting]) -> list[str]:
-    grids, more = grids_of(settings)
-    if not grids:
+    found, more = grids_of(settings)
+    if not found:
         return []
-    drawn = [as_svg(grid.caption(), height(grid), lambda figure, grid=grid: draw_grid(figure, grid)) for grid in grids]
+    drawn = [as_svg(g.caption(), grids.height(g), lambda figure, g=g: draw_grid(figure, g)) for g in found]
     return ["<h2>Grids</h2>", *drawn, *([_note(f"{more} more pairs of fields are not drawn.")] if more else [])]
 
 
@@ -84,7 +102,7 @@ def _singly(runs: list[Run], settings: list[Setting]) -> list[str]:
     """Curves and groups; of many runs, those of the settings that are best on valid."""
     shown, parts = runs, ["<h2>Curves</h2>"]
     if len(runs) > SINGLE:
-        best = sorted(best_of_models(settings), key=lambda setting: -setting.valid())
+        best = sorted((model.best() for model in models_of(settings)), key=lambda setting: -setting.valid())
         shown = [run for setting in best for run in setting.runs][:SINGLE] or runs[:SINGLE]
         parts.append(_note(f"{len(shown)} of {len(runs)} runs: of each model's setting that is best on valid."))
     parts.append(as_svg("Loss and accuracy while training.", 3.4, lambda figure: draw_curves(figure, shown)))

@@ -52,36 +52,42 @@ def settings_of(runs: Sequence[Run]) -> list[Setting]:
     return _tell_apart(settings)
 
 
-def best_of_models(settings: Sequence[Setting]) -> list[Setting]:
-    """Of each model the setting that is best on valid.
+@dataclass(frozen=True)
+class Model:
+    """Settings that differ in no more than optimizer, training and evaluation."""
 
-    By the seeds that all of its settings have, where there are such: of many settings with one seed each some are
-    lucky, and would win against the mean of several.
-    """
-    return [max(group, key=lambda setting: setting.valid(_shared(group))) for group in of_models(settings)]
+    label: str
+    settings: tuple[Setting, ...]
+
+    def best(self) -> Setting:
+        """The setting that is best on valid."""
+        return best(self.settings)
 
 
-def of_models(settings: Sequence[Setting]) -> list[list[Setting]]:
-    """The settings of each model together."""
+def models_of(settings: Sequence[Setting]) -> list[Model]:
+    """In the order of their first settings, called what the names of their runs have in common."""
     found: dict[tuple[tuple[str, str], ...], list[Setting]] = {}
     for setting in settings:
         found.setdefault(setting.model(), []).append(setting)
-    return list(found.values())
+    labels = [common_words([setting.label for setting in group]) for group in found.values()]
+    models = [Model(label, tuple(group)) for label, group in zip(labels, found.values(), strict=True)]
+    return _numbered(models, labels, lambda model, label: replace(model, label=label))
 
 
 def best(settings: Sequence[Setting]) -> Setting:
-    """The one that is best on valid."""
-    return max(settings, key=lambda setting: setting.valid(_shared(settings)))
+    """The one that is best on valid; of equals the one with most seeds.
+
+    By the seeds that all of them have, where there are such: of many settings with one seed each some are lucky, and
+    would win against the mean of several.
+    """
+    shared = set.intersection(*(setting.seeds() for setting in settings)) or None
+    return max(settings, key=lambda setting: (setting.valid(shared), len(setting.seeds())))
 
 
 def common_words(labels: Sequence[str]) -> str:
     """The words of the first label that all of them have; the whole first label if they share none."""
     shared = set.intersection(*(set(label.split()) for label in labels))
     return " ".join(word for word in labels[0].split() if word in shared) or labels[0]
-
-
-def _shared(settings: Sequence[Setting]) -> set[tuple[str | None, ...]] | None:
-    return set.intersection(*(setting.seeds() for setting in settings)) or None
 
 
 def _seed(run: Run) -> tuple[str | None, ...]:
