@@ -19,7 +19,7 @@ from recallax.__main__ import main
 from recallax.config import ConfigError
 from recallax.train.backend_ray import Ray, needed
 from recallax.train.backend_slurm import Job, Slurm
-from recallax.train.backends import Asked, backend_of
+from recallax.train.backends import Asked, Name, backend_of
 from recallax.train.log import read_log
 from recallax.train.sweep import rows_of, sweep
 
@@ -215,7 +215,7 @@ def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(("name", "package"), [("ray", "ray"), ("slurm", "submitit")])
-def test_a_lacking_extra_is_named(name: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_lacking_extra_is_named(name: Name, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=r"pip install 'recallax\[sweep\]'"):
         backend_of(name, None, Asked(), tmp_path)
