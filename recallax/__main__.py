@@ -245,6 +245,7 @@ def _sweep(arguments: list[str]) -> int:
         backend: Literal["local", "ray", "slurm"] = "local",
         workers: int | None = None,
         retries: int = 1,
+        vmap_seeds: int = 1,
         address: str | None = None,
         cpus: int | None = None,
         gpus: float | None = None,
@@ -263,6 +264,7 @@ def _sweep(arguments: list[str]) -> int:
             backend: Processes of this machine, tasks of a Ray cluster, or jobs of SLURM; a cluster shares OUT.
             workers: Runs at a time: one per accelerator, or one per core; on a cluster, 64 of them in its queue.
             retries: Times that a run which failed is tried again; one that was asked to stop has not failed.
+            vmap_seeds: Seeds of one config that one process trains at once on one device, under jax.vmap.
             address: Of ray: the cluster; RAY_ADDRESS, or else one that is started here, by default.
             cpus: Of ray and slurm: cores of each run; 1 by default.
             gpus: Of ray and slurm: accelerators of each run; on ray 1 by default if there is one, on slurm 0.
@@ -285,7 +287,7 @@ def _sweep(arguments: list[str]) -> int:
             extra=extra or None,
         )
         with contextlib.closing(backend_of(backend, workers, asked, folder)) as chosen:
-            failed = sweep(file, folder, chosen, retries=retries)
+            failed = sweep(file, folder, chosen, retries=retries, together=vmap_seeds)
         print(f"rows: {folder / 'results.jsonl'}")
         return min(failed, 1)
 

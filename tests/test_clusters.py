@@ -195,6 +195,10 @@ def test_what_slurm_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for wanted in ("partition=long", "time=90", "cpus-per-task=4", "gpus-per-node=2", "mem=32GB", "account=ours"):
         assert f"#SBATCH --{wanted}" in lines, lines
     assert "#SBATCH --constraint=h100" in lines and any(line.startswith("#SBATCH --signal=USR2@") for line in lines)
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho too many jobs >&2; exit 1\n")
+    backend = backend_of("slurm", None, asked, tmp_path / "runs")
+    assert backend.run(["file", "out", "0", "name"], tmp_path / "log") == 1
+    assert "too many jobs" in (tmp_path / "log").read_text()
 
 
 def test_wrong_requests_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,7 +92,10 @@ class Slurm(Backend):
         with self._lock:
             if self._stopped:
                 return os.EX_TEMPFAIL
-            job = self._executor.submit(Attempt(arguments, str(log.absolute()), self._environment))
+            try:
+                job = self._executor.submit(Attempt(arguments, str(log.absolute()), self._environment))
+            except self._unfinished as error:  # sbatch refuses it
+                return _failed(log, f"{error}")
             self._running.add(job)
         while not self._stopped:
             with self._lock:
@@ -118,9 +121,13 @@ class Slurm(Backend):
         try:
             return job.result()
         except self._unfinished as error:  # killed, or the node is gone
-            with log.open("a") as file:
-                file.write(f"job {job.job_id} was {job.state.lower()}: {error}\n")
-            return 1
+            return _failed(log, f"job {job.job_id} was {job.state.lower()}: {error}")
+
+
+def _failed(log: Path, told: str) -> int:
+    with log.open("a") as file:
+        file.write(f"{told}\n")
+    return 1
 
 
 def _submitit() -> Any:

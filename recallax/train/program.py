@@ -1,5 +1,8 @@
 """A config made executable: the model's graph, the compiled step and evaluation, and where the state lies."""
 
+import copy
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -77,6 +80,16 @@ class Program:
             batch_size=self.config.evaluate.batch_size,
             sharding=self.rows,
         )
+
+    def reseeded(self, config: RunConfig) -> "Program":
+        """The same compiled functions for a config that differs in its seeds alone, of which they know nothing."""
+        other = copy.copy(self)
+        other.config = config
+        return other
+
+    def many(self) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
+        """The step of several states at once, each on its own batch; all leaves have a leading axis, of one device."""
+        return jax.jit(jax.vmap(make_step(self.config, self.graph, self._optimizer)), donate_argnums=0)
 
     def _initial(self) -> TrainState:
         key = jax.random.key(self.config.train.seed)
