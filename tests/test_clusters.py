@@ -75,17 +75,24 @@ if IN_A_CELL and first("killed"):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def wait_until_taken(number, before):  # the loop takes one signal of a number, and leaves the next to Python
+    until = time.monotonic() + 60
+    while signal.getsignal(number) == before[number]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Yields(MQAR):
     def batch(self, seed, split, index, size):
         if (split, index) == ("train", 2) and first("yielded"):
-            handler, until = signal.getsignal(signal.SIGINT), time.monotonic() + 60
             for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR2):  # SLURM signals every process of a job
+                taken = {other: signal.getsignal(other) for other in (signal.SIGTERM, signal.SIGINT)}
                 os.kill(os.getpid(), number)
+                if number == signal.SIGTERM:
+                    wait_until_taken(number, taken)
                 os.kill(os.getppid(), number)
-            while signal.getsignal(signal.SIGINT) == handler:  # the loop takes one, and leaves the next to Python
-                assert time.monotonic() < until
-                time.sleep(0.01)
+            wait_until_taken(signal.SIGINT, taken)
         return super().batch(seed, split, index, size)
 
 
