@@ -15,6 +15,9 @@ from recallax.config import ConfigError
 from recallax.train.backend import Backend, in_flight, threads
 from recallax.train.log import cores
 
+STORE = 100 * 2**20
+"""Bytes for what tasks pass to one another, here nothing but paths; Ray itself would take a third of the memory."""
+
 
 class Ray(Backend):
     """A cluster at `address`, or RAY_ADDRESS, or else one that is started on this machine and ends with the sweep.
@@ -98,7 +101,13 @@ def _connect(address: str | None) -> Any:
             ray.init(address=address, log_to_driver=False)
         else:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
-            ray.init(address="local", num_cpus=cores(), include_dashboard=False, log_to_driver=False)
+            ray.init(
+                address="local",
+                num_cpus=cores(),
+                object_store_memory=STORE,
+                include_dashboard=False,
+                log_to_driver=False,
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"there is no Ray cluster at {address or 'this machine'}: {error}") from error
     return ray
