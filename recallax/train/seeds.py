@@ -10,13 +10,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from recallax.config import ConfigError, fingerprint, to_json
+from recallax.tasks.base import Split
 from recallax.train.checkpoint import Checkpoints
 from recallax.train.log import RunLog
 from recallax.train.loop import (
@@ -116,7 +116,7 @@ class Lane:
             meta = {"config": to_json(self.program.config), "fingerprint": fingerprint(self.program.config)}
             self._checkpoints.save(step, self.state, meta)
 
-    def evaluate(self, *splits: Any) -> None:
+    def evaluate(self, *splits: Split) -> None:
         for split in splits if self.error is None else ():
             _evaluate(self.program, self.state, split, self._log, self._logged, self.display)
 
@@ -138,7 +138,7 @@ def _train_together(lanes: list[Lane], signals: _Signals, display: Progress) -> 
         done = numbered[0][0] + 1
         batch = jax.tree.map(lambda *leaves: np.stack(leaves), *(batch for _, batch in numbered))
         states, report = step(states, batch)
-        pending.append((report, batch))
+        pending.append((report, _hollow(numbered[0][1])))
         logs = done % train.log_every == 0 or done == train.steps
         evaluates = done % evaluate.every == 0 and done < train.steps
         saves = done % train.save_every == 0 or done == train.steps
@@ -148,10 +148,11 @@ def _train_together(lanes: list[Lane], signals: _Signals, display: Progress) -> 
         for i, lane in enumerate(lanes):
             lane.state = _lane(states, i)
         if logs:
-            pending = jax.device_get(pending)
+            reports = jax.device_get([report for report, _ in pending])
+            shapes = [shape for _, shape in pending]
             for i, lane in enumerate(lanes):
                 if lane.error is None:
-                    lane.write(done, (_lane(both, i) for both in pending))
+                    lane.write(done, zip((_lane(report, i) for report in reports), shapes, strict=True))
             pending = []
         for lane in lanes:
             if evaluates:
@@ -165,6 +166,11 @@ def _train_together(lanes: list[Lane], signals: _Signals, display: Progress) -> 
             for lane in lanes:
                 lane.interrupted()
             raise Interrupted(f"stopped at step {done}; the same command goes on from there")
+
+
+def _hollow(batch: Batch) -> Batch:
+    """Its shapes without its memory: a row of the log asks for no more."""
+    return jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), batch)
 
 
 def _lane[T](stacked: T, number: int) -> T:
