@@ -87,7 +87,10 @@ def _show(arguments: list[str]) -> int:
 
         from recallax.train.show import show
 
-        config = tyro.cli(type(config), default=config, args=arguments[1:], prog=f"recallax show {name}")
+        prog = f"recallax show {name}"
+        # A stage may have a task of its own: without this, its fields would hide behind a subcommand.
+        flat = (tyro.conf.AvoidSubcommands,)
+        config = tyro.cli(type(config), default=config, args=arguments[1:], prog=prog, config=flat)
         print(show(name, config))
         return 0
 
@@ -113,7 +116,8 @@ def _train(arguments: list[str]) -> int:
             """Trace a few steps into the run's folder and report the model FLOPs utilisation."""
             distributed: Distributed = field(default_factory=Distributed)
 
-        parsed = tyro.cli(Train, default=Train(config=config), args=arguments[1:], prog=f"recallax train {name}")
+        prog, flat = f"recallax train {name}", (tyro.conf.AvoidSubcommands,)
+        parsed = tyro.cli(Train, default=Train(config=config), args=arguments[1:], prog=prog, config=flat)
         parsed.distributed.start()
         folder = parsed.run or Path("runs") / folder_name(name, parsed.config)
         try:
