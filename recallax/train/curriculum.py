@@ -159,7 +159,7 @@ class Stage(Config):
     frozen: tuple[str, ...] = ()
     ramps: tuple[Ramp, ...] = ()
     task: Task | None = None
-    """What it trains on; None is the run's task."""
+    """What it trains on, which no option of the command line reaches into; None is the run's task."""
     loss_weights: dict[str, float] = field(default_factory=dict)
     """Coefficients in place of those in `train.loss_weights`: an unused router needs no balance."""
     until: Rule = Finish()
@@ -210,11 +210,6 @@ class Curriculum(Config):
                 raise ConfigError(
                     f"the task of the stage {stage.name!r} has {stage.task.vocab_size} token ids and the run's "
                     f"{task.vocab_size}; a stage may not need more, or the run's task must have as many"
-                )
-            if stage.task is not None and stage.task.terms != task.terms:
-                raise ConfigError(
-                    f"the task of the stage {stage.name!r} has the loss terms {stage.task.terms}; they must be "
-                    f"{task.terms}, those of the run's task"
                 )
 
 
