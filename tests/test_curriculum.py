@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from recallax.__main__ import main
 from recallax.config import ConfigError, fingerprint, from_json, to_json
-from recallax.layers import Identity, LinearAttention, Nothing, Parallel, ProductKeys
+from recallax.layers import Identity, Nothing, Parallel, ProductKeys, SwiGLU
 from recallax.models import Block, LMConfig
 from recallax.tasks import MQAR, Segment
 from recallax.train import loop
@@ -52,14 +52,14 @@ MODEL = LMConfig(
     d_model=8,
     pattern="both*2 facts",
     blocks={
-        "both": Block(mixer=Parallel(ssm=LinearAttention(heads=2), attention=Identity()), channel=Nothing()),
+        "both": Block(mixer=Parallel(ssm=SwiGLU(inner=4), attention=Identity()), channel=Nothing()),
         "facts": Block(mixer=ProductKeys(sub_keys=3, heads=1, key_dim=4, value_dim=4, top_k=2), channel=Nothing()),
     },
 )
 STAGES = (
     Stage(
         name="alone",
-        frozen=("blocks.facts.*", "*.paths.ssm.query.*"),
+        frozen=("blocks.facts.*", "*.paths.ssm.out.*"),
         ramps=(Ramp(gate="*.gates.attention", start=0.0, end=0.0),),
         task=mqar(8),
         until=Reached(metric="loss", threshold=100.0, at_least=3, at_most=9),
@@ -145,7 +145,7 @@ def test_what_is_frozen_keeps_its_bits_and_moments_and_wakes_like_a_fresh_parame
     before, _, after, *_, woken = states = steps_of(program, [Standing()] * 3 + [Standing(2, 3)] * 2)
     names, _ = parameter_names(MODEL, 16)
     by_name = {path: called.layers[0] for path, called in names.items()}
-    frozen = {path for path, name in by_name.items() if name.startswith("layers.2.") or ".paths.ssm.query." in name}
+    frozen = {path for path, name in by_name.items() if name.startswith("layers.2.") or ".paths.ssm.out." in name}
     gates = {path for path, name in by_name.items() if name.endswith("gates.attention")}
     assert len(gates) == 1 and len(frozen) > 4
     old, new = bits(before.params), bits(after.params)
@@ -159,22 +159,22 @@ def test_what_is_frozen_keeps_its_bits_and_moments_and_wakes_like_a_fresh_parame
         assert all(not np.any(m) for m in moments) == held, name
     assert not np.any(flatten_dict(after.params)[next(iter(gates))])
     # The first update of what wakes in step 3: as large as the rate, whatever the other parameters' counts.
-    (query,) = [path for path, name in by_name.items() if ".paths.ssm.query." in name]
-    first, second = (flatten_dict(states[i].params)[query] for i in (3, 4))
+    (out,) = [path for path, name in by_name.items() if ".paths.ssm.out." in name]
+    first, second = (flatten_dict(states[i].params)[out] for i in (3, 4))
     rate = float(np.asarray(program.learning_rate(3)))
     decayed = first * (1 - rate * CONFIG.optim.weight_decay)
     moved = np.abs(second - decayed)
-    grad = np.abs(flatten_dict(adam(states[4]).mu)[query])
+    grad = np.abs(flatten_dict(adam(states[4]).mu)[out])
     assert (grad > 1e-8).mean() > 0.5
     np.testing.assert_allclose(moved[grad > 1e-8], rate, rtol=0.02)
-    assert dict(zip(paths, adam(woken).counts.tolist(), strict=True))[query] == 2
+    assert dict(zip(paths, adam(woken).counts.tolist(), strict=True))[out] == 2
 
 
 def test_negative_zeros_are_kept_too():
     """Adding an update of 0 would make them positive."""
     program = compiled(CONFIG)
     state = program.initial()
-    path = next(path for path in flatten_dict(state.params) if "paths" in path and "query" in path)
+    path = next(path for path in flatten_dict(state.params) if "paths" in path and "out" in path)
     tree: Any = state.params
     for name in path[:-1]:
         tree = tree[name]
