@@ -16,7 +16,7 @@ one_thread := PJRT_NPROC=1 NPROC=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 pytest := $(one_thread) $(bin)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-full test-jax-oldest demo format constraints clean
+.PHONY: help setup lint test test-full test-jax-oldest demo docs doc-examples format constraints clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,12 @@ demo: setup ## train two small models, evaluate them, and write a report
 	$(bin)/recallax train demo_based --run runs/demo/based
 	$(bin)/recallax train demo_window --run runs/demo/window
 	$(bin)/recallax report runs/demo/based runs/demo/window --out runs/demo/report.html
+
+docs: setup ## build the pages of docs/ into build/site
+	$(bin)/mkdocs build
+
+doc-examples: setup ## run the examples of docs/ afresh and write down what they print
+	$(bin)/python scripts/doc-examples
 
 format: setup ## let ruff format the code and mend what it can
 	$(bin)/ruff format .

@@ -5,6 +5,7 @@ Only what a command needs is imported: `--help` and `list` read the configs' doc
 
 import ast
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ PREEMPTED = 75
 """Exit status of a run that was asked to stop and can go on (EX_TEMPFAIL: try again)."""
 INTERRUPTED = 130
 """Exit status of what Ctrl-C stopped at once: nothing was there to save yet, or it came a second time."""
+BROKEN_PIPE = 141
+"""Exit status of what wrote into a pipe that nobody reads any more, as a shell gives it."""
 
 USAGE = f"""recallax {__version__}: sequence models that recall well with little memory
 
@@ -53,7 +56,13 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if name not in COMMANDS:
         return _fail(f"there is no command {name!r}{nearest(name, list(COMMANDS))}", 2)
-    return COMMANDS[name](rest)
+    try:
+        status = COMMANDS[name](rest)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # what read it has seen enough: `recallax list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
 
 
 def config_names() -> dict[str, str]:

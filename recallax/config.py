@@ -13,13 +13,15 @@ import json
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAliasType, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeAliasType, Union, get_args, get_origin, get_type_hints
 
 SCHEMA = 1
 
 
 class Config:
     """Base class of every config; subclasses are frozen dataclasses whose names are unique in the project."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
 
 class ConfigError(ValueError):
@@ -86,7 +88,7 @@ def _encode(value: Any) -> Any:
     match value:
         case Config():
             hints = get_type_hints(type(value))
-            pairs = ((f.name, getattr(value, f.name)) for f in _fields(value) if not _silent(f, value))
+            pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if not _silent(f, value))
             # 1 and 1.0 are equal configs, so they must not have two fingerprints
             fields = {n: float(v) if hints[n] is float and type(v) is int else _encode(v) for n, v in pairs}
             return {"class": type(value).__name__, **fields}
@@ -139,10 +141,10 @@ def _decode_class(value: Any, expected: type[Config], path: str) -> Any:
     if cls is None:
         raise ConfigError(f"{path} has class {value['class']!r}{nearest(str(value['class']), list(known))}")
     hints, data = get_type_hints(cls), {k: v for k, v in value.items() if k != "class"}
-    fields = {f.name for f in _fields(cls) if f.init}
+    fields = {f.name for f in dataclasses.fields(cls) if f.init}
     for key in data.keys() - fields:
         raise ConfigError(f"{path} has no field {key!r}{nearest(key, sorted(fields))}")
-    required = {f.name for f in _fields(cls) if f.init and _no_default(f)}
+    required = {f.name for f in dataclasses.fields(cls) if f.init and _no_default(f)}
     for key in sorted(required - data.keys()):
         raise ConfigError(f"{path} lacks the field {key!r}, which {cls.__name__} must have")
     return cls(**{k: _decode(v, hints[k], f"{path}.{k}") for k, v in data.items()})
@@ -151,11 +153,6 @@ def _decode_class(value: Any, expected: type[Config], path: str) -> Any:
 def _complete(cls: type[Config]) -> bool:
     """Whether it is a config and not a base class of some."""
     return dataclasses.is_dataclass(cls) and not inspect.isabstract(cls)
-
-
-def _fields(config: Config | type[Config]) -> tuple[dataclasses.Field[Any], ...]:
-    """Its fields: `Config` itself is no dataclass, every subclass that has a value is."""
-    return dataclasses.fields(config)  # type: ignore[arg-type]
 
 
 def _silent(field: dataclasses.Field[Any], config: Config) -> bool:

@@ -35,6 +35,16 @@ def strict():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def chunks_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks and blocks of 4, so that a row of 11 tokens crosses their boundaries at odd places."""
+    for op in ("linear_attention", "taylor_attention", "delta_rule", "selective_scan", "landmark_attention"):
+        monkeypatch.setattr(f"recallax.pallas_kernels.{op}.xla.CHUNK", 4)
+    monkeypatch.setattr("recallax.pallas_kernels.window_attention.xla.BLOCK", 4)
+    monkeypatch.setattr("recallax.pallas_kernels.landmark_attention.xla.KEYS", 4)
+    monkeypatch.setattr("recallax.pallas_kernels.landmark_attention.retrieval.CHUNK", 4)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """A process may map only so many programs: beyond some thousands the compiler crashes."""

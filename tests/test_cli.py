@@ -1,6 +1,7 @@
 """The command line: what it refuses and how, what it costs to ask for help, and runs that are stopped and go on."""
 
 import json
+import logging
 import os
 import random
 import signal
@@ -148,6 +149,14 @@ for command in sys.argv[1:]:
     assert {c: statuses[c] for c in commands} == {c: helps.get(c, "2") for c in commands}
     for name, line in config_names().items():
         assert f"{name} " in done.stdout and line in done.stdout and line
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([*RECALLAX, "list"], stdout=writing, stderr=subprocess.PIPE, text=True, env=environment())
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_show_says_what_a_config_costs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,7 +331,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
 
-def test_eval_reads_a_run(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_reads_a_run(
+    uninterrupted: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     before = sorted((p, p.stat().st_mtime_ns) for p in uninterrupted.rglob("*"))
     assert main(["eval", str(uninterrupted)]) == 0
     shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
@@ -330,6 +341,7 @@ def test_eval_reads_a_run(uninterrupted: Path, capsys: pytest.CaptureFixture[str
     assert float(shown["step"]) == RUN["steps"]
     assert float(shown["accuracy"]) == pytest.approx(wanted["accuracy"], abs=1e-4)
     assert sorted((p, p.stat().st_mtime_ns) for p in uninterrupted.rglob("*")) == before
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_eval_can_read_the_context_again(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:

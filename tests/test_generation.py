@@ -32,9 +32,9 @@ from recallax.pallas_kernels.neural_memory.learner import Learner, LinearNet
 from recallax.tasks import Copying, Rereading, StateTracking
 from recallax.train.generate import first_question
 from recallax.types import SeqInfo
-from tests.test_laws import close, short_chunks  # noqa: F401
+from tests.test_laws import close
 
-pytestmark = pytest.mark.usefixtures("strict", "short_chunks")
+pytestmark = pytest.mark.usefixtures("strict", "chunks_of_four")
 
 VOCAB, MAX_LEN = 23, 48
 LENGTHS, NEW = (5, 14, 9, 1), 6

@@ -38,16 +38,9 @@ from recallax.layers import (
 )
 from recallax.layers.memory import MemoryConfig
 from recallax.models import LM, LMConfig, accounting
-from recallax.pallas_kernels.delta_rule import xla as delta_xla
-from recallax.pallas_kernels.landmark_attention import retrieval as landmark_retrieval
-from recallax.pallas_kernels.landmark_attention import xla as landmark_xla
-from recallax.pallas_kernels.linear_attention import xla as linear_xla
-from recallax.pallas_kernels.selective_scan import xla as selective_xla
-from recallax.pallas_kernels.taylor_attention import xla as taylor_xla
-from recallax.pallas_kernels.window_attention import xla as window_xla
 from recallax.types import Precision, SeqInfo, StepInfo
 
-pytestmark = pytest.mark.usefixtures("strict", "short_chunks")
+pytestmark = pytest.mark.usefixtures("strict", "chunks_of_four")
 
 WIDTH, LENGTH = 16, 11
 TOLERANCE = 2e-5
@@ -72,7 +65,7 @@ def mixers() -> list[MixerConfig]:
 
 
 def label(config: MixerConfig) -> str:
-    values = [getattr(config, f.name) for f in dataclasses.fields(config)]  # type: ignore[arg-type]
+    values = [getattr(config, f.name) for f in dataclasses.fields(config)]
     return "-".join([type(config).__name__, *map(str, values)])
 
 
@@ -150,19 +143,6 @@ def own_way(mixer: MixerConfig) -> bool:
 
 
 each_model = pytest.mark.parametrize("name", models())
-
-
-@pytest.fixture
-def short_chunks(monkeypatch):
-    """Chunks and blocks of 4, so that a row of 11 tokens crosses their boundaries at odd places."""
-    monkeypatch.setattr(linear_xla, "CHUNK", 4)
-    monkeypatch.setattr(taylor_xla, "CHUNK", 4)
-    monkeypatch.setattr(delta_xla, "CHUNK", 4)
-    monkeypatch.setattr(selective_xla, "CHUNK", 4)
-    monkeypatch.setattr(window_xla, "BLOCK", 4)
-    monkeypatch.setattr(landmark_xla, "CHUNK", 4)
-    monkeypatch.setattr(landmark_xla, "KEYS", 4)
-    monkeypatch.setattr(landmark_retrieval, "CHUNK", 4)
 
 
 class Compiled(NamedTuple):
@@ -477,7 +457,7 @@ def test_every_family_of_configs_is_met():
 
 
 def _inside(config: MixerConfig) -> list[MixerConfig]:
-    values = [getattr(config, f.name) for f in dataclasses.fields(config)]  # type: ignore[arg-type]
+    values = [getattr(config, f.name) for f in dataclasses.fields(config)]
     return [part for value in values if isinstance(value, MixerConfig) for part in (value, *_inside(value))]
 
 

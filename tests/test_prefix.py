@@ -14,9 +14,9 @@ from recallax.layers.prefix import PrefixMixer, readings
 from recallax.models import Block, LMConfig
 from recallax.pallas_kernels.taylor_attention import taylor_attention
 from recallax.types import Precision, SeqInfo, StepInfo, whole_rows
-from tests.test_laws import close, noise, part, rows, short_chunks  # noqa: F401
+from tests.test_laws import close, noise, part, rows
 
-pytestmark = pytest.mark.usefixtures("strict", "short_chunks")
+pytestmark = pytest.mark.usefixtures("strict", "chunks_of_four")
 WIDTH, LENGTH = 16, 11
 MEMBERS: dict[str, MemoryConfig] = {
     "based": Based(feature_dim=4, heads=2),

@@ -42,9 +42,9 @@ def _with_chosen[C: Config](config: C) -> C:
     """With as many memories as a token chooses, wherever in it there is a mixture of them."""
     if isinstance(config, MoM):
         config = replace(config, num_memories=config.top_k)
-    inside = {f.name: getattr(config, f.name) for f in fields(config)}  # type: ignore[arg-type]
+    inside = {f.name: getattr(config, f.name) for f in fields(config)}
     parts = {name: _with_chosen(part) for name, part in inside.items() if isinstance(part, Config)}
-    return replace(config, **parts) if parts else config  # type: ignore[type-var]
+    return replace(config, **parts) if parts else config
 
 
 def parameter_table(config: LMConfig, vocab_size: int | None = None) -> dict[str, int]:

@@ -11,7 +11,7 @@ Source: LongMamba (arXiv 2504.16053), section 4, and its settings for Mamba-2 (k
 """
 
 import functools
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
 import jax
@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.config import ConfigError
+from recallax.config import Config, ConfigError
 from recallax.layers import DiagonalSSM, LongMamba, Mamba2, MixerConfig
 from recallax.layers.base import Statistic
 from recallax.layers.step_filter import Filtered, StepFilter
@@ -128,7 +128,7 @@ def thresholds(
 
 
 def _long(config: Any) -> list[LongMamba]:
-    inside = [getattr(config, name) for name in getattr(config, "__dataclass_fields__", {})]
+    inside = [getattr(config, field.name) for field in fields(config)] if isinstance(config, Config) else []
     found = [part for value in inside for part in _long(value)]
     return [config, *found] if isinstance(config, LongMamba) else found
 

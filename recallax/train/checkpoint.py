@@ -10,6 +10,7 @@ type at the call that failed. Nothing is pickled. In a folder of checkpoints:
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -197,12 +198,21 @@ def _manager(directory: Path, keep: int | None) -> Any:
         "todelete_subdir": "trash",  # deleting in place can be killed half-way and leave half a step that is listed
         "cleanup_tmp_directories": True,
     }
-    reading: dict[str, Any] = {"read_only": True, "create": False}
+    reading: dict[str, Any] = {"read_only": True, "create": False, "save_interval_steps": 0}
     options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **(reading if keep is None else writing))
+    told = logging.getLogger("absl")
+    told.addFilter(_news)
     try:
         return ocp.CheckpointManager(directory, options=options)
     except Exception as error:  # orbax raises nearly every type
         raise CheckpointError(f"{directory} cannot hold checkpoints: {_line(error)}") from error
+    finally:
+        told.removeFilter(_news)
+
+
+def _news(record: logging.LogRecord) -> bool:
+    """Whether it says more than that what is opened for reading is read only, of which orbax warns."""
+    return "read only" not in record.getMessage()
 
 
 def _describe(state: Tree) -> dict[str, Meta]:
