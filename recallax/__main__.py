@@ -1,4 +1,4 @@
-"""The command line: `recallax list | show | train | eval | generate | sweep | export | import | report | doctor`.
+"""The command line: `recallax list`, `show`, `train`, `eval`, `generate`, `calibrate`, `sweep`, `export`, ...
 
 Only what a command needs is imported: `--help` and `list` read the configs' docstrings and import no JAX.
 """
@@ -34,6 +34,7 @@ USAGE = f"""recallax {__version__}: sequence models that recall well with little
   recallax train CONFIG [overrides]    train it, or go on where its run stopped
   recallax eval RUN                    evaluate a run's newest checkpoint
   recallax generate RUN --prompt IDS   let a run's newest checkpoint go on from token ids, or answer its own task
+  recallax calibrate RUN --context N   a run of the same weights that reads longer contexts (LongMamba)
   recallax sweep FILE                  train what a Python file asks for, and list what the runs came to
   recallax export RUN --to FORM        its weights for other programs: safetensors, stablehlo or orbax
   recallax import PATH                 a run of weights: an export, or a model of transformers in safetensors
@@ -97,7 +98,10 @@ def _show(arguments: list[str]) -> int:
 
         from recallax.train.show import show
 
-        config = tyro.cli(type(config), default=config, args=arguments[1:], prog=f"recallax show {name}")
+        prog = f"recallax show {name}"
+        # A stage may have a task of its own: without this, its fields would hide behind a subcommand.
+        flat = (tyro.conf.AvoidSubcommands,)
+        config = tyro.cli(type(config), default=config, args=arguments[1:], prog=prog, config=flat)
         print(show(name, config))
         return 0
 
@@ -123,7 +127,8 @@ def _train(arguments: list[str]) -> int:
             """Trace a few steps into the run's folder and report the model FLOPs utilisation."""
             distributed: Distributed = field(default_factory=Distributed)
 
-        parsed = tyro.cli(Train, default=Train(config=config), args=arguments[1:], prog=f"recallax train {name}")
+        prog, flat = f"recallax train {name}", (tyro.conf.AvoidSubcommands,)
+        parsed = tyro.cli(Train, default=Train(config=config), args=arguments[1:], prog=prog, config=flat)
         parsed.distributed.start()
         folder = parsed.run or Path("runs") / folder_name(name, parsed.config)
         try:
@@ -234,6 +239,42 @@ def _generate(arguments: list[str]) -> int:
         return 0
 
     return _guarded(lambda: tyro.cli(generate, args=arguments, prog="recallax generate"))
+
+
+def _calibrate(arguments: list[str]) -> int:
+    import tyro
+
+    def calibrate(
+        run: tyro.conf.Positional[Path],
+        context: int,
+        length: int | None = None,
+        rows: int = 32,
+        keeps: float = 0.05,
+        outliers: float = 0.95,
+        out: Path | None = None,
+    ) -> int:
+        """Make a run that reads a longer context than a run was trained on, without training: LongMamba's filters.
+
+        Its folder is a run like any other: eval, generate and export take it.
+
+        Args:
+            run: Folder of the run; its model has Mamba2 or DiagonalSSM layers.
+            context: Tokens that the new run is to read. Not above --length, nothing is filtered.
+            length: Tokens of the rows it was trained on; the longest train length of its task by default.
+            rows: Rows of that length, of the valid split, from which thresholds are found.
+            keeps: Share of its state that a channel must keep over that length to be filtered.
+            outliers: Quantile at which step sizes are cut before that is decided.
+            out: Folder of the new run; RUN/long-CONTEXT by default.
+        """
+        from recallax.train.calibrate import Calibration, calibrate_run
+
+        wanted = Calibration(context=context, length=length, rows=rows, keeps=keeps, outliers=outliers)
+        folder, told = calibrate_run(run, wanted, out)
+        print("\n".join(told))
+        print(f"run: {folder}\nevaluate: recallax eval {folder}")
+        return 0
+
+    return _guarded(lambda: tyro.cli(calibrate, args=arguments, prog="recallax calibrate"))
 
 
 def _sweep(arguments: list[str]) -> int:
@@ -417,6 +458,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "eval": _eval,
     "generate": _generate,
+    "calibrate": _calibrate,
     "sweep": _sweep,
     "export": _export,
     "import": _import,

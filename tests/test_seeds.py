@@ -18,6 +18,7 @@ from recallax.tasks import MQAR, Segment
 from recallax.train import seeds
 from recallax.train.backend import Backend
 from recallax.train.checkpoint import Checkpoints
+from recallax.train.curriculum import Curriculum, Stage
 from recallax.train.log import Row, read_log
 from recallax.train.loop import train
 from recallax.train.program import Program
@@ -138,6 +139,9 @@ def test_what_cannot_be_stacked_is_refused(
     with pytest.raises(ConfigError, match="rows of 16, 32 tokens cannot be trained at once"):
         check_together(mixed)
     check_together([replace(config, train=replace(config.train, data_seed=7)) for config in mixed])  # lengths in step
+    stages = Curriculum(stages=(Stage(name="all"),))
+    with pytest.raises(ConfigError, match="a run with a curriculum"):
+        check_together([replace(seeded(seed), curriculum=stages) for seed in (0, 1)])
     monkeypatch.setattr(seeds, "Program", lambda config: SimpleNamespace(mesh=SimpleNamespace(size=2)))
     with pytest.raises(ConfigError, match=r"share one device, and this run takes 2; set train\.data to 1"):
         train_seeds([seeded(0), seeded(1)], [tmp_path / "0", tmp_path / "1"], ["0", "1"])

@@ -18,6 +18,7 @@ import numpy as np
 from recallax.config import ConfigError, fingerprint, to_json
 from recallax.tasks.base import Split
 from recallax.train.checkpoint import Checkpoints
+from recallax.train.curriculum import Course
 from recallax.train.log import RunLog
 from recallax.train.loop import (
     Interrupted,
@@ -47,6 +48,11 @@ def check_together(configs: Sequence[RunConfig]) -> None:
     first = configs[0]
     if any(without_seeds(config) != without_seeds(first) for config in configs):
         raise ConfigError("only configs that differ in train.seed and train.data_seed alone can be trained at once")
+    if first.curriculum is not None:
+        raise ConfigError(
+            "a run with a curriculum cannot be trained at once with others: its stages may end by its own accuracy; "
+            "train each seed alone, without --vmap-seeds"
+        )
     lengths = first.task.lengths("train")
     if len(lengths) > 1 and len({config.train.data_seed for config in configs}) > 1:
         raise ConfigError(
@@ -99,7 +105,8 @@ class Lane:
         self._log.truncate(self.start if restored else -1)
         self._log.start(self.start, describe(config, name))
         self._logged = _evaluations(run.log_file)
-        self.meter = _Meter(program, self._log, display, None)
+        self.course = Course(None)
+        self.meter = _Meter(program, self.course, self._log, display, None)
 
     def write(self, step: int, reports: Iterable[tuple[StepReport, Batch]]) -> None:
         """A row for the steps since the last; a state that is frozen keeps its error, and the others go on."""
@@ -134,7 +141,7 @@ def _train_together(lanes: list[Lane], signals: _Signals, display: Progress) -> 
     states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(lane.state for lane in lanes))
     pending: list[tuple[StepReport, Batch]] = []
     display.compiling(f"the training step of {len(lanes)} seeds")
-    for numbered in zip(*(_prefetch(lane.program, start, train.steps) for lane in lanes), strict=True):
+    for numbered in zip(*(_prefetch(lane.program, lane.course, start, train.steps) for lane in lanes), strict=True):
         done = numbered[0][0] + 1
         batch = jax.tree.map(lambda *leaves: np.stack(leaves), *(batch for _, batch in numbered))
         states, report = step(states, batch)
