@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
-from recallax.config import fingerprint
+from recallax.config import ConfigError, fingerprint
 from recallax.models import LMConfig, accounting
 from recallax.train.log import commit, environment
 from recallax.train.program import Program
@@ -15,6 +15,8 @@ def measure(cell: Cell) -> Row:
     import time
 
     begin = time.monotonic()
+    if cell.config.curriculum is not None:
+        raise ConfigError("a cell of experiments/ trains without stages; `recallax sweep` takes a curriculum")
     config, program = cell.config, Program(cell.config)
     state = program.initial()
     for index in range(config.train.steps):

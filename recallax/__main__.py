@@ -1,10 +1,10 @@
-"""The command line: `recallax list | show | train | eval | generate | corpus | tokenizer | sweep | export | import |
-report | doctor`.
+"""The command line: `recallax list`, `show`, `train`, `eval`, `generate`, `calibrate`, `sweep`, `export`, ...
 
 Only what a command needs is imported: `--help` and `list` read the configs' docstrings and import no JAX.
 """
 
 import ast
+import contextlib
 import importlib
 import os
 import sys
@@ -34,6 +34,7 @@ USAGE = f"""recallax {__version__}: sequence models that recall well with little
   recallax train CONFIG [overrides]    train it, or go on where its run stopped
   recallax eval RUN                    evaluate a run's newest checkpoint
   recallax generate RUN --prompt TEXT  let a run's newest checkpoint go on from text or token ids, or answer its task
+  recallax calibrate RUN --context N   a run of the same weights that reads longer contexts (LongMamba)
   recallax corpus CONFIG               fetch and tokenize the text of a config, and say how much there is
   recallax tokenizer CONFIG --out FILE train a BPE tokenizer on the text of a config
   recallax sweep FILE                  train what a Python file asks for, and list what the runs came to
@@ -99,7 +100,10 @@ def _show(arguments: list[str]) -> int:
 
         from recallax.train.show import show
 
-        config = tyro.cli(type(config), default=config, args=arguments[1:], prog=f"recallax show {name}")
+        prog = f"recallax show {name}"
+        # A stage may have a task of its own: without this, its fields would hide behind a subcommand.
+        flat = (tyro.conf.AvoidSubcommands,)
+        config = tyro.cli(type(config), default=config, args=arguments[1:], prog=prog, config=flat)
         print(show(name, config))
         return 0
 
@@ -125,7 +129,8 @@ def _train(arguments: list[str]) -> int:
             """Trace a few steps into the run's folder and report the model FLOPs utilisation."""
             distributed: Distributed = field(default_factory=Distributed)
 
-        parsed = tyro.cli(Train, default=Train(config=config), args=arguments[1:], prog=f"recallax train {name}")
+        prog, flat = f"recallax train {name}", (tyro.conf.AvoidSubcommands,)
+        parsed = tyro.cli(Train, default=Train(config=config), args=arguments[1:], prog=prog, config=flat)
         parsed.distributed.start()
         folder = parsed.run or Path("runs") / folder_name(name, parsed.config)
         try:
@@ -287,11 +292,59 @@ def _tokenizer(arguments: list[str]) -> int:
     return _with_config("tokenizer", arguments, run)
 
 
+def _calibrate(arguments: list[str]) -> int:
+    import tyro
+
+    def calibrate(
+        run: tyro.conf.Positional[Path],
+        context: int,
+        length: int | None = None,
+        rows: int = 32,
+        keeps: float = 0.05,
+        outliers: float = 0.95,
+        out: Path | None = None,
+    ) -> int:
+        """Make a run that reads a longer context than a run was trained on, without training: LongMamba's filters.
+
+        Its folder is a run like any other: eval, generate and export take it.
+
+        Args:
+            run: Folder of the run; its model has Mamba2 or DiagonalSSM layers.
+            context: Tokens that the new run is to read. Not above --length, nothing is filtered.
+            length: Tokens of the rows it was trained on; the longest train length of its task by default.
+            rows: Rows of that length, of the valid split, from which thresholds are found.
+            keeps: Share of its state that a channel must keep over that length to be filtered.
+            outliers: Quantile at which step sizes are cut before that is decided.
+            out: Folder of the new run; RUN/long-CONTEXT by default.
+        """
+        from recallax.train.calibrate import Calibration, calibrate_run
+
+        wanted = Calibration(context=context, length=length, rows=rows, keeps=keeps, outliers=outliers)
+        folder, told = calibrate_run(run, wanted, out)
+        print("\n".join(told))
+        print(f"run: {folder}\nevaluate: recallax eval {folder}")
+        return 0
+
+    return _guarded(lambda: tyro.cli(calibrate, args=arguments, prog="recallax calibrate"))
+
+
 def _sweep(arguments: list[str]) -> int:
     import tyro
 
     def run(
-        file: tyro.conf.Positional[Path], out: Path | None = None, workers: int | None = None, retries: int = 1
+        file: tyro.conf.Positional[Path],
+        out: Path | None = None,
+        backend: Literal["local", "ray", "slurm"] = "local",
+        workers: int | None = None,
+        retries: int = 1,
+        vmap_seeds: int = 1,
+        address: str | None = None,
+        cpus: int | None = None,
+        gpus: float | None = None,
+        memory: float | None = None,
+        partition: str | None = None,
+        minutes: int | None = None,
+        extra: tuple[str, ...] = (),
     ) -> int:
         """Train what a Python file asks for, a run folder each, and list what they came to.
 
@@ -300,14 +353,33 @@ def _sweep(arguments: list[str]) -> int:
         Args:
             file: Python file with `STAGES`, functions from rows to cells (`recallax/train/sweep.py`).
             out: Folder of the runs and of results.jsonl; runs/FOLDER-OF-THE-FILE by default.
-            workers: Runs at a time; one per accelerator, or one per core.
-            retries: Times that a run which failed is tried again.
+            backend: Processes of this machine, tasks of a Ray cluster, or jobs of SLURM; a cluster shares OUT.
+            workers: Runs at a time: one per accelerator, or one per core; on a cluster, 64 of them in its queue.
+            retries: Times that a run which failed is tried again; one that was asked to stop has not failed.
+            vmap_seeds: Seeds of one config that one process trains at once on one device, under jax.vmap.
+            address: Of ray: the cluster; RAY_ADDRESS, or else one that is started here, by default.
+            cpus: Of ray and slurm: cores of each run; 1 by default.
+            gpus: Of ray and slurm: accelerators of each run; on ray 1 by default if there is one, on slurm 0.
+            memory: Of slurm: GiB of each run.
+            partition: Of slurm: where jobs queue.
+            minutes: Of slurm: wall time, after which a run saves and queues again; 60 by default.
+            extra: Of slurm: further options of sbatch, as in `--extra account=ours constraint=h100`.
         """
-        from recallax.train.backend import Local
+        from recallax.train.backends import Asked, backend_of
         from recallax.train.sweep import sweep
 
         folder = out or Path("runs") / file.absolute().parent.name
-        failed = sweep(file, folder, Local(workers), retries=retries)
+        asked = Asked(
+            address=address,
+            cpus=cpus,
+            gpus=gpus,
+            memory=memory,
+            partition=partition,
+            minutes=minutes,
+            extra=extra or None,
+        )
+        with contextlib.closing(backend_of(backend, workers, asked, folder)) as chosen:
+            failed = sweep(file, folder, chosen, retries=retries, together=vmap_seeds)
         print(f"rows: {folder / 'results.jsonl'}")
         return min(failed, 1)
 
@@ -439,6 +511,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": _generate,
     "corpus": _corpus,
     "tokenizer": _tokenizer,
+    "calibrate": _calibrate,
     "sweep": _sweep,
     "export": _export,
     "import": _import,

@@ -19,8 +19,11 @@ from recallax.layers import (
     Identity,
     Mamba2,
     MixerConfig,
+    MoM,
     NeuralMemory,
     Nothing,
+    Parallel,
+    Prefix,
     ReLUSquared,
     Site,
     SlidingWindow,
@@ -320,6 +323,40 @@ def test_the_floors_of_hgrn2_rise_over_its_layers_and_are_learned():
     for other in slopes.values():
         assert np.abs(other).max() > 0
         np.testing.assert_allclose(other, slopes["h w h h w h"], atol=1e-5)
+
+
+def test_the_floors_of_hgrn2_reach_into_other_mixers():
+    """A path of `Parallel`, a memory of MoM, a second reading, and two paths of one layer, which share its floor."""
+    memory = HGRN2(heads=2)
+    mixers = {
+        "alone": memory,
+        "beside": Parallel(ssm=memory, attention=SlidingWindow(window=3)),
+        "mixed": MoM(memory=memory, num_memories=2, top_k=1),
+        "read": Prefix(memory=memory),
+        "twice": Parallel(ssm=memory, attention=memory),
+    }
+    blocks = {name: Block(mixer=mixer, channel=Identity()) for name, mixer in mixers.items()}
+    built = model("alone (beside mixed)*2 read twice", blocks).build(nnx.Rngs(0))
+    assert built.floors is not None
+    logits = jax.random.normal(jax.random.key(1), built.floors.logits.shape)
+    built.floors.logits[...] = logits
+    shares = jax.nn.softmax(logits, axis=0)
+    floors = np.asarray(jnp.cumsum(shares, axis=0) - shares[:1])
+    assert floors.shape == (7, 8)
+    graph, state = nnx.split(built)
+
+    def run(state):
+        whole = nnx.merge(graph, state)
+        whole(TOKENS, whole_rows(2, 9))
+        return nnx.state(whole, Statistic)
+
+    statistics = nnx.to_flat_state(jax.jit(run)(state))
+    found = [(path[2:], np.asarray(leaf[...])) for path, leaf in statistics if path[-1] == "floor"]
+    layers = {(0,): [0], (1, "body", "parts", 0): [1, 3], (1, "body", "parts", 1): [2, 4], (2,): [5], (3,): [6]}
+    assert len(found) == 6
+    for path, floor in found:
+        (rows,) = [rows for start, rows in layers.items() if path[: len(start)] == start]
+        np.testing.assert_allclose(floor.reshape(-1, 8), floors[rows], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", config_names())

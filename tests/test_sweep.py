@@ -1,14 +1,21 @@
 """Sweeps: every cell a run, and none of them lost."""
 
+import json
 import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from recallax.__main__ import main
 from recallax.config import ConfigError
-from recallax.train.backend import Local, accelerators
-from recallax.train.sweep import further_rates, rows_of, stages_of
+from recallax.train.backend import Backend, Local, accelerators
+from recallax.train.log import cores
+from recallax.train.sweep import further_rates, rows_of, stages_of, sweep
 
 FILE = """
 import os
@@ -51,7 +58,9 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_cell_becomes_a_run_and_a_row(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_cell_becomes_a_run_and_a_row(
+    file: Path, tmp_path: Path, compiled: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "runs"
     assert main(["sweep", str(file), "--out", str(out), "--workers", "1"]) == 0
     rows = rows_of(out)
@@ -72,7 +81,7 @@ def test_every_cell_becomes_a_run_and_a_row(file: Path, tmp_path: Path, capsys: 
 
 
 def test_what_fails_takes_nothing_with_it_and_is_tried_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, compiled: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A process that is killed at once, as by the system when memory ends."""
     file, out = tmp_path / "sweep.py", tmp_path / "runs"
@@ -86,9 +95,48 @@ def test_what_fails_takes_nothing_with_it_and_is_tried_again(
     assert sorted(row["lr"] for row in rows_of(out).values()) == [0.01, 0.5]
 
 
-def test_a_file_without_stages_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class Interrupting(Backend):
+    """Runs are stopped by another, three times, and then finish."""
+
+    workers = 1
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def run(self, arguments: list[str], log: Path) -> int:
+        _, out, _, name = arguments
+        self.calls += 1
+        if self.calls <= 3:
+            return os.EX_TEMPFAIL
+        (Path(out) / name).mkdir()
+        (Path(out) / name / "row.json").write_text(json.dumps({"config": name, "valid": {"accuracy": 0.5}, "lr": 0}))
+        return 0
+
+    def stop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_run_that_was_stopped_has_not_failed(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text(file.read_text().replace("(0.01, 0.02)", "(0.01,)").replace("(grid, further)", "(grid,)"))
+    backend = Interrupting()
+    assert sweep(file, tmp_path / "runs", backend, retries=0) == 0 and backend.calls == 4
+    told = capsys.readouterr().out
+    assert told.count("lr 0.01: stopped, and will go on") == 3 and "failed" not in told
+
+
+def test_a_file_without_stages_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="there is no sweep at"):
         stages_of(tmp_path / "none.py")
+    (tmp_path / "later_part.py").write_text("CELLS = []")
+    (tmp_path / "later.py").write_text(
+        "def stage(rows):\n    import later_part\n    return later_part.CELLS\nSTAGES = [stage]"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert [stage([]) for stage in stages_of(Path("later.py"))] == [[]], "imported when the stage runs"
     (tmp_path / "empty.py").write_text("CELLS = []")
     assert main(["sweep", str(tmp_path / "empty.py")]) == 2
     assert "has no STAGES" in capsys.readouterr().err
@@ -115,7 +163,22 @@ def test_cores_and_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(ConfigError, match="2 accelerators"):
         Local(3)
     backend, log = Local(1), tmp_path / "log"
-    assert backend.run(["sh", "-c", "echo $CUDA_VISIBLE_DEVICES; exit 3"], log) == 3
+    assert backend.execute(["sh", "-c", "echo $CUDA_VISIBLE_DEVICES; exit 3"], log) == 3
     assert log.read_text() == "2\n"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert accelerators() == [] and Local(1).workers == 1
+    assert accelerators() == [] and Local(1).workers == 1 and Local().workers == cores()
+    for workers in (0, -1):
+        with pytest.raises(ConfigError, match=f"workers is {workers}; it must be at least 1"):
+            Local(workers)
+
+
+def test_nothing_starts_after_a_stop(tmp_path: Path) -> None:
+    backend, log = Local(1), tmp_path / "log"
+    with ThreadPoolExecutor(1) as pool:
+        status = pool.submit(backend.execute, ["sh", "-c", "echo begun; exec sleep 60"], log)
+        while not (log.exists() and log.read_text()):
+            time.sleep(0.01)
+        backend.stop()
+        assert status.result(timeout=10) == -signal.SIGTERM
+    assert backend.execute(["sh", "-c", "echo again"], log) == os.EX_TEMPFAIL
+    assert log.read_text() == "begun\n"

@@ -245,7 +245,7 @@ def test_one_compiled_step_with_donated_buffers(program: Program) -> None:
         old = state
         state, _ = program.step(state, program.batch(index))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
-    assert program._step._cache_size() == 1  # type: ignore[attr-defined]
+    assert program._steps[0]._cache_size() == 1  # type: ignore[attr-defined]
 
 
 # Steps that are not finite

@@ -2,8 +2,9 @@
 
     l_i = sum_{j <= i} p_j - p_1,   p = softmax over the n layers of a learned [n, width]
 
-so the floors rise from 0 in the first layer and start at i / n. Source: Qin et al. 2024 (HGRN2, arXiv 2404.07904),
-section 3, after HGRN (arXiv 2311.04823), section 3.3.
+so the floors rise from 0 in the first layer and start at i / n. A layer has one floor, however deep inside other mixers
+its HGRN2 stands, and where it has several they share it. Source: Qin et al. 2024 (HGRN2, arXiv 2404.07904), section 3,
+after HGRN (arXiv 2311.04823), section 3.3.
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,6 @@ from recallax.config import ConfigError
 from recallax.layers.base import Statistic
 from recallax.layers.dense import parameter
 from recallax.layers.hgrn2 import HGRN2Cell
-from recallax.layers.memory import MemoryMixer
-from recallax.layers.mom import MoMMixer
 from recallax.models.placement import Path, Place
 from recallax.types import Precision
 
@@ -27,9 +26,9 @@ class Floors(nnx.Module):
     """The learned floors of a model's HGRN2 layers; `places` are all its layers, in order."""
 
     def __init__(self, model: nnx.Module, places: Sequence[Place], *, precision: Precision):
-        found = [(place, cell_at(model, place.path)) for place in places]
-        self.places = tuple(place for place, cell in found if cell is not None)
-        widths = {cell.floor[...].shape[-1] for _, cell in found if cell is not None}
+        found = [(place, cells_at(model, place.path)) for place in places]
+        self.places = tuple(place for place, cells in found if cells)
+        widths = {cell.floor[...].shape[-1] for _, cells in found for cell in cells}
         if len(widths) > 1:
             raise ConfigError(
                 f"the HGRN2 layers of a model share their floors; their widths {sorted(widths)} must be equal"
@@ -42,15 +41,13 @@ class Floors(nnx.Module):
         floors = jnp.cumsum(shares, axis=0) - shares[:1]
         for path in dict.fromkeys(place.path for place in self.places):
             rows = [number for number, place in enumerate(self.places) if place.path == path]
-            cell = cell_at(model, path)
-            assert cell is not None
-            cell.floor = Statistic(floors[jnp.array(rows)].reshape(cell.floor[...].shape))
+            for cell in cells_at(model, path):
+                cell.floor = Statistic(floors[jnp.array(rows)].reshape(cell.floor[...].shape))
 
 
-def cell_at(model: nnx.Module, path: Path) -> HGRN2Cell | None:
-    """The HGRN2 cell of the layer at this path, if it has one."""
+def cells_at(model: nnx.Module, path: Path) -> list[HGRN2Cell]:
+    """The HGRN2 cells of the layer at this path."""
     module: Any = model
     for name in path:
         module = module[name] if isinstance(name, int) else getattr(module, name)
-    mixer = module.mixer
-    return mixer.cell if isinstance(mixer, MemoryMixer | MoMMixer) and isinstance(mixer.cell, HGRN2Cell) else None
+    return [node for _, node in nnx.iter_graph(module) if isinstance(node, HGRN2Cell)]

@@ -13,7 +13,7 @@ from recallax.layers.base import State
 from recallax.layers.dense import parameter
 from recallax.layers.norm import RMSNorm
 from recallax.models.block import Block, drop
-from recallax.models.coupling import Floors, cell_at
+from recallax.models.coupling import Floors, cells_at
 from recallax.models.landmarks import Landmarks, dropped
 from recallax.models.pattern import flatten, parse
 from recallax.models.placement import layer_places
@@ -99,7 +99,7 @@ class LM(nnx.Module):
         )
         self.stack = Stack(terms, plan, 0)
         places = layer_places(terms)
-        coupled = any(cell_at(self, place.path) is not None for place in places)
+        coupled = any(cells_at(self, place.path) for place in places)
         self.floors = Floors(self, places, precision=precision) if coupled else None
         self.norm = RMSNorm(width, precision=precision, eps=config.norm_eps)
         self.readout = config.readout.build(width, vocab_size, precision=precision, rngs=rngs)

@@ -1,4 +1,4 @@
-"""Thresholds for LongMamba's filters, from rows of the training length.
+"""LongMamba around a trained model's mixers, and thresholds for its filters from rows of the training length.
 
     global   a channel over which a row of L tokens decays by no less than `keeps`:  exp(-rate sum_t dt_t) > keeps
     g        for context S: the sorted steps of the L tokens, stretched to S; the step at the rank at which their sum
@@ -11,8 +11,8 @@ Source: LongMamba (arXiv 2504.16053), section 4, and its settings for Mamba-2 (k
 """
 
 import functools
-from dataclasses import fields
-from typing import Any
+from dataclasses import fields, replace
+from typing import Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,40 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from recallax.config import Config, ConfigError
-from recallax.layers import LongMamba
+from recallax.layers import DiagonalSSM, LongMamba, Mamba2, MixerConfig
 from recallax.layers.base import Statistic
 from recallax.layers.step_filter import Filtered, StepFilter
 from recallax.models.lm import LM, LMConfig
 from recallax.models.pattern import parse
 from recallax.models.placement import layer_places
 from recallax.types import SeqInfo, whole_rows
+
+
+def lengthened(config: LMConfig, trained: int, context: int) -> LMConfig:
+    """The model with LongMamba around each state-space model that has step sizes, also inside other mixers.
+
+    Parameters keep their names. Raises ConfigError where the pattern has none.
+    """
+    blocks = {
+        name: replace(block, **{part: _around(getattr(block, part), trained, context) for part in ("mixer", "channel")})
+        for name, block in config.blocks.items()
+    }
+    if not any(_long(blocks[name]) for name in config.layers):
+        raise ConfigError(
+            f"none of the layers {sorted(set(config.layers))} has step sizes that LongMamba could filter; the model "
+            "needs Mamba2 or DiagonalSSM, alone or as a path of Parallel"
+        )
+    return replace(config, blocks=blocks)
+
+
+def _around(mixer: MixerConfig, trained: int, context: int) -> MixerConfig:
+    if isinstance(mixer, LongMamba):
+        return replace(mixer, trained=trained, context=context)
+    if isinstance(mixer, Mamba2 | DiagonalSSM):
+        return LongMamba(mixer=mixer, trained=trained, context=context)
+    hints = get_type_hints(type(mixer))
+    parts = [name for name in vars(mixer) if hints.get(name) is MixerConfig]
+    return replace(mixer, **{name: _around(getattr(mixer, name), trained, context) for name in parts})  # type: ignore
 
 
 class Recorder(StepFilter):

@@ -1,27 +1,56 @@
-"""Where the processes of a sweep run."""
+"""Where the runs of a sweep are trained: on this machine here; on Ray and SLURM in the files beside this one."""
 
 import abc
 import os
 import subprocess
+import sys
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
 
 from recallax.config import ConfigError
+from recallax.train.log import cores
+
+IN_FLIGHT = 64
+"""Runs that a sweep has in the queue of a cluster at a time."""
 
 
 class Backend(abc.ABC):
-    """Runs commands, `workers` at a time: `run` is called from as many threads."""
+    """Trains cells, `workers` at a time: `run` is called from as many threads."""
 
     workers: int
 
     @abc.abstractmethod
-    def run(self, command: list[str], log: Path) -> int:
-        """Wait for a command, whose output is appended to `log`; its exit status."""
+    def run(self, arguments: list[str], log: Path) -> int:
+        """Wait for `sweep_cell` with these arguments, whose output is appended to `log`; its exit status.
+
+        `os.EX_TEMPFAIL` is that of a run which was asked to stop, saved, and can go on.
+        """
 
     @abc.abstractmethod
     def stop(self) -> None:
-        """Ask what is running to end."""
+        """Ask what is running to end, and start nothing more: `run` then gives `os.EX_TEMPFAIL`."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Let go of the cluster; nothing is running any more."""
+
+
+def command_of(arguments: list[str]) -> list[str]:
+    """`sweep_cell` as a process of its own."""
+    return [sys.executable, "-m", "recallax.train.sweep_cell", *arguments]
+
+
+def threads(share: int) -> dict[str, str]:
+    """The environment of a process that computes on so many cores."""
+    return dict.fromkeys(("PJRT_NPROC", "NPROC", "OMP_NUM_THREADS"), str(share))
+
+
+def in_flight(workers: int | None) -> int:
+    """How many runs a sweep has in a cluster's queue. Raises ConfigError for a number that trains nothing."""
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers is {workers}; it must be at least 1, or left out for {IN_FLIGHT} in the queue")
+    return IN_FLIGHT if workers is None else workers
 
 
 class Local(Backend):
@@ -29,34 +58,32 @@ class Local(Backend):
 
     def __init__(self, workers: int | None = None):
         devices = accelerators()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.workers = workers or len(devices) or cores
-        if self.workers < 1:
-            raise ConfigError(f"workers is {workers}; it must be at least 1")
+        if workers is not None and workers < 1:
+            raise ConfigError(f"workers is {workers}; it must be at least 1, or left out for one per device or core")
+        self.workers = (len(devices) or cores()) if workers is None else workers
         if devices and self.workers > len(devices):
             raise ConfigError(
                 f"workers is {workers}; there are {len(devices)} accelerators, and each takes one process"
             )
-        share = str(max(1, cores // self.workers))
-        self._environment = {**os.environ, "PJRT_NPROC": share, "NPROC": share, "OMP_NUM_THREADS": share}
+        self._environment = {**os.environ, **threads(max(1, cores() // self.workers))}
         self._slots: SimpleQueue[str | None] = SimpleQueue()
         for slot in range(self.workers):
             self._slots.put(devices[slot] if devices else None)
         self._running: set[subprocess.Popen] = set()
+        self._stopped = False
         self._lock = Lock()
 
-    def run(self, command: list[str], log: Path) -> int:
+    def run(self, arguments: list[str], log: Path) -> int:
+        return self.execute(command_of(arguments), log)
+
+    def execute(self, command: list[str], log: Path) -> int:
+        """Wait for any command, on a device of its own; its exit status."""
         device = self._slots.get()
-        environment = self._environment | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         try:
-            with log.open("a") as file:
-                # In a session of its own, or Ctrl-C would be a first signal and `stop` the second, which ends at once.
-                process = subprocess.Popen(
-                    command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-                )
-                with self._lock:
-                    self._running.add(process)
-                status = process.wait()
+            process = self._start(command, log, device)
+            if process is None:
+                return os.EX_TEMPFAIL
+            status = process.wait()
         finally:
             self._slots.put(device)
         with self._lock:
@@ -65,8 +92,25 @@ class Local(Backend):
 
     def stop(self) -> None:
         with self._lock:
+            self._stopped = True
             for process in self._running:
                 process.terminate()  # a run saves where it stands
+
+    def close(self) -> None:
+        pass
+
+    def _start(self, command: list[str], log: Path, device: str | None) -> subprocess.Popen | None:
+        """None after `stop`, which must see every process that there is."""
+        environment = self._environment | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
+        with self._lock, log.open("a") as file:
+            if self._stopped:
+                return None
+            # In a session of its own, or Ctrl-C would be a first signal and `stop` the second, which ends at once.
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+            self._running.add(process)
+            return process
 
 
 def accelerators() -> list[str]:

@@ -149,7 +149,7 @@ def environment() -> dict[str, str | int]:
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
-        "cpus": _cores(),
+        "cpus": cores(),
         "jax": jax.__version__,
         "jaxlib": importlib.metadata.version("jaxlib"),
         "recallax": __version__,
@@ -177,7 +177,7 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
 
-def _cores() -> int:
+def cores() -> int:
     """Cores this process may use: pinning a run to fewer changes its bits, though the machine has more."""
     try:
         return len(os.sched_getaffinity(0))

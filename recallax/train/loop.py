@@ -18,6 +18,7 @@ from recallax.config import ConfigError, fingerprint, from_json, to_json
 from recallax.models import accounting
 from recallax.tasks.base import Split, Task
 from recallax.train.checkpoint import CheckpointError, Checkpoints, Restored
+from recallax.train.curriculum import START, Course, Standing, standing_from_json
 from recallax.train.log import RunLog, read_log
 from recallax.train.profile import Profile, peak_flops, step_flops
 from recallax.train.program import Program
@@ -42,7 +43,9 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
     Raises what the checks of folder, checkpoint and config raise; NonFiniteError; Interrupted after SIGINT or SIGTERM.
     """
     process = jax.process_index()
-    program, data = Program(config), config.task.data()  # first: a config that cannot run claims no folder
+    program = Program(config)  # first: a config that cannot run claims no folder
+    program.check_stages()
+    data = config.task.data()
     with (
         _open(folder, config, process) as run,
         Checkpoints(run.checkpoints, config.train.keep) as checkpoints,
@@ -63,28 +66,42 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
         log.truncate(start if restored else -1)
         log.start(start, describe(config, name))
         logged = _evaluations(run.log_file) if process == 0 else set()
+        course = Course(config.curriculum, _standing(config, restored))
         if restored:
             display.note(f"resuming at step {start} of {config.train.steps}")
+        elif config.curriculum is not None:
+            _tell(course, 0, "the run begins", log, display)
 
         def save(state: TrainState) -> None:
             if int(state.step) not in checkpoints.steps():
                 meta = {"config": to_json(config), "fingerprint": fingerprint(config), "data": data}
-                checkpoints.save(int(state.step), state, meta)
+                more = {} if config.curriculum is None else {"curriculum": course.standing.to_json()}
+                checkpoints.save(int(state.step), state, meta | more)
 
         trace = Profile(folder / "profile", config.train.steps - start) if profile else None
-        meter = _Meter(program, log, display, trace)
+        meter = _Meter(program, course, log, display, trace)
         stack.callback(meter.close)
         display.compiling("the training step")
-        for index, batch in _prefetch(program, start, config.train.steps):
+        for index, batch in _prefetch(program, course, start, config.train.steps):
             meter.before(index - start)
-            state, report = program.step(state, batch)
+            state, report = program.step(state, batch, course.standing)
             meter.add(report, batch)
             done = index + 1
-            if done % config.train.log_every == 0 or done == config.train.steps:
+            due = done % config.train.log_every == 0 or done == config.train.steps
+            if due:
                 meter.write(done, state)
-            if done % config.evaluate.every == 0 and done < config.train.steps:
-                _evaluate(program, state, "valid", log, logged, display)
+            evaluated = done % config.evaluate.every == 0 and done < config.train.steps
+            if evaluated:
+                metrics = _evaluate(program, state, "valid", log, logged, display)
+                if course.asks:
+                    own = course.stage.task is not None
+                    course.see(program.evaluate(state, "valid", stage=course.standing.stage) if own else metrics)
                 meter.restart()
+            if (reason := course.ends(done, evaluated)) is not None:
+                if not due:
+                    meter.write(done, state)  # no row tells of two stages
+                course.move(done)
+                _tell(course, done, reason, log, display)
             if done % config.train.save_every == 0 or done == config.train.steps:
                 save(state)
                 meter.restart()
@@ -95,6 +112,27 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
         meter.close()
         _evaluate(program, state, "valid", log, logged, display)
         return _evaluate(program, state, "test", log, logged, display)
+
+
+def _standing(config: RunConfig, restored: Restored | None) -> Standing:
+    """Where in its curriculum a checkpoint left a run."""
+    if config.curriculum is None or restored is None:
+        return START
+    if "curriculum" in restored.meta:
+        return standing_from_json(restored.meta["curriculum"])
+    if restored.step == 0:
+        return START  # an imported model
+    raise CheckpointError(
+        f"the checkpoint of step {restored.step} does not say in which stage of the curriculum it was written; "
+        "train the config in a new folder"
+    )
+
+
+def _tell(course: Course, step: int, reason: str, log: RunLog, display: Progress) -> None:
+    """Say that a stage begins."""
+    row = {"event": "stage", "stage": course.standing.stage, "name": course.stage.name, "reason": reason}
+    log.write("event", step, row)
+    display.note(f"step {step}: the stage {course.stage.name!r} begins ({reason})")
 
 
 def describe(config: RunConfig, name: str) -> dict[str, Any]:
@@ -171,22 +209,29 @@ def _evaluate(
     return metrics
 
 
-def _prefetch(program: Program, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
-    """Train batches in order; the next one is made while the device works on this one."""
+def _prefetch(program: Program, course: Course, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
+    """Train batches in order; the next one is made while the device works on this one.
+
+    Where a stage begins, what was made ahead for the one before is dropped.
+    """
     with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(program.batch, start)
+        stage = course.standing.stage
+        pending = pool.submit(program.batch, start, stage)
         for index in range(start, stop):
+            if course.standing.stage != stage:
+                stage = course.standing.stage
+                pending = pool.submit(program.batch, index, stage)
             batch = pending.result()
             if index + 1 < stop:
-                pending = pool.submit(program.batch, index + 1)
+                pending = pool.submit(program.batch, index + 1, stage)
             yield index, batch
 
 
 class _Meter:
     """Collects what steps report, without waiting for the device until a row is due."""
 
-    def __init__(self, program: Program, log: RunLog, display: Progress, profile: Profile | None):
-        self._program, self._log, self._display = program, log, display
+    def __init__(self, program: Program, course: Course, log: RunLog, display: Progress, profile: Profile | None):
+        self._program, self._course, self._log, self._display = program, course, log, display
         self._profile = profile
         self._peak = None if profile is None else peak_flops()
         self.restart()
@@ -205,7 +250,8 @@ class _Meter:
         self._reports.append(report)
         self._tokens += batch.tokens.size
         if self._peak is not None:
-            self._flops += step_flops(self._program.config, batch.tokens.shape[1])
+            lesson = self._program.lessons[self._course.standing.stage]
+            self._flops += step_flops(lesson.config, batch.tokens.shape[1])
 
     def write(self, step: int, state: TrainState) -> None:
         """One row for the steps since the last; raises NonFiniteError if the state is frozen."""
@@ -221,6 +267,9 @@ class _Meter:
             for name in good[0].terms:
                 total, weight = (sum(r.terms[name][i] for r in good) for i in (0, 1))
                 values[f"term/{name}"] = total / weight
+        if self._program.config.curriculum is not None:
+            values["stage"] = self._course.standing.stage
+            values |= {f"ramp/{gate}": value for gate, value in self._course.ramps(step).items()}
         speed = self._tokens / seconds
         values |= {"tokens_per_second": speed, "skipped": int(state.skipped)}
         if self._peak is not None:

@@ -1,9 +1,12 @@
 """AdamW with warm-up, cosine decay and clipping; weight decay, rates and sparse rows by the parameters' own tags."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array, Int
 
 from recallax.train.run import RunConfig
 
@@ -17,13 +20,24 @@ def schedule(config: RunConfig) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, optim.lr, warmup, max(steps, warmup + 1), optim.lr * optim.final)
 
 
-def make_optimizer(config: RunConfig, params: nnx.State) -> optax.GradientTransformation:
-    """The transformation for parameters held as plain dicts; `params` only gives their tags."""
+def make_optimizer(config: RunConfig, params: nnx.State, trains: dict | None = None) -> optax.GradientTransformation:
+    """The transformation for parameters held as plain dicts; `params` only gives their tags.
+
+    trains: in a stage of a curriculum, a bool per parameter. The state has the same form in all stages.
+    """
     optim = config.optim
     mask = tags(params, lambda p: p.get_metadata()["decay"] and len(p.get_metadata()["axes"]) >= 2)
-    adam = optax.adamw(
-        schedule(config), b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, mask=mask
-    )
+    if trains is None:
+        adam = optax.adamw(
+            schedule(config), b1=optim.b1, b2=optim.b2, eps=optim.eps, weight_decay=optim.weight_decay, mask=mask
+        )
+    else:
+        mask = jax.tree.map(lambda decays, on: decays and on, mask, trains)
+        adam = optax.chain(
+            each_adam(trains, optim.b1, optim.b2, optim.eps),
+            optax.add_decayed_weights(optim.weight_decay, mask),
+            optax.scale_by_learning_rate(schedule(config)),
+        )
     sparse, rates = (tags(params, lambda p, name=name: p.get_metadata()[name]) for name in ("sparse", "lr"))
     if any(jax.tree.leaves(sparse)):
         adam = by_rows(adam, sparse)
@@ -31,6 +45,41 @@ def make_optimizer(config: RunConfig, params: nnx.State) -> optax.GradientTransf
     if any(rate != 1.0 for rate in jax.tree.leaves(rates)):
         parts.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, rate: u * rate, updates, rates)))
     return optax.chain(*parts)
+
+
+class EachAdam(NamedTuple):
+    """Adam's state with a count of its own for every parameter, in `jax.tree` order."""
+
+    counts: Int[Array, " P"]
+    mu: dict
+    nu: dict
+
+
+def each_adam(trains: dict, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam without its rate, where parameters that do not train keep their moments and do not count the step.
+
+    So the first update of a parameter that wakes late is corrected as any first update is: with a count for all, it
+    would be (1 - b1) / sqrt(1 - b2) times as large, .45 at b2 = .95 and 3.2 at .999. PyTorch counts this way too.
+    """
+    inner = optax.scale_by_adam(b1, b2, eps)
+
+    def init(params) -> EachAdam:
+        zeros = [jax.tree.map(jnp.zeros_like, params) for _ in ("mu", "nu")]
+        return EachAdam(jnp.zeros(len(jax.tree.leaves(params)), jnp.int32), *zeros)
+
+    def update(updates, state, params=None):
+        on, tree = jax.tree.flatten(trains)
+        leaves = (jax.tree.leaves(part) for part in (updates, state.mu, state.nu))
+        moved, mu, nu = [], [], []
+        for trained, grad, m, v, count in zip(on, *leaves, state.counts, strict=True):
+            if trained:
+                found: Any = inner.update(grad, optax.ScaleByAdamState(count, m, v))
+                grad, (_, m, v) = found
+            moved, mu, nu = [*moved, grad], [*mu, m], [*nu, v]
+        counts = state.counts + jnp.array(on, jnp.int32)
+        return tree.unflatten(moved), EachAdam(counts, tree.unflatten(mu), tree.unflatten(nu))
+
+    return optax.GradientTransformation(init, update)
 
 
 def by_rows(inner: optax.GradientTransformation, sparse: dict) -> optax.GradientTransformation:

@@ -9,6 +9,7 @@ import recallax.tasks  # noqa: F401  reading a config from JSON needs every conf
 from recallax.config import Config, ConfigError, added
 from recallax.models.lm import LMConfig
 from recallax.tasks.base import Task
+from recallax.train.curriculum import Curriculum
 
 
 def _require(owner: str, config: Config, names: str, holds: Callable[[float], bool], rule: str) -> None:
@@ -101,6 +102,12 @@ class RunConfig(Config):
     optim: AdamW = AdamW()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    curriculum: Curriculum | None = added(None)
+    """Stages; None trains everything on the task from the first step."""
+
+    def __post_init__(self) -> None:
+        if self.curriculum is not None:
+            self.curriculum.check(self.task, self.train.steps, self.evaluate.every)
 
 
 def tiny(config: RunConfig, *, task: Task | None = None, model: LMConfig | None = None) -> RunConfig:

@@ -5,6 +5,7 @@ import json
 from recallax.config import fingerprint, to_json
 from recallax.models import accounting
 from recallax.train.run import RunConfig
+from recallax.train.stages import describe_stages
 
 CONTEXTS = (256, 1024, 4096, 16_384)
 """Tokens at which state bytes and FLOPs are given besides the task's own lengths."""
@@ -30,6 +31,8 @@ def show(name: str, config: RunConfig) -> str:
         "",
         f"{'context':>12}  {'state bytes':>14}  {'FLOPs per token':>16}",
     ]
+    if config.curriculum is not None:
+        lines[-2:-2] = ["", "curriculum", *describe_stages(config, config.curriculum)]
     for context in contexts:
         held, spent = accounting.state_bytes(model, context, vocab), accounting.forward_flops(model, context, vocab)
         lines.append(f"{context:>12,}  {held:>14,}  {spent / context:>16,.0f}")

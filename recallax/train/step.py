@@ -19,6 +19,7 @@ from recallax.models.readout import Projection
 from recallax.pallas_kernels.linear_cross_entropy import Scores, linear_cross_entropy
 from recallax.tasks.base import Split, Task
 from recallax.train.run import RunConfig
+from recallax.train.stages import Part
 from recallax.types import DIAGNOSTIC, Batch, Mean
 
 MAX_STREAK = 10
@@ -100,12 +101,16 @@ def score(
 
 
 def make_step(
-    config: RunConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepReport]]:
-    """The step function, to be compiled with its state donated."""
+    config: RunConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, part: Part | None = None
+) -> Callable[..., tuple[TrainState, StepReport]]:
+    """The step function of a state and a batch, to be compiled with its state donated.
+
+    part: what trains in a stage of a curriculum; the step at which the stage began is then a third argument.
+    """
     task, parts = config.task, config.train.accumulate
 
     def objective(params: dict, statistics: dict, batch: Batch, key: PRNGKeyArray, totals: dict[str, Array]):
+        params = params if part is None else part.differentiated(params)
         at, targets, weights, term, _ = labelled(task, "train", batch)
         projection, aux, statistics = predict(graph, params, statistics, batch, at, key)
         coefficients = config.train.loss_weights
@@ -154,9 +159,18 @@ def make_step(
         return loss, {n: Mean(t, weights[n][0]) for n, t in terms.items()}, accuracy, statistics, grads
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
-        loss, terms, accuracy, statistics, grads = gradient(state, batch)
-        updates, moments = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
+        return taken(state, state.params, batch)
+
+    def staged(state: TrainState, batch: Batch, begin: Int[Array, ""]) -> tuple[TrainState, StepReport]:
+        assert part is not None
+        return taken(state, part.ramped(state.params, state.step - begin), batch)
+
+    def taken(state: TrainState, held: dict, batch: Batch) -> tuple[TrainState, StepReport]:
+        """The state after a step that is taken from the parameters `held`."""
+        loss, terms, accuracy, statistics, grads = gradient(state._replace(params=held), batch)
+        updates, moments = optimizer.update(grads, state.optimizer, held)
+        params = optax.apply_updates(held, updates)
+        params = params if part is None else part.chosen(params, held)
         norm = optax.tree.norm(grads)
         pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True)
         leaves = [jnp.isfinite(grad).all() & jnp.isfinite(leaf).all() for grad, leaf in pairs]
@@ -176,4 +190,4 @@ def make_step(
         )
         return after, StepReport(loss, terms, accuracy, norm, finite)
 
-    return step
+    return step if part is None else staged

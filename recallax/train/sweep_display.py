@@ -1,6 +1,7 @@
 """How far a sweep is: a live table on a terminal, a line per event elsewhere."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -46,11 +47,12 @@ class SweepDisplay:
         text = printable(" ".join(f"{key} {value}" for key, value in labels.items()))
         self._running[name] = (text, steps, time.monotonic())
 
-    def ended(self, name: str, row: Mapping[str, Any] | None) -> None:
-        """A cell ended, with its row or in failure."""
+    def ended(self, name: str, status: int, row: Mapping[str, Any] | None) -> None:
+        """A cell ended, with its row, stopped by another, or in failure."""
         text, _, begun = self._running.pop(name)
         self._count += 1
-        told = "failed" if row is None else f"valid accuracy {row['valid']['accuracy']:.4f}"
+        without = "stopped, and will go on" if status == os.EX_TEMPFAIL else "failed"
+        told = without if row is None else f"valid accuracy {row['valid']['accuracy']:.4f}"
         told += f" in {time.monotonic() - begun:.0f} s"
         self._ended.append((text, told))
         self.note(f"[{self._count}/{self._total}] {text}: {told}")
@@ -71,13 +73,16 @@ class SweepDisplay:
         table = rich.table.Table("run", "step", "accuracy", "seconds", title=f"{self._count} of {self._total} ended")
         for name, (text, steps, begun) in list(self._running.items()):
             step, accuracy = self._newest(name)
-            table.add_row(text, f"{step}/{steps}", accuracy, f"{time.monotonic() - begun:.0f}")
+            place = "waiting" if step is None else f"{step}/{steps}"
+            table.add_row(text, place, accuracy, f"{time.monotonic() - begun:.0f}")
         self._live.update(table)
 
-    def _newest(self, name: str) -> tuple[int, str]:
-        """Step and accuracy of the last whole train row of a log."""
+    def _newest(self, name: str) -> tuple[int | None, str]:
+        """Step and accuracy of the last whole train row of a log; no step before there is a log."""
         path = self._out / name / "log.jsonl"
-        for line in reversed(path.read_text().splitlines() if path.exists() else []):
+        if not path.exists():
+            return None, ""
+        for line in reversed(path.read_text().splitlines()):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

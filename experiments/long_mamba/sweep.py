@@ -1,0 +1,74 @@
+"""Does LongMamba let a state-space model that was trained on 32 tokens read 2, 4, 8 and 16 times as many?
+
+Two layers of width 32 on induction heads (8 symbols: one token to remember, among noise) and on MQAR of two pairs whose
+queries stand anywhere behind them. Every trained model is evaluated at each length as it is and with filters that are
+calibrated for that length, at the share that the paper has for Mamba-2 and at the one it has for Mamba.
+"""
+
+from dataclasses import replace
+
+from experiments.cell import Cell, Row, Stage
+from recallax.layers import DiagonalSSM, Mamba2, MixerConfig, Nothing
+from recallax.models import Block, LMConfig
+from recallax.tasks import MQAR, InductionHeads, Segment, Task
+from recallax.train.calibrate import Calibration, calibrate
+from recallax.train.program import Program
+from recallax.train.run import AdamW, Evaluate, RunConfig, Train
+from recallax.train.step import TrainState
+
+LENGTH = 32
+FACTORS = (1, 2, 4, 8, 16)
+KEEPS = (0.05, 1e-30)
+MIXERS: dict[str, MixerConfig] = {
+    "Mamba-2": Mamba2(state_dim=16, head_dim=16),
+    "diagonal SSM": DiagonalSSM(longest=float(LENGTH)),
+}
+ARMS = {"induction": (tuple(MIXERS), 4e-3, 400), "two pairs": (("Mamba-2",), 8e-3, 700)}
+"""Mixers, rate and steps of each task."""
+
+
+def task(name: str, length: int) -> Task:
+    """All splits at one length."""
+    if name == "induction":
+        return InductionHeads(symbols=8, length=length, test_lengths=(length,))
+    rows = (Segment(length=length, pairs=2),)
+    return MQAR(vocab_size=32, mixture=rows, test_mixture=rows, power=1.0)
+
+
+def read_on(program: Program, state: TrainState) -> Row:
+    """Test accuracy at every length, of the model as it is and with filters, by `plain` and the share kept."""
+    config, found = program.config, {}
+    name = "induction" if isinstance(config.task, InductionHeads) else "two pairs"
+    for factor in FACTORS:
+        length = factor * LENGTH
+        longer = replace(config, task=task(name, length))
+        row = {"plain": Program(longer).evaluate(state, "test")["accuracy"]}
+        reader: Program | None = None
+        for keeps in KEEPS:
+            long, filtered, _ = calibrate(program, state, Calibration(context=length, keeps=keeps))
+            reader = reader or Program(replace(longer, model=long.config.model))
+            row[f"{keeps:g}"] = reader.evaluate(filtered, "test")["accuracy"]
+        found[str(factor)] = row
+    return {"lengths": found}
+
+
+def cells(rows: list[Row]) -> list[Cell]:
+    return [
+        Cell(
+            {"stage": "read", "task": name, "mixer": mixer, "lr": rate, "seed": seed},
+            RunConfig(
+                task=task(name, LENGTH),
+                model=LMConfig(d_model=32, pattern="m*2", blocks={"m": Block(mixer=MIXERS[mixer], channel=Nothing())}),
+                optim=AdamW(lr=rate),
+                train=Train(steps=steps, batch_size=64, seed=seed, data_seed=seed),
+                evaluate=Evaluate(batches=8),
+            ),
+            read_on,
+        )
+        for name, (mixers, rate, steps) in ARMS.items()
+        for mixer in mixers
+        for seed in (0, 1)
+    ]
+
+
+STAGES: tuple[Stage, ...] = (cells,)

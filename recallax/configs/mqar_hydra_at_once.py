@@ -1,0 +1,18 @@
+"""What do Hydra's parts recall when all of them train from the first step?
+
+The control of `mqar_hydra_staged`: the same model, rows, rate and number of steps, without stages. Expected: no
+published number; the state-space models alone guess (.19). Cost: about 10 minutes on two CPU cores.
+
+    recallax train mqar_hydra_at_once
+"""
+
+from recallax.configs.mqar_hydra_staged import at_once, at_once_tiny
+from recallax.train.run import RunConfig
+
+
+def get_config() -> RunConfig:
+    return at_once()
+
+
+def get_tiny() -> RunConfig:
+    return at_once_tiny()

@@ -1,0 +1,140 @@
+"""Does waking Hydra's parts one after the other beat all of them on from the first step?
+
+Hydra's parts at the size of `mqar_micro`: width 32, windows of 8 and 8 chosen tokens, 4 experts by chunks of 8, 16
+slots written every 8 tokens, 256 product keys. The control is `mqar_hydra_at_once`, of as many steps. Expected: nothing
+is published; the staged run meets the final rows later, so it has to gain from the stages what it loses by them. Cost:
+about 10 minutes on two CPU cores, as long as the control.
+
+Hydra (arXiv 2508.15099) says that training is staged so that the parts wake stably, and starts the gates of attention
+and experts at .2 and .5; which stages, how long, and on what is chosen here:
+
+    ssm         embedding and state-space models alone, gates of attention and experts at 0, facts shut, on short rows;
+                until the loss on valid has settled
+    attention   its gate rises from 0 to .2
+    experts     theirs rises from 0 to .5, with twice the weight on balance
+    workspace   whose output starts at 0, on rows of four of its chunks
+    facts       the gate of the product keys opens from sigmoid(-6) to sigmoid(-2)
+    all         everything learns, the gates too, on the rows of the run
+
+What wakes goes on training with what woke before. The experts start as drawn, not as copies of one perceptron, and the
+router has no temperature.
+
+    recallax train mqar_hydra_staged
+    recallax train mqar_hydra_at_once
+    recallax show mqar_hydra_staged                                          the stages and what trains in each
+    recallax train mqar_hydra_staged --curriculum.stages.1.until.steps 600
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from recallax.configs import mqar_hydra, mqar_micro
+from recallax.layers import ChunkExperts, DiagonalSSM, ProductKeys, SparseGlobalAttention, Workspace
+from recallax.models import LMConfig
+from recallax.models.hydra import hydra_blocks
+from recallax.tasks import MQAR, Segment, Task
+from recallax.train.curriculum import After, Curriculum, Ramp, Settled, Stage
+from recallax.train.run import AdamW, Evaluate, RunConfig, Train, tiny
+
+ATTENTION, EXPERTS, WORKSPACE, FACTS = (
+    "*.paths.attention.*",
+    "*.paths.experts.*",
+    "blocks.workspace.*",
+    "blocks.facts.*",
+)
+OFF = tuple(Ramp(gate=f"*.gates.{name}", start=0.0, end=0.0) for name in ("attention", "experts"))
+SHUT = Ramp(gate="blocks.facts.mixer.gate.bias", start=-100.0, end=-100.0)
+UNROUTED = {"expert_balance": 0.0, "expert_z": 0.0}
+"""A router that nothing listens to has nothing to balance."""
+
+
+class Lengths(NamedTuple):
+    """Steps of the stages before the last."""
+
+    ssm: tuple[int, int]
+    """At least, and at most."""
+    attention: int
+    experts: int
+    workspace: int
+    facts: int
+
+
+def hydra_stages(steps: Lengths, short: Task, middle: Task) -> Curriculum:
+    """See the head of the file; `short` is for the first two stages, `middle` for the two after them."""
+    least, most = steps.ssm
+    return Curriculum(
+        stages=(
+            Stage(
+                name="ssm",
+                frozen=(ATTENTION, EXPERTS, WORKSPACE, FACTS),
+                ramps=(*OFF, SHUT),
+                task=short,
+                loss_weights=UNROUTED,
+                until=Settled(patience=2, margin=0.01, at_least=least, at_most=most),
+            ),
+            Stage(
+                name="attention",
+                frozen=(EXPERTS, WORKSPACE, FACTS),
+                ramps=(Ramp(gate="*.gates.attention", start=0.0, end=0.2), OFF[1], SHUT),
+                task=short,
+                loss_weights=UNROUTED,
+                until=After(steps=steps.attention),
+            ),
+            Stage(
+                name="experts",
+                frozen=(WORKSPACE, FACTS),
+                ramps=(Ramp(gate="*.gates.experts", start=0.0, end=0.5), SHUT),
+                task=middle,
+                loss_weights={"expert_balance": 2.0},
+                until=After(steps=steps.experts),
+            ),
+            Stage(name="workspace", frozen=(FACTS,), ramps=(SHUT,), task=middle, until=After(steps=steps.workspace)),
+            Stage(
+                name="facts",
+                ramps=(Ramp(gate="blocks.facts.mixer.gate.bias", start=-6.0, end=-2.0),),
+                until=After(steps=steps.facts),
+            ),
+            Stage(name="all"),
+        )
+    )
+
+
+def rows(vocab_size: int, *slices: tuple[int, int]) -> MQAR:
+    """MQAR of these lengths and pairs, in all splits."""
+    segments = tuple(Segment(length=length, pairs=pairs) for length, pairs in slices)
+    return MQAR(vocab_size=vocab_size, mixture=segments, test_mixture=segments)
+
+
+def at_once() -> RunConfig:
+    """The same model, rows and steps without stages."""
+    blocks = hydra_blocks(
+        DiagonalSSM(longest=32.0),
+        SparseGlobalAttention(window=8, chosen=8, block=4),
+        ChunkExperts(experts=4, inner=32, chunk=8),
+        Workspace(slots=16, rank=32, chunk=8),
+        ProductKeys(sub_keys=16, heads=2, key_dim=16, value_dim=32, top_k=4),
+    )
+    return replace(
+        mqar_micro.get_config(),
+        model=LMConfig(d_model=32, pattern="ssm workspace facts all", blocks=blocks),
+        optim=AdamW(lr=4e-3),
+        train=Train(steps=4000, batch_size=64),
+        evaluate=Evaluate(every=100),
+    )
+
+
+def at_once_tiny() -> RunConfig:
+    model = mqar_hydra.get_tiny().model
+    config = tiny(at_once(), task=rows(32, (16, 2)), model=model)
+    return replace(config, train=replace(config.train, steps=12))
+
+
+def get_config() -> RunConfig:
+    steps = Lengths(ssm=(300, 600), attention=400, experts=400, workspace=400, facts=200)
+    stages = hydra_stages(steps, short=rows(64, (16, 2)), middle=rows(64, (32, 4)))
+    return replace(at_once(), curriculum=stages)
+
+
+def get_tiny() -> RunConfig:
+    steps = Lengths(ssm=(1, 3), attention=2, experts=2, workspace=1, facts=2)
+    return replace(at_once_tiny(), curriculum=hydra_stages(steps, short=rows(32, (8, 1)), middle=rows(32, (16, 2))))

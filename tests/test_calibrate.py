@@ -1,0 +1,121 @@
+"""`recallax calibrate`: a run that reads longer, as a run like any other."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from recallax.__main__ import main
+from recallax.config import ConfigError
+from recallax.layers import Attention, DiagonalSSM, Identity, LongMamba, Nothing, Parallel, SwiGLU
+from recallax.layers.base import Statistic
+from recallax.models import Block, LMConfig
+from recallax.models.long_context import calibrated, lengthened
+from recallax.tasks import InductionHeads
+from recallax.train.calibrate import Calibration, calibrate
+from recallax.train.loop import evaluate_run, restore_run, train
+from recallax.train.program import Program
+from recallax.train.run import Evaluate, RunConfig, Train
+
+LENGTH = 12
+SSM = DiagonalSSM(longest=200.0)
+MODEL = LMConfig(
+    d_model=8,
+    pattern="m*2 w",
+    blocks={
+        "m": Block(mixer=SSM, channel=Nothing()),
+        "w": Block(mixer=Parallel(ssm=SSM, experts=SwiGLU(inner=4)), channel=Nothing()),
+        "a": Block(mixer=Attention(), channel=Identity()),
+    },
+)
+CONFIG = RunConfig(
+    task=InductionHeads(symbols=6, length=LENGTH, test_lengths=(LENGTH, 4 * LENGTH)),
+    model=MODEL,
+    train=Train(steps=2, batch_size=8),
+    evaluate=Evaluate(batches=2, batch_size=8),
+)
+OPTIONS = ["--rows", "8", "--keeps", "1e-6"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    jax.config.update("jax_disable_most_optimizations", True)
+    folder = tmp_path_factory.mktemp("run") / "run"
+    train(CONFIG, folder, name="run")
+    yield folder
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def leaves(tree: Any) -> dict[tuple, Any]:
+    return flatten_dict(tree)
+
+
+def test_a_calibrated_run_is_the_run_with_filters(run: Path, capsys: pytest.CaptureFixture[str]):
+    out = run / f"long-{4 * LENGTH}"
+    assert main(["calibrate", str(run), "--context", str(4 * LENGTH), *OPTIONS]) == 0
+    told = capsys.readouterr().out
+    assert f"run: {out}" in told and "from 8 rows of 12 tokens of the valid split" in told
+    assert "of 16 channels are filtered in stack.parts.0" in told and "of 8 channels are filtered in" in told
+    (_, old), (long, new) = restore_run(run), restore_run(out)
+    assert old.step == new.step == 2
+    jax.tree.map(np.testing.assert_array_equal, old.state.params, new.state.params)
+    tokens = jnp.asarray(CONFIG.task.batch(0, "valid", 0, 8).tokens)
+    model = lengthened(MODEL, LENGTH, 4 * LENGTH)
+    built = nnx.merge(long.graph, new.state.params, long.initial().statistics)
+    wanted = leaves(nnx.to_pure_dict(nnx.state(calibrated(model, built, tokens, keeps=1e-6), Statistic)))
+    found = leaves(new.state.statistics)
+    assert found.keys() == wanted.keys() and len(found) == 2 and all(np.any(leaf) for leaf in found.values())
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    plain, filtered = (evaluate_run(folder, "test") for folder in (run, out))
+    assert plain.keys() == filtered.keys() and plain["loss"] != filtered["loss"]
+    again = main(["calibrate", str(run), "--context", str(4 * LENGTH), *OPTIONS])
+    assert again == 2 and "has checkpoints of the steps [2]; choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.full
+def test_a_calibrated_run_generates(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "long"
+    assert main(["calibrate", str(run), "--context", str(4 * LENGTH), *OPTIONS, "--out", str(out)]) == 0
+    assert main(["generate", str(out), "--task", "2"]) == 0
+    assert "of 2 right" in capsys.readouterr().out
+
+
+def test_at_the_training_length_nothing_changes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "same"
+    assert main(["calibrate", str(run), "--context", str(LENGTH), "--out", str(out)]) == 0
+    assert "not above the 12 tokens trained on: no filters" in capsys.readouterr().out
+    assert evaluate_run(out, "test") == evaluate_run(run, "test")
+
+
+def test_every_state_space_model_is_wrapped_once():
+    longer = lengthened(lengthened(MODEL, 12, 48), 12, 96)
+    assert longer.blocks["m"].mixer == LongMamba(mixer=SSM, trained=12, context=96)
+    (inside,) = [part for part in vars(longer.blocks["w"].mixer).values() if isinstance(part, LongMamba)]
+    assert inside == longer.blocks["m"].mixer and longer.blocks["a"] == MODEL.blocks["a"]
+
+
+def test_what_cannot_be_calibrated_is_named(run: Path, capsys: pytest.CaptureFixture[str]):
+    for options, part in (
+        (["--context", "0"], "--context is 0; it must be at least 1"),
+        (["--context", "48", "--keeps", "1.5"], "--keeps is 1.5"),
+        (["--context", "48", "--length", "7"], "no row of the task has 7 tokens; --length must be among [12, 48]"),
+    ):
+        assert main(["calibrate", str(run), *options, "--out", str(run.parent / "wrong")]) == 2
+        assert part in capsys.readouterr().err
+    assert not (run.parent / "wrong").exists()
+    with pytest.raises(ConfigError, match=r"none of the layers \['a'\] has step sizes"):
+        lengthened(replace(MODEL, pattern="a"), 12, 48)
+
+
+def test_rows_come_from_train_where_valid_has_none_of_that_length(run: Path):
+    _, restored = restore_run(run)
+    other = Program(replace(CONFIG, task=InductionHeads(symbols=6, length=LENGTH, test_lengths=(20,))))
+    *_, told = calibrate(other, restored.state, Calibration(context=48, rows=4))
+    assert told[0] == "thresholds from 4 rows of 12 tokens of the train split"

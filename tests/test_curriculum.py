@@ -1,0 +1,454 @@
+"""Stages of a curriculum: what they move and what they leave alone, when they end, and that runs go on inside them."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from recallax.__main__ import main
+from recallax.config import ConfigError, fingerprint, from_json, to_json
+from recallax.layers import Identity, Nothing, Parallel, ProductKeys, SwiGLU
+from recallax.models import Block, LMConfig
+from recallax.tasks import MQAR, Segment
+from recallax.train import loop
+from recallax.train.checkpoint import CheckpointError, Restored
+from recallax.train.curriculum import (
+    After,
+    Course,
+    Curriculum,
+    Ramp,
+    Reached,
+    Settled,
+    Stage,
+    Standing,
+    standing_from_json,
+)
+from recallax.train.loop import train
+from recallax.train.program import Program
+from recallax.train.run import AdamW, Evaluate, RunConfig, Train
+from recallax.train.stages import lessons, parameter_names
+from recallax.train.step import TrainState
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation() -> Iterator[None]:
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def mqar(length: int) -> MQAR:
+    slices = (Segment(length=length, pairs=2),)
+    return MQAR(vocab_size=16, mixture=slices, test_mixture=slices)
+
+
+MODEL = LMConfig(
+    d_model=8,
+    pattern="both*2 facts",
+    blocks={
+        "both": Block(mixer=Parallel(ssm=SwiGLU(inner=4), attention=Identity()), channel=Nothing()),
+        "facts": Block(mixer=ProductKeys(sub_keys=3, heads=1, key_dim=4, value_dim=4, top_k=2), channel=Nothing()),
+    },
+)
+STAGES = (
+    Stage(
+        name="alone",
+        frozen=("blocks.facts.*", "*.paths.ssm.out.*"),
+        ramps=(Ramp(gate="*.gates.attention", start=0.0, end=0.0),),
+        task=mqar(8),
+        until=Reached(metric="loss", threshold=100.0, at_least=3, at_most=9),
+    ),
+    Stage(
+        name="ramp", frozen=("embedding",), ramps=(Ramp(gate="*.gates.*", start=0.1, end=0.3),), until=After(steps=3)
+    ),
+    Stage(name="settle", task=mqar(16), until=Settled(patience=1, margin=99.0, at_most=7)),
+    Stage(name="all", loss_weights={"next_token": 0.5}),
+)
+ENDS = (4, 7, 12)
+"""Steps at which these stages end: the first evaluation at 3 or more, after 3 steps, the second evaluation."""
+CONFIG = RunConfig(
+    task=mqar(12),
+    model=MODEL,
+    optim=AdamW(lr=1e-2, warmup=0.1, clip=0.5, eps=1e-10, b2=0.999),
+    train=Train(steps=20, batch_size=8, log_every=3, save_every=3, seed=3),
+    evaluate=Evaluate(every=4, batches=2, batch_size=8),
+    curriculum=Curriculum(stages=STAGES),
+)
+
+
+def staged(*stages: Stage, **changes: Any) -> RunConfig:
+    return replace(CONFIG, curriculum=Curriculum(stages=stages), **changes)
+
+
+PROGRAMS: dict[str, Program] = {}
+
+
+@pytest.fixture(autouse=True)
+def compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "Program", compiled)
+
+
+def compiled(config: RunConfig) -> Program:
+    return PROGRAMS.setdefault(fingerprint(config), Program(config))
+
+
+def copied(state: TrainState) -> TrainState:
+    """On the host, since a step uses its buffers up."""
+    return jax.device_get(state._replace(key=jax.random.key_data(state.key)))
+
+
+def steps_of(program: Program, standings: list[Standing]) -> list[TrainState]:
+    """The states before and after each step."""
+    state = program.initial()
+    found = [copied(state)]
+    for index, standing in enumerate(standings):
+        state, report = program.step(state, program.batch(index, standing.stage), standing)
+        assert report.finite.all()
+        found.append(copied(state))
+    return found
+
+
+def leaves(tree: Any) -> dict[tuple, Any]:
+    return flatten_dict(tree)
+
+
+def bits(tree: Any) -> dict[tuple, bytes]:
+    return {path: np.asarray(leaf).tobytes() for path, leaf in leaves(tree).items()}
+
+
+def adam(state: TrainState) -> Any:
+    (found,) = [s for s in jax.tree.leaves(state.optimizer, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
+    return found
+
+
+# What a stage moves
+
+
+@pytest.mark.full
+def test_one_stage_of_everything_is_no_curriculum():
+    """To rounding, as XLA fuses Adam in other ways; so the control of a curriculum may be written either way."""
+    plain = compiled(replace(CONFIG, curriculum=None))
+    state = plain.initial()
+    for index in range(4):
+        state, _ = plain.step(state, plain.batch(index))
+    whole = compiled(staged(Stage(name="all on")))
+    other = steps_of(whole, [Standing()] * 4)[-1]
+    for one, two in ((copied(state).params, other.params), (adam(copied(state)).nu, adam(other).nu)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), one, two)
+    assert set(adam(other).counts.tolist()) == {4}
+
+
+def test_what_is_frozen_keeps_its_bits_and_moments_and_wakes_like_a_fresh_parameter():
+    program = compiled(CONFIG)
+    before, _, after, *_, woken = states = steps_of(program, [Standing()] * 3 + [Standing(2, 3)] * 2)
+    names, _ = parameter_names(MODEL, 16)
+    by_name = {path: called.layers[0] for path, called in names.items()}
+    frozen = {path for path, name in by_name.items() if name.startswith("layers.2.") or ".paths.ssm.out." in name}
+    gates = {path for path, name in by_name.items() if name.endswith("gates.attention")}
+    assert len(gates) == 1 and len(frozen) > 4
+    old, new = bits(before.params), bits(after.params)
+    paths = list(leaves(before.params))
+    counts = dict(zip(paths, adam(after).counts.tolist(), strict=True))
+    for path, name in by_name.items():
+        held = path in frozen | gates
+        moments = [leaves(tree)[path] for tree in (adam(after).mu, adam(after).nu)]
+        assert (old[path] == new[path]) == held or path in gates, name
+        assert counts[path] == (0 if held else 2), name
+        assert all(not np.any(m) for m in moments) == held, name
+    assert not np.any(leaves(after.params)[next(iter(gates))])
+    # The first update of what wakes in step 3: as large as the rate, whatever the other parameters' counts.
+    (out,) = [path for path, name in by_name.items() if ".paths.ssm.out." in name]
+    first, second = (leaves(states[i].params)[out] for i in (3, 4))
+    rate = float(np.asarray(program.learning_rate(3)))
+    decayed = first * (1 - rate * CONFIG.optim.weight_decay)
+    moved = np.abs(second - decayed)
+    grad = np.abs(leaves(adam(states[4]).mu)[out])
+    assert (grad > 1e-8).mean() > 0.5
+    np.testing.assert_allclose(moved[grad > 1e-8], rate, rtol=0.02)
+    assert dict(zip(paths, adam(woken).counts.tolist(), strict=True))[out] == 2
+
+
+def test_negative_zeros_are_kept_too():
+    """Adding an update of 0 would make them positive."""
+    program = compiled(CONFIG)
+    state = program.initial()
+    path = next(path for path in leaves(state.params) if "paths" in path and "out" in path)
+    tree: Any = state.params
+    for name in path[:-1]:
+        tree = tree[name]
+    tree[path[-1]] = jax.numpy.full_like(tree[path[-1]], -0.0)
+    assert np.signbit(tree[path[-1]]).all()
+    state, _ = program.step(state, program.batch(0))
+    assert np.signbit(leaves(state.params)[path]).all()
+
+
+def test_gates_are_set_and_then_learned():
+    standings = [Standing(1, 0)] * 5 + [Standing(3, 5)] * 2
+    states = steps_of(compiled(CONFIG), standings)
+    gates = [leaves(s.params) for s in states]
+    for name in ("ssm", "attention"):
+        (path,) = [path for path in gates[0] if path[-2:] == ("gates", name)]
+        found = [flat[path] for flat in gates[1:]]
+        assert found[0].shape == (2,)  # two layers in one array
+        np.testing.assert_array_equal(found[:5], np.array([[0.1] * 2, [0.2] * 2, *[[0.3] * 2] * 3], np.float32))
+        assert (found[6] != np.float32(0.3)).all()
+    course = Course(CONFIG.curriculum, Standing(1, 10))
+    assert [course.ramps(step)["*.gates.*"] for step in (11, 12, 13, 14)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
+
+
+def test_a_stage_has_its_own_coefficients():
+    program = compiled(CONFIG)
+    for stage, factor in ((1, 1.0), (3, 0.5)):
+        _, report = program.step(program.initial(), program.batch(0, stage), Standing(stage, 0))
+        total, weight = report.terms["next_token"]
+        assert float(report.loss) == pytest.approx(factor * float(total / weight), rel=1e-5)
+
+
+# Whole runs
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Program", compiled)
+        folder = tmp_path_factory.mktemp("staged") / "run"
+        train(CONFIG, folder, name="staged")
+        yield folder
+
+
+def test_a_log_tells_of_the_stages(finished: Path):
+    rows = read(finished)
+    told = [(row["step"], row["stage"], row["name"]) for row in rows if row.get("event") == "stage"]
+    assert told == [(0, 0, "alone"), (4, 1, "ramp"), (7, 2, "settle"), (12, 3, "all")]
+    reasons = [row["reason"] for row in rows if row.get("event") == "stage"]
+    assert reasons[0] == "the run begins" and "reached 100" in reasons[1] and reasons[2] == "after 3 steps"
+    assert "valid loss settled at" in reasons[3]
+    trained = [row for row in rows if row["kind"] == "train"]
+    assert [(row["step"], row["stage"]) for row in trained] == [
+        *((3, 0), (4, 0), (6, 1), (7, 1)),
+        *((9, 2), (12, 2), (15, 3), (18, 3), (20, 3)),
+    ]
+    assert [row.get("ramp/*.gates.*") for row in trained] == pytest.approx([None, None, 0.2, 0.3, *[None] * 5])
+    valid = [row for row in rows if row.get("split") == "valid"]
+    assert all("group/L12_K2" in row for row in valid) and [row["step"] for row in valid] == [4, 8, 12, 16, 20]
+
+
+def test_every_step_trains_on_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also the first of a stage, whose batch was being made ahead for the stage before."""
+    lengths: list[int] = []
+    add = loop._Meter.add
+
+    def record(self: Any, report: Any, batch: Any) -> None:
+        lengths.append(batch.tokens.shape[1])
+        add(self, report, batch)
+
+    monkeypatch.setattr(loop._Meter, "add", record)
+    train(CONFIG, tmp_path / "run", name="staged")
+    assert lengths == [8] * 4 + [12] * 3 + [16] * 5 + [12] * 8
+
+
+@pytest.mark.parametrize("kills", [(2, 5), (8,), (11, 13)], ids=str)
+def test_a_killed_run_goes_on_in_the_middle_of_a_stage(
+    kills: tuple[int, ...], tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Before any checkpoint, across a stage's end, and where a rule has to remember an evaluation."""
+    add, folder = loop._Meter.add, tmp_path / "run"
+
+    for kill in kills:
+        held = [int(p.name) for p in (folder / "checkpoints").glob("[0-9]*")] if folder.exists() else []
+        left = [None] * (kill - max(held, default=0))
+
+        def stop(self: Any, report: Any, batch: Any, left: list[None] = left) -> None:
+            add(self, report, batch)
+            left.pop()
+            if not left:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(loop._Meter, "add", stop)
+            train(CONFIG, folder, name="staged")
+    train(CONFIG, folder, name="staged")
+    described = [json.loads((p / "checkpoints/20/meta/metadata").read_text())["body"] for p in (finished, folder)]
+    assert described[0]["leaves"] == described[1]["leaves"]
+    assert (
+        described[0]["meta"]["curriculum"]
+        == described[1]["meta"]["curriculum"]
+        == {"stage": 3, "begin": 12, "seen": []}
+    )
+    strip = ("seconds", "tokens_per_second")
+    old, new = (
+        [{k: v for k, v in row.items() if k not in strip} for row in read(path) if row["kind"] != "run"]
+        for path in (finished, folder)
+    )
+    assert new == old
+
+
+def test_a_checkpoint_without_a_stage_is_refused(finished: Path):
+    config = replace(CONFIG, curriculum=Curriculum(stages=STAGES))
+    assert loop._standing(config, None) == Standing()
+    assert loop._standing(config, Restored(0, None, {})) == Standing()
+    with pytest.raises(CheckpointError, match="does not say in which stage"):
+        loop._standing(config, Restored(3, None, {}))
+
+
+# When a stage ends
+
+
+def seen(*losses: float, **more: float) -> list[dict[str, float]]:
+    return [{"loss": loss, "accuracy": 1 - loss} for loss in losses]
+
+
+def test_a_threshold_is_reached_from_either_side():
+    rise, fall = Reached(threshold=0.5, at_most=9), Reached(metric="loss", threshold=0.5, at_most=9)
+    for rule in (rise, fall):
+        assert rule.met([]) is None and rule.met(seen(0.6)) is None and rule.met(seen(0.4, 0.6)) is None
+        assert "reached 0.5" in (rule.met(seen(0.6, 0.5)) or "") and rule.met(seen(float("nan"))) is None
+
+
+def test_a_metric_has_settled_when_the_last_evaluations_bring_no_more():
+    rule = Settled(patience=2, margin=0.1, at_most=9)
+    assert rule.met(seen(1.0, 1.0)) is None  # nothing to compare with
+    assert rule.met(seen(1.0, 1.0, 1.0)) is not None
+    assert rule.met(seen(1.0, 0.8, 1.0)) is None and rule.met(seen(1.0, 0.95, 1.0)) is not None
+    assert rule.met(seen(0.5, 1.0, 0.3, 0.25)) is None and rule.met(seen(0.5, 1.0, 0.3, 0.3, 0.3)) is not None
+    assert Settled(metric="accuracy", patience=1, at_most=9).met(seen(0.5, 0.4)) is None
+    assert Settled(metric="accuracy", patience=1, at_most=9).met(seen(0.5, 0.5)) is not None
+
+
+def test_a_stage_has_a_least_and_a_most_number_of_steps():
+    rule = Reached(threshold=0.5, at_least=10, at_most=20)
+    curriculum = Curriculum(stages=(Stage(name="a", until=rule), Stage(name="b")))
+    course = Course(curriculum, Standing(0, 100))
+    course.see({"accuracy": 0.9, "loss": 0.1, "group/x": 1.0})
+    assert course.ends(109, True) is None and course.ends(110, False) is None
+    assert course.ends(110, True) is not None and course.ends(120, False) == "after 20 steps"
+    course.move(120)
+    assert course.standing == Standing(1, 120, ()) and course.ends(10_000, True) is None
+
+
+def test_a_standing_survives_json_exactly():
+    standing = Standing(
+        2, 5, ({"accuracy": 0.1 + 0.2, "loss": float("nan")}, {"accuracy": 1e-300, "loss": float("inf")})
+    )
+    back = standing_from_json(json.loads(json.dumps(standing.to_json(), allow_nan=False)))
+    assert repr(back) == repr(standing)
+
+
+# What does not fit
+
+
+STAGE = Stage(name="s", until=After(steps=2))
+LAST = Stage(name="last")
+WRONG = {
+    "no stage": (lambda: Curriculum(stages=()), ["[]", "there must be one"]),
+    "one name twice": (lambda: Curriculum(stages=(STAGE, replace(LAST, name="s"))), ["names of their own"]),
+    "no end": (lambda: Curriculum(stages=(STAGE,)), ["stage 1 of 1, 's'", "After", "Finish"]),
+    "an end in the middle": (lambda: Curriculum(stages=(LAST, replace(LAST, name="b"))), ["stage 1 of 2", "Finish"]),
+    "nothing trains": (lambda: Stage(name="s", trains=()), ["'s' trains nothing", "at least one pattern"]),
+    "a ramp of one step": (
+        lambda: Stage(name="s", ramps=(Ramp(gate="g", start=0.0, end=1.0),)),
+        ["ramps 'g' from 0.0 to 1.0 over 1 step", "at least 2 steps"],
+    ),
+    "no steps": (lambda: After(steps=0), ["After.steps is 0", "at least 1"]),
+    "bounds": (lambda: Reached(threshold=1.0, at_least=5, at_most=4), ["after 5 to 4 steps"]),
+    "margin": (lambda: Settled(margin=-1.0, at_most=4), ["margin is -1.0"]),
+    "no step left": (lambda: staged(replace(STAGE, until=After(steps=20)), LAST), ["train.steps is 20", "{'s': 20}"]),
+    "never asked": (
+        lambda: staged(replace(STAGE, until=Reached(threshold=1.0, at_most=3)), LAST),
+        ["'s' ends after at most 3 steps", "evaluate.every is 4"],
+    ),
+    "more ids": (
+        lambda: staged(replace(STAGE, task=replace(mqar(8), vocab_size=18)), LAST),
+        ["the stage 's' has 18 token ids", "the run's 16"],
+    ),
+    "a length that does not fit": (lambda: mqar(6), ["length 6 cannot hold 2 pairs"]),
+    "no such parameter": (
+        lambda: lessons(staged(replace(STAGE, frozen=("*.paths.sssm.*",)), LAST)),
+        ["the stage 's' names '*.paths.sssm.*'", "no parameter", "blocks.both.mixer.paths.ssm"],
+    ),
+    "one layer of a stack": (
+        lambda: lessons(staged(replace(STAGE, trains=("layers.0.*",)), LAST)),
+        ["'s'", "layers.0.mixer", "not layers.1.mixer", "one array", "blocks.both.mixer"],
+    ),
+    "a ramped matrix": (
+        lambda: lessons(staged(replace(STAGE, ramps=(Ramp(gate="embedding", start=0.0, end=1.0),)), LAST)),
+        ["ramps embedding", "[16, 8]", "one number per layer"],
+    ),
+    "ramped twice": (
+        lambda: lessons(
+            staged(
+                replace(STAGE, ramps=tuple(Ramp(gate=g, start=0.0, end=1.0) for g in ("*.gates.ssm", "*.gates.*"))),
+                LAST,
+            )
+        ),
+        ["twice", "'*.gates.ssm'", "'*.gates.*'"],
+    ),
+    "all frozen": (lambda: lessons(staged(replace(STAGE, frozen=("*",)), LAST)), ["'s' trains nothing"]),
+    "no such term": (
+        lambda: compiled(staged(STAGE, replace(LAST, loss_weights={"next": 1.0}))).check_stages(),
+        ["'next'", "did you mean 'next_token'"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_named(case: str):
+    make, parts = WRONG[case]
+    with pytest.raises(ConfigError) as error:
+        make()
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_patterns_mean_layers_blocks_and_the_rest():
+    flat = {
+        name: leaves(lesson.part.trains)
+        for name, lesson in zip(
+            ("block", "layers", "rest"),
+            lessons(
+                staged(
+                    replace(STAGE, name="a", trains=("blocks.facts.*",)),
+                    replace(STAGE, name="b", trains=("layers.[01].*",)),
+                    replace(LAST, trains=("embedding", "norm.scale")),
+                )
+            ),
+            strict=True,
+        )
+        if lesson.part is not None
+    }
+    names, _ = parameter_names(MODEL, 16)
+    for path, called in names.items():
+        assert flat["block"][path] == called.layers[0].startswith("layers.2.")
+        assert flat["layers"][path] == called.layers[0].startswith("layers.0.")
+        assert flat["rest"][path] == (called.layers[0] in ("embedding", "norm.scale"))
+    assert all(any(part.values()) for part in flat.values())
+
+
+def test_a_curriculum_is_json_and_moves_no_other_fingerprint():
+    assert from_json(json.loads(json.dumps(to_json(CONFIG))), RunConfig) == CONFIG
+    assert "curriculum" not in to_json(replace(CONFIG, curriculum=None))
+    assert fingerprint(CONFIG) != fingerprint(replace(CONFIG, curriculum=None))
+
+
+def test_the_command_line_shows_stages_and_overrides_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("recallax.__main__.load", lambda _: CONFIG)
+    assert main(["show", "x", "--curriculum.stages.1.until.steps", "2"]) == 0
+    out = capsys.readouterr().out
+    lines = out[out.index("\ncurriculum\n") :].splitlines()
+    assert "1  alone" in lines[2] and "Reached metric=loss threshold=100.0 at_least=3 at_most=9" in lines[2]
+    assert "parameters train, at 8 tokens; *.gates.attention 0" in lines[3]
+    assert "After steps=2" in lines[4] and "at 12 tokens; *.gates.* 0.1 to 0.3" in lines[5]
+    counts = [int(line.split()[0].replace(",", "")) for line in lines[3:10:2]]
+    assert 0 < counts[0] < counts[2] == counts[3] and counts[1] < counts[2]
