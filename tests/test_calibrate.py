@@ -62,7 +62,14 @@ def test_a_calibrated_run_is_the_run_with_filters(run: Path, capsys: pytest.Capt
     assert main(["calibrate", str(run), "--context", str(4 * LENGTH), *OPTIONS]) == 0
     told = capsys.readouterr().out
     assert f"run: {out}" in told and "from 8 rows of 12 tokens of the valid split" in told
-    assert "of 16 channels are filtered in stack.parts.0" in told and "of 8 channels are filtered in" in told
+    counts = [
+        [int(word) for word in line.split() if word.isdecimal()] for line in told.splitlines() if "layers" in line
+    ]
+    names = [line.split(":")[0].strip() for line in told.splitlines() if "layers" in line]
+    assert names == ["layers.0.mixer", "layers.1.mixer", "layers.2.mixer.paths.ssm"]
+    filtered = [np.sum(np.asarray(leaf) > 0, axis=-1) for leaf in leaves(restore_run(out)[1].state.statistics).values()]
+    assert [count for count, _ in counts] == np.concatenate([np.ravel(x) for x in filtered]).tolist()
+    assert all(of == 8 for _, of in counts)
     (_, old), (long, new) = restore_run(run), restore_run(out)
     assert old.step == new.step == 2
     jax.tree.map(np.testing.assert_array_equal, old.state.params, new.state.params)
@@ -73,8 +80,8 @@ def test_a_calibrated_run_is_the_run_with_filters(run: Path, capsys: pytest.Capt
     found = leaves(new.state.statistics)
     assert found.keys() == wanted.keys() and len(found) == 2 and all(np.any(leaf) for leaf in found.values())
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    plain, filtered = (evaluate_run(folder, "test") for folder in (run, out))
-    assert plain.keys() == filtered.keys() and plain["loss"] != filtered["loss"]
+    plain, longer = (evaluate_run(folder, "test") for folder in (run, out))
+    assert plain.keys() == longer.keys() and plain["loss"] != longer["loss"]
     again = main(["calibrate", str(run), "--context", str(4 * LENGTH), *OPTIONS])
     assert again == 2 and "has checkpoints of the steps [2]; choose another --out" in capsys.readouterr().err
 

@@ -448,7 +448,8 @@ def test_the_command_line_shows_stages_and_overrides_them(
     out = capsys.readouterr().out
     lines = out[out.index("\ncurriculum\n") :].splitlines()
     assert "1  alone" in lines[2] and "Reached metric=loss threshold=100.0 at_least=3 at_most=9" in lines[2]
-    assert "parameters train, at 8 tokens; *.gates.attention 0" in lines[3]
-    assert "After steps=2" in lines[4] and "at 12 tokens; *.gates.* 0.1 to 0.3" in lines[5]
-    counts = [int(line.split()[0].replace(",", "")) for line in lines[3:10:2]]
-    assert 0 < counts[0] < counts[2] == counts[3] and counts[1] < counts[2]
+    assert "parameters train, on rows of 8 tokens" in lines[3] and lines[4].strip() == "*.gates.attention 0"
+    assert "After steps=2" in lines[5] and "on rows of 12 tokens" in lines[6]
+    assert lines[7].strip() == "*.gates.* 0.1 to 0.3"
+    counts = [int(line.split()[0].replace(",", "")) for line in lines if "parameters train" in line]
+    assert 0 < counts[0] < counts[2] == counts[3] and counts[1] < counts[2] and len(counts) == 4

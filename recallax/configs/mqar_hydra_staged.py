@@ -2,8 +2,8 @@
 
 Hydra's parts at the size of `mqar_micro`: width 32, windows of 8 and 8 chosen tokens, 4 experts by chunks of 8, 16
 slots written every 8 tokens, 256 product keys. The control is `mqar_hydra_at_once`, of as many steps. Expected: nothing
-is published; the staged run meets the final rows later, so it has to gain from the stages what it loses by them. Cost:
-about 10 minutes on two CPU cores, as long as the control.
+is published; the staged run meets the final rows later, so it has to gain from the stages what it loses by them. Not
+measured yet. Cost: some 20 minutes on a CPU core (a third of a second a step, as in `experiments/hydra_parts`).
 
 Hydra (arXiv 2508.15099) says that training is staged so that the parts wake stably, and starts the gates of attention
 and experts at .2 and .5; which stages, how long, and on what is chosen here:

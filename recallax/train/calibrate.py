@@ -18,6 +18,8 @@ from jaxtyping import Int
 from recallax.config import ConfigError, fingerprint, to_json
 from recallax.layers.base import Statistic
 from recallax.models.long_context import calibrated, lengthened
+from recallax.models.pattern import parse
+from recallax.models.placement import layer_places, parameter_places
 from recallax.tasks.base import Split, Task
 from recallax.train.checkpoint import Checkpoints
 from recallax.train.loop import restore_run
@@ -25,6 +27,8 @@ from recallax.train.program import Program
 from recallax.train.run_folder import RunFolder, RunFolderError
 from recallax.train.step import TrainState
 
+THRESHOLD = ".filter.threshold"
+"""How the names of thresholds end."""
 MOST_BATCHES = 1000
 """Batches of a split that are looked through for rows of the training length."""
 
@@ -86,11 +90,12 @@ def calibrate(program: Program, state: TrainState, wanted: Calibration) -> tuple
     model = calibrated(long.config.model, model, jnp.asarray(tokens), keeps=wanted.keeps, outliers=wanted.outliers)
     found = nnx.to_pure_dict(nnx.state(model, Statistic))
     told = [f"thresholds from {len(tokens)} rows of {length} tokens of the {split} split"]
-    for path, leaf in _leaves(found).items():
-        if path[-2:] == ("filter", "threshold"):
-            values = np.asarray(leaf)
-            name = ".".join(map(str, path[:-2]))
-            told.append(f"  {int((values > 0).sum())} of {values.size} channels are filtered in {name}")
+    leaves, layers = _leaves(found), layer_places(parse(long.config.model.pattern, list(long.config.model.blocks)))
+    for name, place in parameter_places(model, layers, (Statistic,)).items():
+        if name.endswith(THRESHOLD):
+            values = np.asarray(leaves[place.path])[place.index]
+            where = name.removesuffix(THRESHOLD)
+            told.append(f"  {where}: {int((values > 0).sum())} of {values.size} channels are filtered")
     return long, state._replace(statistics=jax.tree.map(jnp.asarray, found)), told
 
 

@@ -89,7 +89,7 @@ def lessons(config: RunConfig) -> list[Lesson]:
 
 
 def describe_stages(config: RunConfig, curriculum: Curriculum) -> list[str]:
-    """A line per stage: its rule, how many parameters train, its lengths, its gates."""
+    """Lines for each stage: its rule, how many parameters train and on what lengths, the gates that are set."""
     _, shapes = parameter_names(config.model, config.task.vocab_size)
     lines = []
     for number, (stage, lesson) in enumerate(zip(curriculum.stages, lessons(config), strict=True), 1):
@@ -100,7 +100,8 @@ def describe_stages(config: RunConfig, curriculum: Curriculum) -> list[str]:
         rule = " ".join([type(stage.until).__name__, *(f"{name}={value}" for name, value in vars(stage.until).items())])
         gates = [f"{r.gate} {r.start:g}" + ("" if r.start == r.end else f" to {r.end:g}") for r in stage.ramps]
         lines.append(f"  {number}  {stage.name:<14}{rule}")
-        lines.append("; ".join([f"     {count:>14,} parameters train, at {lengths} tokens", *gates]))
+        lines.append(f"{'':19}{count:,} parameters train, on rows of {lengths} tokens")
+        lines += [f"{'':19}{'; '.join(gates)}"] if gates else []
     return lines
 
 

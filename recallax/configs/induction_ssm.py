@@ -1,0 +1,34 @@
+"""How far beyond its training length does a state-space model find the token after a cue, and does LongMamba help?
+
+Two layers of the diagonal state-space model, width 32, trained on rows of 32 tokens of 8 symbols and read at up to 512.
+Expected: 1.00 at 32 tokens, .98 at 64, .65 at 128, .4 at 256; filters calibrated for 256 tokens win there and cost at
+lengths that the model reads without them (`experiments/long_mamba`). Cost: a minute on one CPU core.
+
+    recallax train induction_ssm --run runs/ssm
+    recallax calibrate runs/ssm --context 256
+    recallax eval runs/ssm/long-256
+"""
+
+from recallax.layers import DiagonalSSM, Nothing
+from recallax.models import Block, LMConfig
+from recallax.tasks import InductionHeads
+from recallax.train.run import AdamW, Evaluate, RunConfig, Train, tiny
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        task=InductionHeads(symbols=8, length=32, test_lengths=(32, 64, 128, 256, 512)),
+        model=LMConfig(
+            d_model=32, pattern="ssm*2", blocks={"ssm": Block(mixer=DiagonalSSM(longest=32.0), channel=Nothing())}
+        ),
+        optim=AdamW(lr=4e-3),
+        train=Train(steps=400, batch_size=64, save_every=200),
+        evaluate=Evaluate(every=200, batches=20, batch_size=64),
+    )
+
+
+def get_tiny() -> RunConfig:
+    model = LMConfig(
+        d_model=16, pattern="ssm*2", blocks={"ssm": Block(mixer=DiagonalSSM(longest=8.0), channel=Nothing())}
+    )
+    return tiny(get_config(), task=InductionHeads(symbols=6, length=12, test_lengths=(12, 24)), model=model)
