@@ -116,9 +116,11 @@ def _train(arguments: list[str]) -> int:
         import tyro
 
         from recallax.train.distributed import Distributed
-        from recallax.train.loop import Interrupted, NonFiniteError, train
+        from recallax.train.loop import train
+        from recallax.train.meter import NonFiniteError
         from recallax.train.run import RunConfig
         from recallax.train.run_folder import folder_name
+        from recallax.train.signals import Interrupted
 
         @dataclass(frozen=True, kw_only=True)
         class Train:

@@ -246,13 +246,13 @@ def test_a_log_tells_of_the_stages(finished: Path):
 def test_every_step_trains_on_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Also the first of a stage, whose batch was being made ahead for the stage before."""
     lengths: list[int] = []
-    add = loop._Meter.add
+    add = loop.Meter.add
 
     def record(self: Any, report: Any, batch: Any) -> None:
         lengths.append(batch.tokens.shape[1])
         add(self, report, batch)
 
-    monkeypatch.setattr(loop._Meter, "add", record)
+    monkeypatch.setattr(loop.Meter, "add", record)
     train(CONFIG, tmp_path / "run", name="staged")
     assert lengths == [8] * 4 + [12] * 3 + [16] * 5 + [12] * 8
 
@@ -262,7 +262,7 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_stage(
     kills: tuple[int, ...], tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Before any checkpoint, across a stage's end, and where a rule has to remember an evaluation."""
-    add, folder = loop._Meter.add, tmp_path / "run"
+    add, folder = loop.Meter.add, tmp_path / "run"
 
     for kill in kills:
         held = [int(p.name) for p in (folder / "checkpoints").glob("[0-9]*")] if folder.exists() else []
@@ -275,7 +275,7 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_stage(
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(loop._Meter, "add", stop)
+            patch.setattr(loop.Meter, "add", stop)
             train(CONFIG, folder, name="staged")
     train(CONFIG, folder, name="staged")
     described = [json.loads((p / "checkpoints/20/meta/metadata").read_text())["body"] for p in (finished, folder)]

@@ -69,7 +69,7 @@ def test_each_seed_ends_as_if_it_had_been_alone(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Program, "initial", poisoned)
     with monkeypatch.context() as patch:
-        patch.setattr(seeds._Signals, "stop", lambda self, step: step == 6)
+        patch.setattr(seeds.Signals, "stop", lambda self, step: step == 6)
         assert attempt([str(file), str(out), "0", *names]) == os.EX_TEMPFAIL
     assert [read_log(out / name / "log.jsonl")[-1]["event"] for name in names] == ["interrupted"] * 3
     assert attempt([str(file), str(out), "0", *names]) == 1, "one failed"

@@ -24,7 +24,8 @@ from recallax.models import Block, LMConfig, accounting
 from recallax.models.readout import Untied
 from recallax.tasks import MQAR, Segment, Split
 from recallax.train import loop
-from recallax.train.loop import NonFiniteError, evaluate_run, train
+from recallax.train.loop import evaluate_run, train
+from recallax.train.meter import NonFiniteError
 from recallax.train.optimizer import make_optimizer, schedule
 from recallax.train.program import Program
 from recallax.train.run import AdamW, Evaluate, RunConfig, Train
@@ -439,7 +440,7 @@ def test_resume_is_exact(
     tmp_path: Path, finished: tuple[Path, dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop breaks at step 7, when step 6 is in the log; the checkpoint of step 4 goes on to the same bits."""
-    add, folder = loop._Meter.add, tmp_path / "run"
+    add, folder = loop.Meter.add, tmp_path / "run"
     seen: list[Any] = []
 
     def stop(self: Any, report: Any, batch: Any) -> None:
@@ -449,7 +450,7 @@ def test_resume_is_exact(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop._Meter, "add", stop)
+        patch.setattr(loop.Meter, "add", stop)
         train(CONFIG, folder, name="resumed")
     assert train(CONFIG, folder, name="resumed") == finished[1]
     assert checksums(folder, 12) == checksums(finished[0], 12)

@@ -15,25 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recallax.config import ConfigError, fingerprint, to_json
+from recallax.config import ConfigError, fingerprint
 from recallax.tasks.base import Split
 from recallax.train.checkpoint import Checkpoints
 from recallax.train.curriculum import Course
 from recallax.train.log import RunLog
-from recallax.train.loop import (
-    Interrupted,
-    NonFiniteError,
-    _evaluate,
-    _evaluations,
-    _Meter,
-    _prefetch,
-    _Signals,
-    describe,
-)
+from recallax.train.loop import describe, evaluate_logged, evaluations, origin, prefetch, require_data
+from recallax.train.meter import Meter, NonFiniteError
 from recallax.train.program import Program
 from recallax.train.progress import Progress, progress
 from recallax.train.run import RunConfig
 from recallax.train.run_folder import RunFolder
+from recallax.train.signals import Interrupted, Signals
 from recallax.train.step import StepReport, TrainState
 from recallax.types import Batch
 
@@ -75,7 +68,7 @@ def train_seeds(
             f"seeds that are trained at once share one device, and this run takes {program.mesh.size}; set train.data "
             f"to 1, or train each seed alone, without --vmap-seeds"
         )
-    with ExitStack() as stack, _Signals() as signals:
+    with ExitStack() as stack, Signals() as signals:
         display = stack.enter_context(progress(configs[0].train.steps))
         display.compiling(f"the initial states of {len(configs)} seeds")
         lanes = [
@@ -94,19 +87,22 @@ class Lane:
 
     def __init__(self, program: Program, folder: Path, name: str, display: Progress, stack: ExitStack):
         config = program.config
+        self._data = config.task.data()
         run = stack.enter_context(RunFolder(folder, config))
         self.program, self.display = program, display
         self._checkpoints = stack.enter_context(Checkpoints(run.checkpoints, config.train.keep))
         self._log = stack.enter_context(RunLog(run.log_file, fingerprint(config), tensorboard=run.tensorboard))
         restored = self._checkpoints.restore(program.abstract)
+        if restored:
+            require_data(restored, self._data)
         self.state: TrainState = restored.state if restored else program.initial()
         self.start = int(self.state.step)
         self.error: NonFiniteError | None = None
         self._log.truncate(self.start if restored else -1)
         self._log.start(self.start, describe(config, name))
-        self._logged = _evaluations(run.log_file)
+        self._logged = evaluations(run.log_file)
         self.course = Course(None)
-        self.meter = _Meter(program, self.course, self._log, display, None)
+        self.meter = Meter(program, self.course, self._log, display, None)
 
     def write(self, step: int, reports: Iterable[tuple[StepReport, Batch]]) -> None:
         """A row for the steps since the last; a state that is frozen keeps its error, and the others go on."""
@@ -120,12 +116,11 @@ class Lane:
     def save(self) -> None:
         step = int(self.state.step)
         if self.error is None and step not in self._checkpoints.steps():
-            meta = {"config": to_json(self.program.config), "fingerprint": fingerprint(self.program.config)}
-            self._checkpoints.save(step, self.state, meta)
+            self._checkpoints.save(step, self.state, origin(self.program.config, self._data))
 
     def evaluate(self, *splits: Split) -> None:
         for split in splits if self.error is None else ():
-            _evaluate(self.program, self.state, split, self._log, self._logged, self.display)
+            evaluate_logged(self.program, self.state, split, self._log, self._logged, self.display)
 
     def interrupted(self) -> None:
         """Save, and say that it was asked to stop."""
@@ -133,7 +128,7 @@ class Lane:
         self._log.write("event", int(self.state.step), {"event": "interrupted"})
 
 
-def _train_together(lanes: list[Lane], signals: _Signals, display: Progress) -> None:
+def _train_together(lanes: list[Lane], signals: Signals, display: Progress) -> None:
     """From the step at which all of them stand to the last; each lane's state is then its own again."""
     program = lanes[0].program
     train, evaluate, start = program.config.train, program.config.evaluate, lanes[0].start
@@ -141,7 +136,7 @@ def _train_together(lanes: list[Lane], signals: _Signals, display: Progress) -> 
     states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(lane.state for lane in lanes))
     pending: list[tuple[StepReport, Batch]] = []
     display.compiling(f"the training step of {len(lanes)} seeds")
-    for numbered in zip(*(_prefetch(lane.program, lane.course, start, train.steps) for lane in lanes), strict=True):
+    for numbered in zip(*(prefetch(lane.program, lane.course, start, train.steps) for lane in lanes), strict=True):
         done = numbered[0][0] + 1
         batch = jax.tree.map(lambda *leaves: np.stack(leaves), *(batch for _, batch in numbered))
         states, report = step(states, batch)

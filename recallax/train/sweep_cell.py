@@ -10,10 +10,12 @@ from pathlib import Path
 
 from recallax.config import ConfigError, fingerprint
 from recallax.train.checkpoint import Checkpoints
-from recallax.train.loop import Interrupted, NonFiniteError, train
+from recallax.train.loop import train
+from recallax.train.meter import NonFiniteError
 from recallax.train.program import Program
 from recallax.train.run_folder import write_atomic
 from recallax.train.seeds import train_seeds
+from recallax.train.signals import Interrupted
 from recallax.train.sweep import Cell, Row, row_of, rows_of, stages_of
 
 
