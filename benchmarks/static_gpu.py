@@ -61,6 +61,7 @@ class Case(NamedTuple):
     keys: int
     values: int
     decay: bool
+    """Of the neural memory: its momentum."""
     docs: bool
     batch: int = 8
     per_channel: bool = False
@@ -107,6 +108,7 @@ CASES += [
     for keys in (64, 128)
     for values in (64, 128)
 ]
+CASES += [Case("neural_memory", width, width, momentum, True) for width in (64, 128) for momentum in (False, True)]
 CASES += [Case("selective_scan", 2048, states, True, docs) for states in (1, 16) for docs in (False, True)]
 
 
@@ -126,6 +128,8 @@ def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
         taylor_attention_step,
     )
 
+    if case.op == "neural_memory":
+        return _memory(case)
     if case.op == "taylor_attention_step":
         one, width = (case.batch, HEADS), state_width(case.keys, "symmetric")
 
@@ -161,6 +165,31 @@ def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
         return out, pull(out)
 
     return run, arguments
+
+
+def _memory(case: Case) -> tuple[Callable[..., Any], list[Any]]:
+    """As `traced`, of the linear memory with a gradient per token."""
+    import jax
+    import jax.numpy as jnp
+
+    from recallax.pallas_kernels.neural_memory import Fixed, Learner, Tokens, neural_memory
+    from recallax.pallas_kernels.neural_memory.learner import LinearNet
+
+    learner = Learner(network=LinearNet(), gradient="token", momentum=case.decay)
+
+    def op(weight, *tokens):
+        gain, ids = jnp.ones((HEADS, case.keys)), jnp.ones((case.batch, LENGTH), jnp.int32)
+        fixed = Fixed({"w1": weight}, gain, gain)
+        out, state = neural_memory(learner, Tokens(*tokens), fixed, segments=ids, implementation="mosaic_gpu")
+        return out, state.memory
+
+    def run(*given):
+        out, pull = jax.vjp(op, *given)
+        return out, pull(out)
+
+    tokens = (case.batch, LENGTH, HEADS)
+    narrow, gate = ((*tokens, case.keys), jnp.bfloat16), ((*tokens, 1), jnp.float32)
+    return run, [((HEADS, case.keys, case.keys), jnp.float32), *[narrow] * 3, *[gate] * 3]
 
 
 def compiled(case: Case, folder: Path) -> Iterator[tuple[str, Path]]:

@@ -34,6 +34,8 @@ from recallax.models.accounting import programs_inside
 from recallax.pallas_kernels.delta_rule import delta_rule
 from recallax.pallas_kernels.landmark_attention import landmark_attention
 from recallax.pallas_kernels.linear_attention import linear_attention
+from recallax.pallas_kernels.neural_memory import Fixed, Learner, Tokens, neural_memory
+from recallax.pallas_kernels.neural_memory.learner import LinearNet
 from recallax.pallas_kernels.selective_scan import selective_scan
 from recallax.pallas_kernels.taylor_attention import taylor_attention
 from recallax.train.log import commit
@@ -75,8 +77,16 @@ def _landmark(v: Any, q: Any, k: Any, implementation: str) -> tuple[Any, None]:
     return landmark_attention(q, k, v, real=63, positions=positions, implementation=implementation), None
 
 
+def _memory(v: Any, q: Any, k: Any, weight: Any, **gates: Any) -> tuple[Any, Any]:
+    learner = Learner(network=LinearNet(), gradient="token")
+    norm = jnp.ones((HEADS, q.shape[3]))
+    form = gates.pop("implementation")
+    return neural_memory(learner, Tokens(q, k, v, **gates), Fixed({"w1": weight}, norm, norm), implementation=form)
+
+
 _TOKEN, _CHANNEL = {"log_decay": (HEADS,)}, {"log_decay": (HEADS, 128)}
 _STRENGTHS = {"erase": (HEADS,), "write": (HEADS,)}
+_GATES = {"lr": (HEADS, 1), "log_momentum": (HEADS, 1), "log_keep": (HEADS, 1)}
 _CHANNELS, _STATES = HEADS * 128, 16
 CASES: dict[str, Case] = {
     "linear_attention": Case(linear_attention, _heads(128, 128)),
@@ -87,6 +97,7 @@ CASES: dict[str, Case] = {
     "delta_rule, token decay": Case(delta_rule, _heads(128, 128), _STRENGTHS | _TOKEN),
     "delta_rule, channel decay": Case(delta_rule, _heads(128, 128), _STRENGTHS | _CHANNEL),
     "landmark_attention": Case(_landmark, _heads(128, 128)),
+    "neural_memory": Case(_memory, _heads(128, 128), _GATES, {"weight": (HEADS, 128, 128)}),
     "taylor_attention": Case(taylor_attention, _heads(16, 64)),
     "selective_scan": Case(
         selective_scan,

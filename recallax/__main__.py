@@ -1,4 +1,4 @@
-"""The command line: `recallax list`, `show`, `train`, `eval`, `generate`, `calibrate`, `sweep`, `export`, ...
+"""The command line: `recallax list`, `show`, `train`, `eval`, `generate`, `calibrate`, `corpus`, `tokenizer`, ...
 
 Only what a command needs is imported: `--help` and `list` read the configs' docstrings and import no JAX.
 """
@@ -32,8 +32,10 @@ USAGE = f"""recallax {__version__}: sequence models that recall well with little
   recallax show CONFIG [overrides]     what a config resolves to, its parameters, state bytes and FLOPs
   recallax train CONFIG [overrides]    train it, or go on where its run stopped
   recallax eval RUN                    evaluate a run's newest checkpoint
-  recallax generate RUN --prompt IDS   let a run's newest checkpoint go on from token ids, or answer its own task
+  recallax generate RUN --prompt TEXT  let a run's newest checkpoint go on from text or token ids, or answer its task
   recallax calibrate RUN --context N   a run of the same weights that reads longer contexts (LongMamba)
+  recallax corpus CONFIG               fetch and tokenize the text of a config, and say how much there is
+  recallax tokenizer CONFIG --out FILE train a BPE tokenizer on the text of a config
   recallax sweep FILE                  train what a Python file asks for, and list what the runs came to
   recallax export RUN --to FORM        its weights for other programs: safetensors, stablehlo or orbax
   recallax import PATH                 a run of weights: an export, or a model of transformers in safetensors
@@ -79,6 +81,15 @@ def load(name: str) -> "RunConfig":
     return importlib.import_module(f"recallax.configs.{name}").get_config()
 
 
+def _overridden[T](default: T, arguments: list[str], prog: str) -> T:
+    """The value with the leaves that the command line names."""
+    import tyro
+
+    # What may be None, such as a curriculum, would otherwise hide behind a subcommand.
+    flat = (tyro.conf.AvoidSubcommands,)
+    return tyro.cli(type(default), default=default, args=arguments, prog=prog, config=flat)
+
+
 def _list(arguments: list[str]) -> int:
     if arguments:
         print("usage: recallax list\n\nThe configs there are, with the question each one asks.")
@@ -93,14 +104,10 @@ def _list(arguments: list[str]) -> int:
 def _show(arguments: list[str]) -> int:
     def run(name: str) -> int:
         config = load(name)
-        import tyro
 
         from recallax.train.show import show
 
-        prog = f"recallax show {name}"
-        # A stage may have a task of its own: without this, its fields would hide behind a subcommand.
-        flat = (tyro.conf.AvoidSubcommands,)
-        config = tyro.cli(type(config), default=config, args=arguments[1:], prog=prog, config=flat)
+        config = _overridden(config, arguments[1:], f"recallax show {name}")
         print(show(name, config))
         return 0
 
@@ -126,8 +133,7 @@ def _train(arguments: list[str]) -> int:
             """Trace a few steps into the run's folder and report the model FLOPs utilisation."""
             distributed: Distributed = field(default_factory=Distributed)
 
-        prog, flat = f"recallax train {name}", (tyro.conf.AvoidSubcommands,)
-        parsed = tyro.cli(Train, default=Train(config=config), args=arguments[1:], prog=prog, config=flat)
+        parsed = _overridden(Train(config=config), arguments[1:], f"recallax train {name}")
         parsed.distributed.start()
         folder = parsed.run or Path("runs") / folder_name(name, parsed.config)
         try:
@@ -195,12 +201,13 @@ def _generate(arguments: list[str]) -> int:
         fill: Literal["left_pad", "twice", "iterate"] = "left_pad",
         prefix: int | None = None,
     ) -> int:
-        """Let a run's newest checkpoint go on from prompts of token ids, or answer questions of its own task.
+        """Let a run's newest checkpoint go on from prompts, or answer questions of its own task.
 
         Args:
             run: Folder of the run.
-            prompt: Token ids separated by spaces, in quotes. Several are read together, and a line each comes out.
-            context: Token ids that are read once, as a prefix, and then asked each prompt.
+            prompt: Text for a run on text, else token ids separated by spaces, in quotes. Several are read together,
+                and what is written behind each comes out in turn.
+            context: Text or token ids that are read once, as a prefix, and then asked each prompt.
             task: Draw this many rows of the run's task instead, read each up to its first question, and show what the
                 model answers beside what was wanted.
             split: Which stream of the task.
@@ -274,6 +281,52 @@ def _calibrate(arguments: list[str]) -> int:
         return 0
 
     return _guarded(lambda: tyro.cli(calibrate, args=arguments, prog="recallax calibrate"))
+
+
+def _corpus(arguments: list[str]) -> int:
+    def run(name: str) -> int:
+        config = load(name)
+        import tyro
+
+        from recallax.train.corpus import describe_corpus
+        from recallax.train.run import RunConfig
+
+        @dataclass(frozen=True, kw_only=True)
+        class Corpus:
+            config: Annotated[RunConfig, tyro.conf.arg(name="")]
+            download: bool = False
+            """Fetch the corpus and prepare it (TFDS: as array_record), where it is not there yet."""
+
+        parsed = _overridden(Corpus(config=config), arguments[1:], f"recallax corpus {name}")
+        print(describe_corpus(parsed.config, download=parsed.download))
+        return 0
+
+    return _with_config("corpus", arguments, run)
+
+
+def _tokenizer(arguments: list[str]) -> int:
+    def run(name: str) -> int:
+        config = load(name)
+        import tyro
+
+        from recallax.train.corpus import train_tokenizer
+        from recallax.train.run import RunConfig
+
+        @dataclass(frozen=True, kw_only=True)
+        class Tokenizer:
+            config: Annotated[RunConfig, tyro.conf.arg(name="")]
+            out: Path = Path("tokenizer.json")
+            """The file to write; name it as the file of a BPE tokenizer in a config."""
+            ids: int = 8192
+            """Token ids at most, the 256 bytes and the boundary among them."""
+            download: bool = False
+            """Fetch the corpus and prepare it (TFDS: as array_record), where it is not there yet."""
+
+        parsed = _overridden(Tokenizer(config=config), arguments[1:], f"recallax tokenizer {name}")
+        print(train_tokenizer(parsed.config, parsed.out, parsed.ids, download=parsed.download))
+        return 0
+
+    return _with_config("tokenizer", arguments, run)
 
 
 def _sweep(arguments: list[str]) -> int:
@@ -427,6 +480,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": _eval,
     "generate": _generate,
     "calibrate": _calibrate,
+    "corpus": _corpus,
+    "tokenizer": _tokenizer,
     "sweep": _sweep,
     "export": _export,
     "import": _import,

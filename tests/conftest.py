@@ -1,5 +1,6 @@
 """Shape checking is on in tests: every jaxtyping annotation of recallax is checked at every call."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 
@@ -18,6 +19,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     found = tempfile.TemporaryDirectory(prefix="recallax-compiled-")
     config.add_cleanup(found.cleanup)
+    text = tempfile.TemporaryDirectory(prefix="recallax-text-")
+    config.add_cleanup(text.cleanup)
+    os.environ["RECALLAX_CACHE"] = text.name
     jax.config.update("jax_compilation_cache_dir", found.name)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -108,8 +108,6 @@ def test_wrong_input_is_refused(
         ("generate . --task 0", ["--task is 0", "at least 1"]),
         ("generate . --task 1 --context 1", ["--context goes with --prompt"]),
         ("generate . --prompt 1 --repeat 2", ["--repeat, --fill and --prefix", "give --context"]),
-        ("generate . --prompt 1,x", ["the prompt '1,x' has the word 'x'", "token ids separated by spaces"]),
-        ("generate . --prompt=", ["the prompt '' is empty", "at least one token id"]),
         ("generate . --prompt 1 --temperature 0", ["temperature is 0.0", "above 0"]),
         ("generate . --prompt 1 --top-k 0", ["top_k is 0", "at least 1"]),
         ("show mqar_mikro", ["did you mean 'mqar_micro'"]),
@@ -397,6 +395,10 @@ def test_generate_goes_on_from_prompts(uninterrupted: Path, capsys: pytest.Captu
     assert lines("--prompt", "5 40 7 33 5 40 7 33 5", "--new", "3", "--piece", "4", "--stop", first) == [first]
     drawn = lines("--prompt", "5 40 7 33 5 40 7 33 5", "7", "--new", "3", "--temperature", "9", "--seed", "1")
     assert drawn != both
+    wrong = refuse(capsys, "generate", str(uninterrupted), "--prompt", "1,x")
+    assert "the prompt '1,x' has the word 'x'" in wrong and "token ids separated by spaces" in wrong
+    wrong = refuse(capsys, "generate", str(uninterrupted), "--prompt", "")
+    assert "the prompt '' is empty" in wrong and "at least one token id" in wrong
     wrong = refuse(capsys, "generate", str(uninterrupted), "--prompt", "5 64")
     assert "prompt 0 has the token 64; ids of this model are 0 to 63" in wrong
 

@@ -49,6 +49,8 @@ def test_the_kernel_is_the_token_loop_in_values_and_gradients(monkeypatch, name,
     learner = LEARNERS[name]
     tokens, fixed = draw(learner, LENGTH)
     fixed = fixed._replace(start=None)
+    if not packed:  # states that outlast a chunk
+        tokens = tokens._replace(log_momentum=0.1 * tokens.log_momentum, log_keep=0.1 * tokens.log_keep)
     rounded = Tokens._make(single(x, dtype if i < 3 else jnp.float32) for i, x in enumerate(tokens))
     with jax.enable_x64(True):
         tokens_, fixed_ = (jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), x) for x in (rounded, fixed))

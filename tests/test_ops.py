@@ -40,7 +40,7 @@ TOLERANCE = {"float32": 3e-5, "bfloat16": 0.03}
 
 
 FORMS = ("reference", "xla")
-FLOAT32 = ("log_decay", "erase", "write", "rate", "a")
+FLOAT32 = ("log_decay", "erase", "write", "rate", "a", "lr", "log_momentum", "log_keep", "weight")
 """Inputs that are float32 whatever the activations are."""
 
 

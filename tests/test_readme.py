@@ -31,7 +31,7 @@ def test_the_commands_run_in_the_order_they_stand(tmp_path, monkeypatch, capsys)
 
 def test_the_code_runs():
     runnable = [code for code in blocks("python") if "shortened" not in code]
-    assert len(runnable) == 5
+    assert len(runnable) == 6
     for code in runnable:
         exec(compile(code, "README.md", "exec"), {})
 

@@ -16,6 +16,7 @@ from recallax.tasks.overwrites import OverwriteRecall, Writes
 from recallax.tasks.reread import Filled, Repeated, Rereading
 from recallax.tasks.set_disjointness import SetDisjointness
 from recallax.tasks.state_tracking import StateTracking
+from recallax.tasks.text import Text
 
 __all__ = [
     "MQAR",
@@ -41,5 +42,6 @@ __all__ = [
     "Split",
     "StateTracking",
     "Task",
+    "Text",
     "Writes",
 ]

@@ -5,12 +5,14 @@ processes sees the same stream. Batches are numpy; a task can be used without th
 """
 
 import abc
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from recallax.config import Config
+from recallax.tasks.encoder import Encoder
 from recallax.types import Batch
 
 type Split = Literal["train", "valid", "test"]
@@ -55,6 +57,21 @@ class Task(Config, abc.ABC):
     @abc.abstractmethod
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """An oracle that sees tokens only; right at every position that carries weight in the test split."""
+
+    @property
+    def encoder(self) -> Encoder | None:
+        """Between text and token ids, where a task has text."""
+        return None
+
+    def data(self) -> str:
+        """A digest of what batches are made of besides the config; "" where that is nothing. May raise ConfigError."""
+        return ""
+
+    def measures(
+        self, split: Split, loss: Float[np.ndarray, " groups"], weight: Float[np.ndarray, " groups"]
+    ) -> Mapping[str, float]:
+        """What the task reports besides loss and accuracy, from its groups' sums of weight x loss (nats) and weight."""
+        return {}
 
     @abc.abstractmethod
     def chance(self) -> float:

@@ -1,9 +1,14 @@
 """Tasks made of another task: its batches, changed after they were drawn."""
 
 import abc
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from jaxtyping import Float
+
 from recallax.tasks.base import Split, Task
+from recallax.tasks.encoder import Encoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,18 @@ class Transform(Task, abc.ABC):
 
     def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
         return self.task.prefixes(split, length)
+
+    @property
+    def encoder(self) -> Encoder | None:
+        return self.task.encoder
+
+    def data(self) -> str:
+        return self.task.data()
+
+    def measures(
+        self, split: Split, loss: Float[np.ndarray, " groups"], weight: Float[np.ndarray, " groups"]
+    ) -> Mapping[str, float]:
+        return self.task.measures(split, loss, weight)
 
     def chance(self) -> float:
         return self.task.chance()

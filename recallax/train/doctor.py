@@ -48,8 +48,8 @@ def forms(op: str, table: Mapping[str, Any]) -> tuple[str, str]:
             continue
         if kernel == dispatch.platform():
             besides.append(f"{name} (by name: no recorded run shows it faster)")
-        elif kernel:
-            besides.append(f"{name} (needs a {kernel.upper()})")
+        else:
+            besides.append(f"{name} (needs a {kernel.upper()})" if kernel else f"{name} (by name)")
     return ", then ".join(taken), ", ".join([*besides, "reference (the definition)"])
 
 

@@ -55,7 +55,9 @@ def evaluate(
     batch_size: int,
     sharding: NamedSharding,
 ) -> dict[str, float]:
-    """`loss`, `accuracy`, and `group/<name>` accuracies over the first `batches` of a split; sums are float64."""
+    """`loss`, `accuracy`, the task's own as `measure/<name>`, and `group/<name>` accuracies over the first `batches` of
+    a split; sums are float64.
+    """
     total = np.zeros((3, len(task.groups)))
     pending: list[Sums] = []
     for index in range(batches):
@@ -68,5 +70,6 @@ def evaluate(
     return {
         "loss": float(loss.sum() / weight.sum()),
         "accuracy": float(correct.sum() / weight.sum()),
+        **{f"measure/{name}": value for name, value in task.measures(split, loss, weight).items()},
         **{f"group/{name}": float(value) for name, value in seen.items()},
     }

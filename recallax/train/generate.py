@@ -1,11 +1,11 @@
-"""What a trained run writes: behind a user's token ids, or behind the rows of its own task up to their first question.
+"""What a trained run writes: behind a user's text or token ids, or behind its task's rows up to their first question.
 
 A model of this project may answer at the question's own place, so what it writes first is compared with what the task
 wants there; where the row itself goes on with the answer (copying), with all of it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,14 +13,18 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, from_json
 from recallax.models.generation import Generator
 from recallax.models.lm import LM
 from recallax.models.prompts import PromptError, TokenIds, padded
 from recallax.models.sampling import Greedy, Sampling
 from recallax.tasks import Rereading
 from recallax.tasks.base import Split, Task
+from recallax.tasks.encoder import Encoder
 from recallax.train.loop import restore_run
+from recallax.train.progress import printable
+from recallax.train.run import RunConfig
+from recallax.train.run_folder import read_config
 from recallax.types import Batch
 
 NEW = 16
@@ -56,13 +60,19 @@ class Question(NamedTuple):
 def continue_prompts(
     run: Path, prompts: Sequence[str], context: str | None, reread: Rereading, writing: Writing
 ) -> list[str]:
-    """What a run's newest checkpoint writes behind each prompt, as token ids; behind a context that is read once as
-    their prefix, if there is one. Raises what `restore_run` raises, ConfigError and PromptError."""
-    asked = [token_ids(prompt, "prompt") for prompt in prompts]
-    ahead = None if context is None else token_ids(context, "context")
-    if ahead is None and reread != Rereading():
+    """What a run's newest checkpoint writes behind each prompt, behind a context that is read once as their prefix, if
+    there is one: text for a run on text, which then stops where the document ends; else token ids.
+
+    Raises what `restore_run` raises, ConfigError and PromptError.
+    """
+    if context is None and reread != Rereading():
         raise ConfigError("--repeat, --fill and --prefix are about a context; give --context, and ask with --prompt")
+    encoder = task_of(run).encoder
+    asked = [_ids(prompt, "prompt", encoder, first=context is None) for prompt in prompts]
+    ahead = None if context is None else _ids(context, "context", encoder, first=True)
     task, model = trained_model(run)
+    if encoder is not None:
+        writing = replace(writing, stop=(*writing.stop, encoder.end))
     new = NEW if writing.new is None else writing.new
     longest = max(map(len, asked))
     if ahead is None:
@@ -74,7 +84,7 @@ def continue_prompts(
         generator = _generator(model, len(ahead) + longest + new, writing)
         begun = generator.prefill(padded([ahead], prefix=len(ahead)), piece=writing.piece)
         found = generator.answer(begun, asked, new, batch=min(len(asked), TOGETHER), seed=writing.seed)
-    return [_shown(row) for row in found]
+    return [_shown(row) if encoder is None else _text(encoder, row) for row in found]
 
 
 def answer_task(run: Path, split: Split, count: int, reread: Rereading, writing: Writing) -> list[str]:
@@ -117,6 +127,11 @@ def first_question(task: Task, split: Split, index: int, seed: int = 0) -> Quest
     return Question(tokens[first : here + 1], prefix, wanted, group)
 
 
+def task_of(run: Path) -> Task:
+    """A run's task. Raises RunFolderError or ConfigError."""
+    return from_json(read_config(run), RunConfig).task
+
+
 def trained_model(run: Path) -> tuple[Task, LM]:
     """A run's task, and its model with the weights of its newest checkpoint."""
     program, restored = restore_run(run)
@@ -148,6 +163,21 @@ def _answer_length(batch: Batch, at: Int[np.ndarray, " B"]) -> int:
             break
         length += 1
     return length
+
+
+def _ids(text: str, what: str, encoder: Encoder | None, *, first: bool) -> Int[np.ndarray, " N"]:
+    """Of text where the run has text: what comes first begins a document."""
+    if encoder is None:
+        return token_ids(text, what)
+    ids = encoder.encode([text])[0].astype(np.int32)
+    if not first and not len(ids):
+        raise PromptError(f"the {what} {text!r} is empty; give at least one letter")
+    return np.concatenate([[encoder.begin], ids]).astype(np.int32) if first else ids
+
+
+def _text(encoder: Encoder, ids: TokenIds) -> str:
+    """On as many lines as it has, without what could move a cursor."""
+    return "\n".join(map(printable, encoder.decode([int(i) for i in ids]).split("\n")))
 
 
 def _shown(ids: TokenIds) -> str:

@@ -43,7 +43,7 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
     Raises what the checks of folder, checkpoint and config raise; NonFiniteError; Interrupted after SIGINT or SIGTERM.
     """
     process = jax.process_index()
-    program = Program(config)  # first: a config that cannot run claims no folder
+    program, data = Program(config), _data(config)  # first: a config that cannot run claims no folder
     program.check_stages()
     with (
         _open(folder, config, process) as run,
@@ -57,6 +57,11 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
         restored = checkpoints.restore(program.abstract)
         state: TrainState = restored.state if restored else program.initial()
         start = int(state.step)
+        if restored and restored.meta.get("data", data) != data:
+            raise CheckpointError(
+                f"step {start} was trained on other data ({restored.meta['data']}, now {data}): the corpus or the "
+                "tokenizer's file has changed; bring the old one back, or start in a new folder"
+            )
         log.truncate(start if restored else -1)
         log.start(start, describe(config, name))
         logged = _evaluations(run.log_file) if process == 0 else set()
@@ -68,7 +73,7 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
 
         def save(state: TrainState) -> None:
             if int(state.step) not in checkpoints.steps():
-                meta = {"config": to_json(config), "fingerprint": fingerprint(config)}
+                meta = {"config": to_json(config), "fingerprint": fingerprint(config), "data": data}
                 more = {} if config.curriculum is None else {"curriculum": course.standing.to_json()}
                 checkpoints.save(int(state.step), state, meta | more)
 
@@ -106,6 +111,13 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
         meter.close()
         _evaluate(program, state, "valid", log, logged, display)
         return _evaluate(program, state, "test", log, logged, display)
+
+
+def _data(config: RunConfig) -> str:
+    """The digest of what the run and its stages train on besides the config."""
+    stages = () if config.curriculum is None else config.curriculum.stages
+    found = [config.task.data(), *(stage.task.data() for stage in stages if stage.task is not None)]
+    return "+".join(dict.fromkeys(digest for digest in found if digest))
 
 
 def _standing(config: RunConfig, restored: Restored | None) -> Standing:
@@ -198,7 +210,8 @@ def _evaluate(
     metrics, step = program.evaluate(state, split), int(state.step)
     if (step, split) not in logged:
         log.write("eval", step, {"split": split, **metrics})
-    display.note(f"{split}  accuracy {metrics['accuracy']:.4f}  loss {metrics['loss']:.4f}")
+    own = "".join(f"  {k.removeprefix('measure/')} {v:.4g}" for k, v in metrics.items() if k.startswith("measure/"))
+    display.note(f"{split}  accuracy {metrics['accuracy']:.4f}  loss {metrics['loss']:.4f}{own}")
     return metrics
 
 

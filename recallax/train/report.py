@@ -66,6 +66,11 @@ class Run:
         found = {k.removeprefix("group/"): _number(v) for k, v in (self.test or {}).items() if k.startswith("group/")}
         return {printable(name): value for name, value in found.items()}
 
+    def measures(self) -> dict[str, float | None]:
+        """What the task measures besides accuracy on the test split, by name."""
+        found = {k.removeprefix("measure/"): v for k, v in (self.test or {}).items() if k.startswith("measure/")}
+        return {printable(name): _number(value) for name, value in found.items()}
+
 
 def write_report(runs: Sequence[Path], out: Path) -> None:
     """Write `out` (HTML) and, with the same stem, `.csv` and `.md`, from the folders of one or more runs.
@@ -76,11 +81,12 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     if not runs:
         raise ReportError("a report needs at least one run folder")
     read = _tell_apart([read_run(Path(folder)) for folder in runs])
-    summary, groups = _summary(read), _by_group(read)
+    summary, groups = _summary(read), _by_name(read, Run.groups)
     write_atomic(out, _page(read, summary, groups))
-    both = [a + b[1:] for a, b in zip(summary, groups, strict=True)]
-    write_atomic(out.with_suffix(".csv"), _csv(both))
-    write_atomic(out.with_suffix(".md"), _markdown(both))
+    tables = zip(summary, groups, _by_name(read, Run.measures), strict=True)
+    all_numbers = [a + b[1:] + c[1:] for a, b, c in tables]
+    write_atomic(out.with_suffix(".csv"), _csv(all_numbers))
+    write_atomic(out.with_suffix(".md"), _markdown(all_numbers))
 
 
 def read_run(folder: Path) -> Run:
@@ -123,10 +129,10 @@ def _summary(runs: list[Run]) -> Table:
     return table
 
 
-def _by_group(runs: list[Run]) -> Table:
-    names = list(dict.fromkeys(name for run in runs for name in run.groups()))
+def _by_name(runs: list[Run], values: Callable[[Run], dict[str, float | None]]) -> Table:
+    names = list(dict.fromkeys(name for run in runs for name in values(run)))
     table: Table = [["run", *names]]
-    return table + [[run.label, *(run.groups().get(name) for name in names)] for run in runs]
+    return table + [[run.label, *(values(run).get(name) for name in names)] for run in runs]
 
 
 def _differences(runs: list[Run]) -> Table:
@@ -151,6 +157,8 @@ def _page(runs: list[Run], summary: Table, groups: Table) -> str:
         parts.append(_html_table(groups))
     else:
         parts.append('<p class="note">No run has been evaluated on the test split yet.</p>')
+    if len((measures := _by_name(runs, Run.measures))[0]) > 1:
+        parts += ["<h2>Other measures</h2>", "<p>On the test split:</p>", _html_table(measures)]
     if sum(_place(run) is not None for run in runs) > 1:
         parts.append("<h2>Accuracy against memory</h2>")
         caption = "Test accuracy against the bytes of state per sequence at the task's longest length."

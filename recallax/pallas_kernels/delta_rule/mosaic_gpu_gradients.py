@@ -12,6 +12,7 @@ the chunk of q.dq - k.(b R) - k.(what else is in dk), and of what the chunk leav
 k.(2^(L_C - L) U dS^T).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,9 +67,39 @@ def chunk_gradients(
     interpret: bool,
 ) -> Gradients:
     """Per value head. values: dO, U and dW; states: S and dS. Without gates there are no sums for the decay."""
+
+    def chunk(keys, wide, held, vectors, sums_out, pairs, staged):
+        parts, sums = _chunk(keys, wide, held, vectors, pairs, scale, interpret)
+        for i, x in enumerate(parts):
+            staged.at[i][...] = x.astype(staged.dtype)
+        for target, x in zip(sums_out, sums, strict=True):
+            target[...] = x
+
+    count = 1 if gates is None else 3
+    dq, dk, sums = by_chunks(chunk, q, k, values, states, (*(gates or ()), erase), ((),) * count, interpret=interpret)
+    return Gradients(dq, dk, *sums, *((None,) * (3 - count)))
+
+
+def by_chunks(
+    chunk: Callable[..., None],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T G K"],
+    values: tuple[Float[Array, "B T H V"], ...],
+    states: tuple[Float[Array, "B H N K V"], ...],
+    weights: tuple[Float[Array, "B H T ..."], ...],
+    sums: tuple[tuple[int, ...], ...],
+    *,
+    interpret: bool,
+) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], tuple[Float[Array, "B H P T ..."], ...]]:
+    """Gradients of queries and keys, and sums over channels of each part, so wide per token.
+
+    Calls chunk(keys, wide, held, weights, sums, pairs, staged) in a block of threads for each chunk and part of the
+    channels: q and k, values, and states in shared memory, weights and sums in global memory, room for two matrices of
+    pairs of tokens, and where it leaves both gradients.
+    """
     (b, t, groups, width), (h, columns) = q.shape, values[0].shape[2:]
 
-    def gradients(q, k, values, states, gates, erase, *out):
+    def gradients(q, k, values, states, weights, dq, dk, sums):
         row, head, part, n = (lax.axis_index(name) for name in ("row", "head", "part", "chunk"))
         time, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(part * PART, PART)
 
@@ -81,37 +112,31 @@ def chunk_gradients(
             for i, x in enumerate(states):
                 plgpu.copy_gmem_to_smem(x.at[row, head, n, channels], held.at[i], arrived)
             plgpu.barrier_wait(arrived)
-            vectors = [x.at[row, head, time] for x in (*gates, erase)]
-            parts, sums = _chunk(keys, wide, held, vectors, pairs, scale, interpret)
-            for i, x in enumerate(parts):
-                staged.at[i][...] = x.astype(staged.dtype)
+            here = [x.at[row, head, time] for x in weights], [x.at[row, head, part, time] for x in sums]
+            chunk(keys, wide, held, *here, pairs, staged)
             plgpu.commit_smem()
-            send(*((staged.at[i], out[i].at[row, time, head, channels]) for i in range(2)))
-            for target, x in zip(out[2], sums, strict=True):
-                target[row, head, part, time] = x
+            send(*((staged.at[i], x.at[row, time, head, channels]) for i, x in enumerate((dq, dk))))
             plgpu.wait_smem_to_gmem(0)
 
         pl.run_scoped(
             scoped,
             matrix(2, CHUNK, PART, tile=64),
-            matrix(3, CHUNK, columns, tile=64),
-            matrix(2, PART, columns, tile=64),
+            matrix(len(values), CHUNK, columns, tile=64),
+            matrix(len(states), PART, columns, tile=64),
             matrix(2, CHUNK, CHUNK, tile=64),
             matrix(2, CHUNK, PART, tile=64),
-            plgpu.Barrier(num_arrivals=7),
+            plgpu.Barrier(num_arrivals=2 + len(values) + len(states)),
         )
 
     wide = jax.ShapeDtypeStruct((b, t, h, width), q.dtype)
-    sums = jax.ShapeDtypeStruct((b, h, width // PART, t), jnp.float32)
-    dq, dk, sums = launch(
+    return launch(
         gradients,
-        out=(wide, wide, (sums,) * (1 if gates is None else 3)),
+        out=(wide, wide, tuple(jax.ShapeDtypeStruct((b, h, width // PART, t, *x), jnp.float32) for x in sums)),
         grid={"row": b, "head": h, "part": width // PART, "chunk": t // CHUNK},
         workers=1,
         copiers=0,
         interpret=interpret,
-    )(q, k, values, states, gates or (), erase)
-    return Gradients(dq, dk, *sums, *((None,) * (3 - len(sums))))
+    )(q, k, values, states, weights)
 
 
 def _chunk(keys, wide, held, vectors, pairs, scale, interpret):

@@ -11,8 +11,10 @@ with D_ij = 2^(L_i - L_j) for j <= i. U are the values that are written, dW is t
 64 columns of the values and of the state.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -87,8 +89,9 @@ def ascend(
     tokens: q, k, v and the inverses, [T, width] each. vectors: the gates if there are any, then erase and write.
     """
 
-    def chunk(room, columns, time, step, refs, gates, state):
-        q, k, v, inverse = refs
+    def chunk(room, columns, time, step, refs, gates, states):
+        (state,), (q, k, v, inverse) = states, refs
+        room = _Room(*room)
         held, high, low, _ = room
         *gates, erase, write = gates
         _hold(room, state.astype(v.dtype), step, columns, kept)
@@ -102,7 +105,7 @@ def ascend(
         wanted = load(v.at[:, columns]) * along_rows(plgpu.load(write, layout=ROWS), shape)
         wanted -= recalled * along_rows(erased, shape)
         others = (zeros(*SQUARE), (q, k.transpose((1, 0)))), (zeros(*shape), (q, held))
-        new, scores, read = _solved(inverse, wanted, room, sizes.interpret, *others)
+        new, scores, read = solved(inverse, wanted, (room.high, room.low), sizes.interpret, *others)
         scores = (_decayed(scores, gates) * sizes.scale).astype(v.dtype)
         read *= sizes.scale
         high[...] = new.astype(v.dtype)
@@ -119,16 +122,17 @@ def ascend(
             (read, (scores, high)), (state, (k.transpose((1, 0)), arriving)), interpret=sizes.interpret
         )
         _answer(room, part.astype(v.dtype), out, time, columns, kept)
-        return state
+        return [state]
 
-    _walk(sizes, chunk, tokens, vectors, start, final, reverse=False)
+    walk(sizes, chunk, tokens, vectors, [start], [final], _heights(sizes), reverse=False)
 
 
 def descend(sizes: Walk, tokens: list[Ref], vectors: list[Ref], start: Ref, final: Ref, kept: Kept) -> None:
     """Backward in time. tokens: q, k, the output's gradient and the inverses. vectors: the gates if any, then erase."""
 
-    def chunk(room, columns, time, step, refs, gates, state):
-        q, k, grad, inverse = refs
+    def chunk(room, columns, time, step, refs, gates, states):
+        (state,), (q, k, grad, inverse) = states, refs
+        room = _Room(*room)
         held, high, low, staged = room
         *gates, erase = gates
         grad = grad.at[:, columns]
@@ -152,7 +156,7 @@ def descend(sizes: Walk, tokens: list[Ref], vectors: list[Ref], start: Ref, fina
             state *= jnp.exp2(last)
         (slope,) = accumulate((slope, (scores, grad)), interpret=sizes.interpret)
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        (slope,) = _solved(inverse, slope, room, sizes.interpret, transposed=True)
+        (slope,) = solved(inverse, slope, (room.high, room.low), sizes.interpret, transposed=True)
         high[...] = (slope * along_rows(-erased, shape)).astype(grad.dtype)
         low[...] = arriving.astype(grad.dtype)
         staged[...] = slope.astype(grad.dtype)
@@ -162,13 +166,26 @@ def descend(sizes: Walk, tokens: list[Ref], vectors: list[Ref], start: Ref, fina
             (state, (k.transpose((1, 0)), high), (q.transpose((1, 0)), low)), interpret=sizes.interpret
         )
         plgpu.commit_smem()  # before the chunk is released
-        return state
+        return [state]
 
-    _walk(sizes, chunk, tokens, vectors, start, final, reverse=True)
+    walk(sizes, chunk, tokens, vectors, [start], [final], _heights(sizes), reverse=True)
 
 
-def _walk(sizes, chunk, tokens, vectors, start, final, *, reverse):
-    """Call chunk(room, columns, time, step, tokens, vectors, state) -> state for each chunk."""
+def walk(
+    sizes: Walk,
+    chunk: Callable[..., list[jax.Array]],
+    tokens: list[Ref],
+    vectors: list[Ref],
+    starts: list[Ref],
+    finals: list[Ref],
+    heights: tuple[int, ...],
+    *,
+    reverse: bool,
+) -> None:
+    """Call chunk(room, columns, time, step, tokens, vectors, states) -> states for each chunk.
+
+    room: as many matrices in shared memory as there are heights, each of a warpgroup's columns.
+    """
     worker, count = lax.axis_index("worker"), sizes.tokens // CHUNK
     columns = pl.ds(worker * OWN, OWN)
 
@@ -177,21 +194,27 @@ def _walk(sizes, chunk, tokens, vectors, start, final, *, reverse):
 
     def scoped(*rooms):
         def context(pipeline):
-            final[:, columns] = pipeline(plgpu.load(start.at[:, columns], layout=MATRIX, optimized=False))
+            states = pipeline([plgpu.load(x.at[:, columns], layout=MATRIX, optimized=False) for x in starts])
+            for final, state in zip(finals, states, strict=True):
+                final[:, columns] = state
             plgpu.wait_smem_to_gmem(0)
 
         def body(index, *refs):
-            *refs, state = refs
+            *refs, states = refs
             step = order(index[0])
-            room = _Room(*(x.at[unknown_zero(index[0]), worker] for x in rooms))
+            room = [x.at[unknown_zero(index[0]), worker] for x in rooms]
             tokens_here, vectors_here = refs[: len(tokens)], refs[len(tokens) :]
-            return chunk(room, columns, pl.ds(step * CHUNK, CHUNK), step, tokens_here, vectors_here, state)
+            return chunk(room, columns, pl.ds(step * CHUNK, CHUNK), step, tokens_here, vectors_here, states)
 
         pipelined(body, tokens, vectors, context, sizes.workers, OWN, 1, order)
 
-    heights = (sizes.width, CHUNK, CHUNK, CHUNK)
     rooms = [matrix(1, sizes.workers, height, OWN, tile=OWN) for height in heights]
     pl.run_scoped(scoped, *rooms, collective_axes="worker")
+
+
+def _heights(sizes):
+    """Of a `_Room`."""
+    return sizes.width, CHUNK, CHUNK, CHUNK
 
 
 def _decayed(scores, gates, *, transposed=False):
@@ -230,15 +253,17 @@ def _answer(room, part, out, time, columns, kept):
     send((room.staged, out.at[time, columns]), *copies)
 
 
-def _solved(inverse, x, room, interpret, *others, transposed=False):
+def solved(
+    inverse: Ref, x: jax.Array, room: tuple[Ref, Ref], interpret: bool, *others: Any, transposed: bool = False
+) -> list[jax.Array]:
     """T x, or T^T x, and other sums. Overwrites the room for digits, and leaves it free to be overwritten."""
-    for ref, part in zip((room.high, room.low), digits(x, interpret), strict=True):
+    for ref, part in zip(room, digits(x, interpret), strict=True):
         ref[...] = part
     plgpu.commit_smem()
     parts = [inverse.at[:, half] for half in HALVES]
     if transposed:
         parts = [part.transpose((1, 0)) for part in parts]
-    products = exactly((parts[0], parts[1]), (room.high, room.low))
+    products = exactly((parts[0], parts[1]), room)
     sums = accumulate((zeros(*x.shape), *products), *others, interpret=interpret)
     plgpu.commit_smem()  # all warps have read
     return sums
@@ -253,16 +278,16 @@ def ascend_decayed(
     vectors: what is left of the state behind each chunk, [N * K], and write.
     """
 
-    def chunk(room, columns, time, step, refs, vectors, state):
-        q, e, k, v, scores, inverse = refs
-        stays, write = vectors
+    def chunk(room, columns, time, step, refs, vectors, states):
+        (state,), (q, e, k, v, scores, inverse) = states, refs
+        room, (stays, write) = _Room(*room), vectors
         held, high, *_ = room
         _hold(room, state.astype(v.dtype), step, columns, kept)
         shape = (CHUNK, OWN)
         (recalled,) = accumulate((zeros(*shape), (e, held)), interpret=sizes.interpret)
         plgpu.wait_smem_to_gmem(0 if kept is None else 1, wait_read_only=True)
         wanted = load(v.at[:, columns]) * along_rows(plgpu.load(write, layout=ROWS), shape) - recalled
-        new, read = _solved(inverse, wanted, room, sizes.interpret, (zeros(*shape), (q, held)))
+        new, read = solved(inverse, wanted, (room.high, room.low), sizes.interpret, (zeros(*shape), (q, held)))
         high[...] = new.astype(v.dtype)
         state *= along_rows(plgpu.load(stays, layout=ROWS), state.shape)
         plgpu.commit_smem()
@@ -270,16 +295,17 @@ def ascend_decayed(
             (read, (scores, high)), (state, (k.transpose((1, 0)), high)), interpret=sizes.interpret
         )
         _answer(room, part.astype(v.dtype), out, time, columns, kept)
-        return state
+        return [state]
 
-    _walk(sizes, chunk, tokens, vectors, start, final, reverse=False)
+    walk(sizes, chunk, tokens, vectors, [start], [final], _heights(sizes), reverse=False)
 
 
 def descend_decayed(sizes: Walk, tokens: list[Ref], vectors: list[Ref], start: Ref, final: Ref, kept: Kept) -> None:
     """Backward in time. Arguments as of `ascend_decayed`, with the output's gradient for v, and without write."""
 
-    def chunk(room, columns, time, step, refs, vectors, state):
-        q, e, k, grad, scores, inverse = refs
+    def chunk(room, columns, time, step, refs, vectors, states):
+        (state,), (q, e, k, grad, scores, inverse) = states, refs
+        room = _Room(*room)
         held, high, _, staged = room
         grad = grad.at[:, columns]
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -289,7 +315,7 @@ def descend_decayed(sizes: Walk, tokens: list[Ref], vectors: list[Ref], start: R
         slope = zeros(CHUNK, OWN), (k, held), (scores.transpose((1, 0)), grad)
         (slope,) = accumulate(slope, interpret=sizes.interpret)
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        (slope,) = _solved(inverse, slope, room, sizes.interpret, transposed=True)
+        (slope,) = solved(inverse, slope, (room.high, room.low), sizes.interpret, transposed=True)
         high[...] = (-slope).astype(grad.dtype)
         staged[...] = slope.astype(grad.dtype)
         state *= along_rows(plgpu.load(vectors[0], layout=ROWS), state.shape)
@@ -299,6 +325,6 @@ def descend_decayed(sizes: Walk, tokens: list[Ref], vectors: list[Ref], start: R
             (state, (e.transpose((1, 0)), high), (q.transpose((1, 0)), grad)), interpret=sizes.interpret
         )
         plgpu.commit_smem()  # before the chunk is released
-        return state
+        return [state]
 
-    _walk(sizes, chunk, tokens, vectors, start, final, reverse=True)
+    walk(sizes, chunk, tokens, vectors, [start], [final], _heights(sizes), reverse=True)

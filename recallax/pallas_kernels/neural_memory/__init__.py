@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from recallax.pallas_kernels.chunking import Documents, accumulator, documents, last_valid, one_document
 from recallax.pallas_kernels.dispatch import call, kernel, require
 from recallax.pallas_kernels.neural_memory import primal, reference, xla
-from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens, beginning
+from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens, beginning, filled
 from recallax.pallas_kernels.neural_memory.learner import Learner, Weights
 from recallax.pallas_kernels.product import product
 
@@ -42,6 +42,7 @@ FORMS = {
     "reference": reference.neural_memory,
     "primal": primal.neural_memory,
     "xla": xla.neural_memory,
+    "mosaic_gpu": kernel("recallax.pallas_kernels.neural_memory.mosaic_gpu", "neural_memory"),
     "mosaic_tpu": kernel("recallax.pallas_kernels.neural_memory.mosaic_tpu", "neural_memory"),
 }
 
@@ -108,9 +109,9 @@ def neural_memory(
     begun = _where(begins(learner, state.count), beginning(fixed, held), held)
     phase = state.count % learner.chunk
     if empty or state.pending is None:
-        whole, ends = _filled(tokens, docs, learner.chunk)
+        whole, ends = filled(tokens, docs, learner.chunk)
     else:
-        whole, ends = _filled(*_after_pending(state.pending, phase, tokens, docs), learner.chunk)
+        whole, ends = filled(*_after_pending(state.pending, phase, tokens, docs), learner.chunk)
     parts = ends if learner.reset is None else _shards(ends, state.count - phase, learner.reset)
     out, memory = call(op, FORMS, implementation, learner, fixed, whole, parts, begun)
     memory = _where(docs.valid.any(axis=1), memory, held)
@@ -169,14 +170,6 @@ def _shards(docs: Documents, before: Int[Array, " B"], reset: int) -> Documents:
     first = before // reset  # a fresh memory has been put in already where a shard begins
     cut = shard != jnp.concatenate([first[:, None], shard[:, :-1]], axis=1)
     return Documents(jnp.cumsum(starts | cut, axis=1, dtype=docs.index.dtype), docs.valid)
-
-
-def _filled(tokens: Tokens, docs: Documents, chunk: int) -> tuple[Tokens, Documents]:
-    """Padding at the end, up to a multiple of a chunk; it belongs to the last document."""
-    more = -docs.index.shape[1] % chunk
-    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)), tokens)
-    index = jnp.pad(docs.index, ((0, 0), (0, more)), mode="edge")
-    return padded, Documents(index, jnp.pad(docs.valid, ((0, 0), (0, more))))
 
 
 def _after_pending(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from recallax.pallas_kernels.chunking import Documents
 from recallax.pallas_kernels.decay import decayed_scores
 from recallax.pallas_kernels.neural_memory.learner import Learner, Weights
 from recallax.pallas_kernels.product import product
@@ -101,3 +102,11 @@ def weigh(learner: Learner, tokens: Tokens, visible: Bool[Array, "B C C"]) -> We
         last_momentum=apart(since[..., -1]),
         last_gradients=apart(spread[..., -1, :] * lr),
     )
+
+
+def filled(tokens: Tokens, docs: Documents, chunk: int) -> tuple[Tokens, Documents]:
+    """Padding at the end, up to a multiple of a chunk; it belongs to the last document."""
+    more = -docs.index.shape[1] % chunk
+    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)), tokens)
+    index = jnp.pad(docs.index, ((0, 0), (0, more)), mode="edge")
+    return padded, Documents(index, jnp.pad(docs.valid, ((0, 0), (0, more))))

@@ -3,8 +3,8 @@
     (I + G- * K K^T) U = beta- K W + f- K S - V          slopes of all tokens of a chunk, by one triangular system
     Y = beta Q W + f Q S - (G * Q K^T) U                 the minus sign: as the token before sees it
 
-What the initial weights add is linear in them and stands outside: `_without_origin`. The forward pass keeps the states
-at each chunk's start; the backward pass walks the chunks in reverse and differentiates the same body.
+What the initial weights add is linear in them and stands outside (`exact.py`). The forward pass keeps the states at
+each chunk's start; the backward pass walks the chunks in reverse and differentiates the same body.
 """
 
 import functools
@@ -13,11 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from recallax.pallas_kernels import mosaic_tpu_decay as decays
 from recallax.pallas_kernels.chunking import Documents
-from recallax.pallas_kernels.dispatch import Unsupported
 from recallax.pallas_kernels.mosaic_tpu import (
     Chunks,
     Matrices,
@@ -39,9 +38,9 @@ from recallax.pallas_kernels.mosaic_tpu import (
 )
 from recallax.pallas_kernels.mosaic_tpu_solve import solve
 from recallax.pallas_kernels.neural_memory import inner
+from recallax.pallas_kernels.neural_memory.exact import require_exact, without_origin
 from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory
 from recallax.pallas_kernels.neural_memory.learner import Learner
-from recallax.pallas_kernels.product import product
 
 CHUNK = 64
 
@@ -50,10 +49,7 @@ def neural_memory(
     learner: Learner, fixed: Fixed, tokens: inner.Tokens, docs: Documents, memory: Memory
 ) -> tuple[Float[Array, "B M H D"], Memory]:
     """The op's form for TPUs, of float32 or bfloat16 queries, keys and values."""
-    if learner.gradient == "chunk_start":
-        raise Unsupported("gradients are taken at the chunk's start; the kernel takes them per token")
-    if fixed.start is not None:
-        raise Unsupported("documents begin with something learned; the kernel begins them with the initial weights")
+    require_exact(learner, fixed)
     (name,), (q, k, v) = memory.change, tokens[:3]
     require_dtypes(q=q, k=k, v=v)
     length = q.shape[1]
@@ -63,7 +59,7 @@ def neural_memory(
     origin = fixed.weights[name].astype(jnp.float32)
     keep = jnp.where(docs.valid[..., None, None], tokens.log_keep.astype(jnp.float32), 0)
     seen = jnp.exp(keep) if learner.gradient == "token_decayed" else jnp.ones_like(keep)
-    v, read, left = _without_origin(learner, origin, q, k, v, keep, starts)
+    v, read, left = without_origin(learner, origin, q, k, v, keep, starts)
 
     def row(x: Float[Array, "B T H 1"]) -> Float[Array, "B H N 1 C"]:
         return in_chunks(head_major(x, steps)[..., 0], steps)[:, :, :, None]
@@ -88,36 +84,6 @@ def neural_memory(
     out = (time_major(out, length) + read).astype(tokens.q.dtype)
     momentum = {name: after[1]} if learner.momentum else {}
     return out, Memory({name: after[0] + left}, momentum)
-
-
-def _without_origin(
-    learner: Learner,
-    origin: Float[Array, "H I O"],
-    q: Array,
-    k: Array,
-    v: Array,
-    keep: Array,
-    starts: Bool[Array, "B T"],
-) -> tuple[Array, Float[Array, "B T H O"], Float[Array, "B H I O"]]:
-    """Targets as the change of the weights alone meets them; what reading the initial weights adds to the outputs; and
-    what is added to the final change.
-
-    The weights hold b_t times the initial ones, b = 1 unless they decay to zero: then the product of keep since the
-    document's first token, or the first of these.
-    """
-    read, known = (product("bthi,hio->btho", x, origin.astype(x.dtype)) for x in (q, k))
-    if learner.decay_to == "init":
-        return (
-            (v.astype(jnp.float32) - known).astype(v.dtype),
-            read,
-            jnp.zeros((q.shape[0], *origin.shape), jnp.float32),
-        )
-    total = jnp.cumsum(keep, axis=1)
-    first = jax.lax.cummin(jnp.where(starts[..., None, None], total - keep, 0), axis=1)
-    now, ahead = jnp.exp(total - first), jnp.exp(total - keep - first)
-    seen = now if learner.gradient == "token_decayed" else ahead
-    left = (jnp.moveaxis(now[:, -1:], 1, 2) - 1) * origin[None]
-    return (v.astype(jnp.float32) - seen * known).astype(v.dtype), now * read, left
 
 
 class _Inputs(NamedTuple):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import Documents, masks_of
 from recallax.pallas_kernels.neural_memory.boundary import settled
+from recallax.pallas_kernels.neural_memory.exact import before_tokens
 from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens, Weighing, beginning, weigh
 from recallax.pallas_kernels.neural_memory.learner import LOSSES, Learner, Weights
 from recallax.pallas_kernels.product import product
@@ -145,15 +146,8 @@ def _exact_chunk(
         new += beta * found(x, memory.change, start[0])
         return new + f * found(x, memory.momentum, start[1]) if learner.momentum else new
 
-    # Weights before a token: the row of the token before it in its document, and nothing at the document's start.
-    before = masks.visible & ~jnp.eye(q.shape[2], dtype=bool)[None]
-    g = jnp.where(before[:, None], _down(weighing.gradients, 0.0), 0)
-    first = (~before.any(axis=-1))[:, None, :, None]
-    beta_before = jnp.where(first, 1.0, _down(beta, 1.0))
-    f_before = jnp.where(first, 0.0, _down(f, 0.0))
-    if learner.gradient == "token_decayed":
-        keep = jnp.exp(jnp.moveaxis(tokens.log_keep.astype(jnp.float32), 1, 2))
-        g, beta_before, f_before = g * keep, beta_before * keep, f_before * keep
+    beta_before, f_before, g = before_tokens(learner, tokens, weighing, masks.visible)
+    beta_before, f_before = beta_before[..., None], f_before[..., None]
     alike = product("bhti,bhsi->bhts", k, k)
     inverse = unit_lower_inverse(g * alike)
     rest = carried(k, beta_before, f_before) - v.astype(jnp.float32)
@@ -171,11 +165,6 @@ def _exact_chunk(
         pushed = {name: weighing.last_momentum[..., None, None] * last.momentum[name] - push}
     write = product("bhsi,bhso->bhio", _scaled(k, weighing.gradients[..., -1, :]), slopes)
     return Memory({name: kept - write}, pushed), jnp.moveaxis(out, 1, 2).astype(dtype)
-
-
-def _down(x: Array, fill: float) -> Array:
-    """Rows moved down by one along time, [B, H, C, ...]."""
-    return jnp.concatenate([jnp.full_like(x[:, :, :1], fill), x[:, :, :-1]], axis=2)
 
 
 def _scaled(x: Float[Array, "B H C I"], weight: Float[Array, "B H C"]) -> Array:

@@ -1,0 +1,23 @@
+"""What does a small BASED learn from text files of one's own? By bytes, the model of `text_based`.
+
+Needs the extra `tfds`: the files are turned into a TFDS corpus in the cache folder. Expected: as `text_based` on as
+much text. Cost: a couple of minutes on two CPU cores.
+
+    recallax train text_files --task.source.paths "notes/**/*.md" --task.source.documents file
+"""
+
+from dataclasses import replace
+
+from recallax.configs import text_based
+from recallax.tasks import Text
+from recallax.tasks.text import TextFiles
+from recallax.train.run import RunConfig
+
+
+def get_config() -> RunConfig:
+    source = TextFiles(paths=("*.txt",), documents="paragraph")
+    return replace(text_based.get_config(), task=Text(source=source, length=256, ngram=6, frequent=50))
+
+
+def get_tiny() -> RunConfig:
+    return replace(text_based.get_tiny(), task=text_based.tiny_text(24))

@@ -1,0 +1,890 @@
+"""Text: every token is asked once, in rows that any process finds by itself; sources, tokenizers, what is refused."""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from recallax.__main__ import main
+from recallax.config import ConfigError, from_json, to_json
+from recallax.configs import based_360m_text, text_based, text_files
+from recallax.models.prompts import PromptError
+from recallax.tasks import SPLITS, MaskedPrefix, Split, Text
+from recallax.tasks.text import BPE, Bytes, SentencePiece, Shakespeare, Source, TextFiles, Tfds, repeats, tokens
+from recallax.tasks.text import cache as cache_module
+from recallax.tasks.text.cache import cache_root, made
+from recallax.tasks.text.files import Cut
+from recallax.tasks.text.repeats import frequent_ngrams, recallable
+from recallax.tasks.text.shuffle import shuffled
+from recallax.tasks.text.source import Corpus, Documents, Given, Held, digest_of, split_by_content
+from recallax.tasks.text.task import packed
+from recallax.tasks.text.tokenizer import BOUNDARY, train_bpe
+from recallax.tasks.text.tokens import Stream
+from recallax.train.checkpoint import CheckpointError
+from recallax.train.corpus import text_of
+from recallax.train.loop import evaluate_run, train
+from recallax.train.program import Program
+from recallax.train.run import RunConfig
+
+ROOT = Path(__file__).parents[1]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "sees",
+    "über",
+    "東京",
+    "and",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "ravens",
+    "sing",
+    "of",
+    "old",
+    "kings",
+]
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(WORDS, size=rng.integers(2, 30))) + f" {i}" for i in range(count)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sentences(Source):
+    """Documents of the tests, in memory."""
+
+    seed: int = 0
+    count: int = 40
+
+    def open(self) -> Corpus:
+        documents: dict[Split, Documents] = {
+            split: Given(sentences(self.count, 10 * self.seed + i)) for i, split in enumerate(SPLITS)
+        }
+        return Corpus(f"sentences {self.seed} {self.count}", documents)
+
+
+SMALL = Text(source=Sentences(), length=32, ngram=3, frequent=60)
+
+
+# The order of rows
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 1000, 1023, 4097])
+def test_a_computed_order_is_a_permutation(count: int) -> None:
+    for key in (0, 1, 2**63 + 5):
+        order = shuffled(np.arange(count), count, np.full(count, key, np.uint64))
+        assert np.array_equal(np.sort(order), np.arange(count))
+
+
+def test_orders_of_different_keys_are_as_different_as_random_ones() -> None:
+    count, keys = 7, 60_000
+    every = [shuffled(np.full(keys, i), count, np.arange(keys, dtype=np.uint64)) for i in range(count)]
+    for a, b in itertools.combinations(range(count), 2):  # each place alone, and each pair of places
+        pairs = Counter(zip(every[a].tolist(), every[b].tolist(), strict=True))
+        expected = keys / (count * (count - 1))
+        chi2 = sum((n - expected) ** 2 / expected for n in pairs.values())
+        assert len(pairs) == 42 and chi2 < 41 + 5 * np.sqrt(82), (a, b, chi2)
+    order = shuffled(np.arange(5000), 5000, np.full(5000, 3, np.uint64))
+    assert np.mean(np.diff(order) == 1) < 0.002 and np.mean(order == np.arange(5000)) < 0.002
+
+
+# Packing
+
+
+def stream_of(documents: Sequence[Sequence[int]], grid: int, boundary: int = 99) -> Stream:
+    tokens, starts, ends = [], [], []
+    for document in documents:
+        starts.append(len(tokens))
+        tokens += [boundary, *document, boundary]
+        ends.append(len(tokens))
+        tokens += [boundary] * (-len(tokens) % grid)
+    begin, end = (np.array(x, np.int64) for x in (starts, ends))
+    return Stream(np.array(tokens, np.uint16), begin, end, np.zeros(100, np.int64), 0)
+
+
+def slow_rows(documents: Sequence[Sequence[int]], grid: int, length: int, boundary: int = 99) -> list[list[tuple]]:
+    """(token, segment, position, target or None) of every place, document by document."""
+    places: list[tuple] = []
+    for number, document in enumerate(documents):
+        whole = [boundary, *document, boundary]
+        fill = [boundary] * (-len(whole) % grid)
+        for i, token in enumerate(whole + fill):
+            places.append((number, token, whole[i + 1] if i + 1 < len(whole) else None))
+    rows, first = [], 0
+    while True:
+        row, segment, position, last = [], 0, 0, None
+        for i in range(length):
+            if first + i >= len(places):
+                row.append((0, 0, None, None))
+                continue
+            number, token, target = places[first + i]
+            segment, position = (segment, position + 1) if number == last else (segment + 1, 0)
+            last = number
+            seen = i == length - 1 or (first > 0 and i < grid - 1)
+            row.append((token, segment, position, None if seen else target))
+        rows.append(row)
+        if first + length >= len(places):
+            return rows
+        first += length - grid
+
+
+@pytest.mark.parametrize("grid", [1, 2, 4])
+@pytest.mark.parametrize("longest", [1, 6, 60])
+def test_rows_are_what_the_definition_says(grid: int, longest: int) -> None:
+    rng = np.random.default_rng(grid + longest)
+    for length in (8, 12, 20):
+        sizes = rng.integers(1, longest + 1, size=30)
+        documents = [rng.integers(0, 90, size=n).tolist() for n in sizes]
+        wanted = slow_rows(documents, grid, length)
+        batch = packed(stream_of(documents, grid), np.arange(len(wanted)), length, grid)
+        for i, row in enumerate(wanted):
+            tokens, segments, positions, targets = zip(*row, strict=True)
+            assert np.asarray(batch.tokens)[i].tolist() == list(tokens)
+            assert np.asarray(batch.seq.segments)[i].tolist() == list(segments)
+            real = np.array(segments) > 0
+            assert np.asarray(batch.seq.positions)[i][real].tolist() == [p for p in positions if p is not None]
+            assert (np.asarray(batch.weights)[i] > 0).tolist() == [t is not None for t in targets]
+            assert np.asarray(batch.targets)[i].tolist() == [t or 0 for t in targets]
+        begun = (np.asarray(batch.seq.positions) == 0) & (np.asarray(batch.seq.segments) > 0)
+        assert not np.any(np.flatnonzero(begun.any(axis=0)) % grid)
+        # The tokens of all documents, each but its first, are asked once each.
+        asked = Counter(np.asarray(batch.targets)[np.asarray(batch.weights) > 0].tolist())
+        assert asked == Counter(itertools.chain.from_iterable(documents)) + Counter({99: len(documents)})
+
+
+@pytest.mark.parametrize("grid", [1, 4])
+def test_one_reading_asks_every_token_of_a_split_once(grid: int) -> None:
+    task = replace(SMALL, grid=grid)
+    for split in SPLITS:
+        stream, rows = task.tokens().streams[split], task.rows(split)
+        batch = task.batch(3, split, 0, rows)
+        asked = np.bincount(batch.targets[batch.weights > 0], minlength=task.vocab_size)
+        assert np.array_equal(asked, stream.counts)
+        texts = sentences(40, SPLITS.index(split))
+        assert stream.text_bytes == sum(len(t.encode()) for t in texts) == asked[:256].sum() and asked[256] == 40
+        decoded = [task.encoder.decode(stream.tokens[a:b].tolist()) for a, b in zip(*stream[1:3], strict=True)]
+        assert decoded == texts
+
+
+# The position in the data is the step
+
+
+def test_a_batch_is_rows_of_one_sequence_however_they_are_dealt() -> None:
+    """The same rows for any batch size, across the ends of readings, so for any number of processes and at any step."""
+    rows = SMALL.rows("train")
+    whole = SMALL.batch(0, "train", 0, 3 * rows).tokens
+    for size in (1, 4, rows - 1, rows + 3):
+        for index in {0, 1, 2 * rows // size}:
+            part = SMALL.batch(0, "train", index, size).tokens
+            assert np.array_equal(part[: 3 * rows - index * size], whole[index * size : (index + 1) * size])
+    readings = [Counter(row.tobytes() for row in whole[i * rows : (i + 1) * rows]) for i in range(3)]
+    assert readings[0] == readings[1] == readings[2] and len(readings[0]) == rows
+    orders = [[row.tobytes() for row in whole[i * rows : (i + 1) * rows]] for i in range(3)]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_held_out_rows_are_the_same_for_every_seed_and_weigh_once() -> None:
+    for split in ("valid", "test"):
+        rows = SMALL.rows(split)
+        a, b = (SMALL.batch(seed, split, 0, rows + 5) for seed in (0, 7))
+        assert np.array_equal(a.tokens, b.tokens)
+        assert np.all(a.weights[:rows].sum(axis=1) > 0) and not a.weights[rows:].any()
+        assert not SMALL.batch(0, split, 10**12, 4).weights.any()
+
+
+DIGEST = """
+import hashlib, json, sys
+import numpy as np
+from recallax.configs import text_based
+
+task, (count, steps, size) = text_based.get_config().task, json.loads(sys.argv[1])
+found = {}
+for step in steps:
+    batch = task.batch(0, "train", step, size)
+    leaves = [*batch[:-1], *batch.seq[:-1]]
+    for process in range(count):
+        mine = slice(process * size // count, (process + 1) * size // count)
+        found[f"{step} {process}"] = hashlib.sha256(b"".join(leaf[mine].tobytes() for leaf in leaves)).hexdigest()
+foreign = [m for m in ("tensorflow", "tensorflow_datasets", "grain", "tokenizers", "sentencepiece") if m in sys.modules]
+print(json.dumps({"rows": found, "data": task.data(), "foreign": foreign}))
+"""
+
+
+def test_other_processes_find_the_same_rows_by_themselves(tmp_path: Path) -> None:
+    """One that starts with nothing but the config makes the same tokens and, at any step, the same rows for each of 1,
+    2 or 4 processes as this one; and the text that recallax carries needs no further library."""
+    task, size, steps = text_based.get_config().task, 8, [0, 3, 228, 229, 10**6]  # 1828 rows a reading: 228 goes over
+    environment = {**os.environ, "RECALLAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "error", "-c", DIGEST, json.dumps([4, steps, size])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["foreign"] == [] and found["data"] == task.data()
+    for step in steps:
+        batch = task.batch(0, "train", step, size)
+        leaves = [*batch[:-1], *batch.seq[:-1]]
+        for process in range(4):
+            mine = slice(process * size // 4, (process + 1) * size // 4)
+            digest = hashlib.sha256(b"".join(leaf[mine].tobytes() for leaf in leaves)).hexdigest()
+            assert found["rows"][f"{step} {process}"] == digest
+
+
+# Recall tokens
+
+
+def slow_recall(tokens: list[int], segments: list[int], n: int, frequent: set[tuple]) -> list[bool]:
+    """Zoology's definition, token by token."""
+    found = []
+    for t in range(len(tokens)):
+        first = next(i for i in range(len(tokens)) if segments[i] == segments[t])
+        gram = tuple(tokens[t - n + 1 : t + 1])
+        inside = t - n + 1 >= first
+        before = [tuple(tokens[s - n + 1 : s + 1]) for s in range(first + n - 1, t)] if inside else []
+        found.append(inside and gram in before and gram not in frequent)
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("above", [0, 8, 1000])
+def test_recall_tokens_are_those_of_the_definition(n: int, above: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repeats, "PIECE", 7)
+    monkeypatch.setattr(repeats, "BUCKETS", 3)  # so that n-grams share counters
+    rng, vocab = np.random.default_rng(n), 5
+    sizes = rng.integers(1, 20, size=40)
+    documents = [rng.choice(vocab - 1, size=k, p=[0.55, 0.25, 0.1, 0.1]).tolist() for k in sizes]
+    stream = stream_of(documents, 1, boundary=vocab - 1)
+    counted = Counter(
+        tuple(stream.tokens[i : i + n].tolist())
+        for a, b in zip(stream.starts, stream.ends, strict=True)
+        for i in range(a, b - n + 1)
+    )
+    often = {gram for gram, count in counted.items() if count > above}
+    numbers = frequent_ngrams(stream.tokens, stream.starts, n, vocab, above)
+    assert numbers.tolist() == sorted(sum(x * vocab ** (n - 1 - i) for i, x in enumerate(gram)) for gram in often)
+    batch = packed(stream, np.arange(20), 16, 1)
+    found = recallable(np.asarray(batch.tokens), np.asarray(batch.seq.segments), n, vocab, numbers)
+    for row, segments, marks in zip(batch.tokens.tolist(), batch.seq.segments.tolist(), found, strict=True):
+        real = [i for i, s in enumerate(segments) if s]
+        wanted = slow_recall([row[i] for i in real], [segments[i] for i in real], n, often)
+        assert marks[real].tolist() == wanted
+    assert found.any() == (above == 1000 or (above == 8 and n > 1)) and (len(often) > 0) == (above < 1000)
+
+
+def test_recall_never_reaches_across_a_boundary_that_no_token_marks() -> None:
+    rng = np.random.default_rng(0)
+    tokens, segments = rng.integers(0, 3, size=(50, 24)), np.sort(rng.integers(1, 6, size=(50, 24)), axis=1)
+    for n in (1, 2, 3):
+        found = recallable(tokens, segments, n, 3, np.zeros(0, np.int64))
+        for row, own, marks in zip(tokens.tolist(), segments.tolist(), found, strict=True):
+            assert marks.tolist() == slow_recall(row, own, n, set())
+
+
+def test_a_label_is_in_the_group_of_the_token_it_asks_for() -> None:
+    for split in SPLITS:
+        batch = SMALL.batch(0, split, 0, 20)
+        numbers = SMALL.tokens().frequent(3, 60)
+        often = {(x // 257**2, x // 257 % 257, x % 257) for x in numbers.tolist()}
+        for row, segments, group, weights in zip(
+            batch.tokens.tolist(), batch.seq.segments.tolist(), batch.group, batch.weights, strict=True
+        ):
+            recall = slow_recall(row, segments, 3, often)
+            assert [bool(group[t]) for t in np.flatnonzero(weights)] == [recall[t + 1] for t in np.flatnonzero(weights)]
+        assert 0.02 < batch.group[batch.weights > 0].mean() < 0.8
+
+
+# Sources
+
+
+def test_the_corpus_that_is_carried() -> None:
+    corpus = Shakespeare().open()
+    texts = {split: list(documents) for split, documents in corpus.documents.items()}
+    assert {split: len(documents) for split, documents in corpus.documents.items()} == {
+        "train": 177,
+        "valid": 21,
+        "test": 21,
+    }
+    whole = [text for split in SPLITS for text in texts[split]]
+    assert len(set(whole)) == 219 and all(text.isascii() and len(text) > 500 for text in whole)
+    assert sum(text.startswith("SONNET ") for text in whole) == 154
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    folder = ROOT / "recallax/tasks/text"
+    assert list(folder.glob(data["recallax.tasks.text"][0])) == [folder / "shakespeare.txt"], "it goes into the wheel"
+    assert (folder / "shakespeare.txt").stat().st_size < 600_000
+
+
+def test_splits_are_disjoint_by_what_documents_say() -> None:
+    texts = sentences(200) * 3
+    digests = np.array([digest_of(text) for text in texts])
+    split = split_by_content(digests, Held(0.1, 0.2))
+    by_text = {text: {s for t, s in zip(texts, split, strict=True) if t == text} for text in set(texts)}
+    assert all(len(found) == 1 for found in by_text.values())
+    assert Counter(next(iter(s)) for s in by_text.values()) == {0: 140, 1: 20, 2: 40}
+    order = np.random.default_rng(0).permutation(len(texts))
+    assert np.array_equal(split_by_content(digests[order], Held(0.1, 0.2)), split[order])
+    assert Counter(split_by_content(digests[:3], Held(0.01, 0.01)).tolist()) == {0: 1, 1: 1, 2: 1}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to be in, with a cache of its own."""
+    monkeypatch.setenv("RECALLAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8", newline="")
+
+
+def found_in(source: Source) -> dict[Split, list[str]]:
+    return {split: list(documents) for split, documents in source.open().documents.items()}
+
+
+def test_files_become_documents(folder: Path) -> None:
+    texts = sentences(12)
+    write(folder / "a/one.txt", "\r\n\r\n".join(texts[:5]) + "\r\n")
+    write(folder / "a/b/two.txt", "\n \n\n".join(texts[5:8]) + "\n\n\n")
+    write(folder / "three.md", "\n".join(texts[8:]))
+    paths = ("a/**/*.txt", "*.md")
+    third = "\n".join(texts[8:])
+    first, second = "\n\n".join(texts[:5]) + "\n", "\n \n\n".join(texts[5:8]) + "\n\n\n"
+    wanted: dict[Cut, list[str]] = {"file": [first, second, third], "paragraph": [*texts[:8], third], "line": texts}
+    for cut, documents in wanted.items():
+        found = found_in(TextFiles(paths=paths, documents=cut))
+        assert sorted(itertools.chain(*found.values())) == sorted(text.strip("\n") for text in documents)
+        assert all(found.values())
+    source = TextFiles(paths=paths, documents="line")
+    before, made_before = source.open().digest, sorted((folder / "cache/corpora").iterdir())
+    assert source.open().digest == before and sorted((folder / "cache/corpora").iterdir()) == made_before
+    write(folder / "three.md", "\n".join(texts[8:-1]))
+    assert source.open().digest != before and len(found_in(source)["train"]) == 9
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.fixture(scope="module")
+def tfds_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A TFDS corpus of somebody else's, prepared in a data folder: 30 train documents and 6 test ones."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    tfds.disable_progress_bar()
+    data = tmp_path_factory.mktemp("tfds")
+
+    class SomeBooks(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("2.0.1")
+
+        def _info(self):
+            features = {name: tfds.features.Text() for name in ("title", "body", "raw")}
+            features["year"] = tfds.features.Scalar(np.int64)
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, _):
+            def examples(texts: list[str]):
+                rest = {"title": "", "raw": b"na\xefve", "year": 1900}
+                return ((i, {"body": text, **rest}) for i, text in enumerate(texts))
+
+            return {"train": examples(sentences(30)), "test": examples(sentences(6, 1))}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    SomeBooks(data_dir=data, file_format="array_record").download_and_prepare()
+    return data
+
+
+def test_a_tfds_corpus_by_name(tfds_data: Path, folder: Path) -> None:
+    source = Tfds(name="some_books", feature="body", train="train[:80%]", valid="train[80%:]", data_dir=str(tfds_data))
+    found = found_in(source)
+    assert {split: len(texts) for split, texts in found.items()} == {"train": 24, "valid": 6, "test": 6}
+    assert sorted(found["train"] + found["valid"]) == sorted(sentences(30))
+    assert sorted(found["test"]) == sorted(sentences(6, 1))
+    assert found_in(source) == found and source.open().digest == replace(source, name="some_books:2.0.1").open().digest
+    task = Text(source=source, length=16)
+    batch = task.batch(0, "valid", 0, task.rows("valid"))
+    assert batch.weights.sum() == sum(len(text.encode()) + 1 for text in found["valid"])
+    assert from_json(to_json(task), Text) == task
+    assert "tensorflow" not in sys.modules
+
+
+REFUSED_TFDS = [
+    ({"name": "no_such_books"}, ["task.source.name is 'no_such_books'", "TFDS does not have"]),
+    ({"name": "lm1b"}, ["lm1b is not in", "recallax corpus CONFIG --download", "task.source.data_dir"]),
+    ({"feature": "text"}, ["some_books/2.0.1 has no feature 'text'", "title, body, raw, year"]),
+    ({}, ["has no split 'validation'", "train, test", "train[98%:99%]"]),
+    ({"valid": "train[20:]", "train": "train[:21]"}, ["train is 'train[:21]' and valid 'train[20:]'", "not overlap"]),
+    ({"valid": "test"}, ["valid is 'test' and test 'test'", "not overlap"]),
+]
+
+
+@pytest.mark.parametrize(("change", "parts"), REFUSED_TFDS, ids=[next(iter(c), "split") for c, _ in REFUSED_TFDS])
+def test_tfds_corpora_that_are_refused(tfds_data: Path, change: dict[str, str], parts: list[str]) -> None:
+    source = replace(Tfds(name="some_books", feature="body", data_dir=str(tfds_data)), **change)
+    with pytest.raises(ConfigError) as error:
+        source.open()
+    for part in parts:
+        assert part in str(error.value), error.value
+
+
+def test_features_and_formats_that_are_refused(tfds_data: Path, tmp_path: Path) -> None:
+    source = Tfds(name="some_books", valid="train[:1]", train="train[1:]", data_dir=str(tfds_data))
+    for feature in ("raw", "year"):
+        documents = replace(source, feature=feature).open().documents["valid"]
+        with pytest.raises(
+            ConfigError, match=rf"document 0 of some_books/2.0.1 train\[:1\] is not UTF-8 .*'{feature}'"
+        ):
+            list(documents)
+    shutil.copytree(tfds_data / "some_books", tmp_path / "some_books")
+    info = tmp_path / "some_books/2.0.1/dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(
+        ConfigError, match=r"2.0.1 holds tfrecord, which has no random access; prepare it as array_record"
+    ):
+        replace(source, feature="body", data_dir=str(tmp_path)).open()
+
+
+def test_a_corpus_is_prepared_where_it_is_missing(
+    tfds_data: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TFDS knows how to make this one, as it does those that it downloads."""
+    source = Tfds(name="some_books", feature="body", train="train[:9]", valid="train[9:]", data_dir=str(folder / "new"))
+    with pytest.raises(ConfigError, match=r"some_books is not in .*/new/some_books/2.0.1"):
+        source.open()
+    source.prepare()
+    found = found_in(source)
+    assert sorted(found["train"] + found["valid"]) == sorted(sentences(30))
+    before = sorted((folder / "new").rglob("*"))
+    source.prepare()
+    assert sorted((folder / "new").rglob("*")) == before
+
+
+def refuse_files(
+    parts: list[str], *paths: str, documents: Cut = "file", valid: float = 0.05, test: float = 0.05
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        TextFiles(paths=paths, documents=documents, valid=valid, test=test).open()
+    for part in parts:
+        assert part in str(error.value), error.value
+
+
+def test_files_that_are_refused(folder: Path) -> None:
+    refuse_files(["'*.txt'", "no such file", str(folder), "correct it"], "*.txt")
+    write(folder / "good.txt", "\n\n".join(sentences(9)))
+    (folder / "latin.txt").write_bytes("good\nna\xefve".encode("latin-1"))
+    refuse_files(["latin.txt is not UTF-8", "byte 0xef at offset 7", "iconv"], "*.txt")
+    write(folder / "latin.txt", " \n\n")
+    refuse_files(["latin.txt is empty", "remove it"], "*.txt")
+    refuse_files(["1 different documents", "at least one each", "paragraphs or lines"], "good.txt")
+    refuse_files(["(0.7, 0.3)", "sum to below 1"], "good.txt", documents="paragraph", valid=0.7, test=0.3)
+    assert not list((folder / "cache/corpora").glob("files-*")), "what fails leaves nothing"
+    with pytest.raises(ConfigError, match="paths is empty"):
+        TextFiles(paths=())
+
+
+def test_a_missing_library_is_named_with_its_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folder / "file", "text")
+    cases = {
+        "tensorflow_datasets": (Tfds(name="lm1b").open, "recallax[tfds]"),
+        "grain": (TextFiles(paths=("file",)).open, "recallax[tfds]"),
+        "tokenizers": (BPE(file="file", vocab_size=300).load, "recallax[text]"),
+        "sentencepiece": (SentencePiece(file="file", vocab_size=300).load, "recallax[text]"),
+    }
+    for name, (use, remedy) in cases.items():
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ConfigError) as error:
+            use()
+        assert name in str(error.value) and f"pip install '{remedy}'" in str(error.value)
+        monkeypatch.undo()
+        monkeypatch.chdir(folder)
+
+
+# Tokenizers
+
+
+@pytest.fixture(scope="module")
+def bpe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("bpe") / "deep/bpe.json"
+    assert train_bpe(iter(sentences(60)), 300, file) == 300
+    return file
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    file = tmp_path_factory.mktemp("sentencepiece") / "model"
+    with open(file, "wb") as out:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences(60)), model_writer=out, vocab_size=300, byte_fallback=True,
+            num_threads=1, minloglevel=2,
+        )  # fmt: skip
+    return file
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "sentencepiece"])
+def test_what_is_encoded_is_decoded(kind: str, request: pytest.FixtureRequest) -> None:
+    file = "" if kind == "bytes" else str(request.getfixturevalue(f"{kind}_file"))
+    tokenizer = {
+        "bytes": Bytes(),
+        "bpe": BPE(file=file, vocab_size=300),
+        "sentencepiece": SentencePiece(file=file, vocab_size=300),
+    }[kind]
+    encoder = tokenizer.load()
+    texts = [*sentences(5, 3), "ünseen 漢字 ☃", f"no {BOUNDARY} here, and no </s> or <s>"]
+    texts += [] if kind == "sentencepiece" else [" spaces   stay\n\n\tas they are "]
+    encoded = encoder.encode(texts)
+    for text, ids in zip(texts, encoded, strict=True):
+        assert ids.dtype == np.int64 and ids.min() >= 0 and ids.max() < tokenizer.vocab_size
+        assert encoder.begin not in ids and encoder.end not in ids
+        assert encoder.decode([encoder.begin, *ids.tolist(), encoder.end]) == text
+    assert kind != "bpe" or len(encoded[0]) < 0.7 * len(texts[0].encode())
+    assert encoder.decode([encoder.begin, 10**6]) == "" and encoder.encode([""])[0].size == 0
+    task = Text(source=Sentences(), tokenizer=tokenizer, length=8)
+    corpus, valid = task.tokens(), sentences(40, 1)
+    assert corpus.vocab == task.vocab_size == tokenizer.vocab_size
+    stream = corpus.streams["valid"]
+    assert [encoder.decode(stream.tokens[a:b].tolist()) for a, b in zip(*stream[1:3], strict=True)] == valid
+
+
+def test_a_large_vocabulary_is_kept_whole() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Wide(Bytes):
+        @property
+        def vocab_size(self) -> int:
+            return 2**16 + 257
+
+        def load(self):
+            encoder = Bytes().load()
+            plain = encoder.encode
+            encoder.encode = lambda texts: [ids + 2**16 for ids in plain(texts)]
+            encoder.digest = "wide"
+            return encoder
+
+    wide, narrow = (Text(source=Sentences(), tokenizer=t, length=8).batch(0, "test", 0, 9) for t in (Wide(), Bytes()))
+    assert np.array_equal(np.where(narrow.tokens == 256, 256, narrow.tokens + 2**16), wide.tokens)
+
+
+def test_tokenizers_that_are_refused(bpe_file: Path, sentencepiece_file: Path, tmp_path: Path) -> None:
+    junk = tmp_path / "junk"
+    junk.write_text("{}")
+    cases = [
+        (BPE(file=str(bpe_file), vocab_size=400), ["vocab_size is 400", "has 300 ids", "set it to 300", "model.vocab"]),
+        (BPE(file=str(bpe_file), vocab_size=300, boundary="<s>"), ["no token '<s>'", "task.tokenizer.boundary"]),
+        (BPE(file=str(junk), vocab_size=300), [str(junk), "not a file of the tokenizers library"]),
+        (BPE(file="nowhere", vocab_size=300), ["'nowhere'", "No such file"]),
+        (SentencePiece(file=str(sentencepiece_file), vocab_size=320), ["vocab_size is 320", "has 300 ids"]),
+        (SentencePiece(file=str(junk), vocab_size=300), [str(junk), "not a model of sentencepiece"]),
+    ]
+    for tokenizer, parts in cases:
+        with pytest.raises(ConfigError) as error:
+            tokenizer.load()
+        for part in parts:
+            assert part in str(error.value), error.value
+    with pytest.raises(ConfigError, match="at least 257"):
+        train_bpe(iter(["text"]), 256, junk)
+    config = text_based.get_tiny()
+    with pytest.raises(ConfigError, match=r"model.vocab_size is 256; the task has 257 token ids"):
+        Program(replace(config, model=replace(config.model, vocab_size=256)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": 3}, r"length is 3 and grid 1; .* at least 4"),
+        ({"length": 24, "grid": 5}, "multiple of grid"),
+        ({"length": 24, "grid": 24}, "twice as long"),
+        ({"ngram": 8}, r"ngram is 8 with 257 token ids; it must be from 1 to 7"),
+        ({"ngram": 0}, "from 1 to 7"),
+        ({"frequent": -1}, "at least 0"),
+    ],
+)
+def test_tasks_that_are_refused(change: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(SMALL, **change)
+
+
+def test_a_row_longer_than_a_split_is_refused() -> None:
+    task = replace(SMALL, length=10**5)
+    with pytest.raises(ConfigError, match=r"length is 100000 and the train split has \d{4} tokens in 40 documents"):
+        task.batch(0, "train", 0, 1)
+
+
+# The cache
+
+
+def test_a_folder_is_made_once_by_all_who_want_it(folder: Path) -> None:
+    calls: list[Path] = []
+
+    def make(into: Path) -> None:
+        calls.append(into)
+        (into / "part").write_text("whole")
+
+    threads = [threading.Thread(target=made, args=("some/thing", make)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and (cache_root() / "some/thing/part").read_text() == "whole"
+    assert made("some/thing", make) == cache_root() / "some/thing" and len(calls) == 1
+
+
+def test_without_locks_the_first_to_finish_wins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no locks here")
+
+    def quick(into: Path) -> None:
+        (into / "part").write_text("first")
+
+    def slow(into: Path) -> None:
+        (into / "part").write_text("second")
+        made("thing", quick)
+
+    monkeypatch.setattr(cache_module.fcntl, "flock", refuse)
+    assert (made("thing", slow) / "part").read_text() == "first"
+    assert [path.name for path in cache_root().iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_what_fails_half_way_leaves_nothing(folder: Path) -> None:
+    def fail(into: Path) -> None:
+        (into / "part").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        made("thing", fail)
+    assert [path.name for path in cache_root().iterdir()] == [".thing.lock"]
+
+
+def test_a_cache_that_cannot_be_written_or_is_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = replace(SMALL, source=Sentences(seed=1))
+    damaged = task.tokens().folder / "valid.tokens"
+    damaged.write_bytes(damaged.read_bytes()[:-2])
+    other = folder / "elsewhere"
+    other.symlink_to(folder / "cache")  # the same files for a process that has not opened them yet
+    monkeypatch.setenv("RECALLAX_CACHE", str(other))
+    with pytest.raises(ConfigError, match=r"is damaged \(sizes of valid .*; delete it"):
+        task.tokens()
+    write(folder / "file", "")
+    monkeypatch.setenv("RECALLAX_CACHE", str(folder / "file/cache"))
+    with pytest.raises(ConfigError, match=r"cannot be written: .*RECALLAX_CACHE"):
+        task.tokens()
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]:
+    jax.config.update("jax_disable_most_optimizations", True)
+    config, folder = text_based.get_tiny(), tmp_path_factory.mktemp("run") / "text"
+    train(config, folder, name="text_based")
+    return config, folder
+
+
+def test_measures_are_those_of_the_losses(tiny_run: tuple[RunConfig, Path]) -> None:
+    """Of every label by itself, from logits."""
+    config, folder = tiny_run
+    found = evaluate_run(folder, "test")
+    from recallax.train.generate import trained_model
+
+    task, model = trained_model(folder)
+    call = jax.jit(lambda tokens, seq: model(tokens, seq)[0])
+    losses, groups = [], []
+    for index in range(config.evaluate.batches):
+        batch = task.batch(0, "test", index, config.evaluate.batch_size)
+        logits = np.asarray(call(jax.numpy.asarray(batch.tokens), batch.seq), np.float64)
+        logits -= logits.max(axis=-1, keepdims=True)
+        chosen = np.take_along_axis(logits, np.asarray(batch.targets)[..., None], axis=-1)[..., 0]
+        asked = np.asarray(batch.weights) > 0
+        losses.append((np.log(np.exp(logits).sum(axis=-1)) - chosen)[asked])
+        groups.append(np.asarray(batch.group)[asked])
+    loss, group = np.concatenate(losses), np.concatenate(groups)
+    stream = text_of(task).tokens().streams["test"]
+    wanted = {
+        "perplexity": np.exp(loss.mean()),
+        "perplexity/other": np.exp(loss[group == 0].mean()),
+        "perplexity/recall": np.exp(loss[group == 1].mean()),
+        "share/recall": group.mean(),
+        "bits_per_byte": loss.mean() / np.log(2) * (stream.text_bytes + 21) / stream.text_bytes,
+    }
+    assert 0.01 < group.mean() < 0.5
+    assert {k.removeprefix("measure/"): v for k, v in found.items() if k.startswith("measure/")} == pytest.approx(
+        wanted, rel=1e-4
+    )
+
+
+def test_a_report_shows_the_measures(tiny_run: tuple[RunConfig, Path], tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    assert main(["report", str(tiny_run[1]), "--out", str(page)]) == 0
+    perplexity = f"{evaluate_run(tiny_run[1], 'test')['measure/perplexity/recall']:.4g}"
+    for text in (page.read_text(), page.with_suffix(".md").read_text().replace("\\", "")):
+        assert "perplexity/recall" in text and perplexity in text and "bits_per_byte" in text
+    assert "perplexity/other" in page.with_suffix(".csv").read_text()
+
+
+def test_a_run_on_text_writes_text(
+    tiny_run: tuple[RunConfig, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recallax.models.generation import Generator
+    from recallax.train import generate
+
+    asked = []
+    original = Generator.prefill
+
+    def prefill(self, prompts, *arguments, **more):
+        asked.append([row[ok].tolist() for row, ok in zip(prompts.tokens, prompts.valid, strict=True)])
+        return original(self, prompts, *arguments, **more)
+
+    def written(*options: str) -> str:
+        assert main(["generate", str(tiny_run[1]), "--new", "5", *options]) == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(Generator, "prefill", prefill)
+    once = written("--prompt", "To bé", "")
+    assert asked == [[[256, *"To bé".encode()], [256]]]
+    assert once == written("--prompt", "To bé", "")
+    written("--context", "Hark! ", "--prompt", "who")
+    assert asked[2] == [[256, *b"Hark! "]]
+    with pytest.raises(PromptError, match="prompt '' is empty"):
+        generate.continue_prompts(tiny_run[1], [""], "Hark", generate.Rereading(), generate.Writing(new=1))
+    encoder = Bytes().load()
+    ids = [*b"\x1b[2Jno\ntricks", 256, 255]
+    assert generate._text(encoder, ids) == " [2Jno\ntricks\ufffd"
+
+
+def test_generation_stops_where_a_document_ends(tiny_run: tuple[RunConfig, Path], monkeypatch) -> None:
+    from recallax.models.generation import Generator
+    from recallax.train import generate
+
+    stops = []
+    original = Generator.__init__
+    monkeypatch.setattr(
+        Generator, "__init__", lambda self, *a, **more: (stops.append(more["stop"]), original(self, *a, **more))[1]
+    )
+    generate.continue_prompts(tiny_run[1], ["a"], None, generate.Rereading(), generate.Writing(new=1, stop=(7,)))
+    assert stops == [(7, 256)]
+
+
+def test_a_run_whose_corpus_has_changed_is_not_continued(folder: Path) -> None:
+    write(folder / "corpus.txt", "\n".join(sentences(60)))
+    tiny = text_based.get_tiny()
+    source = TextFiles(paths=("corpus.txt",), documents="line", valid=0.2, test=0.2)
+    config = replace(tiny, task=replace(tiny.task, source=source))
+    first = train(config, folder / "run", name="files")
+    assert train(config, folder / "run", name="files") == first
+    write(folder / "corpus.txt", "\n".join(sentences(61)))
+    tokens._opened.cache_clear()  # what another process would begin with
+    with pytest.raises(CheckpointError, match=r"step 4 was trained on other data .* the corpus or the tokenizer's"):
+        train(config, folder / "run", name="files")
+    (folder / "corpus.txt").unlink()
+    tokens._opened.cache_clear()
+    with pytest.raises(ConfigError, match="no such file"):
+        train(config, folder / "new", name="files")
+    assert not (folder / "new").exists(), "what is refused claims no folder"
+
+
+SHORT = ["--task.length=32", "--train.steps=60", "--train.batch-size=8", "--train.log-every=1", "--train.save-every=20"]
+SHORT += ["--evaluate.batches=2", "--evaluate.batch-size=8", "--evaluate.every=30", "--model.d-model=16"]
+
+
+def processes(folder: Path, count: int) -> list[subprocess.Popen]:
+    """The processes of one run, with a device each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+    started = []
+    for i in range(count):
+        command = [sys.executable, "-m", "recallax", "train", "text_based", *SHORT, f"--run={folder}"]
+        if count > 1:
+            command += [f"--distributed.coordinator={address}", f"--distributed.processes={count}"]
+            command += [f"--distributed.process={i}"]
+        started.append(subprocess.Popen(command, env={**os.environ, **flags}, stdout=subprocess.DEVNULL))
+    return started
+
+
+def finish(started: list[subprocess.Popen]) -> list[int]:
+    try:
+        return [process.wait(400) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+@pytest.mark.full
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
+    """Two processes are stopped, four go on: the losses are those of one that was never stopped."""
+
+    def losses(folder: Path) -> dict[tuple, float]:
+        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return {(r["kind"], r["step"], r.get("split")): r["loss"] for r in rows if r["kind"] in ("train", "eval")}
+
+    changing, one = tmp_path / "changing", tmp_path / "one"
+    pair = processes(changing, 2)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        if (changing / "log.jsonl").exists() and '"train"' in (changing / "log.jsonl").read_text():
+            break
+        time.sleep(0.02)
+    pair[1].send_signal(signal.SIGTERM)
+    assert finish(pair) == [75, 75]
+    reached = max(step for kind, step, _ in losses(changing) if kind == "train")
+    assert 0 < reached < 60, "it was stopped on the way"
+    assert finish(processes(changing, 4)) == [0] * 4
+    assert finish(processes(one, 1)) == [0]
+    wanted, found = losses(one), losses(changing)
+    assert found.keys() == wanted.keys() and len(found) == 60 + 3
+    for where, loss in wanted.items():
+        assert found[where] == pytest.approx(loss, rel=1e-4), where
+
+
+def test_a_masked_prefix_over_text() -> None:
+    task = MaskedPrefix(task=SMALL, prefix=8)
+    batch = task.batch(0, "train", 0, 50)
+    masked = batch.tokens == 257
+    assert task.vocab_size == 258 and masked.any() and task.data() == SMALL.data() and task.encoder is not None
+    assert np.all(np.asarray(batch.seq.positions)[masked] < 8)
+    measures = task.measures("test", np.array([6.0, 2.0]), np.array([3.0, 1.0]))
+    assert measures["perplexity"] == pytest.approx(np.exp(2)) and measures["share/recall"] == 0.25
+
+
+def test_commands_about_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder / "corpus.txt", "\n".join(sentences(80)))
+    source = ["--task.source.paths", "corpus.txt", "--task.source.documents", "line", "--task.length", "16"]
+    assert main(["corpus", "text_files", *source]) == 0
+    header, *rows, where = capsys.readouterr().out.splitlines()
+    assert header.split() == ["split", "documents", "tokens", "bytes", "bytes/token", "rows"]
+    counts = {row.split()[0]: [int(x.replace(",", "")) for x in row.split()[1:4]] for row in rows}
+    assert [counts[split][0] for split in SPLITS] == [72, 4, 4] and Path(where.removeprefix("tokens: ")).is_dir()
+    assert all(tokens == text_bytes + documents for documents, tokens, text_bytes in counts.values())
+    assert main(["tokenizer", "text_files", "--out", "bpe.json", "--ids", "280", *source[:4]]) == 0
+    assert "bpe.json: 280 token ids, of 72 documents" in capsys.readouterr().out
+    assert BPE(file="bpe.json", vocab_size=280).load().encode(["of the quick fox over a lazy dog"])[0].size < 32
+    assert main(["corpus", "mqar_micro"]) == 2 and "the task is MQAR, which has no text" in capsys.readouterr().err
+    assert main(["train", "text_files"]) == 2 and "1 different documents" in capsys.readouterr().err
+    assert not (folder / "runs").exists(), "what is refused claims no folder"
+
+
+def test_configs_name_their_corpora() -> None:
+    published = based_360m_text.get_config()
+    assert published.task.vocab_size == 50_257 and published.model.vocab_size == 50_264
+    assert text_of(published.task).source == Tfds(name="pg19", feature="book_text")
+    assert isinstance(text_of(text_files.get_config().task).source, TextFiles)
