@@ -82,6 +82,15 @@ def load(name: str) -> "RunConfig":
     return importlib.import_module(f"recallax.configs.{name}").get_config()
 
 
+def _overridden[T](default: T, arguments: list[str], prog: str) -> T:
+    """The value with the leaves that the command line names."""
+    import tyro
+
+    # What may be None, such as a curriculum, would otherwise hide behind a subcommand.
+    flat = (tyro.conf.AvoidSubcommands,)
+    return tyro.cli(type(default), default=default, args=arguments, prog=prog, config=flat)
+
+
 def _list(arguments: list[str]) -> int:
     if arguments:
         print("usage: recallax list\n\nThe configs there are, with the question each one asks.")
@@ -96,14 +105,10 @@ def _list(arguments: list[str]) -> int:
 def _show(arguments: list[str]) -> int:
     def run(name: str) -> int:
         config = load(name)
-        import tyro
 
         from recallax.train.show import show
 
-        prog = f"recallax show {name}"
-        # A stage may have a task of its own: without this, its fields would hide behind a subcommand.
-        flat = (tyro.conf.AvoidSubcommands,)
-        config = tyro.cli(type(config), default=config, args=arguments[1:], prog=prog, config=flat)
+        config = _overridden(config, arguments[1:], f"recallax show {name}")
         print(show(name, config))
         return 0
 
@@ -131,8 +136,7 @@ def _train(arguments: list[str]) -> int:
             """Trace a few steps into the run's folder and report the model FLOPs utilisation."""
             distributed: Distributed = field(default_factory=Distributed)
 
-        prog, flat = f"recallax train {name}", (tyro.conf.AvoidSubcommands,)
-        parsed = tyro.cli(Train, default=Train(config=config), args=arguments[1:], prog=prog, config=flat)
+        parsed = _overridden(Train(config=config), arguments[1:], f"recallax train {name}")
         parsed.distributed.start()
         folder = parsed.run or Path("runs") / folder_name(name, parsed.config)
         try:
@@ -260,7 +264,7 @@ def _corpus(arguments: list[str]) -> int:
             download: bool = False
             """Fetch the corpus and prepare it (TFDS: as array_record), where it is not there yet."""
 
-        parsed = tyro.cli(Corpus, default=Corpus(config=config), args=arguments[1:], prog=f"recallax corpus {name}")
+        parsed = _overridden(Corpus(config=config), arguments[1:], f"recallax corpus {name}")
         print(describe_corpus(parsed.config, download=parsed.download))
         return 0
 
@@ -285,9 +289,7 @@ def _tokenizer(arguments: list[str]) -> int:
             download: bool = False
             """Fetch the corpus and prepare it (TFDS: as array_record), where it is not there yet."""
 
-        parsed = tyro.cli(
-            Tokenizer, default=Tokenizer(config=config), args=arguments[1:], prog=f"recallax tokenizer {name}"
-        )
+        parsed = _overridden(Tokenizer(config=config), arguments[1:], f"recallax tokenizer {name}")
         print(train_tokenizer(parsed.config, parsed.out, parsed.ids, download=parsed.download))
         return 0
 

@@ -34,9 +34,8 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
     Raises what the checks of folder, checkpoint and config raise; NonFiniteError; Interrupted after SIGINT or SIGTERM.
     """
     process = jax.process_index()
-    program = Program(config)  # first: a config that cannot run claims no folder
+    program, data = Program(config), data_of(config)  # first: a config that cannot run claims no folder
     program.check_stages()
-    data = config.task.data()
     with (
         _open(folder, config, process) as run,
         Checkpoints(run.checkpoints, config.train.keep) as checkpoints,
@@ -99,6 +98,13 @@ def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) 
         meter.close()
         evaluate_logged(program, state, "valid", log, logged, display)
         return evaluate_logged(program, state, "test", log, logged, display)
+
+
+def data_of(config: RunConfig) -> str:
+    """The digest of what the run and its stages train on besides the config."""
+    stages = () if config.curriculum is None else config.curriculum.stages
+    found = [config.task.data(), *(stage.task.data() for stage in stages if stage.task is not None)]
+    return "+".join(dict.fromkeys(digest for digest in found if digest))
 
 
 def _standing(config: RunConfig, restored: Restored | None) -> Standing:

@@ -20,7 +20,7 @@ from recallax.tasks.base import Split
 from recallax.train.checkpoint import Checkpoints
 from recallax.train.curriculum import Course
 from recallax.train.log import RunLog
-from recallax.train.loop import describe, evaluate_logged, evaluations, origin, prefetch, require_data
+from recallax.train.loop import data_of, describe, evaluate_logged, evaluations, origin, prefetch, require_data
 from recallax.train.meter import Meter, NonFiniteError
 from recallax.train.program import Program
 from recallax.train.progress import Progress, progress
@@ -87,7 +87,7 @@ class Lane:
 
     def __init__(self, program: Program, folder: Path, name: str, display: Progress, stack: ExitStack):
         config = program.config
-        self._data = config.task.data()
+        self._data = data_of(config)
         run = stack.enter_context(RunFolder(folder, config))
         self.program, self.display = program, display
         self._checkpoints = stack.enter_context(Checkpoints(run.checkpoints, config.train.keep))
