@@ -24,6 +24,8 @@ from recallax.train.loop import evaluate_run, restore_run, train
 from recallax.train.program import Program
 from recallax.train.run import Evaluate, RunConfig, Train
 
+pytestmark = pytest.mark.xdist_group("calibrate")  # one process: the tests share runs
+
 LENGTH = 12
 SSM = DiagonalSSM(longest=200.0)
 MODEL = LMConfig(

@@ -16,6 +16,8 @@ import pytest
 
 from recallax.__main__ import config_names, main
 
+pytestmark = pytest.mark.xdist_group("cli")  # one process: some tests share a run
+
 RECALLAX = [sys.executable, "-m", "recallax"]
 RUN = {
     "steps": 400,

@@ -35,6 +35,8 @@ from recallax.train.run import AdamW, Evaluate, RunConfig, Train
 from recallax.train.stages import lessons, parameter_names
 from recallax.train.step import TrainState
 
+pytestmark = pytest.mark.xdist_group("curriculum")  # one process: the tests share runs
+
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation() -> Iterator[None]:

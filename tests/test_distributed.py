@@ -22,6 +22,8 @@ from recallax.train.distributed import Distributed
 from recallax.train.mesh import make_mesh
 from recallax.train.program import Program
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one process: the tests share runs
+
 MESHES = {"one": (1, 1), "data": (8, 1), "both": (4, 2), "fsdp": (1, 8)}
 STEPS = 3
 

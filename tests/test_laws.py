@@ -34,10 +34,13 @@ from recallax.layers import (
     ProductKeys,
     RecurrentMixer,
     Site,
+    SlidingWindow,
     SparseGlobalAttention,
 )
 from recallax.layers.memory import MemoryConfig
+from recallax.layers.memory_as_context import Query
 from recallax.models import LM, LMConfig, accounting
+from recallax.pallas_kernels.neural_memory.learner import Learner, MLPNet
 from recallax.types import Precision, SeqInfo, StepInfo
 
 pytestmark = pytest.mark.usefixtures("strict", "chunks_of_four")
@@ -101,6 +104,16 @@ def parts_of_hydra() -> list[MixerConfig]:
     ]
 
 
+def over_a_deep_memory() -> list[MixerConfig]:
+    """Titans' ways of joining attention and a memory that is more than a matrix."""
+    deep = NeuralMemory(heads=2, learner=Learner(network=MLPNet(expansion=2), chunk=2, reset=6))
+    window = SlidingWindow(window=5, heads=2, persistent=3)
+    context = MemoryAsContext(memory=deep, segment=4, retrieved=2, persistent=3, heads=2)
+    asked: tuple[Query, ...] = ("own", "previous", "learned")
+    joined = [dataclasses.replace(context, query=query) for query in asked]
+    return [*joined, MemoryAsGate(attention=window, memory=dataclasses.replace(deep, persistent=4))]
+
+
 def reads_few(config: MixerConfig) -> bool:
     """Its call is the training form over all blocks, another function: the laws then take its prefill as the call."""
     return isinstance(config, Landmark) and (config.top_k or LENGTH) * (config.landmark_every + 1) < LENGTH - 1
@@ -111,12 +124,24 @@ def together(config: MixerConfig, *marks: pytest.MarkDecorator):
     return pytest.param(config, marks=[pytest.mark.xdist_group(label(config)), *marks])
 
 
+def one_of_a_kind() -> list[MixerConfig]:
+    """Of the mixers that differ in no class, their own or of what they hold, the first."""
+    found: dict[tuple[type, ...], MixerConfig] = {}
+    for mixer in mixers():
+        found.setdefault(tuple(type(part) for part in (mixer, *_inside(mixer))), mixer)
+    return list(found.values())
+
+
+def wide() -> list[MixerConfig]:
+    """The others, and what configs hold inside others or choose elsewhere."""
+    more = [*mixers(), *over_every_memory(), *reading_few(), *parts_of_hydra(), *over_a_deep_memory()]
+    gate = one_of_a_kind()
+    return [mixer for mixer in dict.fromkeys(more) if mixer not in gate]
+
+
 each_mixer = pytest.mark.parametrize(
     "config",
-    [
-        *map(together, mixers()),
-        *(together(m, pytest.mark.full) for m in (*over_every_memory(), *reading_few(), *parts_of_hydra())),
-    ],
+    [*map(together, one_of_a_kind()), *(together(mixer, pytest.mark.full) for mixer in wide())],
     ids=label,
 )
 

@@ -42,6 +42,8 @@ from recallax.train.loop import evaluate_run, train
 from recallax.train.program import Program
 from recallax.train.run import RunConfig
 
+pytestmark = pytest.mark.xdist_group("text")  # one process: the tests share runs
+
 ROOT = Path(__file__).parents[1]
 WORDS = [
     "the",

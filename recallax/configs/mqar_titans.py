@@ -42,14 +42,7 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    memory = mqar_neural_memory.get_tiny().model.blocks["mixer"].mixer
     window = SlidingWindow(window=5, heads=2, persistent=3)
+    memory = NeuralMemory(heads=2, learner=Learner(network=LinearNet(), chunk=2))
     model = every_join(memory, window, segment=4, retrieved=2, d_model=16)
-    plain = NeuralMemory(heads=1, learner=Learner(network=LinearNet(), chunk=2), conv=0)
-    for name in ("mac_previous", "mac_learned"):
-        mac = model.blocks[name].mixer
-        assert isinstance(mac, MemoryAsContext)
-        model = replace(
-            model, blocks=model.blocks | {name: Block(mixer=replace(mac, memory=plain), channel=Identity())}
-        )
     return standard_tiny(model)
