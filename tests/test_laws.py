@@ -67,6 +67,11 @@ def mixers() -> list[MixerConfig]:
     return list(dict.fromkeys(mixer for block in blocks for mixer in (block.mixer, block.channel)))
 
 
+def _inside(config: MixerConfig) -> list[MixerConfig]:
+    values = [getattr(config, f.name) for f in dataclasses.fields(config)]
+    return [part for value in values if isinstance(value, MixerConfig) for part in (value, *_inside(value))]
+
+
 def label(config: MixerConfig) -> str:
     values = [getattr(config, f.name) for f in dataclasses.fields(config)]
     return "-".join([type(config).__name__, *map(str, values)])
@@ -479,11 +484,6 @@ def test_every_family_of_configs_is_met():
     """The laws find mixers through the configs: a mixer that no config holds would be missed."""
     met = {type(part) for config in mixers() for part in (config, *_inside(config))}
     assert met >= set(_leaves(MixerConfig))
-
-
-def _inside(config: MixerConfig) -> list[MixerConfig]:
-    values = [getattr(config, f.name) for f in dataclasses.fields(config)]
-    return [part for value in values if isinstance(value, MixerConfig) for part in (value, *_inside(value))]
 
 
 def _leaves(cls: type) -> list[type]:
