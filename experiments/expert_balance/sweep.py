@@ -19,9 +19,9 @@ from recallax.train.step import TrainState
 RATE, STEPS, SEEDS = 4e-3, 1500, (0, 1)
 SIZES = {"4 experts, 1 chosen": (4, 1), "8 experts, 2 chosen": (8, 2)}
 BALANCES = {
-    "neither": {"balance_weight": 0.0},
-    "loss": {"balance_weight": 1e-2},
-    "bias": {"balance_weight": 0.0, "bias_rate": 1e-3},
+    "neither": ChunkExperts(balance_weight=0.0),
+    "loss": ChunkExperts(balance_weight=1e-2),
+    "bias": ChunkExperts(balance_weight=0.0, bias_rate=1e-3),
 }
 
 
@@ -43,8 +43,9 @@ def used(program: Program, state: TrainState) -> Row:
 def _run(size: str, balance: str, seed: int) -> RunConfig:
     base = mqar_micro.get_config()
     experts, chosen = SIZES[size]
-    weights = "softmax" if chosen == 1 else "renormalised"
-    mixer = ChunkExperts(experts=experts, top_k=chosen, inner=32, chunk=8, weights=weights, **BALANCES[balance])
+    mixer = replace(BALANCES[balance], experts=experts, top_k=chosen, inner=32, chunk=8)
+    if chosen == 1:
+        mixer = replace(mixer, weights="softmax")
     block = Block(mixer=Parallel(ssm=DiagonalSSM(longest=32.0), experts=mixer), channel=Nothing())
     model = LMConfig(d_model=32, pattern="experts*2", blocks={"experts": block})
     train = replace(base.train, steps=STEPS, seed=seed, data_seed=seed)
