@@ -149,7 +149,10 @@ def test_two_workers_of_a_ray_cluster(
             while len(list(tmp_path.glob("worker-*"))) < 4:
                 time.sleep(0.05)
             backend.stop()
-            assert running.result(timeout=30) == os.EX_TEMPFAIL
+            try:
+                assert running.result(timeout=30) == os.EX_TEMPFAIL
+            finally:
+                (tmp_path / "forever").unlink()
         assert backend.run(arguments, log) == os.EX_TEMPFAIL, "nothing starts after a stop"
 
 

@@ -5,6 +5,7 @@ worker alone, the next run finds its accelerator free, and what Ray kills has no
 """
 
 import os
+import signal
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,6 +117,7 @@ def _connect(address: str | None) -> Any:
 def _train(arguments: list[str], log: str, folder: str, environment: dict[str, str]) -> int:
     """The task, in a worker: what `sweep_cell` does, its output in `log`; the exit status."""
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the sweep began in the background
     os.environ.update(environment)  # before JAX is imported
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for standard in (1, 2):
