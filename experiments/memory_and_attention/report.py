@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from experiments.cell import Row
-from experiments.memory_and_attention.sweep import ASKING, PATTERNS, RATES
+from experiments.memory_and_attention.sweep import ASKING, DEEP, PATTERNS, RATES
 
 
 def main(rows: list[Row], folder: Path) -> None:
@@ -15,8 +15,8 @@ def table(rows: list[Row]) -> str:
     """Accuracy on valid at each rate, and on test of both seeds at the best one."""
     header = ["mixer", "state bytes", "parameters", *(f"{rate:g}" for rate in RATES), "test, each seed"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for name in (*PATTERNS, *ASKING):
-        own = [row for row in rows if row["mixer"] == name]
+    for name in (*PATTERNS, *ASKING, *(f"{name}, deep" for name in DEEP)):
+        own = [row for row in rows if row["mixer"] + (", deep" if row["stage"] == "deep" else "") == name]
         grid = {row["lr"]: row["valid"]["accuracy"] for row in own if row["stage"] == "grid"}
         rate = max(grid, key=grid.__getitem__) if grid else own[0]["lr"]
         tests = [f"{row['test']['accuracy']:.3f}" for row in own if row["lr"] == rate]
