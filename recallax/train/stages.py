@@ -1,5 +1,6 @@
 """A curriculum's stages against a model: for every parameter whether it trains, and what sets it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
@@ -95,7 +96,7 @@ def describe_stages(config: RunConfig, curriculum: Curriculum) -> list[str]:
     for number, (stage, lesson) in enumerate(zip(curriculum.stages, lessons(config), strict=True), 1):
         assert lesson.part is not None
         flat = flatten_dict(lesson.part.trains)
-        count = sum(_size(shape) for path, (shape, _) in shapes.items() if flat[path])
+        count = sum(math.prod(shape) for path, (shape, _) in shapes.items() if flat[path])
         lengths = ", ".join(map(str, lesson.config.task.lengths("train")))
         rule = " ".join([type(stage.until).__name__, *(f"{name}={value}" for name, value in vars(stage.until).items())])
         gates = [f"{r.gate} {r.start:g}" + ("" if r.start == r.end else f" to {r.end:g}") for r in stage.ramps]
@@ -133,7 +134,7 @@ def _lesson(config: RunConfig, stage: Stage, names: dict[Path, Names], shapes: d
     for ramp in stage.ramps:
         for path in _matches(stage, ramp.gate, names):
             shape, stacked = shapes[path]
-            if _size(shape[stacked:]) != 1:
+            if math.prod(shape[stacked:]) != 1:
                 raise ConfigError(
                     f"the stage {stage.name!r} ramps {names[path].layers[0]}, which has the shape "
                     f"{list(shape[stacked:])}; what is ramped must be one number per layer, such as *.gates.attention"
@@ -169,10 +170,3 @@ def _matches(stage: Stage, pattern: str, names: dict[Path, Names]) -> list[Path]
         like = get_close_matches(pattern, known, n=6, cutoff=0.0)
         raise ConfigError(f"the stage {stage.name!r} names {pattern!r}, which is no parameter{nearest(pattern, like)}")
     return found
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
