@@ -144,3 +144,26 @@ def test_the_preferred_python_is_the_one_the_pins_are_resolved_on():
     preferred = (ROOT / ".python-version").read_text().strip()
     assert PROJECT["requires-python"] == f">={preferred}"
     assert f"oldest={preferred.removeprefix('3.')} " in (ROOT / "scripts" / "find-python").read_text()
+
+
+def test_a_group_of_tests_stays_in_one_process(tmp_path):
+    """A newer pytest let pytest-xdist ignore groups without a word, and everything was compiled twice."""
+    many = "import os, pytest\npytestmark = pytest.mark.xdist_group('one')\n"
+    many += "@pytest.mark.parametrize('i', range(8))\n"
+    many += "def test_it(i):\n    open(f'{os.path.dirname(__file__)}/{os.getpid()}.ran', 'a').close()\n"
+    (tmp_path / "test_many.py").write_text(many)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "2",
+        "--dist",
+        "loadgroup",
+        "-p",
+        "no:cacheprovider",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("*.ran"))) == 1

@@ -470,7 +470,7 @@ def checksums(folder: Path, step: int) -> dict[str, Any]:
 # The golden first step
 
 
-WIDE = ("based_1b3", "mom_1b3", "hydra_1b6", "hydra_1b6_staged", "mqar_hydra_at_once")
+WIDE = ("based_1b3", "mom_1b3", "hydra_1b6", "hydra_1b6_staged", "mqar_hydra_at_once", "titans_340m")
 """Deep forms of what other configs have."""
 
 
