@@ -23,6 +23,9 @@ from recallax.train.backends import Asked, Name, backend_of
 from recallax.train.log import read_log
 from recallax.train.sweep import rows_of, sweep
 
+# Ray and submitit fork; where an earlier test of this process began to compute, JAX warns of that.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
 FILE = """
 import os
 import signal

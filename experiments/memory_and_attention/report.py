@@ -17,6 +17,8 @@ def table(rows: list[Row]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name in (*PATTERNS, *ASKING, *(f"{name}, deep" for name in DEEP)):
         own = [row for row in rows if row["mixer"] + (", deep" if row["stage"] == "deep" else "") == name]
+        if not own:
+            continue
         grid = {row["lr"]: row["valid"]["accuracy"] for row in own if row["stage"] == "grid"}
         rate = max(grid, key=grid.__getitem__) if grid else own[0]["lr"]
         tests = [f"{row['test']['accuracy']:.3f}" for row in own if row["lr"] == rate]
