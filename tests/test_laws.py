@@ -151,6 +151,10 @@ each_mixer = pytest.mark.parametrize(
 )
 
 
+DEEP = ("titans_340m", "mom_1b3", "mqar_hydra_staged")
+"""Models whose parts are all in shallower ones."""
+
+
 def models() -> list:
     """The tiny models by name. One that differs from others only in mixers, which have laws of their own, is for
     the wide sweep, unless the language model treats the mixer in a way of its own."""
@@ -162,7 +166,7 @@ def models() -> list:
             for key, block in model.blocks.items()
         }
         rest = repr(dataclasses.replace(model, blocks=blocks))
-        found.append(pytest.param(name, marks=[pytest.mark.full] if rest in met else []))
+        found.append(pytest.param(name, marks=[pytest.mark.full] if rest in met or name in DEEP else []))
         met.add(rest)
     return found
 

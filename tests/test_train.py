@@ -470,8 +470,11 @@ def checksums(folder: Path, step: int) -> dict[str, Any]:
 # The golden first step
 
 
-WIDE = ("based_1b3", "mom_1b3", "hydra_1b6", "hydra_1b6_staged", "mqar_hydra_at_once", "titans_340m")
-"""Deep forms of what other configs have."""
+WIDE = {
+    *("based_1b3", "mom_1b3", "mom_380m", "titans_340m", "jrt_rnn_360m", "overwrites_neural_memory"),
+    *("hydra_1b6", "hydra_1b6_staged", "mqar_hydra_at_once", "mqar_hydra_staged"),
+}
+"""Deep forms of what other configs have, for the wide sweep."""
 
 
 @pytest.mark.parametrize(
