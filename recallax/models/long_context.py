@@ -54,7 +54,7 @@ def _around(mixer: MixerConfig, trained: int, context: int) -> MixerConfig:
         return LongMamba(mixer=mixer, trained=trained, context=context)
     hints = get_type_hints(type(mixer))
     parts = [name for name in vars(mixer) if hints.get(name) is MixerConfig]
-    return replace(mixer, **{name: _around(getattr(mixer, name), trained, context) for name in parts})  # type: ignore
+    return replace(mixer, **{name: _around(getattr(mixer, name), trained, context) for name in parts})
 
 
 class Recorder(StepFilter):

@@ -16,7 +16,8 @@ from recallax.models.block import Block, BlockModule
 from recallax.models.importing import decoder
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.form import TAPS, chain, joined
-from recallax.models.importing.key_map import Entry, linear, one
+from recallax.models.importing.gated_delta_net import apart
+from recallax.models.importing.key_map import Entry, one
 from recallax.models.importing.mamba2 import taps
 from recallax.models.lm import LM, LMConfig
 
@@ -86,19 +87,12 @@ def entries(fields: Fields, model: LMConfig) -> list[Entry]:
 
 def _mixer(widths: tuple[int, ...], theirs: str, ours: str) -> list[Entry]:
     convolutions = tuple(f"{theirs}.{stream}_conv1d.weight" for stream in "qkv")
-    return [
-        linear(f"{theirs}.q_proj", f"{ours}.query.parts.q"),
-        linear(f"{theirs}.k_proj", f"{ours}.writer.parts.k"),
-        linear(f"{theirs}.v_proj", f"{ours}.writer.parts.v"),
-        linear(f"{theirs}.b_proj", f"{ours}.writer.parts.beta"),
-        linear(f"{theirs}.a_proj", f"{ours}.writer.parts.decay"),
+    cell = [
         Entry(convolutions, (f"{ours}.cell.conv.taps",), chain(joined(*widths), TAPS)),
         one(f"{theirs}.A_log", f"{ours}.cell.gate.a_log"),
         one(f"{theirs}.dt_bias", f"{ours}.cell.gate.dt_bias"),
-        linear(f"{theirs}.g_proj", f"{ours}.readout.gate"),
-        decoder.scale(f"{theirs}.o_norm", f"{ours}.readout"),
-        linear(f"{theirs}.o_proj", f"{ours}.readout.out"),
     ]
+    return apart(theirs, ours, cell)
 
 
 def _inner(fields: Fields) -> int:

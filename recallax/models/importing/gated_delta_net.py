@@ -146,13 +146,18 @@ def _qwen3_next_mixer(mixer: GatedDeltaNet, d_model: int, theirs: str, ours: str
 
 
 def _olmo_hybrid_mixer(theirs: str, ours: str) -> list[Entry]:
+    return apart(theirs, ours, _cell_entries(theirs, ours))
+
+
+def apart(theirs: str, ours: str, cell: list[Entry]) -> list[Entry]:
+    """A mixer that keeps its products apart, as OLMo-hybrid and fla do; what its cell has lies between them."""
     return [
         linear(f"{theirs}.q_proj", f"{ours}.query.parts.q"),
         linear(f"{theirs}.k_proj", f"{ours}.writer.parts.k"),
         linear(f"{theirs}.v_proj", f"{ours}.writer.parts.v"),
         linear(f"{theirs}.b_proj", f"{ours}.writer.parts.beta"),
         linear(f"{theirs}.a_proj", f"{ours}.writer.parts.decay"),
-        *_cell_entries(theirs, ours),
+        *cell,
         linear(f"{theirs}.g_proj", f"{ours}.readout.gate"),
         decoder.scale(f"{theirs}.o_norm", f"{ours}.readout"),
         linear(f"{theirs}.o_proj", f"{ours}.readout.out"),

@@ -159,9 +159,7 @@ def _forward(interpret, inputs, scores, inverse, *, keep):
 
     def learn(q, k, v, scores, inverse, vectors, starts, out, finals, kept):
         row, head, columns = _place()
-        tokens = [x.at[row, :, head] for x in (q, k)] + [v.at[row, :, head, columns]]
-        tokens += [x.at[row, head] for x in (scores, inverse)]
-        along = [x.at[row, head] for x in vectors]
+        tokens, along = _streams(q, k, v, scores, inverse, vectors)
         starts, finals = ([x.at[row, head, :, columns] for x in some] for some in (starts, finals))
         left = None
         if keep:
@@ -186,9 +184,7 @@ def _backward(interpret, inputs, scores, inverse, grad, late):
 
     def unlearn(q, k, grad, scores, inverse, vectors, ends, slope, slopes, first):
         row, head, columns = _place()
-        tokens = [x.at[row, :, head] for x in (q, k)] + [grad.at[row, :, head, columns]]
-        tokens += [x.at[row, head] for x in (scores, inverse)]
-        along = [x.at[row, head] for x in vectors]
+        tokens, along = _streams(q, k, grad, scores, inverse, vectors)
         ends, first = ([x.at[row, head, :, columns] for x in some] for some in (ends, first))
         kept = Kept(slope.at[row, :, head, columns], [x.at[row, head, :, :, columns] for x in slopes])
         descend(sizes, tokens, along, ends, first, kept)
@@ -205,6 +201,13 @@ def _backward(interpret, inputs, scores, inverse, grad, late):
 def _place():
     """Row, head and columns of the values of a block."""
     return lax.axis_index("row"), lax.axis_index("head"), pl.ds(lax.axis_index("part") * OWN, OWN)
+
+
+def _streams(q, k, values, scores, inverse, vectors):
+    """Of a block: what comes chunk by chunk, and the vectors along time."""
+    row, head, columns = _place()
+    tokens = [x.at[row, :, head] for x in (q, k)] + [values.at[row, :, head, columns]]
+    return tokens + [x.at[row, head] for x in (scores, inverse)], [x.at[row, head] for x in vectors]
 
 
 def _like(states):
