@@ -1,68 +1,117 @@
-"""What each part of Hydra buys on `mqar_micro`, beside two state-space blocks of 32 states each.
+"""What each part of Hydra buys: on `mqar_micro`, and on four needles that lie beyond its window and selection.
 
-Stages: two learning rates for every arm; then a second seed at the rate that is best on valid.
+Stages: three learning rates for every arm; then a second seed at the rate that is best on valid. All arms begin with
+the short convolution of Zoology's hybrids and have as many parameters: what a part does not take, a perceptron gets.
 """
 
 from dataclasses import replace
+from functools import cache
 
-from experiments.cell import Stage, rates_then_seeds
+from experiments.cell import Cell, Row, Stage, best
 from recallax.configs import mqar_micro
 from recallax.layers import (
     AskedTokens,
+    Attention,
     ChunkExperts,
     DiagonalSSM,
+    Identity,
     KeyScore,
-    Landmark,
     MixerConfig,
     Nothing,
     Parallel,
     ProductKeys,
     SlidingWindow,
     SparseGlobalAttention,
+    SwiGLU,
     Workspace,
 )
-from recallax.models import Block, LMConfig
+from recallax.models import Block, LMConfig, accounting
 from recallax.models.hydra import hydra_blocks
+from recallax.models.zoology import zoology
+from recallax.tasks import Task
+from recallax.tasks.key_retrieval import KeyRetrieval
 from recallax.train.run import AdamW, RunConfig
 
-RATES = (4e-3, 1e-2)
-STEPS = 1500
-SSM, SPARSE = DiagonalSSM(longest=32.0), SparseGlobalAttention(window=8, chosen=8, block=4)
-ATTENTION: dict[str, MixerConfig] = {
-    "window": SlidingWindow(window=8),
-    "wider": SlidingWindow(window=16),
-    "asked": replace(SPARSE, selector=AskedTokens(width=16), cache="every token"),
-    "keys": replace(SPARSE, selector=KeyScore(hidden=32)),
-    "landmark": Landmark(landmark_every=7),
+RATES = (4e-3, 1e-2, 2.5e-2)
+SEEDS = (1,)
+STEPS = 2000
+NEEDLES = ((64, 4),)
+TASKS: dict[str, tuple[Task, int]] = {
+    "mqar": (mqar_micro.get_config().task, 8),
+    "needles": (KeyRetrieval(words=16, names=8, train=NEEDLES, asked=1, test=NEEDLES), 4),
 }
-BLOCKS = hydra_blocks(
-    SSM,
-    SPARSE,
-    ChunkExperts(experts=4, inner=32, chunk=8),
-    Workspace(slots=16, rank=32, chunk=8),
-    ProductKeys(sub_keys=16, heads=2, key_dim=16, value_dim=32, top_k=4),
-) | {name: Block(mixer=Parallel(ssm=SSM, attention=part), channel=Nothing()) for name, part in ATTENTION.items()}
-PATTERNS = {
-    "state-space model alone": "ssm*2",
-    "three blocks of it": "ssm*3",
-    "+ window of 8": "ssm window",
-    "+ window of 16": "ssm wider",
-    "+ window of 8 and 8 chosen by score": "ssm attention",
-    "+ window of 8 and 8 asked for": "ssm asked",
-    "+ window of 8 and 8 by key selection": "ssm keys",
-    "+ landmark blocks of 8": "ssm landmark",
-    "+ experts": "ssm experts",
-    "+ workspace": "ssm workspace ssm",
-    "+ product keys": "ssm facts ssm",
-    "all parts": "ssm workspace facts all",
+"""With the number of tokens that the window, the selection and a chunk have."""
+PARTS = {
+    "state-space model": "conv ssm",
+    "+ sparse attention": "conv attention",
+    "+ experts": "conv experts",
+    "+ workspace": "conv ssm workspace",
+    "+ product keys": "conv ssm facts",
+    "all parts": "conv all workspace facts",
 }
+CONTROLS = {
+    "+ window alone": "conv window",
+    "+ window of twice as many": "conv wider",
+    "+ attention to all": "conv everything",
+}
+SELECTORS = {"+ tokens asked for": "conv asked", "+ key selection": "conv keys"}
+PATTERNS = PARTS | CONTROLS | SELECTORS
+ARMS = {"mqar": tuple(PATTERNS), "needles": (*PARTS, *CONTROLS)}
+WIDTH, INNER = 32, 32
+"""INNER: of the perceptron in the model with all parts; the others' are wider."""
 
 
-def _run(name: str, rate: float, seed: int) -> RunConfig:
+def grid(rows: list[Row]) -> list[Cell]:
+    return [_cell("grid", task, name, rate, 0) for task, names in ARMS.items() for name in names for rate in RATES]
+
+
+def seeds(rows: list[Row]) -> list[Cell]:
+    found = {(task, name): best(rows, "grid", task=task, mixer=name) for task, names in ARMS.items() for name in names}
+    return [_cell("seeds", *arm, row["lr"], seed) for arm, row in found.items() for seed in SEEDS]
+
+
+def _cell(stage: str, task: str, name: str, rate: float, seed: int) -> Cell:
+    labels = {"stage": stage, "task": task, "mixer": name, "lr": rate, "seed": seed}
+    return Cell(labels, _run(task, name, rate, seed))
+
+
+def _run(task: str, name: str, rate: float, seed: int) -> RunConfig:
     base = mqar_micro.get_config()
     train = replace(base.train, steps=STEPS, seed=seed, data_seed=seed)
-    model = LMConfig(d_model=32, pattern=PATTERNS[name], blocks=BLOCKS)
-    return replace(base, model=model, optim=AdamW(lr=rate), train=train)
+    return replace(base, task=TASKS[task][0], model=matched(task, name), optim=AdamW(lr=rate), train=train)
 
 
-STAGES: tuple[Stage, ...] = rates_then_seeds(PATTERNS, RATES, _run, others=(1,))
+@cache
+def matched(task: str, name: str) -> LMConfig:
+    """The arm with a perceptron as wide as makes up for what it lacks beside all parts."""
+    vocab = TASKS[task][0].vocab_size
+    least, more = (accounting.parameters(_model(task, name, inner), vocab) for inner in (1, 2))
+    wanted = accounting.parameters(_model(task, "all parts", INNER), vocab)
+    return _model(task, name, 1 + round((wanted - least) / (more - least)))
+
+
+def _model(task: str, name: str, inner: int) -> LMConfig:
+    few = TASKS[task][1]
+    ssm = DiagonalSSM(longest=32.0)
+    sparse = SparseGlobalAttention(window=few, chosen=few, block=4, rotary_base=None)
+    attentions: dict[str, MixerConfig] = {
+        "window": SlidingWindow(window=few, rotary_base=None),
+        "wider": SlidingWindow(window=2 * few, rotary_base=None),
+        "everything": Attention(rotary_base=None),
+        "asked": replace(sparse, selector=AskedTokens(width=16), cache="every token"),
+        "keys": replace(sparse, selector=KeyScore(hidden=32)),
+    }
+    blocks = hydra_blocks(
+        ssm,
+        sparse,
+        ChunkExperts(experts=4, inner=32, chunk=few),
+        Workspace(slots=16, rank=32, chunk=few),
+        ProductKeys(sub_keys=16, heads=2, key_dim=16, value_dim=32, top_k=4),
+    ) | {key: Block(mixer=Parallel(ssm=ssm, attention=part), channel=Nothing()) for key, part in attentions.items()}
+    filled = PATTERNS[name].split()[1]
+    blocks[filled] = replace(blocks[filled], channel=SwiGLU(inner=inner))
+    conv = zoology(Identity(), WIDTH).blocks["conv"]
+    return LMConfig(d_model=WIDTH, pattern=PATTERNS[name], blocks=blocks | {"conv": conv})
+
+
+STAGES: tuple[Stage, ...] = (grid, seeds)
