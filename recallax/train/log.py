@@ -161,12 +161,14 @@ def environment() -> dict[str, str | int]:
 def commit() -> str | None:
     """Git commit of recallax's source, with "+dirty" if tracked files differ; None outside git.
 
+    Rows of results (*.jsonl) are no source: a measurement that appends them stays what the commit measures.
+
     An installed copy inside somebody's repository is not taken for that repository's commit.
     """
     folder = Path(__file__).parent
     try:
         _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)
-        dirty = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        dirty = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":(top,exclude)*.jsonl")
         return _git(folder, "rev-parse", "HEAD") + ("+dirty" if dirty else "")
     except (OSError, subprocess.SubprocessError):
         return None
