@@ -34,8 +34,8 @@ from recallax.train.run import AdamW, RunConfig
 
 RATES = (4e-3, 1e-2, 2.5e-2)
 SEEDS = (1,)
-STEPS = 2000
-NEEDLES = ((64, 4),)
+STEPS = 1500
+NEEDLES = ((40, 4),)
 TASKS: dict[str, tuple[Task, int]] = {
     "mqar": (mqar_micro.get_config().task, 8),
     "needles": (KeyRetrieval(words=16, names=8, train=NEEDLES, asked=1, test=NEEDLES), 4),
@@ -57,7 +57,7 @@ CONTROLS = {
 SELECTORS = {"+ tokens asked for": "conv asked", "+ key selection": "conv keys"}
 PATTERNS = PARTS | CONTROLS | SELECTORS
 ARMS = {"mqar": tuple(PATTERNS), "needles": (*PARTS, *CONTROLS)}
-WIDTH, INNER = 32, 32
+WIDTH, INNER = 32, 16
 """INNER: of the perceptron in the model with all parts; the others' are wider."""
 
 
@@ -104,9 +104,9 @@ def _model(task: str, name: str, inner: int) -> LMConfig:
     blocks = hydra_blocks(
         ssm,
         sparse,
-        ChunkExperts(experts=4, inner=32, chunk=few),
+        ChunkExperts(experts=4, inner=16, chunk=few),
         Workspace(slots=16, rank=32, chunk=few),
-        ProductKeys(sub_keys=16, heads=2, key_dim=16, value_dim=32, top_k=4),
+        ProductKeys(sub_keys=8, heads=2, key_dim=16, value_dim=32, top_k=4),
     ) | {key: Block(mixer=Parallel(ssm=ssm, attention=part), channel=Nothing()) for key, part in attentions.items()}
     filled = PATTERNS[name].split()[1]
     blocks[filled] = replace(blocks[filled], channel=SwiGLU(inner=inner))
