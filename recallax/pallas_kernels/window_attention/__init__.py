@@ -20,7 +20,6 @@ from recallax.pallas_kernels.window_attention.cache import (
     with_persistent,
     write,
 )
-from recallax.pallas_kernels.window_attention.reference import attend
 
 __all__ = ["FORMS", "KVCache", "Persistent", "masked_attention", "window_attention", "window_attention_step"]
 
@@ -91,10 +90,11 @@ def window_attention_step(
     visible = (held >= 0) & active[:, None]
     if window is not None:
         visible &= position[:, None] - held < window
-    keys, values = (jnp.where(visible[..., None, None], x, 0) for x in state)  # an empty slot may hold anything
-    keys, values, visible = with_persistent(persistent, keys, values, visible[:, None])
-    q = q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
-    out = attend(q[:, None], keys, values, visible)[:, 0]
+    parts = [xla.Held(state.k, state.v, visible)]
+    if persistent is not None:
+        always = jnp.ones((1, len(persistent.k)), bool)
+        parts.append(xla.Held(persistent.k[None], persistent.v[None], always))
+    out = xla.attend_once(q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype), parts)
     return jnp.where(active[:, None, None], out, 0).astype(v.dtype), state
 
 

@@ -62,14 +62,14 @@ def write(
     position: Int[Array, " B"],
     active: Bool[Array, " B"],
 ) -> KVCache:
-    """The cache after one further token of each active row."""
+    """The cache after one further token of each active row; a loop that gives its cache away writes only that token."""
     slots = cache.k.shape[1]
-    here = (jnp.arange(slots)[None] == position[:, None] % slots) & active[:, None]
+    row, slot = jnp.arange(len(position)), jnp.where(active, position % slots, slots)  # an inactive row's lies outside
 
-    def merge(old: Array, new: Array) -> Array:
-        return jnp.where(here[..., None, None], new[:, None].astype(old.dtype), old)
+    def put(old: Array, new: Array) -> Array:
+        return old.at[row, slot].set(new.astype(old.dtype), mode="drop", unique_indices=True)
 
-    return KVCache(merge(cache.k, k), merge(cache.v, v))
+    return KVCache(put(cache.k, k), put(cache.v, v))
 
 
 class Persistent(NamedTuple):

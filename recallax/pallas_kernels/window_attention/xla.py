@@ -1,12 +1,13 @@
 """Softmax attention in XLA: all pairs at once, or block by block of queries so that memory is linear in time."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.pallas_kernels.chunking import Documents, join_time, one_document, split_time
+from recallax.pallas_kernels.chunking import Documents, accumulator, join_time, one_document, split_time
 from recallax.pallas_kernels.product import product
 from recallax.pallas_kernels.window_attention import reference
 from recallax.pallas_kernels.window_attention.cache import KVCache, Persistent, held_positions, with_persistent
@@ -120,3 +121,32 @@ def attend(
     total = jnp.moveaxis(weights.sum(axis=-1), 3, 1)[..., None]
     out = product("bgrts,bsgv->btgrv", weights.astype(v.dtype), v)
     return (out / jnp.where(total > 0, total, 1)).reshape(b, t, h, -1)
+
+
+class Held(NamedTuple):
+    """Keys and values that a token of each row sees where `visible`; one row of them serves all."""
+
+    k: Float[Array, "b S G K"]
+    v: Float[Array, "b S G V"]
+    visible: Bool[Array, "b S"]
+
+
+def attend_once(q: Float[Array, "B H K"], parts: Sequence[Held]) -> Float[Array, "B H V"]:
+    """`attend` for one query per row, which sees something of one of the parts; in float32 or wider.
+
+    By products and sums, each in one pass over a cache as it lies: a matrix product would first copy it, axes turned.
+    """
+    (b, h, width), wide = q.shape, accumulator(q.dtype)
+    q = q.astype(wide).reshape(b, 1, parts[0].k.shape[2], -1, width)
+    masks = [part.visible[..., None, None] for part in parts]
+    scores = [jnp.sum(q * part.k[:, :, :, None].astype(wide), axis=-1) for part in parts]
+    scores = [jnp.where(mask, score, -1e30) for mask, score in zip(masks, scores, strict=True)]
+    most = jnp.stack([score.max(axis=1) for score in scores]).max(axis=0)[:, None]
+    weights = [jnp.where(mask, jnp.exp(score - most), 0) for mask, score in zip(masks, scores, strict=True)]
+    values = [  # what is not seen may hold anything, NaN included
+        jnp.where(mask[..., None], weight[..., None] * part.v[:, :, :, None].astype(wide), 0)
+        for part, mask, weight in zip(parts, masks, weights, strict=True)
+    ]
+    total = jnp.stack([weight.sum(axis=1) for weight in weights]).sum(axis=0)[..., None]
+    out = jnp.stack([value.sum(axis=1) for value in values]).sum(axis=0)
+    return (out / jnp.where(total > 0, total, 1)).reshape(b, h, -1)
