@@ -53,11 +53,10 @@ class Batch(NamedTuple):
 
 
 class Precision(NamedTuple):
-    """Parameters are kept in `param`, products are taken in `compute`, sums over time in `accum`."""
+    """Parameters are kept in `param`, products are taken in `compute`; sums over time are float32 always."""
 
     param: DType = jnp.float32
     compute: DType = jnp.float32
-    accum: DType = jnp.float32
 
 
 class Mean(NamedTuple):

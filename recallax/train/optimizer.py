@@ -10,8 +10,6 @@ from jaxtyping import Array, Int
 
 from recallax.train.run import RunConfig
 
-type Axes = tuple[str | None, ...]
-
 
 def schedule(config: RunConfig) -> optax.Schedule:
     """Learning rate by step: linear from 0 to the peak, then a cosine down to `final` times the peak."""
