@@ -1,4 +1,4 @@
-"""What each part of Hydra buys: on `mqar_micro`, and on four needles that lie beyond its window and selection.
+"""What each part of Hydra buys: on `mqar_micro`, and on eight needles that lie beyond its window and selection.
 
 Stages: three learning rates for every arm; then a second seed at the rate that is best on valid. All arms begin with
 the short convolution of Zoology's hybrids and have as many parameters: what a part does not take, a perceptron gets.
@@ -35,7 +35,7 @@ from recallax.train.run import AdamW, RunConfig
 RATES = (4e-3, 1e-2, 2.5e-2)
 SEEDS = (1,)
 STEPS = 1500
-NEEDLES = ((40, 4),)
+NEEDLES = ((48, 8),)
 TASKS: dict[str, tuple[Task, int]] = {
     "mqar": (mqar_micro.get_config().task, 8),
     "needles": (KeyRetrieval(words=16, names=8, train=NEEDLES, asked=1, test=NEEDLES), 4),
@@ -46,16 +46,16 @@ PARTS = {
     "+ sparse attention": "conv attention",
     "+ experts": "conv experts",
     "+ workspace": "conv ssm workspace",
+    "+ workspace in front": "conv workspace ssm",
     "+ product keys": "conv ssm facts",
     "all parts": "conv all workspace facts",
 }
 CONTROLS = {
-    "+ window alone": "conv window",
-    "+ window of twice as many": "conv wider",
+    "+ window of as many": "conv wider",
     "+ attention to all": "conv everything",
 }
-SELECTORS = {"+ tokens asked for": "conv asked", "+ key selection": "conv keys"}
-PATTERNS = PARTS | CONTROLS | SELECTORS
+OTHERS = {"+ window alone": "conv window", "+ tokens asked for": "conv asked", "+ key selection": "conv keys"}
+PATTERNS = PARTS | CONTROLS | OTHERS
 ARMS = {"mqar": tuple(PATTERNS), "needles": (*PARTS, *CONTROLS)}
 WIDTH, INNER = 32, 16
 """INNER: of the perceptron in the model with all parts; the others' are wider."""
@@ -108,7 +108,7 @@ def _model(task: str, name: str, inner: int) -> LMConfig:
         Workspace(slots=16, rank=32, chunk=few),
         ProductKeys(sub_keys=8, heads=2, key_dim=16, value_dim=32, top_k=4),
     ) | {key: Block(mixer=Parallel(ssm=ssm, attention=part), channel=Nothing()) for key, part in attentions.items()}
-    filled = PATTERNS[name].split()[1]
+    filled = next(key for key in PATTERNS[name].split() if key not in ("conv", "workspace", "facts"))
     blocks[filled] = replace(blocks[filled], channel=SwiGLU(inner=inner))
     conv = zoology(Identity(), WIDTH).blocks["conv"]
     return LMConfig(d_model=WIDTH, pattern=PATTERNS[name], blocks=blocks | {"conv": conv})
