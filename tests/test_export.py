@@ -22,6 +22,7 @@ from recallax.__main__ import config_names, load, main
 from recallax.config import ConfigError, to_json
 from recallax.layers import HGRN2, Attention, Based, GatedDeltaNet, Mamba2, MoM, Nothing, SlidingWindow, SwiGLU
 from recallax.models import Autoencode, Block, LMConfig, Untied
+from recallax.models.based import based_1b3, based_360m
 from recallax.models.importing import (
     WeightsError,
     export_config,
@@ -29,8 +30,7 @@ from recallax.models.importing import (
     import_config,
     import_model,
     import_parameters,
-    is_state_spaces,
-    translated,
+    layout_of,
 )
 from recallax.train import weights_folder
 from recallax.train.checkpoint import Checkpoints
@@ -81,8 +81,8 @@ def test_what_is_imported_is_exported_again(name: str):
     """The config from our model alone, and the weights from our parameters, byte for byte."""
     config, weights = published(name)
     ours = import_config(config)
-    # transformers itself refuses an Olmo-Hybrid whose attention layers are cut off
-    written = config if name == "olmo_hybrid" else export_config(config["model_type"], ours)
+    # transformers itself refuses an Olmo-Hybrid whose attention layers are cut off; a BASED of ours has no dead buffer
+    written = config if name in ("olmo_hybrid", "based") else export_config(config["model_type"], ours)
     assert import_config(written) == ours
     assert {key for key in config if written.get(key) != config[key]} <= NOT_OURS
     parameters = import_parameters(config, weights)
@@ -189,37 +189,54 @@ STATE_SPACES = {"n_layer": 2, "d_model": 16, "vocab_size": 27, "pad_vocab_size_m
 STATE_SPACES |= {"residual_in_fp32": True, "fused_add_norm": True}
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2_groups"])
-def test_state_spaces_names_are_translated(name: str):
+def as_state_spaces(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A fixture of transformers as state-spaces keeps it: tied, and the readout beside the embedding."""
     theirs, weights = published(name)
-    tied = {"backbone.embeddings.weight": weights["backbone.embeddings.weight"]}
     given = {key.replace("embeddings", "embedding"): x for key, x in weights.items()}
+    given["lm_head.weight"] = given["backbone.embedding.weight"]
     ssm = {"d_state": theirs["state_size"], "expand": theirs["expand"]}
-    if name == "mamba2_groups":
-        ssm |= {"layer": "Mamba2", "headdim": 8, "ngroups": 2}
-        given["lm_head.weight"] = given["backbone.embedding.weight"]
-    elif theirs.get("time_step_rank") not in (None, "auto"):
+    if name == "mamba":
         ssm["dt_rank"] = theirs["time_step_rank"]
-    config = STATE_SPACES | {"ssm_cfg": ssm}
-    assert is_state_spaces(config) and not is_state_spaces(theirs)
-    made, named = translated(config, given)
-    assert import_config(made) == import_config(theirs | {"tie_word_embeddings": True})
-    wanted = {key: x for key, x in weights.items() if key != "lm_head.weight"} | tied
-    same_bytes(export_weights(made, import_parameters(made, named)), wanted)
+    else:
+        ssm |= {"layer": "Mamba2", "headdim": 8, "ngroups": theirs["n_groups"]}
+    return STATE_SPACES | {"ssm_cfg": ssm}, given
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2_groups"])
+def test_state_spaces_names_are_read_and_written(name: str):
+    config, weights = as_state_spaces(name)
+    theirs, _ = published(name)
+    assert layout_of(config) == "state-spaces" and layout_of(theirs) == theirs["model_type"]
+    ours = import_config(config)
+    assert ours == import_config(theirs | {"tie_word_embeddings": True})
+    parameters = import_parameters(config, weights)
+    written = export_config("state-spaces", ours)
+    # the names of mamba_ssm's dataclass, which takes no others
+    assert written.keys() == STATE_SPACES.keys() | {"ssm_cfg", "tie_embeddings"}
+    assert import_config(written) == ours and layout_of(written) == "state-spaces"
+    for said in (config, written):
+        same_bytes(export_weights(said, parameters), weights)
+    named = {key.replace("embedding.", "embeddings."): x for key, x in weights.items() if key != "lm_head.weight"}
+    same_bytes(parameters, import_parameters(theirs | {"tie_word_embeddings": True}, named))
 
 
 def test_a_checkpoint_of_state_spaces_becomes_a_run(tmp_path: Path):
-    _, weights = published("mamba2_groups")
-    embedding = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
-    given = {key: x for key, x in weights.items() if "embeddings" not in key} | {"lm_head.weight": embedding}
-    ssm = {"layer": "Mamba2", "d_state": 6, "headdim": 8, "ngroups": 2}
-    (tmp_path / "theirs").mkdir()
-    config = STATE_SPACES | {"vocab_size": 60, "ssm_cfg": ssm}
-    write_weights(tmp_path / "theirs", config, given | {"backbone.embedding.weight": embedding})
-    run = import_run(tmp_path / "theirs", load("mqar_micro"), tmp_path / "run")
-    assert export_run(run, "safetensors", tmp_path / "out") == "mamba2"
-    wanted = {key: x for key, x in given.items() if key != "lm_head.weight"} | {"backbone.embeddings.weight": embedding}
-    same_bytes(load_file(tmp_path / "out" / "model.safetensors"), wanted)
+    """Padded in its vocabulary, with and without the copy of its readout, and back byte for byte."""
+    config, weights = as_state_spaces("mamba2_groups")
+    embedding = np.random.default_rng(0).normal(size=(64, 16)).astype(ml_dtypes.bfloat16)
+    config |= {"vocab_size": 60}
+    one = {key: x for key, x in weights.items() if key != "lm_head.weight"} | {"backbone.embedding.weight": embedding}
+    for name, given in {"one": one, "both": one | {"lm_head.weight": embedding}}.items():
+        (tmp_path / name).mkdir()
+        write_weights(tmp_path / name, config, given)
+        run = import_run(tmp_path / name, load("mqar_micro"), tmp_path / f"run_{name}")
+        assert export_run(run, "safetensors", tmp_path / f"out_{name}") == "state-spaces"
+        for file in ("config.json", "model.safetensors"):
+            assert (tmp_path / f"out_{name}" / file).read_bytes() == (tmp_path / name / file).read_bytes()
+    assert export_run(run, "safetensors", tmp_path / "transformers", layout="mamba2") == "mamba2"
+    found = load_file(tmp_path / "transformers" / "model.safetensors")
+    wanted = {key.replace("embedding.", "embeddings."): x.astype(np.float32) for key, x in one.items()}
+    same_bytes(found, wanted)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +251,57 @@ def test_a_checkpoint_of_state_spaces_becomes_a_run(tmp_path: Path):
 )
 def test_what_state_spaces_means_otherwise_is_refused(changes: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
-        translated(STATE_SPACES | changes, {})
+        import_config(STATE_SPACES | changes)
+
+
+@pytest.mark.parametrize("size", [based_360m, based_1b3])
+def test_the_published_based_is_written_as_its_authors_have_it(size: Callable[[], LMConfig]):
+    """Layer lists, widths and windows of the released configs (`reference/based-360m.yaml` and `based-1b.yaml`)."""
+    written = export_config("based", size())
+    layers = len(written["alt_mixer_layers"])
+    assert (written["n_layer"], layers) == {1024: (27, 5), 1792: (36, 7)}[written["n_embd"]]
+    assert written["alt_mixer_layers"] == [1, 6, 11, 16, 21, 27, 33][:layers]
+    assert written["alt_mixer_2_layers"] == [2, 7, 12, 17, 22, 28, 34][:layers]
+    assert written["n_inner"] == 2 * written["n_embd"] and written["vocab_size"] == 50_264
+    wanted = {
+        "mixer": {"_target_": "based.models.mixers.convolution.BaseConv", "expand_proj": 4, "use_bias": True},
+        "alt_mixer": {"_target_": "based.models.mixers.linear_attention.LinearAttention", "feature_dim": 16},
+        "alt_mixer_2": {"_target_": "based.models.mixers.slide_attention.SlidingAttention", "window_size": 256},
+    }
+    for tag, said in wanted.items():
+        assert said.items() <= written[tag].items()
+    assert written["alt_mixer"]["num_heads"] == written["n_head"] == 16 and layout_of(written) == "based"
+    assert import_config(written).layers == size().layers
+
+
+BASED_REFUSED = {
+    "n_positions is 1024": {"n_positions": 1024},
+    "qkv_proj_bias is True": {"qkv_proj_bias": None},
+    "mixer is missing, and that would be full attention": {"mixer": None},
+    "_target_ is 'based.models.Hedgehog'": {"mixer": {"_target_": "based.models.Hedgehog"}},
+    "rotary_emb_fraction is 0.5": {"rotary_emb_fraction": 0.5},
+    "use_cuda is True": {"mixer": {"_target_": "based.models.mixers.convolution.BaseConv", "use_cuda": True}},
+    "expand_proj is 3": {"mixer": {"_target_": "based.models.mixers.convolution.BaseConv", "expand_proj": 3}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BASED_REFUSED)
+def test_what_based_means_otherwise_is_refused(message: str):
+    config, _ = published("based")
+    changes = BASED_REFUSED[message]
+    changed = {key: value for key, value in (config | changes).items() if value is not None}
+    with pytest.raises(ConfigError, match=message):
+        import_config(changed)
+
+
+def test_every_class_of_the_gated_convolution_is_read():
+    """An older one lists its taps and calls them otherwise."""
+    config, weights = published("based")
+    silu4 = {"_target_": "based.models.mixers.base_conv.BaseConvWithSiLU4", "kernel_sizes": [3], "expand_proj": 4}
+    given = {key.replace("mixer.conv.conv", "mixer.conv1.conv"): x for key, x in weights.items()}
+    assert given.keys() != weights.keys()
+    parameters = import_parameters(config | {"mixer": silu4}, given)
+    same_bytes(parameters, import_parameters(config, weights))
 
 
 # Runs

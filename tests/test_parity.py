@@ -15,7 +15,15 @@ from recallax.config import ConfigError
 from recallax.layers import Attention, Identity, MixerConfig, RecurrentMixer, Site, SwiGLU
 from recallax.models import LM, Block, LMConfig
 from recallax.models.block import BlockModule
-from recallax.models.importing import LAYOUTS, Entry, WeightsError, falcon_h1, import_config, import_model
+from recallax.models.importing import (
+    LAYOUTS,
+    Entry,
+    WeightsError,
+    falcon_h1,
+    import_config,
+    import_model,
+    layout_of,
+)
 from recallax.models.importing.decoder import spelled
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.key_map import convert
@@ -29,14 +37,16 @@ FOLDER = Path(__file__).parent / "parity" / "fixtures"
 TOLERANCE = 1e-5
 """Of float32 logits and outputs, relative to the largest."""
 
-MODELS = ("kimi_linear", "llama", "mamba", "mamba2", "mamba2_dt_limit", "mamba2_groups", "mistral", "nemotron_h")
+MODELS = (
+    "based", "kimi_linear", "llama", "mamba", "mamba2", "mamba2_dt_limit", "mamba2_groups", "mistral", "nemotron_h"
+)  # fmt: skip
 """Compared from tokens to logits."""
 FIRST_LAYERS = ("olmo_hybrid", "qwen3_next")
 """Compared as far as the first attention layer, which recallax cannot represent."""
 MIXERS = ("falcon_h1", "falcon_h1_norm")
 """Compared mixer by mixer."""
-FLA = {"gated_deltanet"}
-"""Layouts of flash-linear-attention, which needs a GPU; `tests/test_export.py` compares them with the others'."""
+RENAMED = {"gated_deltanet", "state-spaces"}
+"""Layouts without a fixture, which are others' under other names (`tests/test_export.py`)."""
 
 
 class Fixture(NamedTuple):
@@ -125,7 +135,7 @@ def alone(config: MixerConfig, d_model: int, entries: list[Entry], ours: str, we
 
 def test_every_fixture_is_met():
     assert {path.stem for path in FOLDER.glob("*.npz")} == {*MODELS, *FIRST_LAYERS, *MIXERS}
-    assert {fixture(name).config["model_type"] for name in (*MODELS, *FIRST_LAYERS, *MIXERS)} == set(LAYOUTS) - FLA
+    assert {layout_of(fixture(name).config) for name in (*MODELS, *FIRST_LAYERS, *MIXERS)} == set(LAYOUTS) - RENAMED
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -211,7 +221,7 @@ def test_patterns_are_spelled_with_repeats(layers: str, pattern: str):
 @pytest.mark.parametrize("name", (*MODELS, *FIRST_LAYERS, *MIXERS))
 def test_every_form_has_its_way_back(name: str):
     config, weights, _ = first_layers(name, 2) if name in FIRST_LAYERS else fixture(name)
-    layout, fields = LAYOUTS[config["model_type"]], Fields(config)
+    layout, fields = LAYOUTS[layout_of(config)], Fields(config)
     entries = falcon_h1.entries(fields) if name in MIXERS else layout.entries(fields, layout.config(fields))
     for entry in entries:
         given = tuple(weights[key] for key in entry.theirs)

@@ -27,8 +27,7 @@ from recallax.models.importing import (
     export_weights,
     import_config,
     import_parameters,
-    is_state_spaces,
-    translated,
+    layout_of,
 )
 from recallax.models.importing.key_map import convert, one
 from recallax.models.pattern import parse
@@ -98,8 +97,8 @@ def export_run(folder: Path, form: Form, out: Path, *, layout: str | None = None
     if form == "orbax" and layout not in (None, OWN):
         raise ConfigError(f"--layout {layout} is a layout of safetensors; orbax holds recallax's own")
     trained, came = read_run(folder), _came(folder)
-    config, weights = _laid_out(trained, OWN if form == "orbax" else layout, came)
-    kept = came.get("dtypes", {}) if dtype is None and came.get("kind") == config["model_type"] else {}
+    kind, config, weights = _laid_out(trained, OWN if form == "orbax" else layout, came)
+    kept = came.get("dtypes", {}) if dtype is None and came.get("kind") == kind else {}
     weights = {key: _cast(key, array, kept.get(key, dtype)) for key, array in weights.items()}
 
     def fill(temporary: Path) -> None:
@@ -110,7 +109,7 @@ def export_run(folder: Path, form: Form, out: Path, *, layout: str | None = None
             _write_orbax(temporary / ORBAX, weights)
 
     write_folder(out, fill)
-    return config["model_type"]
+    return kind
 
 
 def import_run(source: Path, base: RunConfig, folder: Path | None = None) -> Path:
@@ -121,10 +120,8 @@ def import_run(source: Path, base: RunConfig, folder: Path | None = None) -> Pat
     what does not fit, RunFolderError where the folder is taken.
     """
     config, weights = _read(source)
-    if is_state_spaces(config):
-        config, weights = translated(config, weights)
     _refuse_more_layers(config, weights)
-    kind = str(config.get("model_type"))
+    kind = layout_of(config)
     run = _own_config(source, config) if kind == OWN else replace(base, model=import_config(config))
     program = Program(run)  # before anything is written: it may not fit the task
     named = _own(run, weights) if kind == OWN else import_parameters(config, weights)
@@ -143,13 +140,15 @@ def import_run(source: Path, base: RunConfig, folder: Path | None = None) -> Pat
     return folder
 
 
-def _laid_out(trained: Trained, layout: str | None, came: Mapping[str, Any]) -> tuple[dict[str, Any], Weights]:
-    """config.json and weights in that layout."""
+def _laid_out(trained: Trained, layout: str | None, came: Mapping[str, Any]) -> tuple[str, dict[str, Any], Weights]:
+    """The layout, and config.json and weights in it."""
     run, variables = trained.config, trained.variables
     if layout is not None and layout not in (*LAYOUTS, OWN):
         raise ConfigError(f"there is no layout {layout!r}{nearest(layout, [*LAYOUTS, OWN])}")
     if came.get("kind") in LAYOUTS and layout in (None, came["kind"]) and import_config(came["config"]) == run.model:
-        return came["config"], export_weights(came["config"], variables)
+        weights = export_weights(came["config"], variables)
+        # A copy of a tied readout is written only if there was one.
+        return came["kind"], came["config"], {key: x for key, x in weights.items() if key in came["dtypes"]}
     for kind in [layout] if layout else LAYOUTS:
         if kind == OWN:
             break
@@ -159,8 +158,8 @@ def _laid_out(trained: Trained, layout: str | None, came: Mapping[str, Any]) -> 
             if layout:
                 raise
             continue
-        return config, export_weights(config, variables)
-    return {"model_type": OWN, "run": to_json(run)}, variables
+        return kind, config, export_weights(config, variables)
+    return OWN, {"model_type": OWN, "run": to_json(run)}, variables
 
 
 def _places(run: RunConfig) -> dict[str, Place]:
@@ -194,9 +193,9 @@ def _read(source: Path) -> tuple[dict[str, Any], Weights]:
 
 def _refuse_more_layers(config: Mapping[str, Any], weights: Weights) -> None:
     """A config that claims layers without weights would be built before anything is found missing."""
-    layers = config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > len(weights):
-        raise WeightsError(f"config.json has num_hidden_layers {layers}, and there are {len(weights)} arrays in all")
+    for name in ("num_hidden_layers", "n_layer"):
+        if isinstance(layers := config.get(name), int) and layers > len(weights):
+            raise WeightsError(f"config.json has {name} {layers}, and there are {len(weights)} arrays in all")
 
 
 def _own_config(source: Path, config: Mapping[str, Any]) -> RunConfig:

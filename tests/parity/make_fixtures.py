@@ -21,7 +21,7 @@ Before it writes a file the script makes sure of two things:
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -321,11 +321,11 @@ def draw(name: str, parameter: nn.Parameter) -> None:
         parameter.normal_(std=parameter[0].numel() ** -0.5)
 
 
-def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(tokens, use_cache=False).logits
 
 
-def captured(model: PreTrainedModel, tokens: Tensor, modules: dict[str, str]) -> dict[str, Tensor]:
+def captured(model: nn.Module, tokens: Tensor, modules: dict[str, str]) -> dict[str, Tensor]:
     """Inputs and outputs of some modules in a full forward; an attention's weights, beside its output, are left out."""
     found: dict[str, Tensor] = {}
 
@@ -374,15 +374,18 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / torch.maximum(a.abs().max(), b.abs().max()))
 
 
-def least_moved(model: PreTrainedModel, tokens: Tensor, logits: Tensor) -> tuple[float, str]:
-    """The weight that moves the logits least when it is rolled by one place, and by how much."""
+def least_moved(model: nn.Module, tokens: Tensor, logits: Tensor) -> tuple[float, str]:
+    """The weight that moves the logits least when it is rolled by one place, and by how much; exits below `MOVED`."""
     moves = []
     for name, parameter in model.named_parameters():
         kept = parameter.clone()
         parameter.copy_(kept.flatten().roll(1).view_as(kept))
         moves.append((distance(logits_of(model, tokens), logits), name))
         parameter.copy_(kept)
-    return min(moves)
+    move, weight = min(moves)
+    if move < MOVED:
+        sys.exit(f"rolling {weight} moves the logits by {move:.1e} of their scale, less than {MOVED:.0e}")
+    return move, weight
 
 
 def arrays_of(name: str) -> dict[str, np.ndarray]:
@@ -394,8 +397,6 @@ def arrays_of(name: str) -> dict[str, np.ndarray]:
     logits = logits_of(model, tokens)
 
     move, weight = least_moved(model, tokens, logits)
-    if move < MOVED:
-        sys.exit(f"{name}: rolling {weight} moves the logits by {move:.1e} of their scale, less than {MOVED:.0e}")
     with without_limit(model):
         error = distance(decoded(model, tokens, fixture.decoding), free := logits_of(model, tokens))
     if error > DECODE:
@@ -411,14 +412,15 @@ def arrays_of(name: str) -> dict[str, np.ndarray]:
     arrays |= {"tokens": tokens.to(torch.int32), "logits": logits}
     arrays |= captured(model, tokens, fixture.captured)
     config = {"architectures": [type(model).__name__], "model_type": fixture.model_type, **fixture.fields}
-    about = {**fixture.captured, **VERSIONS}
-    size = sum(value.nbytes for value in arrays.values()) // 1000
     scale = float(logits.abs().max())
-    print(f"{name:16} {size:4} kB  logits to {scale:4.1f}  decode {error:.0e}  least move {move:.0e} ({weight})")
-    return {key: value.numpy() for key, value in arrays.items()} | {
-        "config": np.array(json.dumps(config)),
-        "about": np.array(json.dumps(about)),
-    }
+    print(f"{name:16} logits to {scale:4.1f}  decode {error:.0e}  least move {move:.0e} ({weight})")
+    return packed(arrays, config, {**fixture.captured, **VERSIONS})
+
+
+def packed(arrays: dict[str, Tensor], config: dict[str, Any], about: dict[str, str]) -> dict[str, np.ndarray]:
+    """What a file holds."""
+    texts = {"config": np.array(json.dumps(config)), "about": np.array(json.dumps(about))}
+    return {key: value.numpy() for key, value in arrays.items()} | texts
 
 
 def check(name: str, arrays: dict[str, np.ndarray]) -> None:
@@ -434,27 +436,32 @@ def check(name: str, arrays: dict[str, np.ndarray]) -> None:
                 sys.exit(f"{name}: {key} is another in the file")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", help=f"some of {', '.join(FIXTURES)}; all when left out")
+def write(description: str, names: Collection[str], make: Callable[[str], dict[str, np.ndarray]]) -> None:
+    """Write the files of these names, or compare them, as the command line asks."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("names", nargs="*", help=f"some of {', '.join(names)}; all when left out")
     parser.add_argument("--check", action="store_true", help="write nothing, compare with the files")
     args = parser.parse_args()
-    if unknown := set(args.names) - set(FIXTURES):
+    if unknown := set(args.names) - set(names):
         parser.error(f"no such model: {', '.join(sorted(unknown))}")
     for package, wanted in VERSIONS.items():
         if (found := version(package).partition("+")[0]) != wanted:
             sys.exit(f"{package} is {found} here, the fixtures are of {wanted}: install that, or change VERSIONS")
-    if installed := [package for package in KERNELS if find_spec(package)]:
-        sys.exit(f"uninstall {', '.join(installed)}: the fixtures are of the plain torch paths")
     torch.set_num_threads(1)
     FOLDER.mkdir(exist_ok=True)
     with torch.no_grad():
-        for name in args.names or FIXTURES:
-            arrays = arrays_of(name)
+        for name in args.names or names:
+            arrays = make(name)
             if args.check:
                 check(name, arrays)
             else:
                 np.savez_compressed(FOLDER / f"{name}.npz", allow_pickle=False, **arrays)
+
+
+def main() -> None:
+    if installed := [package for package in KERNELS if find_spec(package)]:
+        sys.exit(f"uninstall {', '.join(installed)}: the fixtures are of the plain torch paths")
+    write(__doc__ or "", FIXTURES, arrays_of)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,20 @@ from flax import nnx
 from recallax.config import ConfigError, nearest
 from recallax.models import accounting
 from recallax.models.block import Block, BlockModule
-from recallax.models.importing import falcon_h1, fla, gated_delta_net, kimi_linear, llama, mamba, mamba2, nemotron_h
+from recallax.models.importing import (
+    based,
+    falcon_h1,
+    fla,
+    gated_delta_net,
+    kimi_linear,
+    llama,
+    mamba,
+    mamba2,
+    nemotron_h,
+    state_spaces,
+)
 from recallax.models.importing.fields import Fields
 from recallax.models.importing.key_map import SHOWN, Entry, WeightsError, convert, revert
-from recallax.models.importing.state_spaces import is_state_spaces, translated
 from recallax.models.lm import LM, LMConfig
 from recallax.models.pattern import parse
 from recallax.models.placement import filled, layer_places, parameter_places, parameter_shapes
@@ -37,9 +47,12 @@ __all__ = [
     "import_config",
     "import_model",
     "import_parameters",
-    "is_state_spaces",
-    "translated",
+    "layout_of",
 ]
+
+
+READOUT = "lm_head.weight"
+"""The readout, in every layout."""
 
 
 class Layout(NamedTuple):
@@ -49,11 +62,15 @@ class Layout(NamedTuple):
     """Its config as ours."""
     entries: Callable[[Fields, LMConfig], list[Entry]]
     """The key map of a model with that config."""
-    architecture: str
-    """The class of transformers that loads it."""
+    architecture: str | None
+    """The class that loads it; None where its config.json names none."""
     describe: Callable[[LM, Sequence[BlockModule]], dict[str, Any]] | None = None
     """The fields of config.json for a model of ours, given with its layers; wrong where the layout has no such model.
     None is a layout whose models all have a layer that recallax has not."""
+    says: Callable[[Mapping[str, Any]], bool] | None = None
+    """Whether a config.json is in this layout, where its `model_type` does not say so."""
+    copied: bool = False
+    """Whether its files hold a tied readout beside the embedding, since what loads them asks for both."""
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -72,8 +89,24 @@ LAYOUTS: dict[str, Layout] = {
         gated_delta_net.describe,
     ),
     "gated_deltanet": Layout(fla.gated_deltanet, fla.entries, "GatedDeltaNetForCausalLM", fla.describe),
+    "based": Layout(based.based, based.entries, "GPTLMHeadModel", based.describe, based.is_based, copied=True),
+    "state-spaces": Layout(
+        state_spaces.state_spaces,
+        state_spaces.entries,
+        None,
+        state_spaces.describe,
+        state_spaces.is_state_spaces,
+        copied=True,
+    ),
 }
-"""By the `model_type` of config.json; key names and shapes are those of transformers 5.23 and, last, of fla 0.6."""
+"""By name, which is the `model_type` of config.json unless a layout tells its own by other signs. Key names and shapes
+are those of transformers 5.23 and then of fla 0.6, HazyResearch's BASED and state-spaces."""
+
+
+def layout_of(config: Mapping[str, Any]) -> str:
+    """The name of a config.json's layout, or its `model_type` where recallax knows none."""
+    found = [name for name, layout in LAYOUTS.items() if layout.says is not None and layout.says(config)]
+    return found[0] if found else str(config.get("model_type"))
 
 
 def import_config(config: Mapping[str, Any]) -> LMConfig:
@@ -81,7 +114,8 @@ def import_config(config: Mapping[str, Any]) -> LMConfig:
 
     Raises ConfigError naming the field that is missing, or whose value recallax cannot represent.
     """
-    return _layout(config).config(Fields(config))
+    layout, fields = _read(config)
+    return layout.config(fields)
 
 
 def import_model(config: Mapping[str, Any], weights: Mapping[str, np.ndarray], pattern: str | None = None) -> LM:
@@ -106,7 +140,8 @@ def import_parameters(config: Mapping[str, Any], weights: Mapping[str, np.ndarra
     model = import_config(config)
     abstract = accounting.abstract_model(model)
     places = parameter_places(abstract, layer_places(parse(model.pattern, list(model.blocks))))
-    entries = _layout(config).entries(Fields(config), model)
+    layout, fields = _read(config)
+    entries = layout.entries(fields, model)
     return convert(entries, _without_copy(entries, model, weights), parameter_shapes(abstract, places))
 
 
@@ -115,7 +150,7 @@ def export_config(kind: str, model: LMConfig, vocab_size: int | None = None) -> 
 
     Raises ConfigError saying what the layout cannot say.
     """
-    layout = _layout({"model_type": kind})
+    layout = _named(kind)
     if layout.describe is None:
         raise ConfigError(f"{kind}: transformers has none of layers that recallax has, so none can be exported")
     ours = _plain(model, vocab_size)
@@ -123,7 +158,9 @@ def export_config(kind: str, model: LMConfig, vocab_size: int | None = None) -> 
     layers = [part for part in abstract.stack.parts if isinstance(part, BlockModule)]
     try:
         fields = layout.describe(abstract, layers)
-        config = {"architectures": [layout.architecture], "model_type": kind, "dtype": "float32", **fields}
+        config = fields
+        if layout.architecture is not None:
+            config = {"architectures": [layout.architecture], "model_type": kind, "dtype": "float32", **fields}
         again = accounting.abstract_model(_plain(import_config(config)))
     except ConfigError as error:
         raise ConfigError(f"this model cannot be exported as {kind}: {error}") from error
@@ -143,20 +180,30 @@ def export_weights(config: Mapping[str, Any], parameters: Mapping[str, np.ndarra
 
     Raises WeightsError where the parameters are not those of the model.
     """
-    return revert(_layout(config).entries(Fields(config), import_config(config)), parameters)
+    layout, fields = _read(config)
+    model = layout.config(fields)
+    entries = layout.entries(fields, model)
+    found = revert(entries, parameters)
+    if layout.copied and model.readout == Tied():
+        found[READOUT] = found[_embedding(entries)]
+    return found
 
 
 def _without_copy(
     entries: Sequence[Entry], model: LMConfig, weights: Mapping[str, np.ndarray]
 ) -> Mapping[str, np.ndarray]:
     """The weights without the readout of a tied model, which some files hold a second time."""
-    embedding = next(entry.theirs[0] for entry in entries if entry.ours == ("embedding",))
-    copy = weights.get("lm_head.weight")
+    embedding, copy = _embedding(entries), weights.get(READOUT)
     if model.readout != Tied() or copy is None or embedding not in weights:
         return weights
     if not np.array_equal(copy, weights[embedding]):
-        raise WeightsError(f"lm_head.weight is not {embedding}, and config.json ties the two; give its own config.json")
-    return {key: array for key, array in weights.items() if key != "lm_head.weight"}
+        raise WeightsError(f"{READOUT} is not {embedding}, and config.json ties the two; give its own config.json")
+    return {key: array for key, array in weights.items() if key != READOUT}
+
+
+def _embedding(entries: Sequence[Entry]) -> str:
+    """Its key."""
+    return next(entry.theirs[0] for entry in entries if entry.ours == ("embedding",))
 
 
 def _plain(model: LMConfig, vocab_size: int | None = None) -> LMConfig:
@@ -201,8 +248,13 @@ def _facts(module: nnx.Module, path: str = "") -> dict[str, str]:
     return found
 
 
-def _layout(config: Mapping[str, Any]) -> Layout:
-    kind = str(config.get("model_type"))
-    if kind not in LAYOUTS:
-        raise ConfigError(f"model_type is {kind!r}, which cannot be imported{nearest(kind, list(LAYOUTS))}")
-    return LAYOUTS[kind]
+def _read(config: Mapping[str, Any]) -> tuple[Layout, Fields]:
+    """The layout of a config.json, and its fields."""
+    name = layout_of(config)
+    return _named(name), Fields(config, name)
+
+
+def _named(name: str) -> Layout:
+    if name not in LAYOUTS:
+        raise ConfigError(f"model_type is {name!r}, which cannot be imported{nearest(name, list(LAYOUTS))}")
+    return LAYOUTS[name]

@@ -24,6 +24,12 @@ def readout(fields: Fields, tied: bool = False) -> Readout:
     return Tied() if fields.optional("tie_word_embeddings", bool, tied) else Untied()
 
 
+def padded_vocab(fields: Fields) -> int:
+    """Rows of the embedding: the vocabulary, rounded up where a multiple is given."""
+    multiple = fields.optional("pad_vocab_size_multiple", int, 1)
+    return -(-fields.get("vocab_size", int) // multiple) * multiple
+
+
 def sizes(model: LM, layers: int) -> dict[str, Any]:
     """The fields of embedding and readout, and that no token has a special meaning."""
     vocab, width = model.embedding.shape

@@ -7,11 +7,11 @@ from recallax.config import ConfigError
 
 
 class Fields:
-    """The fields of a config.json, in the words of transformers."""
+    """The fields of a config.json; `model` is what errors call it, by default its `model_type`."""
 
-    def __init__(self, values: Mapping[str, Any]):
+    def __init__(self, values: Mapping[str, Any], model: str | None = None):
         self.values = values
-        self.model: str = values.get("model_type", "a config without model_type")
+        self.model: str = model or values.get("model_type", "a config without model_type")
 
     def get[T](self, name: str, kind: type[T]) -> T:
         """The field. Raises ConfigError where it is missing or of another type."""
