@@ -20,7 +20,19 @@ from safetensors.numpy import load_file, save_file
 
 from recallax.__main__ import config_names, load, main
 from recallax.config import ConfigError, to_json
-from recallax.layers import HGRN2, Attention, Based, GatedDeltaNet, Mamba2, MoM, Nothing, SlidingWindow, SwiGLU
+from recallax.layers import (
+    HGRN2,
+    KDA,
+    Attention,
+    Based,
+    DeltaNet,
+    GatedDeltaNet,
+    Mamba2,
+    MoM,
+    Nothing,
+    SlidingWindow,
+    SwiGLU,
+)
 from recallax.models import Autoencode, Block, LMConfig, Untied
 from recallax.models.based import based_1b3, based_360m
 from recallax.models.importing import (
@@ -48,7 +60,7 @@ CHANGED = ("layernorm.weight", "model.norm.weight")
 """Of Qwen3-Next: they are kept as 1 + weight, so an import rounds them."""
 NOT_OURS = {
     "chunk_size", "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "rope_parameters",
-    "mlp_only_layers",
+    "mlp_only_layers", "fuse_cross_entropy",
 }  # fmt: skip
 """Fields that change no number, or that belong to the attention layers that are cut off."""
 
@@ -82,7 +94,7 @@ def test_what_is_imported_is_exported_again(name: str):
     config, weights = published(name)
     ours = import_config(config)
     # transformers itself refuses an Olmo-Hybrid whose attention layers are cut off; a BASED of ours has no dead buffer
-    written = config if name in ("olmo_hybrid", "based") else export_config(config["model_type"], ours)
+    written = config if name in ("olmo_hybrid", "based") else export_config(layout_of(config), ours)
     assert import_config(written) == ours
     assert {key for key in config if written.get(key) != config[key]} <= NOT_OURS
     parameters = import_parameters(config, weights)
@@ -120,6 +132,12 @@ UNSAID = {
     "no positions": ("llama", lm("a", a=Block(mixer=Attention(rotary_base=None)))),
     "none can be exported": ("falcon_h1", lm("a", a=MAMBA2)),
     "olmo_hybrid: .*none can be exported": ("olmo_hybrid", lm("a", a=Block(mixer=GatedDeltaNet()))),
+    # it divides queries by the root of their width, before a norm with one eps
+    "layers.0.mixer.readout.eps would be 4e-05, and is 1e-05": ("hgrn2", lm("a", a=Block(mixer=HGRN2()))),
+    "layers.0.mixer.readout.gate.up.bias would be .16,., and is None": ("kda", lm("a", a=Block(mixer=KDA()))),
+    "no short convolution": ("delta_net", lm("a", a=Block(mixer=DeltaNet(conv=0)))),
+    "norms have eps 0.001, and this layout has only 1e-05": ("state-spaces", replace(lm("a", a=MAMBA2), norm_eps=1e-3)),
+    "layer 0 has the mixer SoftmaxMixer": ("based", lm("a", a=ATTENTION)),
     "did you mean 'llama'": ("lama", lm("a", a=ATTENTION)),
 }
 
@@ -142,47 +160,29 @@ def test_a_second_copy_of_a_tied_readout_is_no_key_too_many():
 # The key names of others
 
 
-def as_fla() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The first layers of the Olmo-Hybrid fixture, which are fla's Gated DeltaNet under other names."""
-    theirs, weights = published("olmo_hybrid")
-    keys, values = 2 * 6, 4 * 5
-    found: dict[str, np.ndarray] = {}
-    for key, x in weights.items():
-        for old, new in (
-            ("embed_tokens", "embeddings"), ("linear_attn", "attn"),
-            ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "mlp_norm"),
-        ):  # fmt: skip
-            key = key.replace(old, new)
-        if ".conv1d." in key:
-            for name, part in zip("qkv", np.split(x, [keys, 2 * keys]), strict=True):
-                found[key.replace(".conv1d.", f".{name}_conv1d.")] = part
-            assert len(part) == values
-        else:
-            found[key] = x
-    config = {
-        "model_type": "gated_deltanet", "hidden_size": 24, "vocab_size": 32, "num_hidden_layers": 2, "num_heads": 2,
-        "num_v_heads": 4, "head_dim": 6, "expand_v": 5 / 6, "allow_neg_eigval": True, "norm_eps": 1e-5,
-        "intermediate_size": theirs["intermediate_size"],
-    }  # fmt: skip
-    return config, found
-
-
-def test_fla_has_olmo_hybrids_layers_under_other_names():
-    config, weights = as_fla()
-    theirs, others = published("olmo_hybrid")
-    mine, same = import_config(config), import_config(theirs | {"rms_norm_eps": 1e-5})
-    assert mine == same
-    parameters = import_parameters(config, weights)
-    same_bytes(parameters, import_parameters(theirs, others))
-    written = export_config("gated_deltanet", mine)
-    assert {key: written[key] for key in config} == config
-    same_bytes(export_weights(written, parameters), weights)
+def test_a_floor_that_falls_out_of_all_layers_is_made_again(tmp_path: Path):
+    """HGRN2's floors are one parameter of the model there; here every layer keeps its own beside it."""
+    config, weights = published("fla_hgrn2")
+    rows = {key: np.concatenate([weights[key]] * 2) for key in ("model.embeddings.weight", "lm_head.weight")}
+    (tmp_path / "theirs").mkdir()
+    write_weights(tmp_path / "theirs", config | {"vocab_size": 64}, weights | rows)
+    run = import_run(tmp_path / "theirs", load("mqar_micro"), tmp_path / "run")
+    logits = weights["model.lower_bounds"]
+    shares = np.exp(logits) / np.exp(logits).sum(axis=0)
+    kept = read_run(run).variables
+    np.testing.assert_array_equal(kept["layers.0.mixer.cell.floor"], 0)
+    np.testing.assert_allclose(kept["layers.1.mixer.cell.floor"], shares[1], rtol=1e-6)
+    assert export_run(run, "safetensors", tmp_path / "out") == "hgrn2"
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()
 
 
 def test_the_width_of_flas_perceptron_may_be_a_ratio():
-    config, _ = as_fla()
-    config = config | {"hidden_size": 1000, "intermediate_size": None, "hidden_ratio": 4}
-    assert import_config(config).blocks["layer"].channel == SwiGLU(inner=2816)  # int(2666.7) up to a multiple of 256
+    for name, inner in {"fla_gated_deltanet": 2816, "fla_retnet": 1536}.items():
+        config, _ = published(name)
+        config = config | {"hidden_size": 1000, "intermediate_size": None}
+        # int(1000 * 4 * 2 / 3) up to a multiple of 256; RetNet's ratio is 2
+        assert import_config(config).blocks["layer"].channel == SwiGLU(inner=inner)
 
 
 STATE_SPACES = {"n_layer": 2, "d_model": 16, "vocab_size": 27, "pad_vocab_size_multiple": 8, "rms_norm": True}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from recallax.config import added
 from recallax.layers.base import Site
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, Streams
@@ -40,6 +41,8 @@ class DeltaNet(MemoryConfig):
     """Largest strength; 2 allows negative eigenvalues, with which a memory can count modulo 2."""
     conv: int = 4
     """Taps of the short convolution; 0 leaves it out."""
+    eps: float = added(1e-5)
+    """Of the output norm."""
 
     def sizes(self, d_model: int) -> Sizes:
         keys = self.key_dim or divide_heads("delta_net", d_model, self.heads)
@@ -58,7 +61,8 @@ class DeltaNet(MemoryConfig):
 
     def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
         _, heads, _, values = self.sizes(d_model)
-        return Readout(heads * values, d_model, site, groups=heads, gate=None, precision=precision, rngs=rngs)
+        inner = heads * values
+        return Readout(inner, d_model, site, groups=heads, gate=None, eps=self.eps, precision=precision, rngs=rngs)
 
 
 class DeltaNetCell(MatrixCell):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, added
 from recallax.layers.base import Site
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, Streams
@@ -43,6 +43,8 @@ class GatedDeltaProduct(MemoryConfig):
     """Largest strength; above 1 the transition has negative eigenvalues."""
     conv: int = 4
     """Taps of the short convolution; 0 leaves it out."""
+    eps: float = added(1e-5)
+    """Of the output norm."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -68,7 +70,8 @@ class GatedDeltaProduct(MemoryConfig):
     def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
         _, heads, _, values = self.sizes(d_model)
         gate = Linear(d_model, heads * values, precision=precision, rngs=rngs)
-        return Readout(heads * values, d_model, site, groups=heads, gate=gate, precision=precision, rngs=rngs)
+        inner = heads * values
+        return Readout(inner, d_model, site, groups=heads, gate=gate, eps=self.eps, precision=precision, rngs=rngs)
 
 
 class GatedDeltaProductCell(MatrixCell):

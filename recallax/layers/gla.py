@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from recallax.config import added
 from recallax.layers.base import Site
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, LowRank, Streams
@@ -40,6 +41,8 @@ class GLA(MemoryConfig):
     """The gate is the sigmoid to the power 1 / this: larger forgets more slowly."""
     conv: int = 0
     """Taps of the short convolution on queries, keys and values; 0 leaves it out, as published."""
+    eps: float = added(1e-5)
+    """Of the output norm."""
 
     def sizes(self, d_model: int) -> Sizes:
         values = self.value_dim or divide_heads("gla", d_model, self.heads)
@@ -64,7 +67,8 @@ class GLA(MemoryConfig):
     def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
         _, heads, _, values = self.sizes(d_model)
         gate = Linear(d_model, heads * values, precision=precision, rngs=rngs)
-        return Readout(heads * values, d_model, site, groups=heads, gate=gate, precision=precision, rngs=rngs)
+        inner = heads * values
+        return Readout(inner, d_model, site, groups=heads, gate=gate, eps=self.eps, precision=precision, rngs=rngs)
 
 
 class GLACell(MatrixCell):

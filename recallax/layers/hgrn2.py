@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from recallax.config import added
 from recallax.layers.base import Site, Statistic
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, Streams
@@ -33,6 +34,8 @@ class HGRN2(MemoryConfig):
 
     heads: int = 4
     """The published models take d_model / 128."""
+    eps: float = added(1e-5)
+    """Of the output norm."""
 
     def sizes(self, d_model: int) -> Sizes:
         width = divide_heads("hgrn2", d_model, self.heads)
@@ -45,7 +48,7 @@ class HGRN2(MemoryConfig):
         return HGRN2Cell(self.sizes(d_model), site)
 
     def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
-        return Readout(d_model, d_model, site, groups=1, gate=None, precision=precision, rngs=rngs)
+        return Readout(d_model, d_model, site, groups=1, gate=None, eps=self.eps, precision=precision, rngs=rngs)
 
 
 class HGRN2Cell(MatrixCell):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, added
 from recallax.layers.base import Site
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, LowRank, Streams, parameter
@@ -50,6 +50,8 @@ class KDA(MemoryConfig):
     """Taps of the short convolution; 0 leaves it out."""
     eps: float = 1e-5
     """Of the output norm."""
+    gate_bias: bool = added(False)
+    """Of the output gate: absent in the paper and its models, present in flash-linear-attention's."""
 
     def __post_init__(self) -> None:
         if self.floor >= 0:
@@ -82,7 +84,7 @@ class KDA(MemoryConfig):
             d_model,
             site,
             groups=heads,
-            gate=LowRank(d_model, values, heads * values, precision=precision, rngs=rngs),
+            gate=LowRank(d_model, values, heads * values, precision=precision, rngs=rngs, bias=self.gate_bias),
             activation="sigmoid",
             eps=self.eps,
             precision=precision,

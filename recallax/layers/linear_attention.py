@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from recallax.config import added
 from recallax.layers.base import Site
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, Streams
@@ -47,6 +48,8 @@ class LinearAttention(MemoryConfig):
     feature_dim: int | None = None
     """Width of queries and keys per head before the feature map; None is that of the values."""
     feature_map: FeatureMap = "elu"
+    eps: float = added(1e-5)
+    """Of the output norm, which the identity map has."""
 
     def sizes(self, d_model: int) -> Sizes:
         values = divide_heads("linear attention", d_model, self.heads)
@@ -68,7 +71,15 @@ class LinearAttention(MemoryConfig):
     def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
         order = "no norm" if self.normalised else "gate last"
         return Readout(
-            d_model, d_model, site, groups=self.heads, gate=None, order=order, precision=precision, rngs=rngs
+            d_model,
+            d_model,
+            site,
+            groups=self.heads,
+            gate=None,
+            order=order,
+            eps=self.eps,
+            precision=precision,
+            rngs=rngs,
         )
 
     @property

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from recallax.config import added
 from recallax.layers.base import Site
 from recallax.layers.continuation import divide_heads
 from recallax.layers.dense import Linear, Streams
@@ -35,6 +36,8 @@ class RetNet(MemoryConfig):
     value_dim: int | None = None
     """Width of values per head; None is twice the keys'."""
     rotary_base: float = 10_000.0
+    eps: float = added(1e-5)
+    """Of the output norm."""
 
     def sizes(self, d_model: int) -> Sizes:
         keys = self.key_dim or divide_heads("retnet", d_model, self.heads)
@@ -51,7 +54,8 @@ class RetNet(MemoryConfig):
     def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
         _, heads, _, values = self.sizes(d_model)
         gate = Linear(d_model, heads * values, precision=precision, rngs=rngs)
-        return Readout(heads * values, d_model, site, groups=heads, gate=gate, precision=precision, rngs=rngs)
+        inner = heads * values
+        return Readout(inner, d_model, site, groups=heads, gate=gate, eps=self.eps, precision=precision, rngs=rngs)
 
 
 class RetNetCell(MatrixCell):

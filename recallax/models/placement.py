@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from recallax.layers.base import Statistic
 from recallax.models.pattern import Term
 
 type Path = tuple[Any, ...]
@@ -54,8 +55,8 @@ def parameter_places(
 
 
 def parameter_shapes(module: nnx.Module, places: Mapping[str, Place]) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter by its name, without the axes of repeated stacks."""
-    leaves = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
+    """The shape of every variable by its name, without the axes of repeated stacks."""
+    leaves = dict(nnx.to_flat_state(nnx.state(module)))
     return {name: tuple(leaves[place.path].shape)[len(place.index) :] for name, place in places.items()}
 
 
@@ -76,13 +77,13 @@ def stacked(
 
 
 def filled[M: nnx.Module](module: M, places: Mapping[str, Place], arrays: Mapping[str, np.ndarray]) -> M:
-    """The module with these parameters in place of its own, which may be abstract (`nnx.eval_shape`).
+    """The module with these variables in place of its own, which may be abstract (`nnx.eval_shape`).
 
-    Raises ValueError if it holds anything besides parameters that has no value.
+    Raises ValueError if it holds anything besides parameters and statistics that has no value.
     """
-    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    graph, params, rest = nnx.split(module, (nnx.Param, Statistic), ...)
     if nnx.to_flat_state(rest):
-        raise ValueError(f"{type(module).__name__} holds more than parameters; nothing says what the rest should be")
+        raise ValueError(f"{type(module).__name__} holds more than has a name; nothing says what the rest should be")
     leaves = dict(nnx.to_flat_state(params))
     values = stacked(arrays, places, leaves)
     new = [(path, leaf.replace(jnp.asarray(values[path]))) for path, leaf in leaves.items()]

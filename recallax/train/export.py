@@ -32,7 +32,7 @@ from recallax.models.importing import (
 from recallax.models.importing.key_map import convert, one
 from recallax.models.pattern import parse
 from recallax.models.placement import Path as LeafPath
-from recallax.models.placement import Place, layer_places, parameter_places, stacked, unstacked
+from recallax.models.placement import Place, layer_places, parameter_places, parameter_shapes, stacked, unstacked
 from recallax.train.checkpoint import Checkpoints
 from recallax.train.program import Program
 from recallax.train.run import RunConfig
@@ -206,14 +206,8 @@ def _own_config(source: Path, config: Mapping[str, Any]) -> RunConfig:
 
 def _own(run: RunConfig, weights: Weights) -> Weights:
     """The variables by name, checked as those of any layout: the key map of our own is the identity."""
-    shapes = _shapes(run)
+    shapes = parameter_shapes(accounting.abstract_model(run.model, run.task.vocab_size), _places(run))
     return convert([one(name, name) for name in shapes], weights, shapes)
-
-
-def _shapes(run: RunConfig) -> dict[str, tuple[int, ...]]:
-    model = accounting.abstract_model(run.model, run.task.vocab_size)
-    leaves = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, Statistic))))
-    return {name: tuple(leaves[p.path].shape)[len(p.index) :] for name, p in _places(run).items()}
 
 
 def _write_orbax(path: Path, weights: Weights) -> None:

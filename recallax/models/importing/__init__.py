@@ -10,18 +10,21 @@ reading it gives that model again, down to every number in its graph.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
 
 from recallax.config import ConfigError, nearest
+from recallax.layers.base import Statistic
 from recallax.models import accounting
 from recallax.models.block import Block, BlockModule
 from recallax.models.importing import (
     based,
     falcon_h1,
     fla,
+    fla_mamba2,
     gated_delta_net,
     kimi_linear,
     llama,
@@ -34,7 +37,7 @@ from recallax.models.importing.fields import Fields
 from recallax.models.importing.key_map import SHOWN, Entry, WeightsError, convert, revert
 from recallax.models.lm import LM, LMConfig
 from recallax.models.pattern import parse
-from recallax.models.placement import filled, layer_places, parameter_places, parameter_shapes
+from recallax.models.placement import Place, filled, layer_places, parameter_places, parameter_shapes
 from recallax.models.readout import Tied
 
 __all__ = [
@@ -73,6 +76,11 @@ class Layout(NamedTuple):
     """Whether its files hold a tied readout beside the embedding, since what loads them asks for both."""
 
 
+def _fla(kind: str, architecture: str) -> Layout:
+    """A layout of flash-linear-attention's frame."""
+    return Layout(partial(fla.config, kind), partial(fla.entries, kind), architecture, partial(fla.describe, kind))
+
+
 LAYOUTS: dict[str, Layout] = {
     "falcon_h1": Layout(falcon_h1.falcon_h1, falcon_h1.entries, "FalconH1ForCausalLM"),
     "kimi_linear": Layout(kimi_linear.kimi_linear, kimi_linear.entries, "KimiLinearForCausalLM", kimi_linear.describe),
@@ -88,7 +96,17 @@ LAYOUTS: dict[str, Layout] = {
         "Qwen3NextForCausalLM",
         gated_delta_net.describe,
     ),
-    "gated_deltanet": Layout(fla.gated_deltanet, fla.entries, "GatedDeltaNetForCausalLM", fla.describe),
+    "gated_deltanet": _fla("gated_deltanet", "GatedDeltaNetForCausalLM"),
+    "gated_deltaproduct": _fla("gated_deltaproduct", "GatedDeltaProductForCausalLM"),
+    "delta_net": _fla("delta_net", "DeltaNetForCausalLM"),
+    "kda": _fla("kda", "KDAForCausalLM"),
+    "gla": _fla("gla", "GLAForCausalLM"),
+    "hgrn2": _fla("hgrn2", "HGRN2ForCausalLM"),
+    "retnet": _fla("retnet", "RetNetForCausalLM"),
+    "linear_attn": _fla("linear_attn", "LinearAttentionForCausalLM"),
+    "fla_mamba2": Layout(
+        fla_mamba2.fla_mamba2, fla_mamba2.entries, "Mamba2ForCausalLM", fla_mamba2.describe, fla_mamba2.is_fla
+    ),
     "based": Layout(based.based, based.entries, "GPTLMHeadModel", based.describe, based.is_based, copied=True),
     "state-spaces": Layout(
         state_spaces.state_spaces,
@@ -130,16 +148,14 @@ def import_model(config: Mapping[str, Any], weights: Mapping[str, np.ndarray], p
         if spelled.layers != model.layers:
             raise ConfigError(f"pattern {pattern!r} is not a spelling of {model.pattern!r}; only repeats may differ")
         model = spelled
-    abstract = accounting.abstract_model(model)
-    places = parameter_places(abstract, layer_places(parse(model.pattern, list(model.blocks))))
+    abstract, places = _named_variables(model)
     return filled(abstract, places, import_parameters(config, weights))
 
 
 def import_parameters(config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The parameters of that model by name (`key_map`), float32. Raises as `import_model`."""
     model = import_config(config)
-    abstract = accounting.abstract_model(model)
-    places = parameter_places(abstract, layer_places(parse(model.pattern, list(model.blocks))))
+    abstract, places = _named_variables(model)
     layout, fields = _read(config)
     entries = layout.entries(fields, model)
     return convert(entries, _without_copy(entries, model, weights), parameter_shapes(abstract, places))
@@ -187,6 +203,13 @@ def export_weights(config: Mapping[str, Any], parameters: Mapping[str, np.ndarra
     if layout.copied and model.readout == Tied():
         found[READOUT] = found[_embedding(entries)]
     return found
+
+
+def _named_variables(model: LMConfig) -> tuple[LM, dict[str, Place]]:
+    """The model without values, and where its parameters and statistics are, by name."""
+    abstract = accounting.abstract_model(model)
+    layers = layer_places(parse(model.pattern, list(model.blocks)))
+    return abstract, parameter_places(abstract, layers, (nnx.Param, Statistic))
 
 
 def _without_copy(
