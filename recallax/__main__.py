@@ -39,7 +39,7 @@ USAGE = f"""recallax {__version__}: sequence models that recall well with little
   recallax tokenizer CONFIG --out FILE train a BPE tokenizer on the text of a config
   recallax sweep FILE                  train what a Python file asks for, and list what the runs came to
   recallax export RUN --to FORM        its weights for other programs: safetensors, stablehlo or orbax
-  recallax import PATH                 a run of weights: an export, or a model of transformers in safetensors
+  recallax import PATH                 a run of weights: an export, or a published model in safetensors
   recallax report RUN...               one HTML page, a CSV and a Markdown table about runs
   recallax doctor                      what this machine has, and which implementation each op takes on it
 
@@ -399,6 +399,7 @@ def _export(arguments: list[str]) -> int:
         out: Path | None = None,
         layout: str | None = None,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        shard_gb: float | None = None,
         length: int = 64,
         context: int = 1024,
     ) -> int:
@@ -408,9 +409,11 @@ def _export(arguments: list[str]) -> int:
             run: Folder of the run.
             to: safetensors with a config.json; stablehlo, compiled programs of prefill and step; or orbax.
             out: The folder to make; RUN/export-FORM by default.
-            layout: Of safetensors: a model_type of transformers, or recallax's own; by default the one that the run
-                was imported from, else the first of transformers that has this model, else recallax's own.
+            layout: Of safetensors: whose names the weights get (docs/commands/export.md lists the layouts), or recallax
+                for its own; by default the one that the run was imported from, else the first that has this model.
             dtype: Of safetensors and orbax; by default that of the import, else float32.
+            shard_gb: Of safetensors: 10^9 bytes that one file holds at most, with an index where there are several; by
+                default 50, as in transformers.
             length: Of stablehlo: tokens that one call of prefill takes at most.
             context: Of stablehlo: tokens that the state has room for.
         """
@@ -423,7 +426,7 @@ def _export(arguments: list[str]) -> int:
             return 0
         from recallax.train.export import export_run
 
-        kind = export_run(run, to, folder, layout=layout, dtype=dtype)
+        kind = export_run(run, to, folder, layout=layout, dtype=dtype, shard_gb=shard_gb)
         print(f"{to}: {folder}\nlayout: {kind}")
         return 0
 

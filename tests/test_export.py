@@ -644,6 +644,29 @@ def test_shards_are_read(tmp_path: Path):
     same_bytes(weights, {key: np.full(2, ord(key), np.float32) for key in "ab"})
 
 
+def test_weights_larger_than_a_file_are_written_in_shards(tmp_path: Path):
+    """Their names and index as transformers writes them; no array is cut, none is lost, and a run comes back."""
+    run = saved(run_of(lm("a*3", a=MAMBA2)), tmp_path / "run")
+    export_run(run, "safetensors", tmp_path / "whole")
+    whole = load_file(tmp_path / "whole" / "model.safetensors")
+    largest = 6_000
+    assert export_run(run, "safetensors", tmp_path / "out", shard_gb=largest / 1e9) == "mamba2"
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(names) > 3 and names == [
+        f"model-{n:05}-of-{len(names):05}.safetensors" for n in range(1, len(names) + 1)
+    ]
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": sum(x.nbytes for x in whole.values())}
+    shards = {name: load_file(tmp_path / "out" / name) for name in names}
+    assert index["weight_map"] == {key: name for name, shard in shards.items() for key in shard}
+    sizes = [sum(x.nbytes for x in shard.values()) for shard in shards.values()]
+    assert all(size <= largest or len(shard) == 1 for size, shard in zip(sizes, shards.values(), strict=True))
+    assert sum(sizes) == index["metadata"]["total_size"] and all(sizes)
+    same_bytes(read_folder(tmp_path / "out")[1], whole)
+    again = import_run(tmp_path / "out", load("mqar_micro"), tmp_path / "again")
+    same_bytes(read_run(again).variables, read_run(run).variables)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -712,6 +735,8 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     for arguments, message in {
         "export run --to orbax --layout llama": "--layout llama is a layout of safetensors",
         "export run --to safetensors --layout lama --out x": "did you mean 'llama'",
+        "export run --to safetensors --shard-gb 0 --out x": "--shard-gb is 0 with safetensors; it is a size above 0",
+        "export run --to orbax --shard-gb 1 --out x": "--shard-gb is 1 with orbax",
         "export run --to safetensors": "is there already",
         "export nowhere --to safetensors": "nowhere is not a run's folder",
         "export run --to onnx": "onnx",

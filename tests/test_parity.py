@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +123,7 @@ def ways(module: LM | RecurrentMixer, x: np.ndarray, wanted: tuple[str, ...]) ->
         y, state, _ = module.prefill(x[:, :half], head, module.init_state(x.shape[0], length))
         return jnp.concatenate([y, steps(graph, weights, x[:, half:], half, state)], axis=1)
 
-    known = dict(zip(WAYS, (whole, stepped, continued), strict=True))
+    known: dict[str, Callable[[nnx.State, jax.Array], jax.Array]] = {f.__name__: f for f in (whole, stepped, continued)}
     return {way: jax.jit(known[way])(weights, jnp.asarray(x)) for way in wanted}
 
 

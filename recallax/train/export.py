@@ -1,6 +1,6 @@
 """The newest checkpoint of a run, as other programs read it, and the way back into a run.
 
-safetensors: config.json and weights in a layout of transformers where one has this model, else in recallax's own: the
+safetensors: config.json and weights in another project's layout where one has this model, else in recallax's own: the
 config of the run, and every parameter by its path with the absolute number of its layer (`models.placement`). orbax:
 the same names in one orbax checkpoint, without the optimizer. `import_run` reads both and gives the same bytes again.
 """
@@ -39,6 +39,7 @@ from recallax.train.run import RunConfig
 from recallax.train.run_folder import RunFolder, RunFolderError, folder_name, read_config, write_atomic
 from recallax.train.weights_folder import (
     DTYPES,
+    LARGEST_FILE,
     Weights,
     dtype_name,
     read_folder,
@@ -88,14 +89,25 @@ def read_run(folder: Path) -> Trained:
     return Trained(config, step, unstacked(leaves, _places(config)))
 
 
-def export_run(folder: Path, form: Form, out: Path, *, layout: str | None = None, dtype: Dtype | None = None) -> str:
+def export_run(
+    folder: Path,
+    form: Form,
+    out: Path,
+    *,
+    layout: str | None = None,
+    dtype: Dtype | None = None,
+    shard_gb: float | None = None,
+) -> str:
     """Write a run's newest checkpoint to the new folder `out`; returns the layout it has there.
 
-    layout: a `model_type` of transformers, or `recallax`; None is the layout that the run was imported from, else the
-    first that has this model. dtype: None is that of the import, else float32.
+    layout: one of `LAYOUTS`, or `recallax`; None is the layout that the run was imported from, else the first that has
+    this model. dtype: None is that of the import, else float32. shard_gb: 10^9 bytes of weights that one file of
+    safetensors holds at most; None is what transformers takes.
     """
     if form == "orbax" and layout not in (None, OWN):
         raise ConfigError(f"--layout {layout} is a layout of safetensors; orbax holds recallax's own")
+    if shard_gb is not None and (form == "orbax" or shard_gb <= 0):
+        raise ConfigError(f"--shard-gb is {shard_gb:g} with {form}; it is a size above 0 of a file of safetensors")
     trained, came = read_run(folder), _came(folder)
     kind, config, weights = _laid_out(trained, OWN if form == "orbax" else layout, came)
     kept = came.get("dtypes", {}) if dtype is None and came.get("kind") == kind else {}
@@ -103,7 +115,7 @@ def export_run(folder: Path, form: Form, out: Path, *, layout: str | None = None
 
     def fill(temporary: Path) -> None:
         if form == "safetensors":
-            write_weights(temporary, config, weights)
+            write_weights(temporary, config, weights, LARGEST_FILE if shard_gb is None else int(shard_gb * 1e9))
         else:
             write_atomic(temporary / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
             _write_orbax(temporary / ORBAX, weights)

@@ -33,6 +33,8 @@ DTYPES: dict[str, np.dtype] = {
 }
 """What weights may be, by the format's names."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LARGEST_FILE = 50_000_000_000
+"""Bytes of weights in one file; the default of transformers 5.23."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 type Weights = dict[str, np.ndarray]
@@ -105,10 +107,26 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_weights(folder: Path, config: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> None:
-    """Put config.json and model.safetensors into a folder, as transformers writes them. Needs the extra `export`."""
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    write_safetensors(folder / SINGLE, weights)
+def write_weights(
+    folder: Path, config: Mapping[str, Any], weights: Mapping[str, np.ndarray], largest: int = LARGEST_FILE
+) -> None:
+    """Put config.json and weights into a folder, as transformers writes them. Needs the extra `export`.
+
+    Weights of more than `largest` bytes go into several files with an index; an array is never cut, so that a file of
+    one array may be larger.
+    """
+    _write_json(folder / "config.json", config)
+    shards = _shards(weights, largest)
+    if len(shards) == 1:
+        write_safetensors(folder / SINGLE, weights)
+        return
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / name, shard)
+        where |= dict.fromkeys(shard, name)
+    total = sum(array.nbytes for array in weights.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def write_safetensors(path: Path, weights: Mapping[str, np.ndarray]) -> None:
@@ -127,9 +145,26 @@ def dtype_name(array: np.ndarray) -> str:
     return next(name for name, dtype in DTYPES.items() if dtype == array.dtype)
 
 
+def _shards(weights: Mapping[str, np.ndarray], largest: int) -> list[Weights]:
+    """The weights in order, cut before what would make a shard too large; at least one shard."""
+    shards: list[Weights] = [{}]
+    for key, array in weights.items():
+        if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + array.nbytes > largest:
+            shards.append({})
+        shards[-1][key] = array
+    return shards
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def _refuse_pickles(path: Path) -> None:
     if path.suffix in PICKLES:
-        raise WeightsError(f"{path} may hold pickled code and is never read; convert it to safetensors elsewhere")
+        raise WeightsError(
+            f"{path} may hold pickled code and is never read; convert it to safetensors elsewhere, with torch.load("
+            "weights_only=True) and safetensors.torch.save_file"
+        )
 
 
 def _weights(folder: Path) -> Weights:
