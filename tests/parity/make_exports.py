@@ -1,11 +1,11 @@
-"""Make runs of models that transformers has, export them, and keep what they compute beside the weights.
+"""Make runs of models that transformers and fla have, export them, and keep what they compute beside the weights.
 
     python -m tests.parity.make_exports FOLDER            # with recallax's own Python
     OMP_NUM_THREADS=1 ENV/bin/python tests/parity/load_exports.py FOLDER
 
-The second line is for the environment of `make_fixtures.py`: transformers loads what was exported and must give the
-same logits. Models are wider than the fixtures, none of them was imported, and every weight is away from where it
-starts.
+The second line is for the environment of `make_fla_fixtures.py`: transformers and fla load what was exported and must
+give the same logits. Models are wider than the fixtures, none of them was imported, and every weight is away from where
+it starts.
 """
 
 import sys
@@ -20,18 +20,25 @@ from flax import nnx
 from recallax.__main__ import load, main
 from recallax.config import to_json
 from recallax.layers import (
+    GLA,
+    HGRN2,
     KDA,
     Attention,
+    DeltaNet,
     GatedDeltaNet,
+    GatedDeltaProduct,
+    LinearAttention,
     Mamba,
     Mamba2,
     MixerConfig,
     Nothing,
     ReLUSquared,
+    RetNet,
     SlidingWindow,
     SwiGLU,
 )
 from recallax.models import Block, LMConfig, Tied, Untied
+from recallax.models.importing.fla import HGRN2_EPS
 from recallax.models.readout import Readout
 from recallax.train.checkpoint import Checkpoints
 from recallax.train.export import read_state
@@ -70,8 +77,21 @@ MODELS: dict[str, tuple[str, LMConfig]] = {
             a=Attention(heads=6, kv_heads=2, rotary_base=None),
         ),
     ),
+    "fla_gla": ("gla", model("A*3", A=GLA(heads=3))),
+    "fla_gla_conv": ("gla", model("A*3", A=GLA(heads=3, conv=4))),
+    "fla_delta_net": ("delta_net", model("A*3", A=DeltaNet(heads=3, max_beta=2.0))),
+    "fla_gated_deltanet": ("gated_deltanet", model("A*3", A=DELTA, norm_eps=1e-6)),
+    "fla_gated_deltaproduct": ("gated_deltaproduct", model("A*3", A=GatedDeltaProduct(heads=3, steps=3))),
+    "fla_kda": ("kda", model("A*3", A=KDA(heads=3, gate="softplus", gate_bias=True))),
+    "fla_kda_bounded": ("kda", model("A*3", A=KDA(heads=3, gate_bias=True))),
+    "fla_hgrn2": ("hgrn2", model("A*3", A=HGRN2(heads=4, eps=HGRN2_EPS * 24))),
+    "fla_retnet": ("retnet", model("A*3", A=RetNet(heads=3))),
+    "fla_linear_attn": ("linear_attn", model("A*3", A=LinearAttention(heads=3, feature_map="identity"))),
+    "fla_mamba2": ("fla_mamba2", model("a*3", a=MAMBA2)),
 }
 """By name: the layout, and the model."""
+SHARDED = ("llama", "fla_gated_deltanet")
+"""Written in several files."""
 
 
 def run_of(config: RunConfig, folder: Path, seed: int) -> None:
@@ -101,7 +121,8 @@ def write(out: Path) -> None:
         run, folder = out / "runs" / name, out / name
         config = replace(base, model=lm)
         run_of(config, run, seed)
-        if main(["export", str(run), "--to", "safetensors", "--out", str(folder), "--layout", layout]):
+        files = ["--shard-gb", "0.0005"] if name in SHARDED else []
+        if main(["export", str(run), "--to", "safetensors", "--out", str(folder), "--layout", layout, *files]):
             sys.exit(1)
         tokens = np.random.default_rng(seed).integers(base.task.vocab_size, size=(ROWS, LENGTH)).astype(np.int32)
         np.savez(folder / "expected.npz", allow_pickle=False, tokens=tokens, logits=logits_of(run, tokens))
