@@ -36,6 +36,7 @@ from recallax.layers import (
 from recallax.models import Autoencode, Block, LMConfig, Untied
 from recallax.models.based import based_1b3, based_360m
 from recallax.models.importing import (
+    LAYOUTS,
     WeightsError,
     export_config,
     export_weights,
@@ -114,6 +115,11 @@ def test_half_precision_survives_the_one_in_a_norm():
     config, weights = published("qwen3_next")
     weights = {key: x.astype(ml_dtypes.bfloat16).astype(np.float32) for key, x in weights.items()}
     same_bytes(export_weights(config, import_parameters(config, weights)), weights)
+
+
+def test_the_page_of_export_lists_every_layout():
+    page = (Path(__file__).parent.parent / "docs" / "commands" / "export.md").read_text()
+    assert [name for name in LAYOUTS if f"`{name}`" not in page] == []
 
 
 def lm(pattern: str, **blocks: Block) -> LMConfig:
