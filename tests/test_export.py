@@ -300,6 +300,13 @@ def test_what_based_means_otherwise_is_refused(message: str):
         import_config(changed)
 
 
+def test_the_second_mixer_comes_before_the_first():
+    """Of a layer that both lists name."""
+    config, _ = published("based")
+    assert import_config(config).layers == ["conv", "based", "window"]
+    assert import_config(config | {"alt_mixer_2_layers": [1]}).layers == ["conv", "window", "conv"]
+
+
 def test_every_class_of_the_gated_convolution_is_read():
     """An older one lists its taps and calls them otherwise."""
     config, weights = published("based")
@@ -442,6 +449,11 @@ def test_a_config_of_sizes_without_weights_is_refused_at_once(tmp_path: Path):
     write_weights(tmp_path / "theirs", config | {"num_hidden_layers": 10**9}, weights)
     with pytest.raises(WeightsError, match="num_hidden_layers 1000000000, and there are 21 arrays in all"):
         import_run(tmp_path / "theirs", load("mqar_micro"), tmp_path / "run")
+    (tmp_path / "based").mkdir()
+    config, weights = published("based")
+    write_weights(tmp_path / "based", config | {"n_layer": 10**9}, weights)
+    with pytest.raises(WeightsError, match="n_layer 1000000000, and there are 23 arrays in all"):
+        import_run(tmp_path / "based", load("mqar_micro"), tmp_path / "run")
 
 
 OWN_FAULTS: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {

@@ -63,7 +63,7 @@ FRAME = {
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "intermediate_size": 20,
-    "norm_eps": 1e-5,
+    "norm_eps": 1e-4,  # no default, of neither
     "fuse_cross_entropy": False,
     "tie_word_embeddings": False,
 }
@@ -76,7 +76,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "fla_linear_attn": ("LinearAttention", FRAME | {"num_heads": 2, "expand_k": 0.75, "feature_map": "identity"}),
     "fla_hgrn2": ("HGRN2", FRAME | {"expand_ratio": 8}),
     "fla_kda": ("KDA", DELTA),
-    "fla_kda_bounded": ("KDA", DELTA | {"safe_gate": True, "lower_bound": -4.0, "allow_neg_eigval": True}),
+    "fla_kda_bounded": ("KDA", DELTA | {"safe_gate": True, "lower_bound": -6.0, "allow_neg_eigval": True}),
     "fla_gated_deltanet": ("GatedDeltaNet", DELTA | {"num_v_heads": 4}),
     "fla_gated_deltaproduct": (
         "GatedDeltaProduct",
