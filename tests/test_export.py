@@ -26,6 +26,7 @@ from recallax.layers import (
     Attention,
     Based,
     DeltaNet,
+    GatedConv,
     GatedDeltaNet,
     Mamba2,
     MoM,
@@ -418,6 +419,22 @@ def test_a_run_of_a_published_kind_finds_its_layout(tmp_path: Path):
         export_run(run, "safetensors", tmp_path / "no", layout="llama")
     model = import_model(config, weights, "mamba mamba")
     assert nnx.state(model, nnx.Param)["stack"]["parts"][1]["mixer"]["cell"]["d"].shape == (4,)
+    same_bytes(import_parameters(config, weights), read_run(run).variables)
+
+
+def test_a_based_of_ours_is_written_and_read(tmp_path: Path):
+    """Never imported, with what the fixture has not: untied, grouped keys, no positions, another epsilon."""
+    wide = SwiGLU(inner=256)
+    blocks = {
+        "a": Block(mixer=GatedConv(width=4, expand=1), channel=wide),
+        "b": Block(mixer=Based(feature_dim=4, heads=4), channel=wide),
+        "c": Block(mixer=SlidingWindow(window=5, heads=4, kv_heads=2, rotary_base=None), channel=wide),
+    }
+    model = replace(lm("(b c a)*2", **blocks), readout=Untied(), norm_eps=1e-4)
+    run = saved(run_of(model), tmp_path / "run")
+    assert export_run(run, "safetensors", tmp_path / "out") == "based"
+    config, weights = read_folder(tmp_path / "out")
+    assert weights["transformer.layers.1.mixer.Wqkv.weight"].shape == (32, 16) and "lm_head.weight" in weights
     same_bytes(import_parameters(config, weights), read_run(run).variables)
 
 

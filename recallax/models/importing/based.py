@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from recallax.config import ConfigError
-from recallax.layers import Based, GatedConv, MixerConfig, SlidingWindow, SwiGLU
+from recallax.layers import Based, GatedConv, MixerConfig, SequenceMixer, SlidingWindow, SwiGLU
 from recallax.layers.based import TaylorCell
 from recallax.layers.gated_conv import GatedConvMixer
 from recallax.layers.memory import MemoryMixer
@@ -24,10 +24,12 @@ from recallax.models.importing.fields import Fields
 from recallax.models.importing.form import TAPS, TRANSPOSED, Form, chain, parted, reordered
 from recallax.models.importing.key_map import Entry, linear, one
 from recallax.models.lm import LM, LMConfig
+from recallax.models.readout import TiedModule
 
 MIXERS = "based.models.mixers."
+CONVOLUTION = f"{MIXERS}convolution.BaseConv"
 CONVOLUTIONS = {
-    f"{MIXERS}convolution.BaseConv": "conv.conv",
+    CONVOLUTION: "conv.conv",
     f"{MIXERS}base_conv.BaseConv": "conv1.conv",
     f"{MIXERS}base_conv.BaseConvWithSiLU4": "conv1.conv",
 }
@@ -35,8 +37,8 @@ CONVOLUTIONS = {
 TAYLOR = f"{MIXERS}linear_attention.LinearAttention"
 WINDOWS = (f"{MIXERS}slide_attention.SlidingAttention", f"{MIXERS}slide_fa2.SlidingsMHA")
 FEATURES = f"{MIXERS}linear_attention.TaylorExp"
-BACK = 2
-"""`window_size` is this many times the tokens that a window looks back."""
+HALVES = 2
+"""`window_size` is so many times the tokens that a window looks back, and `expand_proj` the width of a convolution."""
 ROUNDED = 256
 """The perceptron's width is rounded up to a multiple of this."""
 TAGS = ("mixer", "alt_mixer", "alt_mixer_2")
@@ -90,49 +92,52 @@ def based(fields: Fields) -> LMConfig:
 def describe(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
     """The config of `GPTLMHeadModel`, with the classes of the published models."""
     tags = [_tag_of(number, layer) for number, layer in enumerate(layers)]
-    of = {tag: next((layer.mixer for layer, t in zip(layers, tags, strict=True) if t == tag), None) for tag in TAGS}
+    first = {tag: next((layer.mixer for layer, t in zip(layers, tags, strict=True) if t == tag), None) for tag in TAGS}
     vocab, width = model.embedding.shape
-    conv, taylor, window = of["mixer"], of["alt_mixer"], of["alt_mixer_2"]
-    fields: dict[str, Any] = dict.fromkeys(TAGS)
-    heads, base = 1, None
-    if isinstance(conv, GatedConvMixer):
-        kernel, inner = conv.taps.shape
-        expand = BACK * decoder.whole_multiple(inner, width)
-        fields["mixer"] = {"_target_": next(iter(CONVOLUTIONS)), "expand_proj": expand, "kernel_size": kernel}
-        fields["mixer"] |= {"use_bias": True, "l_max": None}
-    if isinstance(taylor, MemoryMixer):
-        heads, keys = taylor.cell.sizes.heads, taylor.cell.sizes.keys
-        features = {"_target_": FEATURES, "input_dim": keys}
-        fields["alt_mixer"] = {"_target_": TAYLOR, "feature_map": features, "feature_dim": keys, "num_heads": heads}
-    if isinstance(window, SoftmaxMixer):
-        heads, base = window.heads, window.base
-        fields["alt_mixer_2"] = {"_target_": WINDOWS[0], "window_size": BACK * ((window.window or 1) - 1)}
-        fields["alt_mixer_2"] |= {"num_heads": heads, "causal": True}
+    window = first["alt_mixer_2"]
     return (
         {name: wanted for name, (_, wanted) in SAID.items()}
-        | fields
+        | {tag: None if mixer is None else _said_of(mixer, width) for tag, mixer in first.items()}
+        | (_attention(window) if isinstance(window, SoftmaxMixer) else {"n_head": 1})
+        | {f"{tag}_layers": [n for n, other in enumerate(tags) if other == tag] for tag in TAGS[1:]}
         | {
             "model_type": "gpt2",
             "n_embd": width,
             "n_layer": len(layers),
-            "n_head": heads,
-            "n_head_kv": window.kv_heads if isinstance(window, SoftmaxMixer) else heads,
             "n_inner": decoder.parts(layers, "channel", SwiGLUMixer)[0].out.kernel.shape[0],
             "n_positions": 0,
             "vocab_size": vocab,
             "pad_vocab_size_multiple": 1,
-            "alt_mixer_layers": [n for n, tag in enumerate(tags) if tag == "alt_mixer"],
-            "alt_mixer_2_layers": [n for n, tag in enumerate(tags) if tag == "alt_mixer_2"],
-            "rotary_emb_fraction": 0 if base is None else 1,
-            "rotary_emb_base": base,
             "layer_norm_epsilon": model.norm.eps,
-            "tie_word_embeddings": decoder.sizes(model, len(layers))["tie_word_embeddings"],
+            "tie_word_embeddings": isinstance(model.readout, TiedModule),
             "residual_in_fp32": True,
             "attn_pdrop": 0.0,
             "embd_pdrop": 0.0,
             "resid_pdrop": 0.0,
         }
     )
+
+
+def _said_of(mixer: SequenceMixer, width: int) -> dict[str, Any]:
+    """The dictionary of a mixer."""
+    if isinstance(mixer, GatedConvMixer):
+        taps, inner = mixer.taps.shape
+        expand = HALVES * decoder.whole_multiple(inner, width)
+        return {"_target_": CONVOLUTION, "expand_proj": expand, "kernel_size": taps, "use_bias": True, "l_max": None}
+    if isinstance(mixer, SoftmaxMixer):
+        assert mixer.window is not None
+        back = HALVES * (mixer.window - 1)
+        return {"_target_": WINDOWS[0], "window_size": back, "num_heads": mixer.heads, "causal": True}
+    assert isinstance(mixer, MemoryMixer)
+    _, heads, keys, _ = mixer.cell.sizes
+    features = {"_target_": FEATURES, "input_dim": keys}
+    return {"_target_": TAYLOR, "feature_map": features, "feature_dim": keys, "num_heads": heads}
+
+
+def _attention(window: SoftmaxMixer) -> dict[str, Any]:
+    """What the windows take from the model's config."""
+    heads = {"n_head": window.heads, "n_head_kv": window.kv_heads}
+    return heads | {"rotary_emb_fraction": 0 if window.base is None else 1, "rotary_emb_base": window.base}
 
 
 def entries(fields: Fields, model: LMConfig) -> list[Entry]:
@@ -180,9 +185,9 @@ def _mixer(fields: Fields, tag: str) -> MixerConfig:
         said.demand("projections have biases", use_bias=True)
         said.demand("the convolution then has a bias, which ours has not", use_cuda=False)
         wide = said.optional("expand_proj", int, 2)
-        if wide % 2:
+        if wide % HALVES:
             raise said.refusal(f"expand_proj is {wide}; half of it must be whole, as the width of a gated convolution")
-        return GatedConv(width=_taps(said, target), expand=wide // 2)
+        return GatedConv(width=_taps(said, target), expand=wide // HALVES)
     if target == TAYLOR:
         mixer = Based(feature_dim=said.optional("feature_dim", int, 16), heads=said.optional("num_heads", int, 16))
         said.demand("values take the model's width", head_dim=None)
@@ -193,7 +198,7 @@ def _mixer(fields: Fields, tag: str) -> MixerConfig:
         if (part := fields.optional("rotary_emb_fraction", float, 0.0)) not in (0, 1):
             raise fields.refusal(f"rotary_emb_fraction is {part}; recallax rotates all of a head or nothing")
         return SlidingWindow(
-            window=said.optional("window_size", int, 128) // BACK + 1,
+            window=said.optional("window_size", int, 128) // HALVES + 1,
             heads=heads,
             kv_heads=fields.optional("n_head_kv", int, heads),
             head_dim=width // heads,
