@@ -22,6 +22,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from recallax.configs import mqar_micro
+from recallax.train.curriculum import After, Curriculum, Stage
 from recallax.train.run import AdamW
 from recallax.train.sweep import Cell, further_rates
 
@@ -29,7 +30,11 @@ OUT = Path(__file__).parent
 
 
 def cell(rate):
-    return Cell({"stage": "grid", "lr": rate}, replace(mqar_micro.get_tiny(), optim=AdamW(lr=rate)), probe)
+    config = replace(mqar_micro.get_tiny(), optim=AdamW(lr=rate))
+    if rate == 0.02:
+        stages = Stage(name="embedding", frozen=("*.mixer.*",), until=After(steps=2)), Stage(name="all")
+        config = replace(config, curriculum=Curriculum(stages=stages))
+    return Cell({"stage": "grid", "lr": rate}, config, probe)
 
 
 def probe(program, state):

@@ -120,7 +120,8 @@ def _groups(cells: list[Cell], together: int) -> list[list[Cell]]:
         alike.setdefault(fingerprint(own), []).append(cell)
     groups = [found[i : i + together] for found in alike.values() for i in range(0, len(found), together)]
     for group in groups:
-        check_together([cell.config for cell in group])
+        if len(group) > 1:
+            check_together([cell.config for cell in group])
     return groups
 
 
