@@ -35,7 +35,8 @@ from recallax.types import DIAGNOSTIC, whole_rows
 
 RESULTS = Path(__file__).parent / "results" / "hydra_crossover.jsonl"
 LENGTHS = {"training step": (128, 256, 512, 1024, 2048, 4096, 8192), "forward": tuple(128 * 2**i for i in range(9))}
-ROUNDS = 3
+ROUNDS, ENOUGH = 3, 60.0
+"""Turns of each, or fewer where they took so many seconds together."""
 LAYERS, WIDTH = 8, 256
 
 
@@ -70,7 +71,7 @@ def main() -> None:
 def measure(calls: dict[str, Callable[[], None]]) -> dict:
     """Milliseconds of CPU, which other processes disturb least, and the ratio of attention to Hydra by rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
+    while len(seconds["hydra"]) < ROUNDS and sum(map(sum, seconds.values())) < ENOUGH:
         for name, call in calls.items():
             begin = time.process_time()
             call()
@@ -78,6 +79,7 @@ def measure(calls: dict[str, Callable[[], None]]) -> dict:
     ratios = [a / h for a, h in zip(seconds["attention"], seconds["hydra"], strict=True)]
     found: dict = {name: {"ms": round(1e3 * statistics.median(taken), 1)} for name, taken in seconds.items()}
     return found | {
+        "rounds": len(ratios),
         "ratio": round(statistics.median(ratios), 3),
         "ratios": [round(min(ratios), 3), round(max(ratios), 3)],
     }
