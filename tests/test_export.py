@@ -807,7 +807,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     for arguments, message in {
         "export run --to orbax --layout llama": "--layout llama is a layout of safetensors",
         "export run --to safetensors --layout lama --out x": "did you mean 'llama'",
-        "export run --to safetensors --shard-gb 0 --out x": "--shard-gb is 0 with safetensors; it is a size above 0",
+        "export run --to safetensors --shard-gb 0 --out x": "--shard-gb is 0 with safetensors; it is a finite size above 0",
+        "export run --to safetensors --shard-gb nan --out x": "--shard-gb is nan with safetensors",
+        "export run --to safetensors --shard-gb inf --out x": "--shard-gb is inf with safetensors",
         "export run --to orbax --shard-gb 1 --out x": "--shard-gb is 1 with orbax",
         "export run --to safetensors": "is there already",
         "export nowhere --to safetensors": "nowhere is not a run's folder",
