@@ -664,6 +664,7 @@ HOSTILE = {
     r"the shape \[2.0\]": header_of({"a": entry(0, 8, (2.0,))}),
     "has 17 axes": header_of({"a": entry(0, 8, (1,) * 16 + (2,))}),
     "which are not as many bytes as F32 .4611686018427387904": header_of({"a": entry(0, 8, (2**62, 4))}),
+    r"the axes \[0, 4611686018427387904\], longer than any": header_of({"a": entry(0, 0, (0, 2**62))}, 0),
     "has dtype 'I64'": header_of({"a": entry(0, 8, dtype="I64")}),
     r"has dtype \['F32'\]": header_of({"a": entry(0, 8, dtype=["F32"])}),
     "by dtype, shape and data_offsets alone": header_of({"a": entry(0, 8) | {"code": "import os"}}),
