@@ -449,6 +449,9 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
         export_run(run, "safetensors", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     monkeypatch.undo()
+    with pytest.raises(WeightsError, match=r"out cannot be written: .*I/O error"):  # of the library itself
+        write_folder(tmp_path / "out", lambda folder: write_safetensors(folder / "none" / "a.safetensors", {}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     export_run(run, "safetensors", tmp_path / "out")
     with pytest.raises(WeightsError, match="is there already"):
         export_run(run, "safetensors", tmp_path / "out")

@@ -130,14 +130,18 @@ def write_weights(
 
 
 def write_safetensors(path: Path, weights: Mapping[str, np.ndarray]) -> None:
-    """Write one file. Needs the extra `export`."""
+    """Write one file. Needs the extra `export`. Raises OSError where it cannot be written."""
     try:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
     except ImportError as error:
         raise WeightsError('writing safetensors needs an extra: pip install "recallax[export]"') from error
     arrays = {key: np.asarray(array, order="C") for key, array in weights.items()}
     # transformers loads only what says that it was written in the order of PyTorch
-    save_file(arrays, path, metadata={"format": "pt"})
+    try:
+        save_file(arrays, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk is one, and no OSError
+        raise OSError(str(error)) from error
 
 
 def dtype_name(array: np.ndarray) -> str:
