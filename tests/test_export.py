@@ -449,6 +449,9 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
         export_run(run, "safetensors", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     monkeypatch.undo()
+    with pytest.raises(WeightsError, match=r"out cannot be written: .*I/O error"):  # of the library itself
+        write_folder(tmp_path / "out", lambda folder: write_safetensors(folder / "none" / "a.safetensors", {}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     export_run(run, "safetensors", tmp_path / "out")
     with pytest.raises(WeightsError, match="is there already"):
         export_run(run, "safetensors", tmp_path / "out")
@@ -462,6 +465,10 @@ def test_a_config_of_sizes_without_weights_is_refused_at_once(tmp_path: Path):
     config, weights = published("llama")
     with pytest.raises(WeightsError, match="would need 32000000000000 numbers"):
         import_parameters(config | {"hidden_size": 10**12, "head_dim": 8}, weights)
+    for name, field in {"based": "n_inner", "fla_mamba2": "state_size", "qwen3_next": "linear_value_head_dim"}.items():
+        claims, few = published(name)
+        with pytest.raises(WeightsError, match="would need"):
+            import_parameters(claims | {field: 2**50}, few)
     (tmp_path / "theirs").mkdir()
     write_weights(tmp_path / "theirs", config | {"num_hidden_layers": 10**9}, weights)
     with pytest.raises(WeightsError, match="num_hidden_layers 1000000000, and there are 21 arrays in all"):
@@ -471,6 +478,39 @@ def test_a_config_of_sizes_without_weights_is_refused_at_once(tmp_path: Path):
     write_weights(tmp_path / "based", config | {"n_layer": 10**9}, weights)
     with pytest.raises(WeightsError, match="n_layer 1000000000, and there are 27 arrays in all"):
         import_run(tmp_path / "based", load("mqar_micro"), tmp_path / "run")
+
+
+CONFIGS_THAT_LIE: dict[str, tuple[str, dict[str, Any]]] = {
+    "num_hidden_layers is 0; it must be from 1 to": ("fla_gla", {"num_hidden_layers": 0}),
+    "num_hidden_layers is -1; it must be from 1 to": ("fla_gla", {"num_hidden_layers": -1}),
+    "num_heads is 0; it must be": ("fla_gla", {"num_heads": 0}),
+    "hidden_size is 10*...; it must be from 1 to": ("fla_gla", {"hidden_size": 10**400}),
+    "norm_eps is 10*...; it must be of type float": ("fla_gla", {"norm_eps": 10**400}),
+    "expand_k is nan; it must be finite": ("fla_gla", {"expand_k": float("nan")}),
+    "expand_v makes all heads -": ("fla_gla", {"expand_v": -1}),
+    "expand_v -1 makes values -": ("fla_kda", {"expand_v": -1}),
+    "expand_v is inf; it must be finite": ("fla_kda", {"expand_v": float("inf")}),
+    "expand_ratio is 0; it must be": ("fla_hgrn2", {"expand_ratio": 0}),
+    "head_dim is '8'; it must be of type int": ("fla_mamba2", {"head_dim": "8"}),
+    "head_dim is 0; it must be": ("fla_mamba2", {"head_dim": 0}),
+    r"time_step_limit is \[0, 1, 2\]; it must be two numbers": ("fla_mamba2", {"dt_limit": [0, 1, 2]}),
+    r"time_step_limit is \[nan, 1\]; the first must be": ("fla_mamba2", {"dt_limit": [float("nan"), 1]}),
+    "n_head is 0; it must be": ("based", {"n_head": 0}),
+    "n_head is 1000000; n_embd": ("based", {"n_head": 10**6}),
+    "pad_vocab_size_multiple is 0; it must be": ("based", {"pad_vocab_size_multiple": 0}),
+    "vocab_size is -8; it must be": ("based", {"vocab_size": -8}),
+    "ssm_cfg is 3; it must be of type dict": ("state_spaces", {"ssm_cfg": 3}),
+    "headdim is 0; it must be": ("state_spaces", {"ssm_cfg": {"layer": "Mamba2", "headdim": 0}}),
+}
+
+
+@pytest.mark.parametrize("message", CONFIGS_THAT_LIE)
+def test_a_config_that_lies_is_refused_by_name(message: str):
+    """And not by an error of arithmetic, as a config.json from anywhere may hold any value."""
+    name, changes = CONFIGS_THAT_LIE[message]
+    config, weights = as_state_spaces("mamba2_groups") if name == "state_spaces" else published(name)
+    with pytest.raises(ConfigError, match=message):
+        import_parameters(config | changes, weights)
 
 
 OWN_FAULTS: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
@@ -627,6 +667,7 @@ HOSTILE = {
     r"the shape \[2.0\]": header_of({"a": entry(0, 8, (2.0,))}),
     "has 17 axes": header_of({"a": entry(0, 8, (1,) * 16 + (2,))}),
     "which are not as many bytes as F32 .4611686018427387904": header_of({"a": entry(0, 8, (2**62, 4))}),
+    r"the axes \[0, 4611686018427387904\], longer than any": header_of({"a": entry(0, 0, (0, 2**62))}, 0),
     "has dtype 'I64'": header_of({"a": entry(0, 8, dtype="I64")}),
     r"has dtype \['F32'\]": header_of({"a": entry(0, 8, dtype=["F32"])}),
     "by dtype, shape and data_offsets alone": header_of({"a": entry(0, 8) | {"code": "import os"}}),
@@ -770,7 +811,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     for arguments, message in {
         "export run --to orbax --layout llama": "--layout llama is a layout of safetensors",
         "export run --to safetensors --layout lama --out x": "did you mean 'llama'",
-        "export run --to safetensors --shard-gb 0 --out x": "--shard-gb is 0 with safetensors; it is a size above 0",
+        "export run --to safetensors --shard-gb 0 --out x": "--shard-gb is 0 with safetensors; it is a finite size above 0",
+        "export run --to safetensors --shard-gb nan --out x": "--shard-gb is nan with safetensors",
+        "export run --to safetensors --shard-gb inf --out x": "--shard-gb is inf with safetensors",
         "export run --to orbax --shard-gb 1 --out x": "--shard-gb is 1 with orbax",
         "export run --to safetensors": "is there already",
         "export nowhere --to safetensors": "nowhere is not a run's folder",

@@ -6,6 +6,7 @@ the same names in one orbax checkpoint, without the optimizer. `import_run` read
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -106,8 +107,10 @@ def export_run(
     """
     if form == "orbax" and layout not in (None, OWN):
         raise ConfigError(f"--layout {layout} is a layout of safetensors; orbax holds recallax's own")
-    if shard_gb is not None and (form == "orbax" or shard_gb <= 0):
-        raise ConfigError(f"--shard-gb is {shard_gb:g} with {form}; it is a size above 0 of a file of safetensors")
+    if shard_gb is not None and (form == "orbax" or not 0 < shard_gb < math.inf):
+        raise ConfigError(
+            f"--shard-gb is {shard_gb:g} with {form}; it is a finite size above 0 of a file of safetensors"
+        )
     trained, came = read_run(folder), _came(folder)
     kind, config, weights = _laid_out(trained, OWN if form == "orbax" else layout, came)
     kept = came.get("dtypes", {}) if dtype is None and came.get("kind") == kind else {}

@@ -130,14 +130,18 @@ def write_weights(
 
 
 def write_safetensors(path: Path, weights: Mapping[str, np.ndarray]) -> None:
-    """Write one file. Needs the extra `export`."""
+    """Write one file. Needs the extra `export`. Raises OSError where it cannot be written."""
     try:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
     except ImportError as error:
         raise WeightsError('writing safetensors needs an extra: pip install "recallax[export]"') from error
     arrays = {key: np.asarray(array, order="C") for key, array in weights.items()}
     # transformers loads only what says that it was written in the order of PyTorch
-    save_file(arrays, path, metadata={"format": "pt"})
+    try:
+        save_file(arrays, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk is one, and no OSError
+        raise OSError(str(error)) from error
 
 
 def dtype_name(array: np.ndarray) -> str:
@@ -148,10 +152,13 @@ def dtype_name(array: np.ndarray) -> str:
 def _shards(weights: Mapping[str, np.ndarray], largest: int) -> list[Weights]:
     """The weights in order, cut before what would make a shard too large; at least one shard."""
     shards: list[Weights] = [{}]
+    held = 0
     for key, array in weights.items():
-        if shards[-1] and sum(x.nbytes for x in shards[-1].values()) + array.nbytes > largest:
+        if shards[-1] and held + array.nbytes > largest:
             shards.append({})
+            held = 0
         shards[-1][key] = array
+        held += array.nbytes
     return shards
 
 
@@ -252,6 +259,8 @@ def _span(key: str, entry: Any) -> Span:
         raise ValueError(f"{key!r} has {len(shape)} axes; weights have at most {MOST_AXES}")
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"{key!r} has the offsets {offsets}, which are not as many bytes as {dtype} {shape}")
+    if math.prod(n or 1 for n in shape) * DTYPES[dtype].itemsize >= 2**63:
+        raise ValueError(f"{key!r} has the axes {str(shape)[:80]}, longer than any array's even where one is 0")
     return DTYPES[dtype], tuple(shape), offsets[0], offsets[1]
 
 

@@ -21,7 +21,7 @@ from recallax.layers.swiglu import SwiGLUMixer
 from recallax.models.block import Block, BlockModule
 from recallax.models.importing import decoder
 from recallax.models.importing.fields import Fields
-from recallax.models.importing.form import TAPS, TRANSPOSED, Form, chain, parted, reordered
+from recallax.models.importing.form import TAPS, TRANSPOSED, Form, chain, lazily, parted, reordered
 from recallax.models.importing.key_map import Entry, linear, one
 from recallax.models.lm import LM, LMConfig
 from recallax.models.readout import TiedModule
@@ -146,7 +146,7 @@ def entries(fields: Fields, model: LMConfig) -> list[Entry]:
     if fields.optional("fixed_decay", bool, False):
         found.append(_decay(fields))
     inner = _inner(fields)
-    gate_first = reordered(np.roll(np.arange(2 * inner), inner))
+    gate_first = lazily(lambda: reordered(np.roll(np.arange(2 * inner), inner)))
     for layer, tag in enumerate(_tags(fields)):
         theirs, ours = f"transformer.layers.{layer}", f"layers.{layer}"
         found.append(decoder.scale(f"{theirs}.norm1", f"{ours}.mixer_norm"))
@@ -181,6 +181,8 @@ def _said(fields: Fields, tag: str) -> tuple[str, Fields]:
 def _mixer(fields: Fields, tag: str) -> MixerConfig:
     target, said = _said(fields, tag)
     width, heads = fields.get("n_embd", int), fields.get("n_head", int)
+    if width % heads:
+        raise fields.refusal(f"n_head is {heads}; n_embd {width} must be a multiple of it")
     if target in CONVOLUTIONS:
         said.demand("projections have biases", use_bias=True)
         said.demand("the convolution then has a bias, which ours has not", use_cuda=False)
@@ -198,7 +200,7 @@ def _mixer(fields: Fields, tag: str) -> MixerConfig:
         if (part := fields.optional("rotary_emb_fraction", float, 0.0)) not in (0, 1):
             raise fields.refusal(f"rotary_emb_fraction is {part}; recallax rotates all of a head or nothing")
         return SlidingWindow(
-            window=said.optional("window_size", int, 128) // HALVES + 1,
+            window=said.optional("window_size", int, 128, least=0) // HALVES + 1,
             heads=heads,
             kv_heads=fields.optional("n_head_kv", int, heads),
             head_dim=width // heads,

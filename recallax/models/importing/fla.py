@@ -161,7 +161,7 @@ def _max_beta(fields: Fields) -> float:
 def _part(fields: Fields, name: str, default: float) -> int:
     """Width of a head's keys or values, of which all heads' are a multiple of the model's width."""
     whole, heads = fields.get("hidden_size", int) * fields.optional(name, float, default), fields.get("num_heads", int)
-    if not math.isclose(whole, round(whole)) or round(whole) % heads:
+    if round(whole) < heads or not math.isclose(whole, round(whole)) or round(whole) % heads:
         raise fields.refusal(f"{name} makes all heads {whole:g} wide; that must be a multiple of num_heads {heads}")
     return round(whole) // heads
 
@@ -180,7 +180,12 @@ def _heads(cell: MatrixCell, width: int) -> dict[str, Any]:
 def _delta_sizes(fields: Fields, expand: float) -> dict[str, int]:
     """Sizes of the kinds that say the width of a key; `expand` is the default of the values' to it."""
     keys = fields.get("head_dim", int)
-    return {"key_dim": keys, "value_dim": int(keys * fields.optional("expand_v", float, expand))}
+    values = int(keys * (ratio := fields.optional("expand_v", float, expand)))
+    if values < 1:
+        raise fields.refusal(
+            f"expand_v {ratio:g} makes values {values} wide, from head_dim {keys}; at least 1 is needed"
+        )
+    return {"key_dim": keys, "value_dim": values}
 
 
 def _gla(fields: Fields) -> GLA:

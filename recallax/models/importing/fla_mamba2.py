@@ -49,7 +49,8 @@ def _translated(fields: Fields) -> Fields:
         raise fields.refusal(f"it has norm_eps, which is fla's, and {theirs[0]}, which is transformers'; leave one out")
     fields.demand("its norm is of the gated output", rmsnorm=True, norm_before_gate=False)
     fields.demand("a head has one skip", D_has_hdim=False)
-    made = STANDARD | {NAMES.get(name, name): value for name, value in fields.values.items()}
+    made = {NAMES.get(name, name): value for name, value in fields.values.items()}
+    made |= {name: fields.optional(name, int, standard) for name, standard in STANDARD.items()}
     heads = made["expand"] * fields.get("hidden_size", int) // made["head_dim"]
     if (said := fields.optional("num_heads", int, heads)) != heads:
         raise fields.refusal(f"num_heads is {said}; expand, hidden_size and head_dim make {heads}")

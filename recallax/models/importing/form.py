@@ -68,6 +68,11 @@ def reordered(order: np.ndarray) -> Form:
     return each(lambda x: x[order], lambda x: x[np.argsort(order)])
 
 
+def lazily(make: Callable[[], Form]) -> Form:
+    """A form that is made when there are arrays to change: a config may claim any size, and an index takes it."""
+    return Form(lambda arrays: make().to_ours(arrays), lambda arrays: make().to_theirs(arrays))
+
+
 def parted(*widths: int) -> Form:
     """One array of theirs is several of ours, which follow one another on its first axis."""
     return Form(lambda arrays: _part(arrays, widths), _join)

@@ -15,7 +15,7 @@ from recallax.layers.swiglu import SwiGLUMixer
 from recallax.models.block import Block, BlockModule
 from recallax.models.importing import decoder
 from recallax.models.importing.fields import Fields
-from recallax.models.importing.form import TAPS, TRANSPOSED, chain, parted, reordered
+from recallax.models.importing.form import TAPS, TRANSPOSED, Form, chain, lazily, parted, reordered
 from recallax.models.importing.key_map import Entry, linear, one
 from recallax.models.importing.mamba2 import taps
 from recallax.models.lm import LM, LMConfig
@@ -130,9 +130,12 @@ def _qwen3_next_mixer(mixer: GatedDeltaNet, d_model: int, theirs: str, ours: str
     share = heads // groups
 
     def grouped(key: str, names: tuple[str, ...], widths: tuple[int, ...]) -> Entry:
-        rows = np.arange(groups * sum(widths)).reshape(groups, -1)
-        order = np.concatenate([part.ravel() for part in np.split(rows, np.cumsum(widths)[:-1], axis=1)])
-        form = chain(reordered(order), parted(*(groups * width for width in widths)), TRANSPOSED)
+        def by_stream() -> Form:
+            rows = np.arange(groups * sum(widths)).reshape(groups, -1)
+            parts = np.split(rows, np.cumsum(widths)[:-1], axis=1)
+            return reordered(np.concatenate([part.ravel() for part in parts]))
+
+        form = chain(lazily(by_stream), parted(*(groups * width for width in widths)), TRANSPOSED)
         return Entry((f"{theirs}.{key}.weight",), tuple(f"{ours}.{name}.kernel" for name in names), form)
 
     streams = ("query.parts.q", "writer.parts.k", "writer.parts.v", "readout.gate")

@@ -1,5 +1,6 @@
 """Mamba-2: layers of one sublayer. Its mixer is also Nemotron-H's and Falcon-H1's."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from recallax.layers.memory import MemoryMixer
 from recallax.models.block import Block, BlockModule
 from recallax.models.importing import decoder
 from recallax.models.importing.fields import Fields
-from recallax.models.importing.form import TAPS, TRANSPOSED, chain, parted, reordered, reshaped, scaled
+from recallax.models.importing.form import TAPS, TRANSPOSED, Form, chain, lazily, parted, reordered, reshaped, scaled
 from recallax.models.importing.key_map import Entry, linear, one
 from recallax.models.lm import LM, LMConfig
 
@@ -89,8 +90,13 @@ def entries(fields: Fields, model: LMConfig) -> list[Entry]:
 
 def dt_limit(fields: Fields) -> tuple[float, float | None]:
     """The range of step sizes; no upper limit is infinity there and None here."""
-    low, high = map(float, fields.values.get("time_step_limit") or (0.0, float("inf")))
-    return low, None if high == float("inf") else high
+    limit = fields.values.get("time_step_limit") or (0.0, math.inf)
+    if not isinstance(limit, list | tuple) or len(limit) != 2 or not all(type(x) in (int, float) for x in limit):
+        raise fields.refusal(f"time_step_limit is {limit!r}; it must be two numbers, the second may be Infinity")
+    low, high = limit
+    if not 0 <= low < high:
+        raise fields.refusal(f"time_step_limit is {limit!r}; the first must be at least 0 and below the second")
+    return float(low), None if high == math.inf else float(high)
 
 
 def mixer_entries(
@@ -112,9 +118,13 @@ def mixer_entries(
     names = ("readout.gate", "writer.parts.v", "writer.parts.k", "query.parts.q", "writer.parts.dt")
     projection = chain(parted(*widths), TRANSPOSED)
     if any(m != 1 for m in multipliers):
-        projection = chain(scaled(np.repeat(multipliers, widths)[:, None]), projection)
-    x, b, c = np.split(np.arange(inner + 2 * shared), [inner, inner + shared])
-    order = reordered(np.concatenate([c, b, x]))
+        projection = chain(lazily(lambda: scaled(np.repeat(multipliers, widths)[:, None])), projection)
+
+    def queries_first() -> Form:
+        x, b, c = np.split(np.arange(inner + 2 * shared), [inner, inner + shared])
+        return reordered(np.concatenate([c, b, x]))
+
+    order = lazily(queries_first)
     found = [
         Entry((f"{theirs}.in_proj.weight",), tuple(f"{ours}.{name}.kernel" for name in names), projection),
         one(f"{theirs}.conv1d.weight", f"{ours}.cell.conv.taps", chain(order, TAPS)),

@@ -96,7 +96,7 @@ def describe(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
 
 def _translated(fields: Fields) -> Fields:
     """The config as transformers has it. Raises ConfigError for what has no meaning there or here."""
-    mixer = Fields(fields.values["ssm_cfg"] or {}, f"{fields.model}' ssm_cfg")
+    mixer = Fields(fields.optional("ssm_cfg", dict, {}), f"{fields.model}' ssm_cfg")
     layer = mixer.optional("layer", str, "Mamba1")
     if layer not in MIXER:
         raise mixer.refusal(f"layer is {layer!r}; only {', '.join(MIXER)} can be imported")

@@ -64,10 +64,8 @@ def write(
 ) -> KVCache:
     """The cache after one further token of each active row; a loop that gives its cache away writes only that token."""
     slots = cache.k.shape[1]
-    row, slot = (
-        jnp.arange(position.shape[0]),
-        jnp.where(active, position % slots, slots),
-    )  # an inactive row's lies outside
+    row = jnp.arange(position.shape[0])
+    slot = jnp.where(active, position % slots, slots)  # an inactive row's lies outside
 
     def put(old: Array, new: Array) -> Array:
         return old.at[row, slot].set(new.astype(old.dtype), mode="drop", unique_indices=True)
