@@ -811,7 +811,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     for arguments, message in {
         "export run --to orbax --layout llama": "--layout llama is a layout of safetensors",
         "export run --to safetensors --layout lama --out x": "did you mean 'llama'",
-        "export run --to safetensors --shard-gb 0 --out x": "--shard-gb is 0 with safetensors; it is a finite size",
+        "export run --to safetensors --shard-gb 0 --out x": "--shard-gb is 0 with safetensors; a file",
         "export run --to safetensors --shard-gb nan --out x": "--shard-gb is nan with safetensors",
         "export run --to safetensors --shard-gb inf --out x": "--shard-gb is inf with safetensors",
         "export run --to orbax --shard-gb 1 --out x": "--shard-gb is 1 with orbax",

@@ -1,7 +1,7 @@
 """What do Hydra's parts recall when all of them train from the first step?
 
 The control of `mqar_hydra_staged`: the same model, rows, rate and number of steps, without stages. Expected: no
-published number; the state-space models alone guess (.19). Cost: some two minutes on a CPU core.
+published number; the state-space models alone guess (.19). Cost: some three minutes on a CPU core.
 
     recallax train mqar_hydra_at_once
 """

@@ -3,7 +3,7 @@
 Hydra's parts at the size of `mqar_micro`, as in `experiments/hydra_parts`: width 32, windows of 8 and 8 chosen tokens,
 4 experts by chunks of 8, 16 slots written every 8 tokens, 64 product keys. The control is `mqar_hydra_at_once`, of as
 many steps. Expected: nothing is published; the staged run meets the final rows later, so it has to gain from the stages
-what it loses by them. Measured: it does not (`experiments/staging`). Cost: some two minutes on a CPU core.
+what it loses by them. Measured: it does not (`experiments/staging`). Cost: some three minutes on a CPU core.
 
 Hydra (arXiv 2508.15099) says that training is staged so that the parts wake stably, and starts the gates of attention
 and experts at .2 and .5; which stages, how long, and on what is chosen here:

@@ -108,9 +108,7 @@ def export_run(
     if form == "orbax" and layout not in (None, OWN):
         raise ConfigError(f"--layout {layout} is a layout of safetensors; orbax holds recallax's own")
     if shard_gb is not None and (form == "orbax" or not 0 < shard_gb < math.inf):
-        raise ConfigError(
-            f"--shard-gb is {shard_gb:g} with {form}; it is a finite size above 0 of a file of safetensors"
-        )
+        raise ConfigError(f"--shard-gb is {shard_gb:g} with {form}; a file of safetensors has a finite size above 0")
     trained, came = read_run(folder), _came(folder)
     kind, config, weights = _laid_out(trained, OWN if form == "orbax" else layout, came)
     kept = came.get("dtypes", {}) if dtype is None and came.get("kind") == kind else {}
