@@ -419,6 +419,8 @@ def _export(arguments: list[str]) -> int:
         """
         folder = out or run / f"export-{to}"
         if to == "stablehlo":
+            if (layout, dtype, shard_gb) != (None, None, None):
+                raise ConfigError("--layout, --dtype and --shard-gb go with weights; programs have those of the run")
             from recallax.train.stablehlo import export_programs
 
             export_programs(run, folder, length=length, context=context)
