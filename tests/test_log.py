@@ -149,6 +149,22 @@ def test_commit_is_that_of_the_source() -> None:
     assert found is None or (len(found.removesuffix("+dirty")) == 40)
 
 
+def test_rows_that_a_measurement_appends_are_no_change_of_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, rows = tmp_path / "log.py", tmp_path / "results.jsonl"
+    for path in (source, rows):
+        path.write_text("")
+    for arguments in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -q -m first"):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments.split()], check=True)
+    monkeypatch.setattr("recallax.train.log.__file__", str(source))
+    clean = commit()
+    rows.write_text("{}\n")
+    assert clean is not None and len(clean) == 40 and commit() == clean
+    source.write_text("changed")
+    assert commit() == f"{clean}+dirty"
+
+
 def test_commit_without_git_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert commit() is None

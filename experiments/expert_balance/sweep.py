@@ -11,9 +11,9 @@ import jax
 
 from experiments.cell import Cell, Row, Stage
 from recallax.configs import mqar_micro
-from recallax.layers import ChunkExperts, DiagonalSSM, Identity, Nothing, Parallel, SparseGlobalAttention
+from recallax.layers import ChunkExperts, DiagonalSSM, Nothing, Parallel, SparseGlobalAttention
 from recallax.models import Block, LMConfig
-from recallax.models.zoology import zoology
+from recallax.models.zoology import CONV
 from recallax.train.program import Program
 from recallax.train.run import AdamW, RunConfig
 from recallax.train.step import TrainState
@@ -50,7 +50,7 @@ def _run(size: str, balance: str, seed: int) -> RunConfig:
         mixer = replace(mixer, weights="softmax")
     sparse = SparseGlobalAttention(window=8, chosen=8, block=4, rotary_base=None)
     paths = Parallel(ssm=DiagonalSSM(longest=32.0), attention=sparse, experts=mixer)
-    blocks = {"conv": zoology(Identity(), 32).blocks["conv"], "experts": Block(mixer=paths, channel=Nothing())}
+    blocks = {"conv": CONV, "experts": Block(mixer=paths, channel=Nothing())}
     model = LMConfig(d_model=32, pattern="conv experts*2", blocks=blocks)
     train = replace(base.train, steps=STEPS, seed=seed, data_seed=seed)
     return replace(base, model=model, optim=AdamW(lr=RATE), train=train)

@@ -14,7 +14,6 @@ from recallax.layers import (
     Attention,
     ChunkExperts,
     DiagonalSSM,
-    Identity,
     KeyScore,
     MixerConfig,
     Nothing,
@@ -27,7 +26,7 @@ from recallax.layers import (
 )
 from recallax.models import Block, LMConfig, accounting
 from recallax.models.hydra import hydra_blocks
-from recallax.models.zoology import zoology
+from recallax.models.zoology import CONV
 from recallax.tasks import Task
 from recallax.tasks.key_retrieval import KeyRetrieval
 from recallax.train.run import AdamW, RunConfig
@@ -110,8 +109,7 @@ def _model(task: str, name: str, inner: int) -> LMConfig:
     ) | {key: Block(mixer=Parallel(ssm=ssm, attention=part), channel=Nothing()) for key, part in attentions.items()}
     filled = next(key for key in PATTERNS[name].split() if key not in ("conv", "workspace", "facts"))
     blocks[filled] = replace(blocks[filled], channel=SwiGLU(inner=inner))
-    conv = zoology(Identity(), WIDTH).blocks["conv"]
-    return LMConfig(d_model=WIDTH, pattern=PATTERNS[name], blocks=blocks | {"conv": conv})
+    return LMConfig(d_model=WIDTH, pattern=PATTERNS[name], blocks=blocks | {"conv": CONV})
 
 
 STAGES: tuple[Stage, ...] = (grid, seeds)

@@ -30,16 +30,15 @@ from typing import NamedTuple
 
 from recallax.configs import mqar_hydra, mqar_micro
 from recallax.layers import (
-    BaseConv,
     ChunkExperts,
     DiagonalSSM,
-    Identity,
     ProductKeys,
     SparseGlobalAttention,
     Workspace,
 )
-from recallax.models import Block, LMConfig
+from recallax.models import LMConfig
 from recallax.models.hydra import hydra_blocks
+from recallax.models.zoology import CONV
 from recallax.tasks import MQAR, Segment, Task
 from recallax.train.curriculum import After, Curriculum, Ramp, Settled, Stage
 from recallax.train.run import AdamW, Evaluate, RunConfig, Train, tiny
@@ -122,10 +121,9 @@ def at_once() -> RunConfig:
         Workspace(slots=16, rank=32, chunk=8),
         ProductKeys(sub_keys=8, heads=2, key_dim=16, value_dim=32, top_k=4),
     )
-    conv = Block(mixer=BaseConv(width=3), channel=Identity())
     return replace(
         mqar_micro.get_config(),
-        model=LMConfig(d_model=32, pattern="conv ssm workspace facts all", blocks=blocks | {"conv": conv}),
+        model=LMConfig(d_model=32, pattern="conv ssm workspace facts all", blocks=blocks | {"conv": CONV}),
         optim=AdamW(lr=1e-2),
         train=Train(steps=3000, batch_size=64),
         evaluate=Evaluate(every=100),

@@ -11,6 +11,9 @@ from recallax.layers import Attention, BaseConv, Identity, MixerConfig, SlidingW
 from recallax.models.block import Block
 from recallax.models.lm import LMConfig
 
+CONV = Block(mixer=BaseConv(width=3), channel=Identity())
+"""The short gated convolution that these hybrids begin with."""
+
 
 def zoology(mixer: MixerConfig, d_model: int) -> LMConfig:
     """`conv mixer` at the given width."""
@@ -18,7 +21,7 @@ def zoology(mixer: MixerConfig, d_model: int) -> LMConfig:
         d_model=d_model,
         pattern="conv mixer",
         blocks={
-            "conv": Block(mixer=BaseConv(width=3), channel=Identity()),
+            "conv": CONV,
             "mixer": Block(mixer=mixer, channel=Identity()),
         },
     )
