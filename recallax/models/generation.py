@@ -82,7 +82,7 @@ class Generator:
         self.reads_prefixes = bool(readers)
         self.max_prefix = min((r.max_prefix for r in readers if r.max_prefix is not None), default=max_len)
         self._graph, self._weights = nnx.split(model)
-        self._init_state = model.init_state
+        self._begin = jax.jit(self._init_state, static_argnums=1)
         self._axes = _row_axes(model, max_len)
         self._read = jax.jit(self._read_piece, donate_argnums=1)
         self._generate = jax.jit(self._loop, static_argnums=4)
@@ -170,7 +170,7 @@ class Generator:
         self._check_room(before + prompts.lengths, "read")
         if after is None:
             here = Standing(
-                self._init_state(rows, self.max_len),
+                self._begin(self._weights, rows),
                 jnp.zeros((rows, self.vocab)),
                 jnp.zeros(rows, jnp.int32),
                 jnp.zeros(rows, bool),
@@ -193,6 +193,9 @@ class Generator:
             row = int(jnp.argmin(jnp.isfinite(here.logits).all(axis=1)))
             raise FloatingPointError(f"the logits behind prompt {row} are not finite; look at the model's weights")
         return here
+
+    def _init_state(self, weights: nnx.State, rows: int) -> State:
+        return nnx.merge(self._graph, weights).init_state(rows, self.max_len)
 
     def _read_piece(
         self,

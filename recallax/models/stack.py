@@ -1,10 +1,13 @@
-"""A stack of blocks that mirrors a parsed pattern: every `*n` is one scan over stacked parameters and states.
+"""A stack of blocks that mirrors a parsed pattern: every `*n` is one scan over stacked parameters.
+
+The states of repeated layers are a tuple, so that a step of one token writes each of them where it lies. Only reading
+many tokens stacks them, since its program should not grow with the layers.
 
 Layer i draws its parameters from `fold_in(key, i)` and its dropout from `fold_in(seq.key, i)` with i its absolute
 number, so how a pattern is spelled changes neither.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 import jax
@@ -118,8 +121,7 @@ class Repeat(nnx.Module):
         return r, _pool(aux)
 
     def init_state(self, batch: int, max_len: int) -> State:
-        graph, weights = nnx.split(self.body)
-        return jax.vmap(lambda w: nnx.merge(graph, w).init_state(batch, max_len))(weights)
+        return tuple(stack.init_state(batch, max_len) for stack in self._each())
 
     def prefill(self, r: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
         graph, weights = nnx.split(self.body)
@@ -128,12 +130,22 @@ class Repeat(nnx.Module):
             r, state, aux = nnx.merge(graph, part[0]).prefill(r, seq, part[1])
             return r, (state, aux)
 
-        r, (state, aux) = jax.lax.scan(body, r, (weights, state))
-        return r, state, _pool(aux)
+        together = jax.tree.map(lambda *parts: jnp.stack(parts), *state)
+        r, (together, aux) = jax.lax.scan(body, r, (weights, together))
+        return r, tuple(jax.tree.map(lambda x, i=i: x[i], together) for i in range(self.count)), _pool(aux)
 
     def step(self, r: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
+        # One after another: a scan would copy every state once on the way in and once on the way out.
+        states = []
+        for stack, old in zip(self._each(), state, strict=True):
+            r, new = stack.step(r, info, old)
+            states.append(new)
+        return r, tuple(states)
+
+    def _each(self) -> Iterator[Stack]:
+        """The stacks themselves, without the leading axis."""
         graph, weights = nnx.split(self.body)
-        return jax.lax.scan(lambda r, part: nnx.merge(graph, part[0]).step(r, info, part[1]), r, (weights, state))
+        return (nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], weights)) for i in range(self.count))
 
 
 def _part(term: Term, plan: Plan, start: Index) -> BlockModule | Repeat:
