@@ -16,7 +16,7 @@ one_thread := PJRT_NPROC=1 NPROC=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 pytest := $(one_thread) $(bin)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-full test-jax-oldest demo docs doc-examples format constraints clean
+.PHONY: help setup lint tpu-compiler test test-full test-jax-oldest demo docs doc-examples format constraints clean
 
 help: ## say what each target does
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -30,10 +30,13 @@ lint: setup ## ruff, the layering of the imports, pyright
 	$(bin)/lint-imports
 	$(bin)/pyright --pythonpath $(bin)/python
 
-test: lint ## the gate: lint, then the tests
+tpu-compiler: setup ## put libtpu beside .venv, so that the tests can compile kernels for a TPU that is not there
+	@scripts/tpu-compiler $(VENV) constraints.txt
+
+test: lint tpu-compiler ## the gate: lint, then the tests
 	$(pytest) -m "not full"
 
-test-full: lint ## the gate, and the wide sweeps with it
+test-full: lint tpu-compiler ## the gate, and the wide sweeps with it
 	$(pytest)
 
 test-jax-oldest: ## the tests alone, on the oldest jax that is supported

@@ -1,26 +1,29 @@
 """What the compiler for TPUs makes of the kernels: instruction bundles, spills, VMEM. No TPU is needed, none is timed.
 
     python -m benchmarks.static_tpu             compile all, and append rows to results/static_tpu.jsonl
-    python -m benchmarks.static_tpu --check     compile all, and fail where a kernel has grown by more than a tenth
+    python -m benchmarks.static_tpu --check     compile the kernels, and fail where one has grown by more than a tenth
     python -m benchmarks.static_tpu --report    the newest rows as a table
 
-It needs libtpu (the `tpu` extra) and compiles ahead of time for a described device, each case in a process of its own,
-since libtpu reads where to write its dumps once. A row says of each kernel how many bundles a grid step has (very long
-instruction words, one issued per cycle unless it waits), the pipeline's own included, and what they hold per unit.
+It needs libtpu (the `tpu` extra, or `scripts/tpu-compiler`) and compiles ahead of time for a described device, in a
+process of its own, since libtpu reads where to write its dumps once. What does not fit into VMEM does not compile. A
+row says of each kernel how many bundles a grid step has (very long instruction words, one issued per cycle unless it
+waits), the pipeline's own included, and what they hold per unit: spills are stores among them, so bundles count them.
 Waiting for memory is not in it: it is a proxy to find regressions by and to compare variants of one kernel, not a time.
 Of XLA's forms (`--form xla`, minutes) only the bytes of temporaries compare: the bodies of loops are counted once.
 """
 
 import argparse
+import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,9 +34,11 @@ import numpy as np
 from jax.experimental import topologies
 
 from recallax.models.accounting import programs_inside
+from recallax.pallas_kernels import mosaic_tpu
 from recallax.pallas_kernels.delta_rule import delta_rule
 from recallax.pallas_kernels.landmark_attention import landmark_attention
 from recallax.pallas_kernels.linear_attention import linear_attention
+from recallax.pallas_kernels.mosaic_tpu import SIDE_BY_SIDE
 from recallax.pallas_kernels.neural_memory import Fixed, Learner, Tokens, neural_memory
 from recallax.pallas_kernels.neural_memory.learner import LinearNet
 from recallax.pallas_kernels.selective_scan import selective_scan
@@ -46,6 +51,8 @@ FORMS = ("mosaic_tpu", "xla")
 ALLOWED = 1.1
 """Growth of the bundles per token that is no regression."""
 UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
+DUMPED = "original|final_hlo"
+"""Passes whose outcome the compiler writes down; all would be gigabytes."""
 ROWS, LENGTH, HEADS = 8, 4096, 16
 
 type Row = dict[str, Any]
@@ -109,67 +116,110 @@ CASES: dict[str, Case] = {
 """The first input has the output's shape. A head of the scan is 128 channels."""
 
 
-def available() -> bool:
-    """Whether libtpu is there."""
-    return importlib.util.find_spec("libtpu") is not None
+def library() -> Path | None:
+    """libtpu: the environment's own, or the one that `scripts/tpu-compiler` puts where jax does not see it."""
+    found = importlib.util.find_spec("libtpu")
+    folder = Path(found.origin).parent if found and found.origin else Path(sys.prefix) / "libtpu" / "libtpu"
+    return file if (file := folder / "libtpu.so").exists() else None
 
 
-def compiled(name: str, target: str, form: str) -> Row:
-    """Compile a case forward and backward in a process of its own. Raises RuntimeError with what the compiler says."""
+def compiled(
+    names: Iterable[str], target: str, form: str, *, heads: int = SIDE_BY_SIDE, whole: bool = False
+) -> Iterator[Row]:
+    """Compile the kernels of cases, forward and backward, in a process of their own; a row for each case.
+
+    heads: that a grid step takes side by side at most. whole: compile the programs around the kernels too, for the
+    bytes of their temporaries. Raises RuntimeError with what the compiler says.
+    """
+    names, path = list(names), library()
+    assert path is not None, "libtpu is not installed"
+    (libtpu,) = importlib.metadata.distributions(name="libtpu", path=[str(path.parents[1])])
     with tempfile.TemporaryDirectory() as folder:
-        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex={DUMPED}"
         asked = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        command = [sys.executable, "-m", "benchmarks.static_tpu", "--child", name, target, form]
+        asked |= {"LIBTPU_INIT_ARGS": flags, "TPU_LIBRARY_PATH": str(path)}
+        job = json.dumps([names, target, form, heads, whole, folder])
         done = subprocess.run(
-            command, env=os.environ | asked | {"LIBTPU_INIT_ARGS": flags}, capture_output=True, text=True, timeout=600
+            [sys.executable, "-m", "benchmarks.static_tpu", "--child", job],
+            env=os.environ | asked,
+            capture_output=True,
+            text=True,
         )
-        if done.returncode:
-            raise RuntimeError(f"{name} does not compile for {target}: {done.stderr.strip()[-2000:]}")
-        child = json.loads(done.stdout.splitlines()[-1])
-        kernels = {} if form == "xla" else dict(_kernels(Path(folder), child.pop("steps")))
-    sizes = {"shapes": {key: list(x.shape) for key, x in CASES[name].inputs().items()}}
-    versions = {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
-    row = {"case": name, "form": form, "target": target, **sizes, "dtype": "bfloat16", "kernels": kernels}
-    return row | child | {"versions": versions}
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    if done.returncode:
+        raise RuntimeError(f"{names[len(found)]} does not compile for {target}: {done.stderr.strip()[-2000:]}")
+    for name, kernels in zip(names, found, strict=True):
+        yield {
+            "case": name,
+            "form": form,
+            "target": target,
+            "heads": heads,
+            "shapes": {key: list(x.shape) for key, x in CASES[name].inputs().items()},
+            "dtype": "bfloat16",
+            **kernels,
+            "versions": {"jax": jax.__version__, "libtpu": libtpu.version},
+        }
 
 
-def child(name: str, target: str, form: str) -> None:
-    """Compile, and print what the compiled program tells of itself."""
-    case = CASES[name]
-
-    def both(inputs: dict[str, Any], slope: Any) -> Any:
-        out, pull = jax.vjp(lambda inputs: case.op(**inputs, implementation=form)[0], inputs)
-        return out, pull(slope)
-
+def child(names: Sequence[str], target: str, form: str, heads: int, whole: bool, folder: str) -> None:
+    """Compile, and print a line per case of what the compiler tells of it."""
+    mosaic_tpu.SIDE_BY_SIDE = heads
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TARGETS[target]).devices[:1]
     mesh = jax.sharding.Mesh(np.array(devices), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    inputs = case.inputs()
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        placed = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (inputs, next(iter(inputs.values())))
-        )
-        traced = jax.jit(both).trace(*placed)
-        memory = traced.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
-    assert memory is not None
-    steps = {str(name): list(grid) for name, grid in _grids(traced.jaxpr.jaxpr)}
-    print(json.dumps({"temporary_bytes": memory.temp_size_in_bytes, "steps": steps}))
+
+    def compile(function: Callable[..., Any], inputs: Any) -> Any:
+        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), inputs)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return jax.jit(function).trace(placed).lower(lowering_platforms=("tpu",)).compile()
+
+    for name in names:
+        case = CASES[name]
+
+        def both(inputs: tuple[dict[str, Any], Any], op: Callable[..., Any] = case.op) -> Any:
+            out, pull = jax.vjp(lambda inputs: op(**inputs, implementation=form)[0], inputs[0])
+            return out, pull(inputs[1])
+
+        asked = case.inputs()
+        inputs = (asked, next(iter(asked.values())))
+        told: Row = {"kernels": {}}
+        if form == "mosaic_tpu":
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                calls = dict(_calls(jax.make_jaxpr(both)(inputs).jaxpr))
+            shapes = {key: [x.aval for x in call.invars] for key, call in calls.items()}
+            for file in Path(folder).iterdir():  # of the case before, whose kernels may have the same names
+                file.unlink()
+            compile(functools.partial(_alone, calls), shapes)
+            grids = {key: call.params["grid_mapping"].grid for key, call in calls.items()}
+            told["kernels"] = dict(_kernels(Path(folder), grids))
+        if whole:
+            told["temporary_bytes"] = compile(both, inputs).memory_analysis().temp_size_in_bytes
+        print(json.dumps(told), flush=True)
 
 
-def _grids(jaxpr: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and grids of the kernels in a program."""
+def _calls(jaxpr: Any) -> Iterator[tuple[str, Any]]:
+    """The kernels in a program, by name."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
-            yield equation.params["name"], equation.params["grid_mapping"].grid
+            yield str(equation.params["name"]), equation
         for inner in programs_inside(equation.params):
-            yield from _grids(inner)
+            yield from _calls(inner)
+
+
+def _alone(calls: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any]:
+    """The kernels without the program around them."""
+
+    def run(name: str, call: Any) -> Any:
+        return jax.named_call(lambda *x: call.primitive.bind(*x, **call.params), name=name)(*inputs[name])
+
+    return {name: run(name, call) for name, call in calls.items()}
 
 
 def _kernels(folder: Path, grids: dict[str, Sequence[int]]) -> Iterator[tuple[str, Row]]:
     """What libtpu wrote of each kernel."""
     for name, grid in grids.items():
         (usage,) = folder.glob(f"*{name}*-final_hlo-static-per-bundle-utilization.txt")
-        (source,) = folder.glob(f"*{name}*-02-original.txt")
+        (source,) = folder.glob(f"*{name}*-original.txt")
         lines = [line.split() for line in usage.read_text().splitlines()]
         counts = np.array([[int(x) for x in line] for line in lines if len(line) == len(UNITS) and line[0].isdigit()])
         bundles = counts[1:]  # the first line is the capacity
@@ -193,9 +243,13 @@ def rows() -> list[Row]:
     return [json.loads(line) for line in lines]
 
 
-def newest(recorded: Sequence[Row]) -> dict[tuple[str, str, str], Row]:
-    """The last row of each case, target and form."""
-    return {(row["case"], row["target"], row["form"]): row for row in recorded}
+def newest(recorded: Sequence[Row]) -> dict[tuple[str, str, str, int], Row]:
+    """The last row of each case, target, form and number of heads side by side."""
+    return {key(row): row for row in recorded}
+
+
+def key(row: Row) -> tuple[str, str, str, int]:
+    return row["case"], row["target"], row["form"], row["heads"]
 
 
 def regressions(row: Row, before: Row | None) -> list[str]:
@@ -210,17 +264,17 @@ def regressions(row: Row, before: Row | None) -> list[str]:
 
 
 def report(recorded: Sequence[Row]) -> None:
-    print("| case | target | kernel | bundles per 128 tokens | MXU | XLU | VALU | spills | VMEM kB |")
-    print("|---|---|---|--:|--:|--:|--:|--:|--:|")
+    print("| case | target | heads | kernel | bundles per 128 tokens | MXU | XLU | VALU | spills | VMEM kB |")
+    print("|---|---|--:|---|--:|--:|--:|--:|--:|--:|")
     found = newest(recorded)
-    for (case, target, form), row in found.items():
+    for (case, target, form, heads), row in found.items():
         for name, kernel in row["kernels"].items():
             units = " | ".join(str(kernel[unit]) for unit in ("MXU", "XLU", "VALU", "SPILL"))
             size = kernel["vmem_bytes"] // 1024
-            print(f"| {case} | {target} | {name} | {kernel['bundles_per_128']} | {units} | {size} |")
-        if form == "xla" and (ours := found.get((case, target, "mosaic_tpu"))):
+            print(f"| {case} | {target} | {heads} | {name} | {kernel['bundles_per_128']} | {units} | {size} |")
+        if form == "xla" and (ours := found.get((case, target, "mosaic_tpu", heads))):
             held = [f"{r['temporary_bytes'] / 2**20:.0f} MB" for r in (ours, row)]
-            print(f"| {case} | {target} | temporaries {held[0]}, of the XLA form {held[1]} | | | | | | |")
+            print(f"| {case} | {target} | | temporaries {held[0]}, of the XLA form {held[1]} | | | | | | |")
 
 
 def main() -> None:
@@ -230,28 +284,26 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
     parser.add_argument("--target", choices=TARGETS, nargs="+", default=list(TARGETS))
     parser.add_argument("--form", choices=FORMS, nargs="+", default=FORMS[:1])
-    parser.add_argument("--child", nargs=3, metavar=("CASE", "TARGET", "FORM"), help=argparse.SUPPRESS)
+    parser.add_argument("--heads", type=int, nargs="+", default=[SIDE_BY_SIDE], help="that a grid step takes at most")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
-        return child(*asked.child)
+        return child(*json.loads(asked.child))
     recorded = rows()
     if asked.report:
         return report(recorded)
-    if not available():
-        sys.exit("libtpu is not installed: pip install 'recallax[tpu]'")
+    if library() is None:
+        sys.exit("libtpu is not installed: pip install 'recallax[tpu]', or scripts/tpu-compiler .venv constraints.txt")
     grown: list[str] = []
     at = commit()  # before the rows that are appended make it a changed one
-    for case in asked.case:
-        for target in asked.target:
-            for form in asked.form:
-                row = compiled(case, target, form)
-                print(
-                    {name: kernel["bundles_per_128"] for name, kernel in row["kernels"].items()} or form, case, target
-                )
-                grown += regressions(row, newest(recorded).get((case, target, form)))
-                if not asked.check:
-                    with RESULTS.open("a") as file:
-                        file.write(json.dumps(row | {"commit": at}) + "\n")
+    for target, form, heads in itertools.product(asked.target, asked.form, asked.heads):
+        for row in compiled(asked.case, target, form, heads=heads, whole=not asked.check):
+            counts = {name: (kernel["bundles_per_128"], kernel["SPILL"]) for name, kernel in row["kernels"].items()}
+            print(target, form, heads, row["case"], counts)
+            grown += regressions(row, newest(recorded).get(key(row)))
+            if not asked.check:
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row | {"commit": at}) + "\n")
     if grown:
         print("\n".join(grown), file=sys.stderr)
     sys.exit(bool(asked.check and grown))
