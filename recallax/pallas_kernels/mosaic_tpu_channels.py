@@ -15,17 +15,26 @@ from recallax.pallas_kernels.mosaic_tpu import mm, mm_t, t_mm
 from recallax.pallas_kernels.mosaic_tpu_decay import FORGET, Decay, no_decay, token_decay
 
 ROWS = 16
+SUBLANES = 8
+"""Rows of a register of float32."""
 
 
 def channel_decay(log_decay: Float[Array, "C K"]) -> Decay:
     """From the log-decays themselves, at least -FORGET."""
     row, column = _indices(log_decay.shape[0])
-    since, rest = _sums(column <= row, log_decay), _sums(column > row, log_decay)
+    same = row // ROWS == column // ROWS
+    # From the start of each row's block to the row, and from the row to the block's end.
+    since, rest = _sums(same & (column <= row), log_decay), _sums(same & (column > row), log_decay)
+    blocks = [since[end - 1 : end] for end in range(ROWS, since.shape[0] + 1, ROWS)]
+    earlier = [sum(blocks[:i], jnp.zeros_like(blocks[0])) for i in range(len(blocks) + 1)]
+    later = [sum(blocks[i + 1 :], jnp.zeros_like(blocks[0])) for i in range(len(blocks))]
 
     def scores(x: Array, y: Array, dtype: DTypeLike) -> Array:
-        return _across_blocks(x, y, log_decay, dtype) + _within_blocks(x, y, log_decay)
+        between = _across_blocks(x * jnp.exp(since), y, rest, blocks, dtype)
+        return between + _within_blocks(x, y, log_decay)
 
-    return Decay(scores, jnp.exp(since), jnp.exp(rest), jnp.exp(since[-1:]).T)
+    from_start, until_end = since + _each_row(earlier[:-1]), rest + _each_row(later)
+    return Decay(scores, jnp.exp(from_start), jnp.exp(until_end), jnp.exp(earlier[-1]).T)
 
 
 def decay_of(gates: tuple[Array, ...], length: int, width: int) -> Decay:
@@ -46,41 +55,50 @@ def _sums(which: Bool[Array, "C C"], x: Float[Array, "C K"]) -> Float[Array, "C 
     return mm(jnp.where(which, 1.0, 0.0).astype(jnp.float32), x, jnp.float32)
 
 
+def _each_row(blocks: list[Float[Array, "1 K"]]) -> Float[Array, "C K"]:
+    """What belongs to a block in all of its rows."""
+    return jnp.concatenate([jnp.broadcast_to(x, (ROWS, x.shape[1])) for x in blocks])
+
+
 def _across_blocks(
-    x: Float[Array, "C K"], y: Float[Array, "C K"], log_decay: Float[Array, "C K"], dtype: DTypeLike
+    queries: Float[Array, "C K"],
+    y: Float[Array, "C K"],
+    rest: Float[Array, "C K"],
+    blocks: list[Float[Array, "1 K"]],
+    dtype: DTypeLike,
 ) -> Float[Array, "C C"]:
-    length = x.shape[0]
-    row, column = _indices(length)
-    same = row // ROWS == column // ROWS
-    queries = x * jnp.exp(_sums(same & (column <= row), log_decay))
-    own = _sums(same & (column > row), log_decay)  # from a key to the end of its block
-    bands, keys, behind = [jnp.zeros((ROWS, length), jnp.float32)], own[:ROWS], None
+    """queries: decayed from the start of their block. rest: the log-decay from a key to the end of its block."""
+    length = y.shape[0]
+    bands, keys = [jnp.zeros((ROWS, length), jnp.float32)], rest[:ROWS]
     for start in range(ROWS, length, ROWS):
-        if behind is not None:
-            keys = jnp.concatenate([keys + behind, own[start - ROWS : start]])
+        if start > ROWS:
+            keys = jnp.concatenate([keys + blocks[start // ROWS - 1], rest[start - ROWS : start]])
         decayed = jnp.concatenate([y[:start] * jnp.exp(keys), jnp.zeros_like(y[start:])])
         bands.append(mm_t(queries[start : start + ROWS], decayed, dtype))
-        behind = own[start : start + 1] + log_decay[start : start + 1]  # of the whole block
     return jnp.concatenate(bands)
 
 
 def _within_blocks(x: Float[Array, "C K"], y: Float[Array, "C K"], log_decay: Float[Array, "C K"]) -> Array:
-    """Key j of all blocks at once, from the last to the first; `gap` is the log-decay from there to each row."""
-    row, column = _indices(x.shape[0])
-    inside = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0) % ROWS
-    gap, scores = jnp.zeros_like(x), jnp.zeros((x.shape[0], x.shape[0]), jnp.float32)
+    """Block by block, since one fits into registers."""
+    bands = []
+    for start in range(0, x.shape[0], ROWS):
+        here = slice(start, start + ROWS)
+        bands.append(_of_block(x[here], y[here], log_decay[here], start, x.shape[0]))
+    return jnp.concatenate(bands)
+
+
+def _of_block(
+    x: Float[Array, "R K"], y: Float[Array, "R K"], log_decay: Float[Array, "R K"], start: int, length: int
+) -> Float[Array, "R C"]:
+    """Key by key, from the last to the first; `gap` is the log-decay from there to each row."""
+    row, column = (jax.lax.broadcasted_iota(jnp.int32, (ROWS, length), axis) for axis in (0, 1))
+    inside = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    gap, scores = jnp.zeros_like(x), jnp.zeros((ROWS, length), jnp.float32)
     for j in reversed(range(ROWS)):
-        pairs = x * _each_block(y, j) * jnp.exp(gap)
-        sums = jnp.sum(pairs, axis=1, keepdims=True)
-        scores = scores + jnp.where((column == row // ROWS * ROWS + j) & (row >= column), sums, 0)
-        gap = jnp.where(inside >= j, gap + _each_block(log_decay, j), 0)
+        sums = jnp.sum(x * y[j : j + 1] * jnp.exp(gap), axis=1, keepdims=True)
+        scores = scores + jnp.where((column == start + j) & (row >= j), sums, 0)
+        gap = jnp.where(inside >= j, gap + log_decay[j : j + 1], 0)
     return scores
-
-
-def _each_block(x: Float[Array, "C K"], j: int) -> Float[Array, "C K"]:
-    """Row j of each block in all of the block's rows."""
-    starts = range(0, x.shape[0], ROWS)
-    return jnp.concatenate([jnp.broadcast_to(x[i + j : i + j + 1], (ROWS, x.shape[1])) for i in starts])
 
 
 def suffix_sums(
