@@ -109,7 +109,19 @@ TAYLOR_CASES = {
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("name", in_the_gate(TAYLOR_CASES, "packed, padding"))
 def test_taylor_attention(name):
-    case = TAYLOR_CASES[name]
+    check_taylor(TAYLOR_CASES[name])
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 70, 5)], ids=["one", "four"])
+def test_few_heads_of_taylor_attention_walk_segments_at_once(documents, monkeypatch):
+    monkeypatch.setattr(segments_of, "LEAST_CHUNKS", 1)
+    check_taylor(Case(200, 16, 64, heads=1, documents=documents, padded=200 - sum(documents)))
+
+
+def check_taylor(case: Case) -> None:
+    """Values, final state and every gradient."""
     ids = segments(case) if case.documents else None
 
     def op(inputs, state, form):

@@ -14,6 +14,7 @@ from recallax.pallas_kernels.delta_rule import delta_rule
 from recallax.pallas_kernels.delta_rule.cases import inputs as delta_inputs
 from recallax.pallas_kernels.linear_attention import cases as linear_cases
 from recallax.pallas_kernels.linear_attention import linear_attention
+from recallax.pallas_kernels.linear_attention import segments as segments_of
 from tests.hopper import in_the_gate, interpreted, kernels_in
 from tests.test_ops import compare
 
@@ -61,6 +62,16 @@ def test_states_that_outlast_a_chunk():
 
 
 @interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (110, 1, 170, 5)], ids=["one", "four"])
+def test_few_heads_walk_segments_at_once(documents, monkeypatch):
+    """Rows of six chunks as three blocks; decays leave something of a state behind a segment."""
+    monkeypatch.setattr(segments_of, "LEAST_CHUNKS", 2)
+    padded = 380 - sum(documents) if documents else 0
+    check(Case(380, 64, 64, heads=1, decay="channel", documents=documents, padded=padded), rate=0.005)
+
+
+@interpreted
 @pytest.mark.full
 @pytest.mark.usefixtures("strict")
 def test_value_heads_share_a_query_head():
@@ -91,15 +102,18 @@ DELTA_CASES = {
 }
 
 
-def check_delta(case: Case, erase: str) -> None:
-    """Values, final state and every gradient."""
+def check_delta(case: Case, erase: str, rate: float = 1.0) -> None:
+    """Values, final state and every gradient; decays are as much slower as `rate` says."""
+    inputs = delta_inputs(case, erase)
+    if case.decay:
+        inputs["log_decay"] = rate * inputs["log_decay"]
     ids = segments(case) if case.documents else None
 
     def op(inputs, state, form):
         with dispatch.interpreted():
             return delta_rule(**inputs, state=state, segments=ids, implementation=form)
 
-    compare(op, case, delta_inputs(case, erase), linear_cases.state(case), "bfloat16", "mosaic_gpu")
+    compare(op, case, inputs, linear_cases.state(case), "bfloat16", "mosaic_gpu")
 
 
 @interpreted
@@ -107,6 +121,17 @@ def check_delta(case: Case, erase: str) -> None:
 @pytest.mark.parametrize("name", in_the_gate(DELTA_CASES, "one chunk, packed, padding"))
 def test_delta_rule(name):
     check_delta(DELTA_CASES[name], "channel")
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("documents", [(), (60, 1, 70, 5)], ids=["one", "four"])
+def test_few_heads_of_the_delta_rule_walk_segments_at_once(documents, monkeypatch):
+    monkeypatch.setattr(segments_of, "LEAST_CHUNKS", 1)
+    padded = 230 - sum(documents) if documents else 0
+    case = Case(230, 64, 128, heads=1, decay="channel", correlation=0.9, documents=documents, padded=padded)
+    check_delta(case, "channel", rate=0.02)
 
 
 @interpreted

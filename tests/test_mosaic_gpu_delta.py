@@ -12,8 +12,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from recallax.pallas_kernels import dispatch, mosaic_gpu
 from recallax.pallas_kernels.cases import Case, segments
 from recallax.pallas_kernels.delta_rule import delta_rule
+from recallax.pallas_kernels.delta_rule import segments as delta_segments
 from recallax.pallas_kernels.delta_rule.cases import inputs as delta_inputs
 from recallax.pallas_kernels.linear_attention import cases as linear_cases
+from recallax.pallas_kernels.linear_attention import segments as segments_of
 from recallax.pallas_kernels.mosaic_gpu_solve import inverses
 from tests.hopper import in_the_gate, interpreted, kernels_in
 from tests.test_ops import compare
@@ -57,6 +59,22 @@ def test_delta_rule(name):
 @pytest.mark.usefixtures("strict")
 def test_states_that_outlast_a_chunk():
     check(CASES["packed, decay, padding"], rate=0.02)
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 70, 5)], ids=["one", "four"])
+def test_few_heads_walk_segments_at_once(documents, monkeypatch):
+    """Rows of four chunks as four blocks; decays leave something of a state behind a segment."""
+    monkeypatch.setattr(segments_of, "LEAST_CHUNKS", 1)
+    padded = 200 - sum(documents) if documents else 0
+    case = Case(200, 64, 128, heads=1, decay="token", correlation=0.9, documents=documents, padded=padded)
+    check(case, rate=0.02)
+
+
+def test_as_few_segments_as_there_are_walks_gain_nothing():
+    assert delta_segments.number_of_segments(16, 512) == 8
+    assert delta_segments.number_of_segments(40, 512) == 1 < segments_of.number_of_segments(40, 512)
 
 
 @interpreted

@@ -8,6 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from recallax.pallas_kernels import dispatch, mosaic_gpu
 from recallax.pallas_kernels.cases import Case, segments
+from recallax.pallas_kernels.selective_scan import mosaic_gpu as mosaic_gpu_scan
 from recallax.pallas_kernels.selective_scan import selective_scan
 from recallax.pallas_kernels.selective_scan.cases import inputs as scan_inputs
 from tests.hopper import in_the_gate, interpreted, kernels_in
@@ -24,8 +25,10 @@ CASES = {
 }
 
 
-def check(case: Case, states: int | None, dtype: str) -> None:
-    """Values, final state and every gradient."""
+def check(case: Case, states: int | None, dtype: str, rate: float = 1.0) -> None:
+    """Values, final state and every gradient; decays are as much slower as `rate` says."""
+    inputs = scan_inputs(case, states)
+    inputs["rate"] = rate * inputs["rate"]
     ids = segments(case) if case.documents else None
 
     def op(inputs, state, form):
@@ -34,7 +37,7 @@ def check(case: Case, states: int | None, dtype: str) -> None:
         return out[:, :, None], state  # as if of one head
 
     state = np.random.default_rng(5).normal(size=(2, 5, states or 1))
-    compare(op, case, scan_inputs(case, states), state, dtype, "mosaic_gpu")
+    compare(op, case, inputs, state, dtype, "mosaic_gpu")
 
 
 @interpreted
@@ -42,6 +45,15 @@ def check(case: Case, states: int | None, dtype: str) -> None:
 @pytest.mark.parametrize("name", in_the_gate(CASES, "packed, padding"))
 def test_selective_scan(name):
     check(CASES[name], 3, "bfloat16")
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (20, 1, 25)], ids=["one", "three"])
+def test_few_channels_walk_segments_at_once(documents, monkeypatch):
+    """Rows of four chunks as four blocks; decays leave something of a state behind a segment."""
+    monkeypatch.setattr(mosaic_gpu_scan, "LEAST_TOKENS", 16)
+    check(Case(64, documents=documents, padded=64 - sum(documents) if documents else 0), 3, "bfloat16", rate=0.02)
 
 
 @interpreted

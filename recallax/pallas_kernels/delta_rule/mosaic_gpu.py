@@ -20,9 +20,11 @@ from jaxtyping import Array, Float
 from recallax.pallas_kernels.chunking import Documents
 from recallax.pallas_kernels.delta_rule import mosaic_gpu_channels as channels
 from recallax.pallas_kernels.delta_rule.mosaic_gpu_gradients import chunk_gradients
+from recallax.pallas_kernels.delta_rule.segments import backward_starts, forward_starts, joined, number_of_segments
 from recallax.pallas_kernels.delta_rule.walks import Kept, Walk, ascend, descend
 from recallax.pallas_kernels.dispatch import Unsupported, interpreting
 from recallax.pallas_kernels.linear_attention.gates import chunk_decay_slope, gates_of, log2_decay, log2_decays
+from recallax.pallas_kernels.linear_attention.segments import How, cut, cut_last, join
 from recallax.pallas_kernels.mosaic_gpu import CHUNK, launch
 from recallax.pallas_kernels.mosaic_gpu_solve import inverses
 
@@ -40,13 +42,6 @@ class _Inputs(NamedTuple):
     write: Float[Array, "B T H"]
     decay: Float[Array, "B T H"] | None
     state: Float[Array, "B H K V"]
-
-
-class _How(NamedTuple):
-    """What is known when a kernel is built."""
-
-    scale: float
-    interpret: bool
 
 
 def delta_rule(
@@ -69,15 +64,17 @@ def delta_rule(
         if x.dtype != jnp.bfloat16:
             raise Unsupported(f"{name} is {x.dtype}; it must be bfloat16")
     length = q.shape[1]
+    segments = number_of_segments(v.shape[0] * v.shape[2], -(-length // CHUNK))
+    extra = -length % (CHUNK * segments)
 
     def padded(x):
-        return jnp.pad(x, ((0, 0), (0, -length % CHUNK)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
 
     erase, write = erase.astype(jnp.float32), write.astype(jnp.float32)
     valid = True if docs is None else docs.valid[..., None, None]
     if docs is not None:  # padding neither erases nor writes
         erase, write = (jnp.where(valid, x, 0.0) for x in (erase, write))
-        docs = Documents(jnp.pad(docs.index, ((0, 0), (0, -length % CHUNK)), mode="edge"), padded(docs.valid))
+        docs = Documents(jnp.pad(docs.index, ((0, 0), (0, extra)), mode="edge"), padded(docs.valid))
     if max(erase.shape[3], 0 if log_decay is None else log_decay.shape[3]) > 1:
         shape = (*v.shape[:3], q.shape[3])
         decay = jnp.zeros(shape, jnp.float32) if log_decay is None else jnp.broadcast_to(log2_decays(log_decay), shape)
@@ -85,16 +82,16 @@ def delta_rule(
         e = (jnp.repeat(k, v.shape[2] // k.shape[2], axis=2).astype(jnp.float32) * erase).astype(k.dtype)
         q, k, e, v, write, decay = (padded(x) for x in (q, k, e, v, write[..., 0], decay))
         inputs = channels.Inputs(q, k, e, v, write, decay, state)
-        out, final = channels.attend(scale, interpret, inputs, docs)
+        out, final = channels.attend(How(scale, segments, interpret), inputs, docs)
         return out[:, :length], final
     decay = None if log_decay is None else padded(log2_decay(log_decay))
     inputs = _Inputs(padded(q), padded(k), padded(v), padded(erase[..., 0]), padded(write[..., 0]), decay, state)
-    out, final = _attend(_How(scale, interpret), inputs, docs)
+    out, final = _attend(How(scale, segments, interpret), inputs, docs)
     return out[:, :length], final
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: _How, inputs: _Inputs, docs: Documents | None):
+def _attend(how: How, inputs: _Inputs, docs: Documents | None):
     gates, erase = _gates(inputs, docs)
     inverse = inverses(inputs.k, gates, erase, interpret=how.interpret)
     return _forward(how, inputs, gates, inverse, keep=False)[:2]
@@ -103,15 +100,15 @@ def _attend(how: _How, inputs: _Inputs, docs: Documents | None):
 def _attend_fwd(how, inputs, docs):
     gates, erase = _gates(inputs, docs)
     inverse = inverses(inputs.k, gates, erase, interpret=how.interpret)
-    out, final, kept = _forward(how, inputs, gates, inverse, keep=True)
-    return (out, final), (inputs, docs, inverse, kept)
+    out, final, kept, through = _forward(how, inputs, gates, inverse, keep=True)
+    return (out, final), (inputs, docs, inverse, kept, through)
 
 
 def _attend_bwd(how, residuals, cotangents):
-    (inputs, docs, inverse, (new, states)), (grad, state_grad) = residuals, cotangents
+    (inputs, docs, inverse, (new, states), through), (grad, state_grad) = residuals, cotangents
     q, k, v, _, write, decay, _ = inputs
     gates, erase = _gates(inputs, docs)
-    slope, slopes, first = _backward(how, inputs, gates, erase, inverse, grad, state_grad)
+    slope, slopes, first = _backward(how, inputs, gates, inverse, through, grad, state_grad)
     parts = chunk_gradients(
         q, k, (grad, new, slope), (states, slopes), gates, erase, how.scale, interpret=how.interpret
     )
@@ -134,8 +131,23 @@ def _gates(inputs: _Inputs, docs: Documents | None):
 
 
 def _forward(how, inputs, gates, inverse, *, keep):
-    """The output, the final state and, if wanted, U and the states before the chunks."""
-    q, k, v, erase, write, _, state = inputs
+    """The output, the final state, if wanted U and the states before the chunks, and what segments do to a state."""
+    n, (q, k, v, erase, write, _, state) = how.segments, inputs
+    q, k, v, inverse = cut(q, n), cut(k, n), cut(v, n), cut_last(inverse, n)
+    *vectors, write = (cut_last(x, n) for x in (*(gates or ()), *(jnp.moveaxis(x, 2, 1) for x in (erase, write))))
+
+    def ascended(v, write, state, keep):
+        return _ascended(how, (q, k, v, inverse), (*vectors, write), state, keep)
+
+    keys = jnp.repeat(k, v.shape[2] // k.shape[2], axis=2)
+    first, through = forward_starts(lambda v, write, start: ascended(v, write, start, False)[1], v, write, keys, state)
+    out, final, kept = ascended(v, write, first, keep)
+    return join(out, n), final[n - 1 :: n], joined(kept, n), through
+
+
+def _ascended(how, tokens, vectors, state, keep):
+    """`ascend` for all heads and rows."""
+    q, _, v, _ = tokens
     (b, t, groups, width), (h, values) = q.shape, v.shape[2:]
     sizes = Walk(t, width, values, how.scale, how.interpret)
 
@@ -154,13 +166,24 @@ def _forward(how, inputs, gates, inverse, *, keep):
         grid={"row": b, "head": h},
         workers=sizes.workers,
         interpret=how.interpret,
-    )(q, k, v, inverse, (*(gates or ()), *(jnp.moveaxis(x, 2, 1) for x in (erase, write))), state)
+    )(*tokens, vectors, state)
 
 
-def _backward(how, inputs, gates, erase, inverse, grad, state_grad):
+def _backward(how, inputs, gates, inverse, through, grad, state_grad):
     """The gradients of w V, of the states behind the chunks, and of the first state."""
-    q, k, v = inputs[:3]
-    (b, t, groups, width), (h, values) = q.shape, v.shape[2:]
+    n, (q, k) = how.segments, inputs[:2]
+    tokens = cut(q, n), cut(k, n), cut(grad, n), cut_last(inverse, n)
+    vectors = tuple(cut_last(x, n) for x in (*(gates or ()), jnp.moveaxis(inputs.erase, 2, 1)))
+    walked = functools.partial(_descended, how, tokens, vectors)
+    last = backward_starts(lambda state: walked(state)[2], through, state_grad)
+    slope, slopes, first = walked(last)
+    return *joined((slope, slopes), n), first[::n]
+
+
+def _descended(how, tokens, vectors, state):
+    """`descend` for all heads and rows."""
+    q, _, grad, _ = tokens
+    (b, t, groups, width), (h, values) = q.shape, grad.shape[2:]
     sizes = Walk(t, width, values, how.scale, how.interpret)
 
     def backward(q, k, grad, inverse, vectors, end, slope, slopes, first):
@@ -174,14 +197,14 @@ def _backward(how, inputs, gates, erase, inverse, grad, state_grad):
     return launch(
         backward,
         out=(
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
+            jax.ShapeDtypeStruct(grad.shape, grad.dtype),
             _states(b, h, t, width, values),
-            jax.ShapeDtypeStruct(state_grad.shape, jnp.float32),
+            jax.ShapeDtypeStruct(state.shape, jnp.float32),
         ),
         grid={"row": b, "head": h},
         workers=sizes.workers,
         interpret=how.interpret,
-    )(q, k, grad, inverse, (*(gates or ()), erase), state_grad)
+    )(*tokens, vectors, state)
 
 
 def _states(b, h, t, width, values):

@@ -17,8 +17,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunking import Documents
+from recallax.pallas_kernels.delta_rule.segments import backward_starts, forward_starts, joined
 from recallax.pallas_kernels.delta_rule.walks import OWN, Kept, Walk, ascend_decayed, descend_decayed
 from recallax.pallas_kernels.linear_attention.gates import Gates, gates_of
+from recallax.pallas_kernels.linear_attention.segments import How, cut, cut_last, join
 from recallax.pallas_kernels.mosaic_gpu import CHUNK, launch
 from recallax.pallas_kernels.mosaic_gpu_channel_gradients import channel_gradients
 from recallax.pallas_kernels.mosaic_gpu_channels import decayed, erasing
@@ -49,27 +51,25 @@ class _Parts(NamedTuple):
     stays: Float[Array, "B H N K"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend(
-    scale: float, interpret: bool, inputs: Inputs, docs: Documents | None
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(how: How, inputs: Inputs, docs: Documents | None) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The output and the final state."""
-    return _forward(interpret, inputs, _prepared(scale, interpret, inputs, docs), keep=False)[:2]
+    return _forward(how, inputs, _prepared(how.scale, how.interpret, inputs, docs), keep=False)[:2]
 
 
-def _attend_fwd(scale, interpret, inputs, docs):
-    parts = _prepared(scale, interpret, inputs, docs)
-    out, final, kept = _forward(interpret, inputs, parts, keep=True)
-    return (out, final), (inputs, docs, parts, kept)
+def _attend_fwd(how, inputs, docs):
+    parts = _prepared(how.scale, how.interpret, inputs, docs)
+    out, final, kept, through = _forward(how, inputs, parts, keep=True)
+    return (out, final), (inputs, docs, parts, kept, through)
 
 
-def _attend_bwd(scale, interpret, residuals, cotangents):
-    (inputs, docs, parts, (new, states)), (grad, state_grad) = residuals, cotangents
+def _attend_bwd(how, residuals, cotangents):
+    (inputs, docs, parts, (new, states), through), (grad, state_grad) = residuals, cotangents
     q, k, e, v, write, decay, _ = inputs
     gates = _document_gates(docs)
-    slope, slopes, first = _backward(interpret, parts, grad, state_grad)
-    shared = functools.partial(channel_gradients, interpret=interpret)
-    dq, dk, ddecay = shared(q, k, decay, (grad, new), (states, slopes), parts.stays, gates, scale)
+    slope, slopes, first = _backward(how, parts, through, grad, state_grad)
+    shared = functools.partial(channel_gradients, interpret=how.interpret)
+    dq, dk, ddecay = shared(q, k, decay, (grad, new), (states, slopes), parts.stays, gates, how.scale)
     de, dk_erased, ddecay_erased = shared(e, k, decay, (slope, new), (states,), parts.stays, gates, -1.0)
     dk = dk.astype(jnp.float32) + dk_erased.astype(jnp.float32)
     dq, dk = (jnp.sum(x.reshape(*q.shape[:3], -1, q.shape[3]), 3, jnp.float32).astype(q.dtype) for x in (dq, dk))
@@ -97,9 +97,26 @@ def _prepared(scale: float, interpret: bool, inputs: Inputs, docs: Documents | N
     return _Parts(reading.q, erased.e, reading.k, reading.scores, erased.inverse, stays)
 
 
-def _forward(interpret, inputs, parts, *, keep):
-    """The output, the final state and, if wanted, U and the states before the chunks."""
-    v, write, state = inputs.v, jnp.moveaxis(inputs.write, 2, 1), inputs.state
+def _cut(parts: _Parts, segments: int) -> _Parts:
+    q, e, k = (cut(x, segments) for x in parts[:3])
+    return _Parts(q, e, k, *(cut_last(x, segments) for x in parts[3:]))
+
+
+def _forward(how, inputs, parts, *, keep):
+    """The output, the final state, if wanted U and the states before the chunks, and what segments do to a state."""
+    n, interpret = how.segments, how.interpret
+    parts, v, write = _cut(parts, n), cut(inputs.v, n), cut_last(jnp.moveaxis(inputs.write, 2, 1), n)
+
+    def final_of(v, write, state):
+        return _ascended(interpret, parts, v, write, state, keep=False)[1]
+
+    first, through = forward_starts(final_of, v, write, parts.k, inputs.state)
+    out, final, kept = _ascended(interpret, parts, v, write, first, keep=keep)
+    return join(out, n), final[n - 1 :: n], joined(kept, n), through
+
+
+def _ascended(interpret, parts, v, write, state, *, keep):
+    """`ascend_decayed` for all heads and rows."""
     (b, t, h, values), width = v.shape, state.shape[2]
     sizes = Walk(t, width, OWN, 1.0, interpret)
 
@@ -122,8 +139,16 @@ def _forward(interpret, inputs, parts, *, keep):
     )(*parts[:-1], parts.stays.reshape(b, h, -1), v, write, state)
 
 
-def _backward(interpret, parts, grad, state_grad):
+def _backward(how, parts, through, grad, state_grad):
     """The gradients of w V, of the states behind the chunks, and of the first state."""
+    n = how.segments
+    walked = functools.partial(_descended, how.interpret, _cut(parts, n), cut(grad, n))
+    slope, slopes, first = walked(backward_starts(lambda state: walked(state)[2], through, state_grad))
+    return *joined((slope, slopes), n), first[::n]
+
+
+def _descended(interpret, parts, grad, state_grad):
+    """`descend_decayed` for all heads and rows."""
     (b, t, h, values), width = grad.shape, state_grad.shape[2]
     sizes = Walk(t, width, OWN, 1.0, interpret)
 

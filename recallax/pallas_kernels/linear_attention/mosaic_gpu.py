@@ -21,10 +21,11 @@ from jaxtyping import Array, Float
 from recallax.pallas_kernels.chunking import Documents
 from recallax.pallas_kernels.dispatch import Unsupported, interpreting
 from recallax.pallas_kernels.linear_attention import mosaic_gpu_channels as channels
-from recallax.pallas_kernels.linear_attention.gates import Gates, decay_slope, gates_of, log2_decay, log2_decays
+from recallax.pallas_kernels.linear_attention.gates import decay_slope, gates_of, log2_decay, log2_decays
 from recallax.pallas_kernels.linear_attention.segments import (
+    How,
     cut,
-    cut_last,
+    cut_gates,
     first_states,
     join,
     join_last,
@@ -69,7 +70,7 @@ def linear_attention(
         state = jnp.zeros((v.shape[0], v.shape[2], width, values), jnp.float32)
 
     per_channel = log_decay is not None and log_decay.shape[3] > 1
-    segments = 1 if per_channel else number_of_segments(v.shape[0] * v.shape[2], -(-length // CHUNK))
+    segments = number_of_segments(v.shape[0] * v.shape[2], -(-length // CHUNK))
     extra = -length % (CHUNK * segments)
 
     def padded(x):
@@ -81,24 +82,16 @@ def linear_attention(
         decay = padded(log2_decays(log_decay))
         decay = decay if docs is None else jnp.where(docs.valid[..., None, None], decay, 0.0)
         inputs = channels.Inputs(padded(q), padded(k), padded(v), decay, state)
-        out, final = channels.attend(scale, interpret, inputs, docs)
+        out, final = channels.attend(How(scale, segments, interpret), inputs, docs)
         return out[:, :length], final
     decay = None if log_decay is None else padded(log2_decay(log_decay))
     inputs = _Inputs(padded(q), padded(k), padded(v), decay, state)
-    out, final = _attend(_How(scale, segments, interpret), inputs, docs)
+    out, final = _attend(How(scale, segments, interpret), inputs, docs)
     return out[:, :length], final
 
 
-class _How(NamedTuple):
-    """What is known when a kernel is built."""
-
-    scale: float
-    segments: int
-    interpret: bool
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(how: _How, inputs: _Inputs, docs: Documents | None):
+def _attend(how: How, inputs: _Inputs, docs: Documents | None):
     return _attend_fwd(how, inputs, docs)[0]
 
 
@@ -106,7 +99,7 @@ def _attend_fwd(how, inputs, docs):
     n, (_, k, v, decay, state) = how.segments, inputs
     gates = gates_of(decay, docs, v.shape[2], CHUNK)
     starts = first_states(k, v, gates, state, n, reverse=False, interpret=how.interpret)
-    out, finals = _forward(_in_segments(inputs, n), _cut_gates(gates, n), starts, how)
+    out, finals = _forward(_in_segments(inputs, n), cut_gates(gates, n), starts, how)
     return (join(out, n), finals[n - 1 :: n]), (inputs, docs)
 
 
@@ -125,7 +118,7 @@ def _attend_bwd(how, kept, cotangents):
     state, end = jnp.swapaxes(state, 2, 3), jnp.swapaxes(state_grad, 2, 3)
     starts = first_states(v, k, gates, state, n, reverse=False, interpret=how.interpret)
     ends = first_states(grad, q, gates, end, n, scale=how.scale, reverse=True, interpret=how.interpret)
-    gates, parts, grad = _cut_gates(gates, n), _in_segments(inputs, n), cut(grad, n)
+    gates, parts, grad = cut_gates(gates, n), _in_segments(inputs, n), cut(grad, n)
     dq, ascended = _query_gradient(parts, gates, grad, starts, how, gated=gated)
     dk, dv, dstates, descended = _key_gradients(parts, gates, grad, jnp.swapaxes(ends, 2, 3), how, gated=gated)
     dq, dk, dv = join(dq, n), join(dk, n), join(dv, n)
@@ -144,10 +137,6 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 def _in_segments(inputs: _Inputs, segments: int) -> tuple[Array, Array, Array]:
     return cut(inputs.q, segments), cut(inputs.k, segments), cut(inputs.v, segments)
-
-
-def _cut_gates(gates: Gates | None, segments: int) -> Gates | None:
-    return None if gates is None else Gates(cut_last(gates.query, segments), cut_last(gates.key, segments))
 
 
 def _forward(tokens, gates, state, how):

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunking import Documents
 from recallax.pallas_kernels.linear_attention.gates import Gates, gates_of
+from recallax.pallas_kernels.linear_attention.segments import How, added, cut, cut_last, join, join_last, starts
 from recallax.pallas_kernels.mosaic_gpu import (
     CHUNK,
     MATRIX,
@@ -34,7 +35,7 @@ from recallax.pallas_kernels.mosaic_gpu import (
     zeros,
 )
 from recallax.pallas_kernels.mosaic_gpu_channel_gradients import channel_gradients
-from recallax.pallas_kernels.mosaic_gpu_channels import Decayed, decayed
+from recallax.pallas_kernels.mosaic_gpu_channels import decayed
 
 OWN = 64
 """Columns of the values and of the state that a warpgroup has."""
@@ -51,30 +52,26 @@ class Inputs(NamedTuple):
     state: Float[Array, "B H K V"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend(
-    scale: float, interpret: bool, inputs: Inputs, docs: Documents | None
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(how: How, inputs: Inputs, docs: Documents | None) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The output and the final state."""
-    parts, stays = _prepared(scale, interpret, inputs, docs)
-    out, final, _ = _walk(parts.q, parts.k, inputs.v, parts.scores, stays, inputs.state, interpret, keep=False)
+    parts = _prepared(how, inputs, docs)
+    out, final, _ = _walk_segments(parts, inputs.v, inputs.state, how, keep=False)
     return out, final
 
 
-def _attend_fwd(scale, interpret, inputs, docs):
-    parts, stays = _prepared(scale, interpret, inputs, docs)
-    out, final, (states,) = _walk(parts.q, parts.k, inputs.v, parts.scores, stays, inputs.state, interpret, keep=True)
-    return (out, final), (inputs, docs, parts, stays, states)
+def _attend_fwd(how, inputs, docs):
+    parts = _prepared(how, inputs, docs)
+    out, final, (states,) = _walk_segments(parts, inputs.v, inputs.state, how, keep=True)
+    return (out, final), (inputs, docs, parts, states)
 
 
-def _attend_bwd(scale, interpret, residuals, cotangents):
-    (inputs, docs, parts, stays, states), (grad, state_grad) = residuals, cotangents
+def _attend_bwd(how, residuals, cotangents):
+    (inputs, docs, parts, states), (grad, state_grad) = residuals, cotangents
     q, k, v, decay, _ = inputs
-    dv, first, (slopes,) = _walk(
-        parts.k, parts.q, grad, parts.scores, stays, state_grad, interpret, keep=True, reverse=True
-    )
+    dv, first, (slopes,) = _walk_segments(parts, grad, state_grad, how, keep=True, reverse=True)
     dq, dk, slope = channel_gradients(
-        q, k, decay, (grad, v), (states, slopes), stays, _document_gates(docs), scale, interpret=interpret
+        q, k, decay, (grad, v), (states, slopes), parts.stays, _document_gates(docs), how.scale, interpret=how.interpret
     )
     dq, dk = (jnp.sum(x.reshape(*q.shape[:3], -1, q.shape[3]), 3, jnp.float32).astype(q.dtype) for x in (dq, dk))
     return Inputs(dq, dk, dv, slope, first), None
@@ -83,16 +80,59 @@ def _attend_bwd(scale, interpret, residuals, cotangents):
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _prepared(
-    scale: float, interpret: bool, inputs: Inputs, docs: Documents | None
-) -> tuple[Decayed, Float[Array, "B H N K"]]:
-    """What chunks do for themselves, and what is left of a state behind each chunk."""
+class _Parts(NamedTuple):
+    """What chunks do for themselves."""
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    scores: Float[Array, "B H T C"]
+    stays: Float[Array, "B H N K"]
+    """What is left of a state behind each chunk."""
+
+
+def _prepared(how: How, inputs: Inputs, docs: Documents | None) -> _Parts:
     q, k, _, decay, _ = inputs
     gates = _document_gates(docs)
     stays = jnp.sum(decay.reshape(decay.shape[0], -1, CHUNK, *decay.shape[2:]), axis=2)
     if gates is not None:
         stays += gates.query[:, 0, CHUNK - 1 :: CHUNK, None, None]
-    return decayed(q, k, decay, gates, scale, interpret=interpret), jnp.moveaxis(jnp.exp2(stays), 2, 1)
+    parts = decayed(q, k, decay, gates, how.scale, interpret=how.interpret)
+    return _Parts(parts.q, parts.k, parts.scores, jnp.moveaxis(jnp.exp2(stays), 2, 1))
+
+
+def _walk_segments(parts, v, state, how, *, keep, reverse=False):
+    """`_walk` over all segments of a row at once, each from the state that it starts from; in reverse queries write
+    and keys read."""
+    n = how.segments
+    read, written = (parts.k, parts.q) if reverse else (parts.q, parts.k)
+    first = segment_starts(written, v, parts.stays, state, n, reverse=reverse, interpret=how.interpret)
+    read, written, v = (cut(x, n) for x in (read, written, v))
+    scores, stays = (cut_last(x, n) for x in (parts.scores, parts.stays))
+    out, final, kept = _walk(read, written, v, scores, stays, first, how.interpret, keep=keep, reverse=reverse)
+    return join(out, n), final[0 if reverse else n - 1 :: n], tuple(join_last(x, n) for x in kept)
+
+
+def segment_starts(
+    written: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    stays: Float[Array, "B H N K"],
+    state: Float[Array, "B H K V"],
+    segments: int,
+    *,
+    reverse: bool,
+    interpret: bool,
+) -> Float[Array, "M H K V"]:
+    """The state that each of the M = B * segments walks starts from."""
+    if segments == 1:
+        return state
+    here = cut_last(stays, segments)
+    # What is left of a chunk's part at the other end of its segment: the product over those that come after it.
+    others = jnp.roll(here, 1 if reverse else -1, axis=2).at[:, :, 0 if reverse else -1].set(1.0)
+    left = join_last(lax.cumprod(others, axis=2, reverse=not reverse), segments)
+    left = jnp.repeat(jnp.moveaxis(left, 1, 2), CHUNK, axis=1)
+    written = (written.astype(jnp.float32) * left).astype(written.dtype)
+    parts = added(written, v, None, state.shape[1], segments, reverse=reverse, interpret=interpret)
+    return starts(parts, jnp.prod(here, axis=2)[..., None], state, reverse=reverse)
 
 
 def _document_gates(docs: Documents | None) -> Gates | None:

@@ -4,6 +4,9 @@ What each segment adds to the state is computed first, for all at once and readi
 ends follow from one another, and then every segment is a row of its own with the state that it starts from.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -31,6 +34,14 @@ LEAST_CHUNKS = 8
 """In a segment: with fewer, starting and ending a block would cost more than walking."""
 
 
+class How(NamedTuple):
+    """What is known when a kernel is built."""
+
+    scale: float
+    segments: int
+    interpret: bool
+
+
 def number_of_segments(blocks: int, chunks: int) -> int:
     """Into how many segments rows of so many chunks are cut, where there is a block per row and head."""
     return max(1, min(MULTIPROCESSORS // blocks, chunks // LEAST_CHUNKS))
@@ -46,14 +57,18 @@ def join(x: Shaped[Array, "N S ..."], segments: int) -> Shaped[Array, "B T ..."]
     return x.reshape(x.shape[0] // segments, -1, *x.shape[2:])
 
 
-def cut_last(x: Float[Array, "B H T"], segments: int) -> Float[Array, "N H S"]:
-    """As `cut`, where time is the last axis."""
+def cut_last(x: Shaped[Array, "B H T ..."], segments: int) -> Shaped[Array, "N H S ..."]:
+    """As `cut`, where heads stand before time."""
     return jnp.moveaxis(cut(jnp.moveaxis(x, 2, 1), segments), 1, 2)
 
 
-def join_last(x: Float[Array, "N H S"], segments: int) -> Float[Array, "B H T"]:
+def join_last(x: Shaped[Array, "N H S ..."], segments: int) -> Shaped[Array, "B H T ..."]:
     """Undo `cut_last`."""
     return jnp.moveaxis(join(jnp.moveaxis(x, 2, 1), segments), 1, 2)
+
+
+def cut_gates(gates: Gates | None, segments: int) -> Gates | None:
+    return None if gates is None else Gates(cut_last(gates.query, segments), cut_last(gates.key, segments))
 
 
 def first_states(
@@ -73,25 +88,54 @@ def first_states(
     """
     if segments == 1:
         return state
-    b, heads = state.shape[:2]
-    added = _added(x, y, gates, (heads, segments), scale, reverse, interpret)
-    added = jnp.moveaxis(added.reshape(b, segments, *added.shape[1:]), 1, 0)
-    factors = jnp.ones((segments, b, heads), jnp.float32)
+    heads = state.shape[1]
+    parts = added(x, y, gates, heads, segments, scale=scale, reverse=reverse, interpret=interpret)
+    factors = jnp.ones((len(parts), heads), jnp.float32)
     if gates is not None:
-        chunks = gates.query[:, :, CHUNK - 1 :: CHUNK].reshape(b, heads, segments, -1)
-        factors = jnp.moveaxis(jnp.exp2(jnp.sum(chunks, axis=3)), 2, 0)
+        factors = stays_of(gates, segments)
+    return starts(parts, factors[:, :, None, None], state, reverse=reverse)
+
+
+def stays_of(gates: Gates, segments: int) -> Float[Array, "N H"]:
+    """What is left of a state behind each of the B * segments parts."""
+    chunks = cut_last(gates.query[:, :, CHUNK - 1 :: CHUNK], segments)
+    return jnp.exp2(jnp.sum(chunks, axis=2))
+
+
+def starts(
+    added: Float[Array, "N H X ..."],
+    factors: Float[Array, "N H ..."],
+    state: Float[Array, "B H X ..."],
+    *,
+    reverse: bool,
+    through: Callable[[Array, Array], Array] = jnp.multiply,
+) -> Float[Array, "N H X ..."]:
+    """The state before each of the N / B segments of a row, or, in reverse, behind it: through(factor, state) + added
+    is on a segment's other side."""
+
+    def by_segment(x):
+        return jnp.moveaxis(x.reshape(len(state), -1, *x.shape[1:]), 1, 0)
 
     def step(state, segment):
-        factor, added = segment
-        return factor[:, :, None, None] * state + added, state
+        factor, more = segment
+        return through(factor, state) + more, state
 
-    _, states = lax.scan(step, state, (factors, added), reverse=reverse)
+    _, states = lax.scan(step, state, (by_segment(factors), by_segment(added)), reverse=reverse)
     return jnp.moveaxis(states, 0, 1).reshape(-1, *state.shape[1:])
 
 
-def _added(x, y, gates, counts, scale, reverse, interpret):
-    """What each segment adds to the state, [B * segments, H, X, Y]."""
-    heads, segments = counts
+def added(
+    x: Float[Array, "B T M X"],
+    y: Float[Array, "B T N Y"],
+    gates: Gates | None,
+    heads: int,
+    segments: int,
+    *,
+    scale: float = 1.0,
+    reverse: bool,
+    interpret: bool,
+) -> Float[Array, "C H X Y"]:
+    """What each of the B * segments parts adds to the state by itself."""
     x, y = cut(x, segments), cut(y, segments)
     (rows, tokens, groups, height), (others, width) = x.shape, y.shape[2:]
     workers = min(height, width) // 64
@@ -103,7 +147,7 @@ def _added(x, y, gates, counts, scale, reverse, interpret):
         reach = gates.query if reverse else until_end
         vectors = cut_last(reach, segments), cut_last(gates.query, segments)
 
-    def added(x, y, vectors, out):
+    def add_up(x, y, vectors, out):
         row, head, worker = (lax.axis_index(name) for name in ("row", "head", "worker"))
         columns = pl.ds(worker * own, own)
 
@@ -137,7 +181,8 @@ def _added(x, y, gates, counts, scale, reverse, interpret):
         pl.run_scoped(scoped, matrix(1, workers, CHUNK, own, tile=64), collective_axes="worker")
 
     return launch(
-        added,
+        add_up,
+        name="added",
         out=jax.ShapeDtypeStruct((rows, heads, height, width), jnp.float32),
         grid={"row": rows, "head": heads},
         workers=workers,

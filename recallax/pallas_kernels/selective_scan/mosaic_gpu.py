@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from recallax.pallas_kernels.chunking import Documents
 from recallax.pallas_kernels.dispatch import Unsupported, interpreting
 from recallax.pallas_kernels.linear_attention.gates import LOG2E
+from recallax.pallas_kernels.linear_attention.segments import How, cut, join, starts
 from recallax.pallas_kernels.mosaic_gpu import (
     COLUMNS,
     MATRIX,
@@ -36,6 +37,12 @@ CHANNELS = 64
 """Of a block."""
 STATES = 32
 """Per channel at most: what 16 of them take of shared memory in the backward pass."""
+BLOCKS = 528
+"""Of threads that an H100 has room for: four on each of 132 multiprocessors."""
+LEAST_TOKENS = 512
+"""Of a segment."""
+WALKS = 2
+"""Over a row that is cut into segments, in place of one, so fewer segments than one more would gain nothing."""
 AHEAD, AHEAD_BACK = 3, 1
 """Chunks that TMA brings in ahead; backward two blocks share a multiprocessor's memory so."""
 
@@ -68,14 +75,16 @@ def selective_scan(
     (_, length, channels), states = x.shape, a.shape[1]
     if states > STATES:
         raise Unsupported(f"N is {states}; it must be at most {STATES}")
-    stays = None
+    segments = min(BLOCKS // (len(x) * -(-channels // CHANNELS)), length // LEAST_TOKENS)
+    segments = segments if segments > WALKS else 1
+    extra, stays = -length % (CHUNK * segments), None
     if docs is not None:  # padding keeps its state and does not write; a document's first token drops what was before
         valid = docs.valid[..., None]
         x, rate = (jnp.where(valid, part, jnp.zeros((), part.dtype)) for part in (x, rate))
         stays = jnp.diff(docs.index, axis=1, prepend=0) == 0
-        stays = jnp.pad(stays.astype(jnp.float32), ((0, 0), (0, -length % CHUNK)), constant_values=1.0)
+        stays = jnp.pad(stays.astype(jnp.float32), ((0, 0), (0, extra)), constant_values=1.0)
         stays = jnp.repeat(stays[..., None], states + -states % 8, axis=2)  # of one token it would be too small to copy
-    time, width, depth = (0, -length % CHUNK), (0, -channels % CHANNELS), (0, -states % 8)
+    time, width, depth = (0, extra), (0, -channels % CHANNELS), (0, -states % 8)
 
     def wide(part, *room):
         return jnp.pad(part.astype(jnp.float32), room)
@@ -88,28 +97,61 @@ def selective_scan(
         wide(c, (0, 0), time, depth),
         wide(state, (0, 0), width, depth),
     )
-    out, final = _scan(interpret, inputs, stays)
+    out, final = _scan(How(1.0, segments, interpret), inputs, stays)
     return out[:, :length, :channels], final[:, :channels, :states]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(interpret: bool, inputs: _Inputs, stays: Float[Array, "B T N"] | None):
-    return _forward(interpret, inputs, stays, keep=False)[:2]
+def _scan(how: How, inputs: _Inputs, stays: Float[Array, "B T N"] | None):
+    return _in_segments(how, inputs, stays, keep=False)[:2]
 
 
-def _scan_fwd(interpret, inputs, stays):
-    out, final, (states,) = _forward(interpret, inputs, stays, keep=True)
-    return (out, final), (inputs, stays, states)
+def _scan_fwd(how, inputs, stays):
+    *results, kept = _in_segments(how, inputs, stays, keep=True)
+    return tuple(results), (inputs, stays, kept)
 
 
-def _scan_bwd(interpret, residuals, cotangents):
-    inputs, stays, states = residuals
-    dx, drate, da, db, dc, first = _backward(interpret, inputs, stays, states, *cotangents)
-    db, dc = (jnp.sum(part, axis=1) for part in (db, dc))
-    return _Inputs(dx, drate / LOG2E, jnp.sum(da, axis=0) / LOG2E, db, dc, first), None
+def _scan_bwd(how, residuals, cotangents):
+    (inputs, stays, (states,)), (grad, state_grad), n = residuals, cotangents, how.segments
+    parts, own, grad = _cut(inputs, n), None if stays is None else cut(stays, n), cut(grad, n)
+    walked = functools.partial(_backward, how.interpret, parts, own, states, grad)
+    last = _starts(lambda state: walked(state)[-1], inputs, stays, state_grad, n, reverse=True)
+    dx, drate, da, db, dc, first = walked(last)
+    dx, drate, db, dc = (join(part, n) for part in (dx, drate, jnp.sum(db, axis=1), jnp.sum(dc, axis=1)))
+    return _Inputs(dx, drate / LOG2E, jnp.sum(da, axis=0) / LOG2E, db, dc, first[::n]), None
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def _in_segments(how, inputs, stays, *, keep):
+    """`_forward` over all segments of a row at once; what is kept stays cut."""
+    n, interpret = how.segments, how.interpret
+    parts, own = _cut(inputs, n), None if stays is None else cut(stays, n)
+
+    def before(state):
+        return _forward(interpret, parts._replace(state=state), own, keep=False)[1]
+
+    first = _starts(before, inputs, stays, inputs.state, n, reverse=False)
+    out, final, kept = _forward(interpret, parts._replace(state=first), own, keep=keep)
+    return join(out, n), final[n - 1 :: n], kept
+
+
+def _cut(inputs: _Inputs, segments: int) -> _Inputs:
+    """Every segment as a row, but for the states."""
+    tokens = {name: cut(getattr(inputs, name), segments) for name in ("x", "rate", "b", "c")}
+    return inputs._replace(**tokens)
+
+
+def _starts(other_side, inputs, stays, state, segments, *, reverse):
+    """The state before each segment, or its gradient behind it, by a walk that starts from empty ones."""
+    if segments == 1:
+        return state
+    rates = jnp.sum(cut(inputs.rate, segments), axis=1)[..., None]
+    left = jnp.exp2(rates * inputs.a[None])
+    if stays is not None:
+        left = left * jnp.min(cut(stays, segments), axis=1)[:, None]
+    return starts(other_side(jnp.zeros(left.shape, state.dtype)), left, state, reverse=reverse)
 
 
 def _walk(chunk, tokens, along, first, count, *, reverse=False):

@@ -20,6 +20,14 @@ from recallax.pallas_kernels import feature_maps
 from recallax.pallas_kernels.chunking import Documents
 from recallax.pallas_kernels.dispatch import Unsupported, interpreting
 from recallax.pallas_kernels.linear_attention.gates import Gates, gates_of
+from recallax.pallas_kernels.linear_attention.segments import (
+    How,
+    cut,
+    cut_gates,
+    join,
+    join_last,
+    number_of_segments,
+)
 from recallax.pallas_kernels.mosaic_gpu import (
     CHUNK,
     COLUMNS,
@@ -49,7 +57,7 @@ from recallax.pallas_kernels.taylor_attention.mosaic_gpu_features import (
     tile,
 )
 from recallax.pallas_kernels.taylor_attention.mosaic_gpu_features import scales as feature_scales
-from recallax.pallas_kernels.taylor_attention.mosaic_gpu_gradients import Inputs, gradients
+from recallax.pallas_kernels.taylor_attention.mosaic_gpu_gradients import Inputs, gradients, segment_starts
 
 
 def taylor_attention(
@@ -74,7 +82,8 @@ def taylor_attention(
         width = 1 + WIDTH + WIDTH * (WIDTH + 1) // 2
         state = jnp.zeros((v.shape[0], v.shape[2], width, v.shape[3]), jnp.float32)
     length = q.shape[1]
-    extra = -length % CHUNK
+    segments = number_of_segments(v.shape[0] * v.shape[2], -(-length // CHUNK))
+    extra = -length % (CHUNK * segments)
 
     def padded(x):
         return jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
@@ -89,31 +98,36 @@ def taylor_attention(
     scales = feature_scales()[None, None, :, None]
     filled = jnp.pad(state * scales, ((0, 0), (0, 0), (0, TILES * TILE - state.shape[2]), (0, 0)))
     inputs = Inputs(q, k, padded(v[..., :-1]), filled[..., :-1], filled[..., -1])
-    out, total, final, final_total = _attend(interpret, inputs, gates)
+    out, total, final, final_total = _attend(How(1.0, segments, interpret), inputs, gates)
     final = jnp.concatenate([final, final_total[..., None]], axis=3)[:, :, : state.shape[2]] / scales
     total = jnp.moveaxis(total, 1, 2)[..., None].astype(v.dtype)
     return jnp.concatenate([out, total], axis=3)[:, :length], final
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(interpret: bool, inputs: Inputs, gates: Gates | None):
-    return _forward(*inputs[:3], gates, *inputs[3:], interpret)
+def _attend(how: How, inputs: Inputs, gates: Gates | None):
+    """Numerators in v's dtype, denominators [B, H, T], the final state and its sums in float32."""
+    n, (q, k, v, state, totals) = how.segments, inputs
+    ones = jnp.ones((v.shape[0], v.shape[2], v.shape[1]), jnp.float32)
+    first = segment_starts(k, v, ones, gates, state, totals, n, reverse=False, interpret=how.interpret)
+    q, k, v = (cut(x, n) for x in (q, k, v))
+    out, total, final, final_total = _forward(q, k, v, cut_gates(gates, n), *first, how.interpret)
+    return join(out, n), join_last(total, n), final[n - 1 :: n], final_total[n - 1 :: n]
 
 
-def _attend_fwd(interpret, inputs, gates):
-    return _attend(interpret, inputs, gates), (inputs, gates)
+def _attend_fwd(how, inputs, gates):
+    return _attend(how, inputs, gates), (inputs, gates)
 
 
-def _attend_bwd(interpret, residuals, cotangents):
-    inputs, gates = residuals
-    return gradients(inputs, gates, *cotangents, interpret=interpret), None
+def _attend_bwd(how, residuals, cotangents):
+    (inputs, gates), (grad, *rest) = residuals, cotangents
+    return gradients(inputs, gates, grad, *rest, segments=how.segments, interpret=how.interpret), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _forward(q, k, v, gates, state, totals, interpret):
-    """Numerators in v's dtype, denominators [B, H, T], the final state and its sums in float32."""
     b, t, h, _ = q.shape
 
     def forward(q, k, v, gates, picks, start, start_total, out, total, final, final_total):

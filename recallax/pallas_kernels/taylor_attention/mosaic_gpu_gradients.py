@@ -20,6 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.linear_attention.gates import Gates
+from recallax.pallas_kernels.linear_attention.segments import cut, cut_gates, cut_last, join_last, starts, stays_of
 from recallax.pallas_kernels.mosaic_gpu import (
     CHUNK,
     COLUMNS,
@@ -78,25 +79,63 @@ def gradients(
     state_grad: Float[Array, "B H F V"],
     totals_grad: Float[Array, "B H F"],
     *,
+    segments: int,
     interpret: bool,
 ) -> Inputs:
     """Of all inputs, from those of the numerators, the denominators, the final state and its sums."""
     q, k, v, state, totals = inputs
     ones = jnp.ones_like(total_grad)
-    before = _states(k, v, ones, gates, state, totals, interpret, reverse=False)
-    behind = _states(q, grad, total_grad, gates, state_grad, totals_grad, interpret, reverse=True)
+    before = _all_states(k, v, ones, gates, state, totals, segments, interpret, reverse=False)
+    behind = _all_states(q, grad, total_grad, gates, state_grad, totals_grad, segments, interpret, reverse=True)
     dq, dk, dv = _chunk_gradients(inputs, gates, grad, total_grad, before, behind, interpret)
     return Inputs(dq, dk, dv, behind.state, behind.totals)
 
 
-def _states(x, y, weights, gates, state, totals, interpret, *, reverse):
-    """Sums of phi(x) y^T and of phi(x) times a weight, of keys and values or, in reverse, of queries and gradients.
+def segment_starts(
+    x: Float[Array, "B T H D"],
+    y: Float[Array, "B T H V"],
+    weights: Float[Array, "B H T"],
+    gates: Gates | None,
+    state: Float[Array, "B H F V"],
+    totals: Float[Array, "B H F"],
+    segments: int,
+    *,
+    reverse: bool,
+    interpret: bool,
+) -> tuple[Float[Array, "N H F V"], Float[Array, "N H F"]]:
+    """The state and the totals that each of N = B * segments walks starts from; arguments as of `_states`."""
+    if segments == 1:
+        return state, totals
+    empty, nothing = (jnp.zeros((segments * len(part), *part.shape[1:]), part.dtype) for part in (state, totals))
+    own = cut(x, segments), cut(y, segments), cut_last(weights, segments), cut_gates(gates, segments)
+    _, made, made_totals = _states(*own, empty, nothing, interpret, reverse=reverse, keep=False)
+    left = jnp.ones((len(made), 1), jnp.float32) if gates is None else stays_of(gates, segments)
+    return (
+        starts(made, left[:, :, None, None], state, reverse=reverse),
+        starts(made_totals, left[:, :, None], totals, reverse=reverse),
+    )
+
+
+def _all_states(x, y, weights, gates, state, totals, segments, interpret, *, reverse):
+    """`_states`, over all segments of a row at once."""
+    n = segments
+    first = segment_starts(x, y, weights, gates, state, totals, n, reverse=reverse, interpret=interpret)
+    own = cut(x, n), cut(y, n), cut_last(weights, n), cut_gates(gates, n)
+    (chunks, chunk_totals), *ends = _states(*own, *first, interpret, reverse=reverse, keep=True)
+    last = 0 if reverse else n - 1
+    return _States(join_last(chunks, n), join_last(chunk_totals, n), *(part[last::n] for part in ends))
+
+
+def _states(x, y, weights, gates, state, totals, interpret, *, reverse, keep):
+    """What is kept of the walk, if anything, its last state and that one's totals.
+
+    Sums of phi(x) y^T and of phi(x) times a weight, of keys and values or, in reverse, of queries and gradients.
 
     Each warpgroup has 64 of the features.
     """
     b, h, count = x.shape[0], x.shape[2], x.shape[1] // CHUNK
 
-    def states(x, y, vectors, gates, picks, start, start_total, kept, kept_total, final, final_total):
+    def states(x, y, vectors, gates, picks, start, start_total, kept, final, final_total):
         row, head, worker = (lax.axis_index(name) for name in ("row", "head", "worker"))
         own = tile(worker)
 
@@ -117,9 +156,10 @@ def _states(x, y, weights, gates, state, totals, interpret, *, reverse):
                 *gates, (state, total) = rest
                 step, zero = order(index[0]), unknown_zero(index[0])
                 room = held.at[zero, worker]
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                room[...] = state.astype(y.dtype)
-                kept_total[row, head, step, own] = total
+                if keep:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    room[...] = state.astype(y.dtype)
+                    kept[1][row, head, step, own] = total
                 if gates:
                     last = plgpu.load(gates[0].at[CHUNK - 1])
                     reach = plgpu.load(gates[0], layout=ROWS)
@@ -128,7 +168,8 @@ def _states(x, y, weights, gates, state, totals, interpret, *, reverse):
                     seen[...] = decayed_rows(x, jnp.exp2(reach), interpret=interpret).astype(x.dtype)
                     state, total, x = state * jnp.exp2(last), total * jnp.exp2(last), seen
                 plgpu.commit_smem()
-                send((room, kept.at[row, head, step, own]))
+                if keep:
+                    send((room, kept[0].at[row, head, step, own]))
                 phi = features(x, picked.at[zero, worker], 0, QUERIES if reverse else KEYS, interpret, transposed=True)
                 weighted = phi * along_columns(plgpu.load(weight, layout=COLUMNS), phi.shape)
                 (state,) = accumulate((state, (phi.astype(y.dtype), y)), interpret=interpret)
@@ -149,12 +190,15 @@ def _states(x, y, weights, gates, state, totals, interpret, *, reverse):
         )
 
     wide = TILES * TILE
-    results = launch(
+    chunks = (
+        jax.ShapeDtypeStruct((b, h, count, wide, VALUES), y.dtype),
+        jax.ShapeDtypeStruct((b, h, count, wide), jnp.float32),
+    )
+    return launch(
         states,
         name="states_back" if reverse else "states",
         out=(
-            jax.ShapeDtypeStruct((b, h, count, wide, VALUES), y.dtype),
-            jax.ShapeDtypeStruct((b, h, count, wide), jnp.float32),
+            chunks if keep else (),
             jax.ShapeDtypeStruct(state.shape, jnp.float32),
             jax.ShapeDtypeStruct(totals.shape, jnp.float32),
         ),
@@ -162,7 +206,6 @@ def _states(x, y, weights, gates, state, totals, interpret, *, reverse):
         workers=TILES,
         interpret=interpret,
     )(x, y, weights, gates or (), picks(), state, totals)
-    return _States(*results)
 
 
 def _chunk_gradients(inputs, gates, grad, total_grad, before, behind, interpret):
