@@ -80,7 +80,7 @@ CASES = [
 CASES += [
     Case("linear_attention", width, width, decay, False, batch=1) for width in (64, 128) for decay in (False, True)
 ]
-"""In segments."""
+"""A single row is cut into segments, here and below."""
 CASES += [
     Case("linear_attention", keys, values, True, docs, per_channel=True)
     for keys in (64, 128)
@@ -110,6 +110,14 @@ CASES += [
 ]
 CASES += [Case("neural_memory", width, width, momentum, True) for width in (64, 128) for momentum in (False, True)]
 CASES += [Case("selective_scan", 2048, states, True, docs) for states in (1, 16) for docs in (False, True)]
+CASES += [
+    Case(op, width, width, True, False, batch=1, per_channel=per_channel)
+    for op, per_channel in (("linear_attention", True), ("delta_rule", False), ("delta_rule", True))
+    for width in (64, 128)
+]
+CASES += [Case("delta_rule", *widths, True, False, batch=1) for widths in ((64, 128), (128, 64))]
+CASES += [Case("taylor_attention", 16, 64, False, docs, batch=1) for docs in (False, True)]
+CASES += [Case("selective_scan", 2048, 16, True, docs, batch=1) for docs in (False, True)]
 
 
 def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
@@ -239,7 +247,7 @@ def facts(ptx: Path) -> Row:
     }
 
 
-def measure(op: str | None) -> Iterator[Row]:
+def measure(op: str | None, batch: int | None) -> Iterator[Row]:
     import jax
 
     from recallax.train.log import commit
@@ -247,7 +255,7 @@ def measure(op: str | None) -> Iterator[Row]:
     at = commit()  # before the first row makes it dirty
     with tempfile.TemporaryDirectory() as name:
         os.environ["MOSAIC_GPU_DUMP_TO"] = name
-        for case in (case for case in CASES if op in (None, case.op)):
+        for case in (case for case in CASES if op in (None, case.op) and batch in (None, case.batch)):
             for kernel, path in compiled(case, Path(name)):
                 yield {
                     "kind": "static",
@@ -274,13 +282,14 @@ def report() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", help="the cases of one op alone")
+    parser.add_argument("--batch", type=int, help="the cases of so many rows alone")
     parser.add_argument("--report", action="store_true", help="print the newest rows")
     chosen = parser.parse_args()
     if chosen.report:
         return report()
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     defects = 0
-    for row in measure(chosen.op):
+    for row in measure(chosen.op, chosen.batch):
         print(json.dumps(row), flush=True)
         defects += row["spill_store_bytes"] > 0 or row["shared_bytes"] > SHARED_BYTES or row["serialized_products"]
         with RESULTS.open("a") as file:
