@@ -97,17 +97,21 @@ def masked_dense(mixer: MoMMixer, x: jax.Array, seq: SeqInfo) -> jax.Array:
     return mixer.readout(total, x)
 
 
+WIDE = {
+    "no shared": replace(CONFIG, shared=False),
+    "RetNet": MoM(memory=RetNet(heads=2), num_memories=3, top_k=2),
+    "all of three": MoM(memory=GLA(heads=2, gate_rank=3), num_memories=3, top_k=3),
+}
+
+
 @pytest.mark.parametrize(
     "config",
     [
-        CONFIG,
-        replace(CONFIG, shared=False),
-        replace(CONFIG, num_memories=5, top_k=1, weights="softmax"),
-        MoM(memory=RetNet(heads=2), num_memories=3, top_k=2),
-        MoM(memory=Mamba2(state_dim=5, head_dim=8), num_memories=3, top_k=2),
-        MoM(memory=GLA(heads=2, gate_rank=3), num_memories=3, top_k=3),
+        pytest.param(CONFIG, id="default"),
+        pytest.param(replace(CONFIG, num_memories=5, top_k=1, weights="softmax"), id="one of five"),
+        pytest.param(MoM(memory=Mamba2(state_dim=5, head_dim=8), num_memories=3, top_k=2), id="Mamba2"),
+        *(pytest.param(config, id=name, marks=pytest.mark.full) for name, config in WIDE.items()),
     ],
-    ids=["default", "no shared", "one of five", "RetNet", "Mamba2", "all of three"],
 )
 def test_dispatch_equals_a_loop_over_memories(config):
     mixer, x = build(config), noise(1, BATCH, LENGTH, WIDTH)
@@ -146,7 +150,11 @@ MEMORIES: tuple[MemoryConfig, ...] = (
 )
 
 
-@pytest.mark.parametrize("memory", MEMORIES, ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "memory",
+    [pytest.param(m, marks=[pytest.mark.full] * (not isinstance(m, GatedDeltaNet | GLA | Mamba2))) for m in MEMORIES],
+    ids=lambda m: type(m).__name__,
+)
 def test_one_memory_is_its_cell(memory):
     mixer = build(MoM(memory=memory, num_memories=1, top_k=1, shared=False))
     alone = memory.build(WIDTH, Site(0, 2), precision=Precision(), rngs=nnx.Rngs(0))

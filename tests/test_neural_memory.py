@@ -137,6 +137,8 @@ WIDE = {
     "exact, no momentum": "exact at the decayed, to zero",
     "exact, decay to zero": "exact at the decayed, to zero",
     "exact at the decayed": "exact at the decayed, to zero",
+    "last layer only": "random features",
+    "chunks of one": "exact",
 }
 """What another learner's case passes through as well: left to `make test-full`."""
 

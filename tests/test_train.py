@@ -472,6 +472,7 @@ def checksums(folder: Path, step: int) -> dict[str, Any]:
 
 WIDE = {
     *("based_1b3", "mom_1b3", "mom_380m", "titans_340m", "jrt_rnn_360m", "overwrites_neural_memory", "based_360m"),
+    "mqar_titans",
     *("hydra_1b6", "hydra_1b6_staged", "mqar_hydra_at_once", "mqar_hydra_staged"),
     *("set_disjointness_based", "parity_attention", "induction_attention"),
     *("mqar_mamba", "mqar_mamba2", "mqar_kda", "mqar_gated_delta_net", "mqar_nemotron_h", "mqar_delta_net"),
