@@ -176,6 +176,11 @@ def _chunk(keys, wide, held, vectors, pairs, scale, interpret):
     def dots(x, y):
         return jnp.sum(load(x) * y, axis=1)
 
+    def product_at_end():
+        return jnp.exp2(last) * jnp.sum(load(state) * load(late), axis=1)
+
+    # For wide states registers suffice only after the sums, for narrow ones only before.
+    ends: Any = product_at_end() if gates and state.shape[1] == PART else None
     (dq,) = accumulate((zeros(*shape), (grad, state.transpose((1, 0)))), interpret=interpret)
     (dq,) = accumulate((scaled(dq * scale, since), (pairs.at[0], k)), interpret=interpret)
     through: Any = dots(q, dq) if gates else None
@@ -196,5 +201,5 @@ def _chunk(keys, wide, held, vectors, pairs, scale, interpret):
     if not gates:
         return (dq, reader + key), (erase_sum,)
     through += dots(k, reader) - dots(k, key)
-    behind += jnp.exp2(last) * jnp.sum(load(state) * load(late), axis=1)
+    behind += product_at_end() if ends is None else ends
     return (dq, reader + key), (erase_sum, through, behind)
