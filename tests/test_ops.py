@@ -284,6 +284,21 @@ def test_linear_attention_without_decay_is_masked_attention_without_softmax():
     np.testing.assert_allclose(linear_attention(q, k, v)[0], jnp.einsum("bhij,bjhv->bihv", scores, v), atol=2e-5)
 
 
+def test_a_step_keeps_to_its_window_where_the_cache_holds_more():
+    inputs = single(draw(Case(7, heads=1)))
+    positions = jnp.tile(jnp.arange(7)[None], (2, 1))
+    empty = KVCache(*(jnp.zeros((2, 9, 1, 8)) for _ in range(2)))
+    want, _ = window_attention(**inputs, window=3)
+    _, cache = window_attention(
+        **{name: x[:, :6] for name, x in inputs.items()}, window=3, state=empty, positions=positions[:, :6]
+    )
+    assert cache is not None
+    token: dict[str, Any] = {name: x[:, 6] for name, x in inputs.items()}
+    where: dict[str, Any] = {"position": jnp.full(2, 6), "active": jnp.ones(2, bool)}
+    got, _ = window_attention_step(**token, state=cache, **where, window=3)
+    np.testing.assert_allclose(got, want[:, 6], atol=1e-6)
+
+
 def test_unwritten_cache_may_hold_nan():
     case = Case(5, heads=1)
     inputs = single(draw(case))
