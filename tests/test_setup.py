@@ -167,3 +167,43 @@ def test_a_group_of_tests_stays_in_one_process(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(list(tmp_path.glob("*.ran"))) == 1
+
+
+TARGET = 'while [ "$1" != --target ]; do shift; done'
+"""What is $2 from here on is where pip installs to."""
+
+
+def tpu_compiler(folder: Path, system: str, machine: str, pip: str) -> subprocess.CompletedProcess[str]:
+    """Run it for an environment whose installer does `pip`, on a machine that says it is that."""
+    stub(folder / "bin" / "uname", f'[ "$1" = -s ] && echo {system} || echo {machine}')
+    stub(folder / "venv" / "bin" / "python", pip)
+    return subprocess.run(
+        ["/bin/sh", str(ROOT / "scripts" / "tpu-compiler"), str(folder / "venv"), str(ROOT / CONSTRAINTS[0])],
+        env={"PATH": f"{folder / 'bin'}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+@pytest.mark.parametrize("machine", [("Darwin", "arm64"), ("Linux", "aarch64"), ("Linux", "x86_64")])
+def test_without_a_compiler_for_tpus_a_loud_line_says_what_is_not_tested(machine, tmp_path: Path):
+    done = tpu_compiler(tmp_path, *machine, pip=f'{TARGET}\nmkdir -p "$2"; exit 1')  # there is no network
+    assert done.returncode == 0 and "NO KERNEL IS COMPILED FOR A TPU" in done.stderr
+    assert os.listdir(tmp_path / "venv") == ["bin"]
+
+
+def test_the_compiler_for_tpus_is_installed_once_and_anew_for_another_pin(tmp_path: Path):
+    old = tmp_path / "venv" / "libtpu" / "libtpu-0.0.1.dist-info"
+    old.mkdir(parents=True)
+    install = f"""
+{TARGET}
+echo once >>{tmp_path}/installs
+mkdir -p "$2/libtpu-${{3#libtpu==}}.dist-info"
+"""
+    for _ in range(2):
+        assert tpu_compiler(tmp_path, "Linux", "x86_64", install).returncode == 0
+    pin = re.search(r"^libtpu==(.*)$", (ROOT / CONSTRAINTS[0]).read_text(), re.MULTILINE)
+    assert pin is not None
+    assert os.listdir(old.parent) == [f"libtpu-{pin[1]}.dist-info"]
+    assert (tmp_path / "installs").read_text() == "once\n"
