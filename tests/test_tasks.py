@@ -3,6 +3,7 @@
 `RECALLAX_WRITE_GOLDEN=1 pytest tests/test_tasks.py -k golden` rewrites the golden rows.
 """
 
+import importlib
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.window_reach.sweep import reach
 from recallax import tasks
 from recallax.config import Config, ConfigError, from_json, to_json
 from recallax.tasks import MQAR, SPLITS, Segment, Split, Task, Writes
@@ -757,3 +759,13 @@ def test_masked_tokens_predict_themselves_and_the_prefix_no_next_token():
 def test_both_normalisations_of_the_masked_loss():
     paper, code = loss_weights("paper"), loss_weights("code")
     assert paper == {"next_token": 0.8, "masked_token": 0.2} and code == {"next_token": 1.0, "masked_token": 0.25}
+
+
+def test_windows_reach_as_much_of_the_standard_mixture_as_the_published_figure_says():
+    """A sliding window recalls what stands within it, so the figure of Zoology's README (windows of 8 to 1024 tokens at
+    width 128, the mean over seven lengths) is a fact about where the queries stand."""
+    task = importlib.import_module("recallax.configs.mqar_window").get_config().task
+    assert reach(task, 8, rows=256) == pytest.approx(0.081, abs=0.025)
+    published = {16: 0.145, 32: 0.310, 64: 0.514, 128: 0.658, 256: 0.797, 512: 0.936, 1024: 1.0}
+    for window, accuracy in published.items():
+        assert reach(task, window, rows=256) == pytest.approx(accuracy, abs=0.006), window
