@@ -6,8 +6,9 @@
     python -m benchmarks.kernels --crossover                     from which length BASED is faster than cuDNN attention
     python -m benchmarks.kernels --report                        the newest rows as a table
 
-It needs a GPU, PyTorch and fla-core (a wheel of pure Python). Both sides run in turns, bursts of calls each, so that
-launching overlaps with computing as in training. Errors are against the XLA form in float32 on the same inputs.
+It needs a GPU, PyTorch and fla-core (a wheel of pure Python). Both sides run alternately, bursts of calls each, so that
+launching overlaps with computing as in training. Errors are against the XLA implementation in float32 on the same
+inputs. `fla_ops` has the opponent's calls, and `numpy_ops` takes its place in tests.
 """
 
 import argparse
@@ -22,27 +23,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants some of the memory as well
-
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu_races import RACES, Race, Shape
+from benchmarks import fla_ops
+from benchmarks.gpu_compare import COMPARISONS, Arrays, Comparison, Shape
+from benchmarks.messages import ArraySpec, check_arrays
 from recallax.pallas_kernels.dispatch import Unsupported
-from recallax.train.log import commit
+from recallax.train.log import git_commit
 
 RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
-SIZES = ((8, 4096, 16), (1, 32_768, 16), (32, 1024, 4))
+SHAPES = ((8, 4096, 16), (1, 32_768, 16), (32, 1024, 4))
 """Rows, tokens and heads."""
-FORMS = ("mosaic_gpu", "xla")
-ROUNDS, BURST = 10, 10
-FLOPS, BYTES = 800e12, 3.0e12
-"""What an H100 does per second at best in practice: bfloat16 products, device memory."""
+IMPLEMENTATIONS = ("mosaic_gpu", "xla")
+ROUNDS, CALLS_PER_BURST = 10, 10
+PEAK_FLOPS, PEAK_BANDWIDTH = 800e12, 3.0e12
+"""Peak rates of an H100 in practice, per second: bfloat16 products, device memory."""
 COLUMNS = (
     "op",
     "B T H K V",
     "pass",
-    "form",
+    "implementation",
     "ours ms",
     "fla ms",
     "fla ÷ ours",
@@ -52,175 +53,243 @@ COLUMNS = (
 )
 
 type Row = dict[str, Any]
-type Arrays = dict[str, jax.Array]
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments; those of the process by default.
+
+    Returns:
+        The exit status.
+    """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", help=f"ops, by comma: {', '.join(RACES)}")
+    parser.add_argument("--only", help=f"ops, by comma: {', '.join(COMPARISONS)}")
     parser.add_argument("--quick", action="store_true", help="the smallest size only")
-    parser.add_argument("--crossover", action="store_true")
-    parser.add_argument("--report", action="store_true")
-    arguments = parser.parse_args()
+    parser.add_argument("--crossover", action="store_true", help="measure BASED against cuDNN's attention by length")
+    parser.add_argument("--report", action="store_true", help="print the table of the results file, measure nothing")
+    arguments = parser.parse_args(argv)
     if arguments.report:
         print(report([json.loads(line) for line in RESULTS.read_text().splitlines()]))
         return 0
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs some of the memory as well
     if jax.default_backend() != "gpu":
         sys.exit(f"benchmarks.kernels needs an NVIDIA GPU and finds a {jax.default_backend()}")
     if arguments.crossover:
         crossover()
         return 0
-    names = list(RACES) if arguments.only is None else arguments.only.split(",")
+    names = list(COMPARISONS) if arguments.only is None else arguments.only.split(",")
     for name in names:
-        for size in SIZES[-1:] if arguments.quick else SIZES:
-            for keys, values in RACES[name].widths:
-                for row in race(name, RACES[name], Shape(*size, keys, values)):
+        for size in SHAPES[-1:] if arguments.quick else SHAPES:
+            for keys, values in COMPARISONS[name].widths:
+                for row in compare(name, Shape(*size, keys, values)):
                     with RESULTS.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                     print(report([row]).splitlines()[-1], flush=True)
     return 0
 
 
-def race(name: str, race: Race, shape: Shape) -> list[Row]:
-    """One row per form and pass."""
+def hand_over(comparison: Comparison, shape: Shape) -> tuple[Arrays, jax.Array]:
+    """Draw what both sides compute with.
+
+    Args:
+        comparison: The op and its inputs.
+        shape: Their sizes.
+
+    Returns:
+        The inputs by name, and a gradient of the output.
+
+    Raises:
+        HandoverError: The inputs, or recallax's output, do not have the declared shapes and dtypes.
+    """
+    inputs = comparison.draw(shape)
+    specs = comparison.inputs(shape)
+    check_arrays(inputs, specs, "the inputs drawn")
+    out = jax.eval_shape(partial(comparison.op, implementation="xla"), **inputs)
+    check_arrays({"out": out}, {"out": specs["v"]}, "recallax's output")
+    d_out = jax.random.normal(jax.random.key(1), out.shape).astype(out.dtype)
+    return inputs, d_out
+
+
+def compare(name: str, shape: Shape) -> list[Row]:
+    """Measure one comparison.
+
+    Args:
+        name: A key of `COMPARISONS`.
+        shape: Sizes of the inputs.
+
+    Returns:
+        One row per implementation and pass.
+
+    Raises:
+        HandoverError: One side does not take or return what is declared.
+    """
     import torch
 
-    torch.manual_seed(0)
-    tensors = race.draw(shape)
-    slope = torch.randn_like(tensors["v"])
-    inputs: Arrays = {n: jnp.from_dlpack(x) for n, x in tensors.items()}
+    comparison = COMPARISONS[name]
+    inputs, d_out = hand_over(comparison, shape)
+    tensors = {n: torch.from_dlpack(x) for n, x in inputs.items()}
+    specs = {"out": comparison.inputs(shape)["v"]} | dict(sorted(comparison.inputs(shape).items()))
     exact = {n: x.astype(jnp.float32) for n, x in inputs.items()}
     rows = []
     for backward in (False, True):
-        theirs = _torch_call(race, tensors, slope if backward else None)
+        theirs = _torch_call(name, tensors, torch.from_dlpack(d_out) if backward else None)
         theirs()  # fla tunes itself
-        out_theirs = [jnp.from_dlpack(x.contiguous()).astype(jnp.float32) for x in theirs()]
-        want = _jax_call(race, "xla", exact, jnp.from_dlpack(slope).astype(jnp.float32) if backward else None)[0]()
-        for form in FORMS:
+        results = theirs()
+        # Gradients may come in another dtype than the inputs, so that their shapes alone count.
+        found = dict(zip(specs, results, strict=False))
+        check_arrays(
+            {n: ArraySpec(tuple(x.shape), specs[n].dtype) for n, x in found.items()},
+            {n: spec for n, spec in specs.items() if backward or n == "out"},
+            "fla's results",
+        )
+        out_theirs = [jnp.from_dlpack(x.contiguous()).astype(jnp.float32) for x in results]
+        expected = _jax_call(comparison, "xla", exact, d_out.astype(jnp.float32) if backward else None)[0]()
+        for implementation in IMPLEMENTATIONS:
             try:
-                ours, held = _jax_call(race, form, inputs, jnp.from_dlpack(slope) if backward else None)
+                ours, held = _jax_call(comparison, implementation, inputs, d_out if backward else None)
             except Unsupported as reason:
-                print(f"{name} {shape} {form}: {reason}", file=sys.stderr)
+                print(f"{name} {shape} {implementation}: {reason}", file=sys.stderr)
                 continue
-            times = turns(Side(ours, jax.block_until_ready), Side(theirs, lambda _: torch.cuda.synchronize()))
+            times = interleaved_times(
+                TimedCall(ours, jax.block_until_ready), TimedCall(theirs, lambda _: torch.cuda.synchronize())
+            )
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             theirs()
-            best = race.seconds(shape, backward, FLOPS, BYTES)
+            best = comparison.seconds(shape, backward, PEAK_FLOPS, PEAK_BANDWIDTH)
             rows.append(
                 {
                     "op": name,
                     "shape": list(shape),
                     "pass": "forward+backward" if backward else "forward",
-                    "form": form,
+                    "implementation": implementation,
                     **{f"{side}_{stat}_ms": value for side, pair in times.items() for stat, value in pair.items()},
                     "ratio": round(times["fla"]["median"] / times["ours"]["median"], 3),
                     "roofline": round(1e3 * best / times["ours"]["median"], 3),
-                    "error": worst(ours(), want),
-                    "fla_error": worst(out_theirs, want),
+                    "error": relative_error(ours(), expected),
+                    "fla_error": relative_error(out_theirs, expected),
                     "bytes": held,
                     "fla_bytes": torch.cuda.max_memory_allocated() - before,
                     "device": jax.devices()[0].device_kind,
                     "jax": jax.__version__,
                     **{m: importlib.metadata.version(m) for m in ("torch", "triton", "fla-core")},
-                    "commit": commit(),
+                    "commit": git_commit(),
                 }
             )
     return rows
 
 
-class Side(NamedTuple):
-    """One library's call, and how to wait for what it returned."""
+class TimedCall(NamedTuple):
+    """One library's call, and how to wait for its results."""
 
     call: Callable[[], Any]
     wait: Callable[[Any], Any]
 
-    def burst(self) -> float:
-        """Seconds per call of several that are waited for once."""
+    def time_burst(self) -> float:
+        """Return the seconds per call of several calls that are waited for once."""
         begin = time.perf_counter()
-        for _ in range(BURST - 1):
+        for _ in range(CALLS_PER_BURST - 1):
             self.call()
         self.wait(self.call())
-        return (time.perf_counter() - begin) / BURST
+        return (time.perf_counter() - begin) / CALLS_PER_BURST
 
 
-def turns(ours: Side, theirs: Side) -> dict[str, dict[str, float]]:
-    """Milliseconds per call, least and median over the rounds, after one round that does not count."""
-    rounds = [(ours.burst(), theirs.burst()) for _ in range(ROUNDS + 1)][1:]
+def interleaved_times(ours: TimedCall, theirs: TimedCall) -> dict[str, dict[str, float]]:
+    """Run both sides alternately.
+
+    Args:
+        ours: recallax's call.
+        theirs: fla's call.
+
+    Returns:
+        Milliseconds per call, least and median over the rounds, without a first round to warm up.
+    """
+    rounds = [(ours.time_burst(), theirs.time_burst()) for _ in range(ROUNDS + 1)][1:]
     return {
         name: {"min": round(1e3 * min(x), 4), "median": round(1e3 * statistics.median(x), 4)}
         for name, x in zip(("ours", "fla"), zip(*rounds, strict=True), strict=True)
     }
 
 
-def _jax_call(race: Race, form: str, inputs: Arrays, slope: jax.Array | None) -> tuple[Callable[[], list], int]:
-    """A compiled call that gives the output, with a slope the gradients too; and the bytes it holds meanwhile."""
+def _jax_call(
+    comparison: Comparison, implementation: str, inputs: Arrays, d_out: jax.Array | None
+) -> tuple[Callable[[], list], int]:
+    """A compiled call that returns the output, with `d_out` the gradients too; and the bytes of its temporaries."""
 
     def forward(inputs: Arrays) -> jax.Array:
-        return race.ours(inputs, form)
+        return comparison.op(**inputs, implementation=implementation)
 
-    def both(inputs: Arrays, slope: jax.Array) -> tuple[jax.Array, Arrays]:
+    def both(inputs: Arrays, d_out: jax.Array) -> tuple[jax.Array, Arrays]:
         out, pull = jax.vjp(forward, inputs)
-        return out, pull(slope)[0]
+        return out, pull(d_out)[0]
 
-    arguments = (inputs,) if slope is None else (inputs, slope)
-    compiled = jax.jit(forward if slope is None else both).lower(*arguments).compile()
+    arguments = (inputs,) if d_out is None else (inputs, d_out)
+    compiled = jax.jit(forward if d_out is None else both).lower(*arguments).compile()
     held = compiled.memory_analysis()
     return lambda: jax.tree.leaves(compiled(*arguments)), held.temp_size_in_bytes if held else 0
 
 
-def _torch_call(race: Race, tensors: dict[str, Any], slope: Any) -> Callable[[], list]:
-    """The same of fla; gradients in the order in which JAX gives them, by name."""
+def _torch_call(name: str, tensors: dict[str, Any], d_out: Any) -> Callable[[], list]:
+    """fla's call; the gradients are in the order of `jax.tree.leaves`, by name."""
     import torch
 
-    if slope is None:
+    op = fla_ops.OPS[name]
+    if d_out is None:
         with torch.no_grad():
-            return lambda: [race.theirs(tensors)]
+            return lambda: [op(**tensors)]
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
 
     def call() -> list:
-        out = race.theirs(leaves)
-        gradients = torch.autograd.grad(out, list(leaves.values()), slope)
+        out = op(**leaves)
+        gradients = torch.autograd.grad(out, list(leaves.values()), d_out)
         by_name = dict(zip(leaves, gradients, strict=True))
         return [out.detach(), *(by_name[name] for name in sorted(by_name))]
 
     return call
 
 
-def worst(got: Sequence[jax.Array], want: Sequence[jax.Array]) -> float:
-    """The largest error of any array, relative to its largest entry."""
-    pairs = zip(got, want, strict=True)
-    return max(float(jnp.abs(g.astype(jnp.float32) - w).max() / jnp.abs(w).max()) for g, w in pairs)
+def relative_error(found: Sequence[jax.Array], expected: Sequence[jax.Array]) -> float:
+    """Return the largest error of any array, relative to its largest entry.
+
+    Args:
+        found: Arrays of any dtype.
+        expected: float32 arrays of the same shapes.
+    """
+    pairs = zip(found, expected, strict=True)
+    return max(float(jnp.abs(x.astype(jnp.float32) - y).max() / jnp.abs(y).max()) for x, y in pairs)
 
 
 def crossover() -> None:
-    """Milliseconds of BASED's forms and of cuDNN's causal attention, forward, over 32768 tokens of 16 heads."""
+    """Print the milliseconds of BASED and of cuDNN's causal attention, forward, over 32768 tokens of 16 heads."""
     for length in (512, 1024, 2048, 4096, 8192, 16_384):
         keys = jax.random.split(jax.random.key(0), 3)
         q, k, v = (jax.random.normal(key, (32_768 // length, length, 16, 64), jnp.bfloat16) for key in keys)
         attend = jax.jit(partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"))
         calls: dict[str, Callable[[], Any]] = {"cudnn": partial(attend, q, k, v)}
-        for form in FORMS:
+        inputs = {"q": q[..., :16], "k": k[..., :16], "v": v}
+        for implementation in IMPLEMENTATIONS:
             try:
-                calls[form], _ = _jax_call(RACES["based"], form, {"q": q[..., :16], "k": k[..., :16], "v": v}, None)
+                calls[implementation], _ = _jax_call(COMPARISONS["based"], implementation, inputs, None)
             except Unsupported as reason:
-                print(f"{form}: {reason}", file=sys.stderr)
-        sides = {name: Side(call, jax.block_until_ready) for name, call in calls.items()}
-        rounds = [{name: side.burst() for name, side in sides.items()} for _ in range(ROUNDS + 1)][1:]
+                print(f"{implementation}: {reason}", file=sys.stderr)
+        sides = {name: TimedCall(call, jax.block_until_ready) for name, call in calls.items()}
+        rounds = [{name: side.time_burst() for name, side in sides.items()} for _ in range(ROUNDS + 1)][1:]
         medians = {name: 1e3 * statistics.median(seconds[name] for seconds in rounds) for name in sides}
         print(f"{length:>6} tokens", "  ".join(f"{name} {ms:.3f} ms" for name, ms in medians.items()), flush=True)
 
 
 def report(rows: list[Row]) -> str:
-    """The newest row of each setting."""
-    newest = {(r["op"], *r["shape"], r["pass"], r["form"], r["device"]): r for r in rows}
+    """Return the newest row of each setting as a Markdown table."""
+    newest = {(r["op"], *r["shape"], r["pass"], r["implementation"], r["device"]): r for r in rows}
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for row in newest.values():
         cells = (
             row["op"],
             " ".join(map(str, row["shape"])),
             row["pass"],
-            row["form"],
+            row["implementation"],
             f"{row['ours_median_ms']:.3f}",
             f"{row['fla_median_ms']:.3f}",
             f"**{row['ratio']:.2f}**",

@@ -16,15 +16,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parent / "results" / "static_gpu.jsonl"
 LENGTH, HEADS = 4096, 16
-SHARED_BYTES = 227 << 10
+MAX_SHARED_BYTES = 227 << 10
 """That a block may have."""
-H100 = """
+H100_TARGET_CONFIG = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
 dnn_version_info { major: 9 minor: 19 }
@@ -54,7 +54,7 @@ gpu_device_info {
 type Row = dict[str, Any]
 
 
-class Case(NamedTuple):
+class GpuCase(NamedTuple):
     """Arguments of an op. Of the selective scan: channels, in all, and states of each."""
 
     op: str
@@ -70,57 +70,61 @@ class Case(NamedTuple):
     """Tokens of a landmark's block."""
 
 
-CASES = [
-    Case("linear_attention", keys, values, decay, docs)
+GPU_KERNEL_CASES = [
+    GpuCase("linear_attention", keys, values, decay, docs)
     for keys in (64, 128)
     for values in (64, 128)
     for decay, docs in ((False, False), (True, False), (False, True))
 ]
 """Documents with a decay are the kernels of a decay alone."""
-CASES += [
-    Case("linear_attention", width, width, decay, False, batch=1) for width in (64, 128) for decay in (False, True)
+GPU_KERNEL_CASES += [
+    GpuCase("linear_attention", width, width, decay, False, batch=1) for width in (64, 128) for decay in (False, True)
 ]
 """A single row is cut into segments, here and below."""
-CASES += [
-    Case("linear_attention", keys, values, True, docs, per_channel=True)
+GPU_KERNEL_CASES += [
+    GpuCase("linear_attention", keys, values, True, docs, per_channel=True)
     for keys in (64, 128)
     for values in (64, 128)
     for docs in (False, True)
 ]
-CASES += [Case("taylor_attention", 16, 64, False, docs) for docs in (False, True)]
-CASES += [Case("taylor_attention_step", 16, 64, False, False)]
-CASES += [
-    Case("delta_rule", keys, values, decay, False)
+GPU_KERNEL_CASES += [GpuCase("taylor_attention", 16, 64, False, docs) for docs in (False, True)]
+GPU_KERNEL_CASES += [GpuCase("taylor_attention_step", 16, 64, False, False)]
+GPU_KERNEL_CASES += [
+    GpuCase("delta_rule", keys, values, decay, False)
     for keys in (64, 128)
     for values in (64, 128)
     for decay in (False, True)
 ]
 """Documents are the kernels of a decay."""
-CASES += [
-    Case("delta_rule", keys, values, True, docs, per_channel=True)
+GPU_KERNEL_CASES += [
+    GpuCase("delta_rule", keys, values, True, docs, per_channel=True)
     for keys in (64, 128)
     for values in (64, 128)
     for docs in (False, True)
 ]
-CASES += [
-    Case("landmark_attention", keys, values, False, True, real=real)
+GPU_KERNEL_CASES += [
+    GpuCase("landmark_attention", keys, values, False, True, real=real)
     for real in (15, 63)
     for keys in (64, 128)
     for values in (64, 128)
 ]
-CASES += [Case("neural_memory", width, width, momentum, True) for width in (64, 128) for momentum in (False, True)]
-CASES += [Case("selective_scan", 2048, states, True, docs) for states in (1, 16) for docs in (False, True)]
-CASES += [
-    Case(op, width, width, True, False, batch=1, per_channel=per_channel)
+GPU_KERNEL_CASES += [
+    GpuCase("neural_memory", width, width, momentum, True) for width in (64, 128) for momentum in (False, True)
+]
+GPU_KERNEL_CASES += [
+    GpuCase("selective_scan", 2048, states, True, docs) for states in (1, 16) for docs in (False, True)
+]
+GPU_KERNEL_CASES += [
+    GpuCase(op, width, width, True, False, batch=1, per_channel=per_channel)
     for op, per_channel in (("linear_attention", True), ("delta_rule", False), ("delta_rule", True))
     for width in (64, 128)
 ]
-CASES += [Case("delta_rule", *widths, True, False, batch=1) for widths in ((64, 128), (128, 64))]
-CASES += [Case("taylor_attention", 16, 64, False, docs, batch=1) for docs in (False, True)]
-CASES += [Case("selective_scan", 2048, 16, True, docs, batch=1) for docs in (False, True)]
+GPU_KERNEL_CASES += [GpuCase("delta_rule", *widths, True, False, batch=1) for widths in ((64, 128), (128, 64))]
+GPU_KERNEL_CASES += [GpuCase("taylor_attention", 16, 64, False, docs, batch=1) for docs in (False, True)]
+GPU_KERNEL_CASES += [GpuCase("selective_scan", 2048, 16, True, docs, batch=1) for docs in (False, True)]
 
 
-def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
+def op_with_gradients(case: GpuCase) -> tuple[Callable[..., Any], list[Any]]:
     """The op with its gradients, and the shapes and dtypes of its arguments."""
     import jax
     import jax.numpy as jnp
@@ -131,15 +135,15 @@ def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     from recallax.pallas_kernels.selective_scan import selective_scan
     from recallax.pallas_kernels.taylor_attention import (
         TaylorState,
-        state_width,
+        num_features,
         taylor_attention,
         taylor_attention_step,
     )
 
     if case.op == "neural_memory":
-        return _memory(case)
+        return _neural_memory_with_gradients(case)
     if case.op == "taylor_attention_step":
-        one, width = (case.batch, HEADS), state_width(case.keys, "symmetric")
+        one, width = (case.batch, HEADS), num_features(case.keys, "symmetric")
 
         def step(q, k, v, kv, z):
             active = jnp.ones(case.batch, bool)
@@ -175,21 +179,21 @@ def traced(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     return run, arguments
 
 
-def _memory(case: Case) -> tuple[Callable[..., Any], list[Any]]:
-    """As `traced`, of the linear memory with a gradient per token."""
+def _neural_memory_with_gradients(case: GpuCase) -> tuple[Callable[..., Any], list[Any]]:
+    """As `op_with_gradients`, of the linear memory with a gradient per token."""
     import jax
     import jax.numpy as jnp
 
-    from recallax.pallas_kernels.neural_memory import Fixed, Learner, Tokens, neural_memory
-    from recallax.pallas_kernels.neural_memory.learner import LinearNet
+    from recallax.pallas_kernels.neural_memory import InnerOptimizer, MemoryInputs, OuterParams, neural_memory
+    from recallax.pallas_kernels.neural_memory.inner_optimizer import LinearNet
 
-    learner = Learner(network=LinearNet(), gradient="token", momentum=case.decay)
+    learner = InnerOptimizer(network=LinearNet(), gradient="token", momentum=case.decay)
 
     def op(weight, *tokens):
         gain, ids = jnp.ones((HEADS, case.keys)), jnp.ones((case.batch, LENGTH), jnp.int32)
-        fixed = Fixed({"w1": weight}, gain, gain)
-        out, state = neural_memory(learner, Tokens(*tokens), fixed, segments=ids, implementation="mosaic_gpu")
-        return out, state.memory
+        fixed = OuterParams({"w1": weight}, gain, gain)
+        out, state = neural_memory(learner, MemoryInputs(*tokens), fixed, segment_ids=ids, implementation="mosaic_gpu")
+        return out, state.fast_weights
 
     def run(*given):
         out, pull = jax.vjp(op, *given)
@@ -200,14 +204,14 @@ def _memory(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     return run, [((HEADS, case.keys, case.keys), jnp.float32), *[narrow] * 3, *[gate] * 3]
 
 
-def compiled(case: Case, folder: Path) -> Iterator[tuple[str, Path]]:
+def compile_to_ptx(case: GpuCase, folder: Path) -> Iterator[tuple[str, Path]]:
     """Names of the case's kernels and where they were left as PTX."""
     import jax
     import numpy as np
     from jax.experimental import topologies
 
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
-    function, arguments = traced(case)
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100_TARGET_CONFIG, topology="1x1x1")
+    function, arguments = op_with_gradients(case)
     for old in folder.iterdir():
         old.unlink()
     axis = (jax.sharding.AxisType.Explicit,)
@@ -220,7 +224,7 @@ def compiled(case: Case, folder: Path) -> Iterator[tuple[str, Path]]:
         yield path.stem.rsplit("_", 1)[0], path
 
 
-def facts(ptx: Path) -> Row:
+def kernel_statistics(ptx: Path) -> Row:
     """What ptxas and the disassembler say of a kernel."""
     cubin = ptx.with_suffix(".cubin")
     command = ["ptxas", "-arch=sm_90a", "-O3", "-v", str(ptx), "-o", str(cubin)]
@@ -250,19 +254,19 @@ def facts(ptx: Path) -> Row:
 def measure(op: str | None, batch: int | None) -> Iterator[Row]:
     import jax
 
-    from recallax.train.log import commit
+    from recallax.train.log import git_commit
 
-    at = commit()  # before the first row makes it dirty
+    at = git_commit()  # before the first row makes it dirty
     with tempfile.TemporaryDirectory() as name:
         os.environ["MOSAIC_GPU_DUMP_TO"] = name
-        for case in (case for case in CASES if op in (None, case.op) and batch in (None, case.batch)):
-            for kernel, path in compiled(case, Path(name)):
+        for case in (case for case in GPU_KERNEL_CASES if op in (None, case.op) and batch in (None, case.batch)):
+            for kernel, path in compile_to_ptx(case, Path(name)):
                 yield {
                     "kind": "static",
                     "target": "sm_90a",
                     **case._asdict(),
                     "kernel": kernel,
-                    **facts(path),
+                    **kernel_statistics(path),
                     "versions": {"jax": jax.__version__},
                     "commit": at,
                 }
@@ -279,19 +283,24 @@ def report() -> None:
         print("| " + " | ".join(str(row.get(name)) for name in columns) + " |")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        argv: Arguments; those of the process by default.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", help="the cases of one op alone")
     parser.add_argument("--batch", type=int, help="the cases of so many rows alone")
     parser.add_argument("--report", action="store_true", help="print the newest rows")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(argv)
     if chosen.report:
         return report()
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
     defects = 0
     for row in measure(chosen.op, chosen.batch):
         print(json.dumps(row), flush=True)
-        defects += row["spill_store_bytes"] > 0 or row["shared_bytes"] > SHARED_BYTES or row["serialized_products"]
+        defects += row["spill_store_bytes"] > 0 or row["shared_bytes"] > MAX_SHARED_BYTES or row["serialized_products"]
         with RESULTS.open("a") as file:
             file.write(json.dumps(row) + "\n")
     sys.exit(f"{defects} kernels spill, ask for too much shared memory, or wait for each product" if defects else 0)

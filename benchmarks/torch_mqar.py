@@ -1,24 +1,30 @@
 # pyright: reportMissingImports=false
 # (torch lives in an environment of its own, with another Python.)
-"""PyTorch's side of `train_speed`: the two-layer model of `recallax.models.zoology` as its users would write it.
+"""PyTorch's side of `train_speed`: the two-layer model of `recallax.models.zoology_lm` as its users would write it.
 
 Needs Python 3.11, torch and numpy, and nothing of recallax. Started by the driver with a folder and a mode: `eager`
 or `compile`.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.jobs import Training
-from benchmarks.worker import Work, serve
+from benchmarks.messages import (
+    BATCHES,
+    CONV_SIZE,
+    PARAMETERS,
+    OptimizerMessage,
+    TrainingMessage,
+    check_arrays,
+    read_arrays,
+)
+from benchmarks.worker import Workload, serve_workload
 
 
 class BaseConv(nn.Module):
@@ -28,7 +34,7 @@ class BaseConv(nn.Module):
     well as compiled.
     """
 
-    def __init__(self, width: int, taps: int = 3):
+    def __init__(self, width: int, taps: int = CONV_SIZE):
         super().__init__()
         self.taps = nn.Parameter(torch.empty(taps, width))
         self.bias = nn.Parameter(torch.empty(width))
@@ -55,7 +61,7 @@ class Projections(nn.Module):
 class Based(Projections):
     """Attention with the weights 1 + s + s^2 / 2, all pairs at once: the fast form at these lengths."""
 
-    def __init__(self, width: int, keys: int = 16):
+    def __init__(self, width: int, keys: int):
         super().__init__(width, keys)
         self.scale = keys**-0.5
 
@@ -92,53 +98,76 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Embedding, two blocks, a norm and the tied readout at the labelled positions; returns the loss."""
+    """Embedding, two blocks, a norm and the tied output projection at the labelled positions; returns the loss.
 
-    def __init__(self, job: Training):
+    Args:
+        message: The model's sizes.
+    """
+
+    def __init__(self, message: TrainingMessage):
         super().__init__()
-        width = job.d_model
-        mixer = {"based": Based, "attention": Attention}[job.mixer](width)
-        self.embedding = nn.Embedding(job.vocab_size, width)
-        self.blocks = nn.ModuleList([Block(width, BaseConv(width)), Block(width, mixer)])
+        width = message.d_model
+        mixers: dict[str, Callable[[], nn.Module]] = {
+            "based": lambda: Based(width, message.feature_dim),
+            "attention": lambda: Attention(width),
+        }
+        self.embedding = nn.Embedding(message.vocab_size, width)
+        self.blocks = nn.ModuleList([Block(width, BaseConv(width)), Block(width, mixers[message.mixer]())])
         self.norm = nn.RMSNorm(width, eps=1e-5)
 
-    def forward(self, tokens: Tensor, at: Tensor, targets: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
         r = self.embedding(tokens)
         for block in self.blocks:
             r = block(r)
-        asked = r.gather(1, at[..., None].expand(-1, -1, r.shape[2]))
-        logits = F.linear(self.norm(asked), self.embedding.weight)
+        labelled = r.gather(1, positions[..., None].expand(-1, -1, r.shape[2]))
+        logits = F.linear(self.norm(labelled), self.embedding.weight)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    def load(self, parameters: dict[str, np.ndarray]) -> None:
-        """recallax's parameters: its kernels are [inputs, outputs]."""
-        renamed = {}
-        for name, value in parameters.items():
-            name = name.replace("stack.parts", "blocks").replace(".scale", ".weight")
-            if name.endswith(".kernel"):
-                name, value = name.replace(".kernel", ".weight"), value.T
-            renamed["embedding.weight" if name == "embedding" else name] = torch.tensor(np.ascontiguousarray(value))
-        self.load_state_dict(renamed)
+
+def load_model(message: TrainingMessage, parameters: dict[str, np.ndarray]) -> Model:
+    """Build the model with given parameters.
+
+    Args:
+        message: The model's sizes.
+        parameters: By name, as `TrainingMessage.parameter_specs` declares them.
+
+    Returns:
+        The model.
+
+    Raises:
+        HandoverError: The model has other parameters than those declared.
+    """
+    model = Model(message)
+    check_arrays(model.state_dict(), message.parameter_specs(), "the PyTorch model")
+    model.load_state_dict({name: torch.tensor(x) for name, x in parameters.items()})
+    return model
 
 
-class Torch(Work):
-    """The model, a fused AdamW with clipping, and the batches as tensors."""
+class TorchTraining(Workload):
+    """The model, a fused AdamW with clipping, and the batches as tensors.
+
+    Args:
+        folder: Where recallax's side wrote what the opponent starts from.
+        mode: "eager" or "compile".
+
+    Raises:
+        HandoverError: Parameters, batches or settings are not those declared.
+    """
 
     def __init__(self, folder: Path, mode: str):
-        job = Training.read(folder)
-        torch.set_num_threads(job.threads)
-        self.model = Model(job)
-        self.model.load(dict(np.load(folder / "parameters.npz")))
-        stored = np.load(folder / "batches.npz")
-        self.batches = [torch.from_numpy(stored[name]).long() for name in ("tokens", "at", "targets")]
-        optim: dict[str, Any] = json.loads((folder / "optimizer.json").read_text())
-        self.rates, self.clip = optim["rates"], optim["clip"]
+        message = TrainingMessage.read(folder)
+        torch.set_num_threads(message.threads)
+        self.model = load_model(message, read_arrays(folder / PARAMETERS, message.parameter_specs()))
+        stored = read_arrays(folder / BATCHES, message.batch_specs())
+        self.batches = [torch.from_numpy(stored[name]).long() for name in ("tokens", "positions", "targets")]
+        settings = OptimizerMessage.read(folder)
+        self.rates, self.max_grad_norm = settings.learning_rates, settings.max_grad_norm
         decay = [p for p in self.model.parameters() if p.ndim >= 2]
         rest = [p for p in self.model.parameters() if p.ndim < 2]
         self.optimizer = torch.optim.AdamW(
-            [{"params": decay, "weight_decay": optim["weight_decay"]}, {"params": rest, "weight_decay": 0.0}],
-            betas=(optim["b1"], optim["b2"]),
-            eps=optim["eps"],
+            [{"params": decay, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+            betas=(settings.b1, settings.b2),
+            eps=settings.eps,
             fused=True,
         )
         self.loss: Callable[..., Tensor] = {
@@ -150,9 +179,9 @@ class Torch(Work):
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[index]
         self.optimizer.zero_grad()
-        loss = self.loss(*(part[index] for part in self.batches))
+        loss = self.loss(*(each[index] for each in self.batches))
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
         return loss.detach(), norm
 
@@ -161,7 +190,8 @@ class Torch(Work):
 
 
 def main(folder: Path, mode: str) -> None:
-    serve(Torch(folder, mode), {"torch": torch.__version__})
+    """Reply to the driver."""
+    serve_workload(TorchTraining(folder, mode), {"torch": torch.__version__})
 
 
 if __name__ == "__main__":

@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from recallax import __version__
-from recallax.config import ConfigError, nearest
+from recallax.config import ConfigError, suggest_name
 
 if TYPE_CHECKING:
-    from recallax.train.run import RunConfig
+    from recallax.train.run_config import RunConfig
 
-CONFIGS = Path(__file__).parent / "configs"
-PREEMPTED = 75
+CONFIG_DIR = Path(__file__).parent / "configs"
+EXIT_PREEMPTED = 75
 """Exit status of a run that was asked to stop and can go on (EX_TEMPFAIL: try again)."""
-INTERRUPTED = 130
+EXIT_INTERRUPTED = 130
 """Exit status of what Ctrl-C stopped at once: nothing was there to save yet, or it came a second time."""
-BROKEN_PIPE = 141
+EXIT_BROKEN_PIPE = 141
 """Exit status of what wrote into a pipe that nobody reads any more, as a shell gives it."""
 
 USAGE = f"""recallax {__version__}: sequence models that recall well with little memory
@@ -58,31 +58,31 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)
         return 0
     if name not in COMMANDS:
-        return _fail(f"there is no command {name!r}{nearest(name, list(COMMANDS))}", 2)
+        return _exit_with_error(f"there is no command {name!r}{suggest_name(name, list(COMMANDS))}", 2)
     try:
         status = COMMANDS[name](rest)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # what read it has seen enough: `recallax list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return EXIT_BROKEN_PIPE
 
 
 def config_names() -> dict[str, str]:
     """Every config by name, with the first line of its docstring."""
-    files = sorted(path for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+    files = sorted(path for path in CONFIG_DIR.glob("*.py") if path.stem != "__init__")
     return {path.stem: (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0] for path in files}
 
 
-def load(name: str) -> "RunConfig":
+def load_config(name: str) -> "RunConfig":
     """The config of that name. Raises ConfigError with the nearest name."""
     known = list(config_names())
     if name not in known:
-        raise ConfigError(f"there is no config {name!r}{nearest(name, known)}")
+        raise ConfigError(f"there is no config {name!r}{suggest_name(name, known)}")
     return importlib.import_module(f"recallax.configs.{name}").get_config()
 
 
-def _overridden[T](default: T, arguments: list[str], prog: str) -> T:
+def _parse_overrides[T](default: T, arguments: list[str], prog: str) -> T:
     """The value with the leaves that the command line names."""
     import tyro
 
@@ -91,7 +91,7 @@ def _overridden[T](default: T, arguments: list[str], prog: str) -> T:
     return tyro.cli(type(default), default=default, args=arguments, prog=prog, config=flat)
 
 
-def _list(arguments: list[str]) -> int:
+def _list_configs(arguments: list[str]) -> int:
     if arguments:
         print("usage: recallax list\n\nThe configs there are, with the question each one asks.")
         return 0 if arguments[0] in ("-h", "--help") else 2
@@ -102,30 +102,30 @@ def _list(arguments: list[str]) -> int:
     return 0
 
 
-def _show(arguments: list[str]) -> int:
+def _show_config(arguments: list[str]) -> int:
     def run(name: str) -> int:
-        config = load(name)
+        config = load_config(name)
 
-        from recallax.train.show import show
+        from recallax.cli.show import describe_config
 
-        config = _overridden(config, arguments[1:], f"recallax show {name}")
-        print(show(name, config))
+        config = _parse_overrides(config, arguments[1:], f"recallax show {name}")
+        print(describe_config(name, config))
         return 0
 
-    return _with_config("show", arguments, run)
+    return _run_with_config("show", arguments, run)
 
 
 def _train(arguments: list[str]) -> int:
     def run(name: str) -> int:
-        config = load(name)
+        config = load_config(name)
         import tyro
 
         from recallax.train.distributed import Distributed
         from recallax.train.loop import train
-        from recallax.train.meter import NonFiniteError
-        from recallax.train.run import RunConfig
-        from recallax.train.run_folder import folder_name
-        from recallax.train.signals import Interrupted
+        from recallax.train.metrics_logger import NonFiniteError
+        from recallax.train.run_config import RunConfig
+        from recallax.train.run_folder import run_folder_name
+        from recallax.train.stop_signals import Interrupted
 
         @dataclass(frozen=True, kw_only=True)
         class Train:
@@ -136,20 +136,20 @@ def _train(arguments: list[str]) -> int:
             """Trace a few steps into the run's folder and report the model FLOPs utilisation."""
             distributed: Distributed = field(default_factory=Distributed)
 
-        parsed = _overridden(Train(config=config), arguments[1:], f"recallax train {name}")
-        parsed.distributed.start()
-        folder = parsed.run or Path("runs") / folder_name(name, parsed.config)
+        parsed = _parse_overrides(Train(config=config), arguments[1:], f"recallax train {name}")
+        parsed.distributed.initialize()
+        folder = parsed.run or Path("runs") / run_folder_name(name, parsed.config)
         try:
             train(parsed.config, folder, name=name, profile=parsed.profile)
         except Interrupted as stop:
             print(f"recallax: {stop}", file=sys.stderr)
-            return PREEMPTED
+            return EXIT_PREEMPTED
         except NonFiniteError as error:
-            return _fail(str(error), 1)
+            return _exit_with_error(str(error), 1)
         print(f"run: {folder}\nreport: recallax report {folder}")
         return 0
 
-    return _with_config("train", arguments, run)
+    return _run_with_config("train", arguments, run)
 
 
 def _eval(arguments: list[str]) -> int:
@@ -173,15 +173,15 @@ def _eval(arguments: list[str]) -> int:
             fill: What brings a context that is shorter than --prefix nearer to it.
             prefix: Tokens of context that the run was trained with.
         """
-        from recallax.tasks import Rereading
+        from recallax.tasks import ContextRepetition
         from recallax.train.loop import evaluate_run
 
-        reread = Rereading(repeat=repeat, fill=fill, prefix=prefix)
-        for name, value in evaluate_run(run, split, batches, reread.task).items():
+        reread = ContextRepetition(num_repeats=repeat, fill_strategy=fill, prefix_length=prefix)
+        for name, value in evaluate_run(run, split, batches, reread.apply_to_task).items():
             print(f"{name:24} {value:.4f}")
         return 0
 
-    return _guarded(lambda: tyro.cli(evaluate, args=arguments, prog="recallax eval"))
+    return _exit_on_user_error(lambda: tyro.cli(evaluate, args=arguments, prog="recallax eval"))
 
 
 def _generate(arguments: list[str]) -> int:
@@ -225,15 +225,19 @@ def _generate(arguments: list[str]) -> int:
             fill: What brings a context that is shorter than --prefix nearer to it.
             prefix: Tokens of context that the run was trained with.
         """
-        from recallax.models.sampling import Greedy, Sampled
-        from recallax.tasks import Rereading
-        from recallax.train.generate import Writing, answer_task, continue_prompts
+        from recallax.models.sampling import Greedy, MultinomialSampling
+        from recallax.tasks import ContextRepetition
+        from recallax.train.inference import GenerationOptions, answer_task, continue_prompts
 
         sampling = Greedy()
         if (temperature, top_k, top_p) != (None, None, None):
-            sampling = Sampled(temperature=1.0 if temperature is None else temperature, top_k=top_k, top_p=top_p)
-        writing = Writing(new=new, stop=stop, sampling=sampling, seed=seed, piece=piece)
-        reread = Rereading(repeat=repeat, fill=fill, prefix=prefix)
+            sampling = MultinomialSampling(
+                temperature=1.0 if temperature is None else temperature, top_k=top_k, top_p=top_p
+            )
+        writing = GenerationOptions(
+            max_new_tokens=new, stop_token_ids=stop, sampling=sampling, seed=seed, prefill_chunk_size=piece
+        )
+        reread = ContextRepetition(num_repeats=repeat, fill_strategy=fill, prefix_length=prefix)
         if (task is None) == (not prompt):
             raise ConfigError(
                 "give either --prompt, token ids to go on from, or --task, a number of the task's own rows"
@@ -247,16 +251,16 @@ def _generate(arguments: list[str]) -> int:
         print("\n".join(lines))
         return 0
 
-    return _guarded(lambda: tyro.cli(generate, args=arguments, prog="recallax generate"))
+    return _exit_on_user_error(lambda: tyro.cli(generate, args=arguments, prog="recallax generate"))
 
 
 def _corpus(arguments: list[str]) -> int:
     def run(name: str) -> int:
-        config = load(name)
+        config = load_config(name)
         import tyro
 
-        from recallax.train.corpus import describe_corpus
-        from recallax.train.run import RunConfig
+        from recallax.cli.corpus import describe_corpus
+        from recallax.train.run_config import RunConfig
 
         @dataclass(frozen=True, kw_only=True)
         class Corpus:
@@ -264,20 +268,20 @@ def _corpus(arguments: list[str]) -> int:
             download: bool = False
             """Fetch the corpus and prepare it (TFDS: as array_record), where it is not there yet."""
 
-        parsed = _overridden(Corpus(config=config), arguments[1:], f"recallax corpus {name}")
+        parsed = _parse_overrides(Corpus(config=config), arguments[1:], f"recallax corpus {name}")
         print(describe_corpus(parsed.config, download=parsed.download))
         return 0
 
-    return _with_config("corpus", arguments, run)
+    return _run_with_config("corpus", arguments, run)
 
 
 def _tokenizer(arguments: list[str]) -> int:
     def run(name: str) -> int:
-        config = load(name)
+        config = load_config(name)
         import tyro
 
-        from recallax.train.corpus import train_tokenizer
-        from recallax.train.run import RunConfig
+        from recallax.cli.corpus import train_tokenizer
+        from recallax.train.run_config import RunConfig
 
         @dataclass(frozen=True, kw_only=True)
         class Tokenizer:
@@ -289,11 +293,11 @@ def _tokenizer(arguments: list[str]) -> int:
             download: bool = False
             """Fetch the corpus and prepare it (TFDS: as array_record), where it is not there yet."""
 
-        parsed = _overridden(Tokenizer(config=config), arguments[1:], f"recallax tokenizer {name}")
+        parsed = _parse_overrides(Tokenizer(config=config), arguments[1:], f"recallax tokenizer {name}")
         print(train_tokenizer(parsed.config, parsed.out, parsed.ids, download=parsed.download))
         return 0
 
-    return _with_config("tokenizer", arguments, run)
+    return _run_with_config("tokenizer", arguments, run)
 
 
 def _calibrate(arguments: list[str]) -> int:
@@ -321,15 +325,17 @@ def _calibrate(arguments: list[str]) -> int:
             outliers: Quantile at which step sizes are cut before that is decided.
             out: Folder of the new run; RUN/long-CONTEXT by default.
         """
-        from recallax.train.calibrate import Calibration, calibrate_run
+        from recallax.train.calibration import CalibrationOptions, calibrate_run
 
-        wanted = Calibration(context=context, length=length, rows=rows, keeps=keeps, outliers=outliers)
+        wanted = CalibrationOptions(
+            context_length=context, train_length=length, num_rows=rows, min_retention=keeps, clip_quantile=outliers
+        )
         folder, told = calibrate_run(run, wanted, out)
         print("\n".join(told))
         print(f"run: {folder}\nevaluate: recallax eval {folder}")
         return 0
 
-    return _guarded(lambda: tyro.cli(calibrate, args=arguments, prog="recallax calibrate"))
+    return _exit_on_user_error(lambda: tyro.cli(calibrate, args=arguments, prog="recallax calibrate"))
 
 
 def _sweep(arguments: list[str]) -> int:
@@ -355,7 +361,7 @@ def _sweep(arguments: list[str]) -> int:
         The same command goes on where a sweep stopped: finished runs are skipped, unfinished ones continued.
 
         Args:
-            file: Python file with `STAGES`, functions from rows to cells (`recallax/train/sweep.py`).
+            file: Python file with `NUM_KEY_STAGES`, functions from rows to cells (`recallax/sweep/runner.py`).
             out: Folder of the runs and of results.jsonl; runs/FOLDER-OF-THE-FILE by default.
             backend: Processes of this machine, tasks of a Ray cluster, or jobs of SLURM; a cluster shares OUT.
             workers: Runs at a time: one per accelerator, or one per core; on a cluster, 64 of them in its queue.
@@ -369,11 +375,11 @@ def _sweep(arguments: list[str]) -> int:
             minutes: Of slurm: wall time, after which a run saves and queues again; 60 by default.
             extra: Of slurm: further options of sbatch, as in `--extra account=ours constraint=h100`.
         """
-        from recallax.train.backends import Asked, backend_of
-        from recallax.train.sweep import sweep
+        from recallax.sweep.backends.factory import ResourceOptions, make_backend
+        from recallax.sweep.runner import sweep
 
         folder = out or Path("runs") / file.absolute().parent.name
-        asked = Asked(
+        asked = ResourceOptions(
             address=address,
             cpus=cpus,
             gpus=gpus,
@@ -382,12 +388,12 @@ def _sweep(arguments: list[str]) -> int:
             minutes=minutes,
             extra=extra or None,
         )
-        with contextlib.closing(backend_of(backend, workers, asked, folder)) as chosen:
-            failed = sweep(file, folder, chosen, retries=retries, together=vmap_seeds)
+        with contextlib.closing(make_backend(backend, workers, asked, folder)) as chosen:
+            failed = sweep(file, folder, chosen, retries=retries, vmap_seeds=vmap_seeds)
         print(f"rows: {folder / 'results.jsonl'}")
         return min(failed, 1)
 
-    return _guarded(lambda: tyro.cli(run, args=arguments, prog="recallax sweep"))
+    return _exit_on_user_error(lambda: tyro.cli(run, args=arguments, prog="recallax sweep"))
 
 
 def _export(arguments: list[str]) -> int:
@@ -421,21 +427,21 @@ def _export(arguments: list[str]) -> int:
         if to == "stablehlo":
             if (layout, dtype, shard_gb) != (None, None, None):
                 raise ConfigError("--layout, --dtype and --shard-gb go with weights; programs have those of the run")
-            from recallax.train.stablehlo import export_programs
+            from recallax.convert.stablehlo import export_programs
 
-            export_programs(run, folder, length=length, context=context)
+            export_programs(run, folder, prefill_length=length, max_len=context)
             print(f"stablehlo: {folder}")
             return 0
-        from recallax.train.export import export_run
+        from recallax.convert.run_conversion import export_run
 
         kind = export_run(run, to, folder, layout=layout, dtype=dtype, shard_gb=shard_gb)
         print(f"{to}: {folder}\nlayout: {kind}")
         return 0
 
-    return _guarded(lambda: tyro.cli(export, args=arguments, prog="recallax export"))
+    return _exit_on_user_error(lambda: tyro.cli(export, args=arguments, prog="recallax export"))
 
 
-def _import(arguments: list[str]) -> int:
+def _import_weights(arguments: list[str]) -> int:
     import tyro
 
     def bring(path: tyro.conf.Positional[Path], run: Path | None = None, config: str = "mqar_micro") -> int:
@@ -446,13 +452,13 @@ def _import(arguments: list[str]) -> int:
             run: Folder of the new run; runs/imported_LAYOUT-FINGERPRINT by default.
             config: Whose task, optimizer and schedule a published model gets; recallax's own layout brings its own.
         """
-        base = load(config)
-        from recallax.train.export import import_run
+        base = load_config(config)
+        from recallax.convert.run_conversion import import_run
 
         print(f"run: {import_run(path, base, run)}")
         return 0
 
-    return _guarded(lambda: tyro.cli(bring, args=arguments, prog="recallax import"))
+    return _exit_on_user_error(lambda: tyro.cli(bring, args=arguments, prog="recallax import"))
 
 
 def _report(arguments: list[str]) -> int:
@@ -465,56 +471,56 @@ def _report(arguments: list[str]) -> int:
             runs: Folders of the runs.
             out: The HTML file.
         """
-        from recallax.train.report import write_report
+        from recallax.report import write_report
 
         write_report(list(runs), out)
         print(f"report: {out}")
         return 0
 
-    return _guarded(lambda: tyro.cli(report, args=arguments, prog="recallax report"))
+    return _exit_on_user_error(lambda: tyro.cli(report, args=arguments, prog="recallax report"))
 
 
 def _doctor(arguments: list[str]) -> int:
     if arguments:
         print("usage: recallax doctor\n\nVersions, devices, extras, and which implementation each op takes here.")
         return 0 if arguments[0] in ("-h", "--help") else 2
-    from recallax.train.doctor import doctor
+    from recallax.cli.doctor import describe_machine
 
-    print(doctor())
+    print(describe_machine())
     return 0
 
 
-def _with_config(command: str, arguments: list[str], run: Callable[[str], int]) -> int:
+def _run_with_config(command: str, arguments: list[str], run: Callable[[str], int]) -> int:
     if not arguments or arguments[0].startswith("-"):
         print(f"usage: recallax {command} CONFIG [overrides]\n\nconfigs: {', '.join(config_names())}")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
-    return _guarded(lambda: run(arguments[0]))
+    return _exit_on_user_error(lambda: run(arguments[0]))
 
 
-def _guarded(run: Callable[[], int]) -> int:
+def _exit_on_user_error(run: Callable[[], int]) -> int:
     """Turn the errors that a user can cause into one line; anything else is a defect and keeps its traceback."""
     try:
         return run()
     except KeyboardInterrupt:
-        return _fail("stopped at once", INTERRUPTED)
+        return _exit_with_error("stopped at once", EXIT_INTERRUPTED)
     except ConfigError as error:
-        return _fail(str(error), 2)
+        return _exit_with_error(str(error), 2)
     except Exception as error:
-        from recallax.train.errors import USER_ERRORS
+        from recallax.cli.errors import USER_ERRORS
 
         if isinstance(error, USER_ERRORS):
-            return _fail(str(error), 2)
+            return _exit_with_error(str(error), 2)
         raise
 
 
-def _fail(message: str, status: int) -> int:
+def _exit_with_error(message: str, status: int) -> int:
     print(f"recallax: {message}", file=sys.stderr)
     return status
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "list": _list,
-    "show": _show,
+    "list": _list_configs,
+    "show": _show_config,
     "train": _train,
     "eval": _eval,
     "generate": _generate,
@@ -523,7 +529,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "calibrate": _calibrate,
     "sweep": _sweep,
     "export": _export,
-    "import": _import,
+    "import": _import_weights,
     "report": _report,
     "doctor": _doctor,
 }

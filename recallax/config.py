@@ -15,7 +15,10 @@ import types
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeAliasType, Union, get_args, get_origin, get_type_hints
 
-SCHEMA = 1
+from recallax import schema_1
+
+SCHEMA_VERSION = 2
+"""Version of the JSON that is written. Schema 1 is read through the table in `recallax.schema_1`."""
 
 
 class Config:
@@ -28,7 +31,7 @@ class ConfigError(ValueError):
     """A config, or the file it was read from, is not valid."""
 
 
-def added[T](default: T) -> T:
+def added_field[T](default: T) -> T:
     """The default of a field that came after configs had been saved: left out of the JSON while it holds this value.
 
     So the fingerprints of older runs, rows and checkpoints stay what they were, and older files can be read.
@@ -36,23 +39,71 @@ def added[T](default: T) -> T:
     return dataclasses.field(default=default, metadata={"added": True})
 
 
-def nearest(name: str, known: list[str]) -> str:
+def suggest_name(name: str, known: list[str]) -> str:
     """The tail of an error message about an unknown name: `; did you mean 'x'? Known: a, b`."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"{hint} Known: {', '.join(sorted(known)) or 'none'}"
 
 
-def to_json(config: Config) -> dict[str, Any]:
-    """The config as JSON values, `{"schema": 1, "class": ..., field: ...}`."""
-    return {"schema": SCHEMA, **_encode(config)}
+def require_at_least(minimum: int | float, owner: str = "", **values: int | float) -> None:
+    """Check lower bounds of config fields.
+
+    Args:
+        minimum: The smallest value that is accepted.
+        owner: Put before each name in the message, such as `train.`.
+        **values: Field values by field name.
+
+    Raises:
+        ConfigError: A value is below the minimum, or NaN.
+    """
+    for name, value in values.items():
+        if not value >= minimum:
+            raise ConfigError(f"{owner}{name} is {value}; it must be at least {minimum:g}")
+
+
+def to_json(config: Config, *, schema: int = SCHEMA_VERSION) -> dict[str, Any]:
+    """Encode a config as JSON values.
+
+    Args:
+        config: Any config.
+        schema: Version of the names to use, 1 or 2.
+
+    Returns:
+        `{"schema": schema, "class": class name, field: value, ...}`, nested for configs inside.
+
+    Raises:
+        ConfigError: A value is not plain data, or a number is not finite.
+    """
+    if schema not in (1, SCHEMA_VERSION):
+        raise ConfigError(f"schema is {schema}; this version of recallax writes schemas 1 and {SCHEMA_VERSION}")
+    encoded = _encode(config)
+    return {"schema": schema, **(schema_1.downgrade(encoded, _ancestry) if schema == 1 else encoded)}
 
 
 def from_json[C: Config](data: Mapping[str, Any], expected: type[C]) -> C:
-    """The config that `to_json` wrote. Raises ConfigError naming the path of what does not fit."""
-    if data.get("schema") != SCHEMA:
-        raise ConfigError(f"schema is {data.get('schema')!r}; this version of recallax reads schema {SCHEMA}")
-    return _decode({k: v for k, v in data.items() if k != "schema"}, expected, "config")
+    """Decode what `to_json` wrote, in this or an earlier schema.
+
+    Args:
+        data: The JSON object, with its `schema`.
+        expected: The config class, or a base class of it.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: The schema is unknown, or a class, field or value does not fit; names its path.
+    """
+    version = data.get("schema")
+    if version not in (1, SCHEMA_VERSION):
+        raise ConfigError(f"schema is {version!r}; this version of recallax reads schemas 1 and {SCHEMA_VERSION}")
+    content: Any = {k: v for k, v in data.items() if k != "schema"}
+    if version == 1:
+        try:
+            content = schema_1.upgrade(content, _ancestry)
+        except ValueError as error:
+            raise ConfigError(f"config of schema 1: {error}") from error
+    return _decode(content, expected, "config")
 
 
 def diff(old: Config, new: Config) -> list[str]:
@@ -66,13 +117,21 @@ def diff(old: Config, new: Config) -> list[str]:
     ]
 
 
-def fingerprint(config: Config) -> str:
-    """Ten hex digits that are equal exactly when the configs are equal (SHA-256 of the canonical JSON)."""
-    text = json.dumps(to_json(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+def fingerprint(config: Config, *, schema: int = SCHEMA_VERSION) -> str:
+    """Compute ten hex digits that are equal exactly when the configs are equal.
+
+    Args:
+        config: Any config.
+        schema: Version of the names that are hashed. 1 gives the fingerprint that earlier versions recorded.
+
+    Returns:
+        The first ten hex digits of the SHA-256 of the canonical JSON.
+    """
+    text = json.dumps(to_json(config, schema=schema), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def classes() -> dict[str, type[Config]]:
+def config_classes() -> dict[str, type[Config]]:
     """Every config class imported so far, by name. Raises ConfigError if two share a name."""
     found: dict[str, type[Config]] = {}
     pending = list(Config.__subclasses__())
@@ -88,7 +147,7 @@ def _encode(value: Any) -> Any:
     match value:
         case Config():
             hints = get_type_hints(type(value))
-            pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if not _silent(f, value))
+            pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if not _is_omitted(f, value))
             # 1 and 1.0 are equal configs, so they must not have two fingerprints
             fields = {n: float(v) if hints[n] is float and type(v) is int else _encode(v) for n, v in pairs}
             return {"class": type(value).__name__, **fields}
@@ -115,7 +174,7 @@ def _decode(value: Any, hint: Any, path: str) -> Any:
         return _decode(value, next(a for a in args if a is not type(None)), path)
     if origin is Literal:
         if value not in args:
-            raise ConfigError(f"{path} is {value!r}{nearest(str(value), [str(a) for a in args])}")
+            raise ConfigError(f"{path} is {value!r}{suggest_name(str(value), [str(a) for a in args])}")
         return value
     if isinstance(hint, type) and issubclass(hint, Config):
         return _decode_class(value, hint, path)
@@ -136,31 +195,37 @@ def _decode(value: Any, hint: Any, path: str) -> Any:
 def _decode_class(value: Any, expected: type[Config], path: str) -> Any:
     if not isinstance(value, dict) or "class" not in value:
         raise ConfigError(f"{path} is {value!r}; it must be an object with a 'class'")
-    known = {name: cls for name, cls in classes().items() if issubclass(cls, expected) and _complete(cls)}
+    known = {name: cls for name, cls in config_classes().items() if issubclass(cls, expected) and _is_concrete(cls)}
     cls = known.get(str(value["class"]))
     if cls is None:
-        raise ConfigError(f"{path} has class {value['class']!r}{nearest(str(value['class']), list(known))}")
+        raise ConfigError(f"{path} has class {value['class']!r}{suggest_name(str(value['class']), list(known))}")
     hints, data = get_type_hints(cls), {k: v for k, v in value.items() if k != "class"}
     fields = {f.name for f in dataclasses.fields(cls) if f.init}
     for key in data.keys() - fields:
-        raise ConfigError(f"{path} has no field {key!r}{nearest(key, sorted(fields))}")
-    required = {f.name for f in dataclasses.fields(cls) if f.init and _no_default(f)}
+        raise ConfigError(f"{path} has no field {key!r}{suggest_name(key, sorted(fields))}")
+    required = {f.name for f in dataclasses.fields(cls) if f.init and _is_required(f)}
     for key in sorted(required - data.keys()):
         raise ConfigError(f"{path} lacks the field {key!r}, which {cls.__name__} must have")
     return cls(**{k: _decode(v, hints[k], f"{path}.{k}") for k, v in data.items()})
 
 
-def _complete(cls: type[Config]) -> bool:
+def _ancestry(name: str) -> list[str]:
+    """The names of a config class and of its base classes; the name alone where no such class is imported."""
+    cls = config_classes().get(name)
+    return [name] if cls is None else [base.__name__ for base in cls.__mro__ if issubclass(base, Config)]
+
+
+def _is_concrete(cls: type[Config]) -> bool:
     """Whether it is a config and not a base class of some."""
     return dataclasses.is_dataclass(cls) and not inspect.isabstract(cls)
 
 
-def _silent(field: dataclasses.Field[Any], config: Config) -> bool:
+def _is_omitted(field: dataclasses.Field[Any], config: Config) -> bool:
     """Whether a later field holds the value that configs without it mean."""
     return "added" in field.metadata and getattr(config, field.name) == field.default
 
 
-def _no_default(field: dataclasses.Field[Any]) -> bool:
+def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 

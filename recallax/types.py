@@ -21,7 +21,7 @@ class SeqInfo(NamedTuple):
 
     positions: Int[AnyArray, "B T"]
     """Position within its document, from 0."""
-    segments: Int[AnyArray, "B T"]
+    segment_ids: Int[AnyArray, "B T"]
     """Document number; 0 is padding. Documents never see each other."""
     prefix: Bool[AnyArray, "B T"]
     """The context that a document begins with, before anything is asked: it may be read in both directions (JRT)."""
@@ -68,7 +68,7 @@ class Mean(NamedTuple):
 
 Aux = dict[str, Mean]
 """Extra loss terms and diagnostics of a module; the keys are fixed when the module is built."""
-DIAGNOSTIC = "diagnostic/"
+DIAGNOSTIC_PREFIX = "diagnostic/"
 """What the names of means begin with that are logged and no part of the loss."""
 
 
@@ -80,13 +80,13 @@ def add_aux(a: Aux, b: Aux) -> Aux:
     return {**a, **b, **pooled}
 
 
-def whole_rows(batch: int, length: int, prefix: int = 0) -> SeqInfo:
+def unpacked_seq_info(batch: int, length: int, prefix: int = 0) -> SeqInfo:
     """`SeqInfo` of rows that are one document each, with a prefix: numpy arrays of shape [batch, length]."""
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
     return SeqInfo(positions, np.ones((batch, length), np.int32), positions < prefix)
 
 
-def check(value: tuple) -> None:
+def check_shapes(value: tuple) -> None:
     """Check the shapes and dtypes of a NamedTuple's fields against its annotations.
 
     jaxtyping's import hook checks arguments of functions but never looks into a NamedTuple, so entry points

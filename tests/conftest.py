@@ -47,7 +47,7 @@ def chunks_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"recallax.pallas_kernels.{op}.xla.CHUNK", 4)
     monkeypatch.setattr("recallax.pallas_kernels.window_attention.xla.BLOCK", 4)
     monkeypatch.setattr("recallax.pallas_kernels.landmark_attention.xla.KEYS", 4)
-    monkeypatch.setattr("recallax.pallas_kernels.landmark_attention.retrieval.CHUNK", 4)
+    monkeypatch.setattr("recallax.pallas_kernels.landmark_attention.block_retrieval.CHUNK", 4)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,31 +14,31 @@ from flax.traverse_util import flatten_dict
 
 from recallax.__main__ import main
 from recallax.config import ConfigError
-from recallax.layers import Attention, DiagonalSSM, Identity, LongMamba, Nothing, Parallel, SwiGLU
+from recallax.layers import Attention, DiagonalSSM, Identity, LongMamba, NoChannelMixer, Parallel, SwiGLU
 from recallax.layers.base import Statistic
 from recallax.models import Block, LMConfig
-from recallax.models.long_context import calibrated, lengthened
+from recallax.models.long_mamba_calibration import calibrate_step_filters, with_long_mamba
 from recallax.tasks import InductionHeads
-from recallax.train.calibrate import Calibration, calibrate
+from recallax.train.calibration import CalibrationOptions, calibrate
 from recallax.train.loop import evaluate_run, restore_run, train
 from recallax.train.program import Program
-from recallax.train.run import Evaluate, RunConfig, Train
+from recallax.train.run_config import Evaluate, RunConfig, Train
 
 pytestmark = pytest.mark.xdist_group("calibrate")  # one process: the tests share runs
 
 LENGTH = 12
-SSM = DiagonalSSM(longest=200.0)
+SSM = DiagonalSSM(max_timescale=200.0)
 MODEL = LMConfig(
     d_model=8,
     pattern="m*2 w",
     blocks={
-        "m": Block(mixer=SSM, channel=Nothing()),
-        "w": Block(mixer=Parallel(ssm=SSM, experts=SwiGLU(inner=4)), channel=Nothing()),
+        "m": Block(mixer=SSM, channel=NoChannelMixer()),
+        "w": Block(mixer=Parallel(ssm=SSM, experts=SwiGLU(intermediate_size=4)), channel=NoChannelMixer()),
         "a": Block(mixer=Attention(), channel=Identity()),
     },
 )
 CONFIG = RunConfig(
-    task=InductionHeads(symbols=6, length=LENGTH, test_lengths=(LENGTH, 4 * LENGTH)),
+    task=InductionHeads(num_symbols=6, length=LENGTH, test_lengths=(LENGTH, 4 * LENGTH)),
     model=MODEL,
     train=Train(steps=2, batch_size=8),
     evaluate=Evaluate(batches=2, batch_size=8),
@@ -76,9 +76,11 @@ def test_a_calibrated_run_is_the_run_with_filters(run: Path, capsys: pytest.Capt
     assert old.step == new.step == 2
     jax.tree.map(np.testing.assert_array_equal, old.state.params, new.state.params)
     tokens = jnp.asarray(CONFIG.task.batch(0, "valid", 0, 8).tokens)
-    model = lengthened(MODEL, LENGTH, 4 * LENGTH)
-    built = nnx.merge(long.graph, new.state.params, long.initial().statistics)
-    wanted = leaves(nnx.to_pure_dict(nnx.state(calibrated(model, built, tokens, keeps=1e-6), Statistic)))
+    model = with_long_mamba(MODEL, LENGTH, 4 * LENGTH)
+    built = nnx.merge(long.graphdef, new.state.params, long.init_state().statistics)
+    wanted = leaves(
+        nnx.to_pure_dict(nnx.state(calibrate_step_filters(model, built, tokens, min_retention=1e-6), Statistic))
+    )
     found = leaves(new.state.statistics)
     assert found.keys() == wanted.keys() and len(found) == 2 and all(np.any(leaf) for leaf in found.values())
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
@@ -104,13 +106,13 @@ def test_at_the_training_length_nothing_changes(run: Path, tmp_path: Path, capsy
 
 
 def test_every_state_space_model_is_wrapped_once():
-    longer = lengthened(lengthened(MODEL, 12, 48), 12, 96)
-    assert longer.blocks["m"].mixer == LongMamba(mixer=SSM, trained=12, context=96)
+    longer = with_long_mamba(with_long_mamba(MODEL, 12, 48), 12, 96)
+    assert longer.blocks["m"].mixer == LongMamba(mixer=SSM, training_length=12, context_length=96)
     (inside,) = [part for part in vars(longer.blocks["w"].mixer).values() if isinstance(part, LongMamba)]
     assert inside == longer.blocks["m"].mixer and longer.blocks["a"] == MODEL.blocks["a"]
 
 
-def test_what_cannot_be_calibrated_is_named(run: Path, capsys: pytest.CaptureFixture[str]):
+def test_uncalibratable_models_are_rejected(run: Path, capsys: pytest.CaptureFixture[str]):
     for options, part in (
         (["--context", "0"], "--context is 0; it must be at least 1"),
         (["--context", "48", "--keeps", "1.5"], "--keeps is 1.5"),
@@ -120,11 +122,11 @@ def test_what_cannot_be_calibrated_is_named(run: Path, capsys: pytest.CaptureFix
         assert part in capsys.readouterr().err
     assert not (run.parent / "wrong").exists()
     with pytest.raises(ConfigError, match=r"none of the layers \['a'\] has step sizes"):
-        lengthened(replace(MODEL, pattern="a"), 12, 48)
+        with_long_mamba(replace(MODEL, pattern="a"), 12, 48)
 
 
 def test_rows_come_from_train_where_valid_has_none_of_that_length(run: Path):
     _, restored = restore_run(run)
-    other = Program(replace(CONFIG, task=InductionHeads(symbols=6, length=LENGTH, test_lengths=(20,))))
-    *_, told = calibrate(other, restored.state, Calibration(context=48, rows=4))
+    other = Program(replace(CONFIG, task=InductionHeads(num_symbols=6, length=LENGTH, test_lengths=(20,))))
+    *_, told = calibrate(other, restored.state, CalibrationOptions(context_length=48, num_rows=4))
     assert told[0] == "thresholds from 4 rows of 12 tokens of the train split"

@@ -21,7 +21,7 @@ import pytest
 
 from recallax.config import Config
 from recallax.train.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
-from recallax.train.run_folder import RunFolder, RunFolderError, RunFolderWarning, folder_name, write_atomic
+from recallax.train.run_folder import RunFolder, RunFolderError, RunFolderWarning, run_folder_name, write_atomic
 
 # Where one array of several cannot be read, orbax closes its event loop under the reads that are still going on.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -79,7 +79,7 @@ def test_round_trip_is_exact(saved: Path) -> None:
     assert restored is not None and restored.step == 20
     assert bits(restored.state) == bits(state(20))
     assert jax.tree.structure(restored.state) == jax.tree.structure(state(20))
-    assert restored.meta["skipped"] == 20 and restored.meta["environment"]["jax"] == jax.__version__
+    assert restored.metadata["skipped"] == 20 and restored.metadata["environment"]["jax"] == jax.__version__
 
 
 def test_nothing_saved_is_none(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_damage_never_yields_a_wrong_state(copy: Path, pattern: str, fault: Any)
         warnings.simplefilter("always")  # whether a fault matters is orbax's affair: some are harmless
         restored = checkpoints.restore(abstract(state(0)))
         assert restored is not None and bits(restored.state) == bits(state(restored.step))
-        assert restored.step == restored.meta["skipped"] == restored.state.step
+        assert restored.step == restored.metadata["skipped"] == restored.state.step
         passed_over = [str(w.message) for w in caught if w.category is CheckpointWarning]
         assert len(passed_over) == (restored.step == 10)
         assert (copy / "quarantine/20").is_dir() == (restored.step == 10)
@@ -154,7 +154,7 @@ def test_altered_description_is_seen(copy: Path) -> None:
     path.write_text(path.read_text().replace('"skipped": 20', '"skipped": 21').replace('"skipped":20', '"skipped":21'))
     with Checkpoints(copy) as checkpoints, pytest.warns(CheckpointWarning, match="description"):
         restored = checkpoints.restore(abstract(state(0)))
-    assert restored is not None and restored.meta["skipped"] == 10
+    assert restored is not None and restored.metadata["skipped"] == 10
 
 
 def test_all_damaged_is_an_error_and_changes_nothing(copy: Path) -> None:
@@ -187,7 +187,7 @@ def test_another_state_is_refused(saved: Path, change: Any, message: str) -> Non
 
 
 def test_keeps_the_newest(tmp_path: Path) -> None:
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         for step in range(5):
             checkpoints.save(step, state(step), {})
         assert checkpoints.steps() == [3, 4]
@@ -199,7 +199,7 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
 
 def test_a_step_leaves_the_list_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the job were killed before it could delete anything."""
-    with Checkpoints(tmp_path, keep=1) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
         checkpoints.save(1, state(1), {})
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", lambda *_, **__: None)
@@ -214,7 +214,7 @@ def test_a_reader_changes_nothing(copy: Path) -> None:
     (copy / "30.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     truncate(copy / "20/meta/metadata")
     before = sorted(copy.rglob("*"))
-    with Checkpoints(copy, keep=None) as checkpoints:
+    with Checkpoints(copy, max_to_keep=None) as checkpoints:
         with pytest.warns(CheckpointWarning, match="20 is damaged and was passed over"):
             restored = checkpoints.restore(abstract(state(0)))
         assert restored is not None and bits(restored.state) == bits(state(10))
@@ -222,7 +222,7 @@ def test_a_reader_changes_nothing(copy: Path) -> None:
             checkpoints.save(30, state(30), {})
     assert sorted(copy.rglob("*")) == before
     with pytest.raises(CheckpointError, match="no checkpoints to read"):
-        Checkpoints(copy / "absent", keep=None)
+        Checkpoints(copy / "absent", max_to_keep=None)
     assert not (copy / "absent").exists()
 
 
@@ -296,7 +296,7 @@ class FolderProbe(Config):
 
 
 def test_folder_is_created_and_opened_again(tmp_path: Path) -> None:
-    path = tmp_path / "runs" / folder_name("probe", FolderProbe())
+    path = tmp_path / "runs" / run_folder_name("probe", FolderProbe())
     for _ in range(2):
         with RunFolder(path, FolderProbe()) as folder:
             assert folder.checkpoints.is_dir() and json.loads(folder.config_file.read_text())["width"] == 1
@@ -319,7 +319,7 @@ def test_folder_of_another_config_is_refused(tmp_path: Path) -> None:
         RunFolder(tmp_path, FolderProbe())
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_folders_without_a_run_are_rejected(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(RunFolderError, match="not a run"):
         RunFolder(tmp_path, FolderProbe())
@@ -358,7 +358,7 @@ def test_lock_is_not_written_through_a_link(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "..", ".x", "a/b", "/a", "a b", "~", "a\0", "a\n", "‮x", "x" * 101, "a\\b"])
 def test_hostile_names_are_refused(name: str) -> None:
     with pytest.raises(RunFolderError, match="cannot name a run"):
-        folder_name(name, FolderProbe())
+        run_folder_name(name, FolderProbe())
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -12,23 +12,23 @@ import pytest
 from flax import nnx
 
 from recallax.config import ConfigError
-from recallax.layers import ChunkExperts, Identity, Site
+from recallax.layers import ChunkExperts, Identity, LayerInfo
 from recallax.layers.base import Statistic
 from recallax.layers.chunk_experts import ChunkExpertsMixer
 from recallax.models import Block, LMConfig
-from recallax.tasks import MQAR, Segment
+from recallax.tasks import MQAR, MixtureSlice
 from recallax.train.program import Program
-from recallax.train.run import RunConfig, tiny
-from recallax.types import Precision, SeqInfo, whole_rows
+from recallax.train.run_config import RunConfig, tiny_run
+from recallax.types import Precision, SeqInfo, unpacked_seq_info
 
 pytestmark = pytest.mark.usefixtures("strict")
 
-WIDTH, ROUTES = 16, ("first token", "previous chunk", "token")
-CONFIG = ChunkExperts(experts=4, top_k=2, inner=6, chunk=4)
+WIDTH, ROUTES = 16, ("first_token", "previous_chunk", "token")
+CONFIG = ChunkExperts(num_experts=4, top_k=2, intermediate_size=6, chunk_size=4)
 
 
 def build(config: ChunkExperts, size: float = 0.4) -> ChunkExpertsMixer:
-    mixer = config.build(WIDTH, Site(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
+    mixer = config.build(WIDTH, LayerInfo(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -53,13 +53,13 @@ def dense(mixer: ChunkExpertsMixer, x: jax.Array, seq: SeqInfo) -> jax.Array:
         logits = []
         for t in range(x.shape[1]):
             at = int(positions[b, t])
-            begin = t - at % mixer.chunk
-            if mixer.by == "previous chunk":
+            begin = t - at % mixer.chunk_size
+            if mixer.route == "previous_chunk":
                 assert mixer.start is not None
-                mean = own[b, max(begin - mixer.chunk, 0) : max(begin, 1)].mean(axis=0)
-                logits.append(mixer.start[...] if at < mixer.chunk else mean)
+                mean = own[b, max(begin - mixer.chunk_size, 0) : max(begin, 1)].mean(axis=0)
+                logits.append(mixer.start[...] if at < mixer.chunk_size else mean)
             else:
-                logits.append(own[b, t if mixer.by == "token" else begin])
+                logits.append(own[b, t if mixer.route == "token" else begin])
         rows.append(jnp.stack(logits))
     logits = jnp.stack(rows)
     least = jnp.sort(logits, axis=-1)[..., -mixer.top_k][..., None]
@@ -68,11 +68,11 @@ def dense(mixer: ChunkExpertsMixer, x: jax.Array, seq: SeqInfo) -> jax.Array:
     return jnp.einsum("btef,efd,bte->btd", jax.nn.silu(gate) * up, mixer.out[...], weights)
 
 
-@pytest.mark.parametrize("route", ["previous chunk", *(pytest.param(r, marks=pytest.mark.full) for r in ROUTES[::2])])
+@pytest.mark.parametrize("route", ["previous_chunk", *(pytest.param(r, marks=pytest.mark.full) for r in ROUTES[::2])])
 def test_dispatch_equals_the_masked_dense_form_in_values_and_gradients(route):
     mixer, seq = build(replace(CONFIG, route=route)), packed()
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
-    x, valid = jax.random.normal(jax.random.key(2), (2, 19, WIDTH)), (seq.segments > 0)[..., None]
+    x, valid = jax.random.normal(jax.random.key(2), (2, 19, WIDTH)), (seq.segment_ids > 0)[..., None]
     cotangent = jnp.where(valid, jax.random.normal(jax.random.key(3), x.shape), 0)
 
     def results(form):
@@ -89,17 +89,17 @@ def test_dispatch_equals_the_masked_dense_form_in_values_and_gradients(route):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def told(graph, params, rest, x: jax.Array, seq: SeqInfo):
+def aux_of(graph, params, rest, x: jax.Array, seq: SeqInfo):
     return nnx.merge(graph, params, rest)(x, seq)[1]
 
 
 def means(mixer: ChunkExpertsMixer, x: jax.Array, seq: SeqInfo | None = None) -> dict[str, float]:
-    aux = told(*nnx.split(mixer, nnx.Param, ...), x, whole_rows(*x.shape[:2]) if seq is None else seq)
+    aux = aux_of(*nnx.split(mixer, nnx.Param, ...), x, unpacked_seq_info(*x.shape[:2]) if seq is None else seq)
     return {name.removeprefix("diagnostic/"): float(mean.total / mean.weight) for name, mean in aux.items()}
 
 
 def test_a_fresh_router_spreads_random_tokens():
-    mixer = build(replace(CONFIG, experts=8), size=0.0)
+    mixer = build(replace(CONFIG, num_experts=8), size=0.0)
     found = means(mixer, jax.random.normal(jax.random.key(4), (8, 256, WIDTH)))
     assert found["expert_usage_deviation"] < 0.25 / 8
     assert found["expert_entropy"] > 0.99 * math.log(8)
@@ -110,7 +110,7 @@ def test_a_fresh_router_spreads_random_tokens():
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_the_balance_loss_brings_a_skewed_router_back(weight):
     """All tokens share a direction that one expert answers to; z-loss off."""
-    mixer = build(replace(CONFIG, balance_weight=weight, z_weight=0.0), size=0.0)
+    mixer = build(replace(CONFIG, load_balance_loss_weight=weight, router_z_loss_weight=0.0), size=0.0)
     x = jax.random.normal(jax.random.key(5), (8, 64, WIDTH)).at[..., 0].set(3.0)
     mixer.router[...] = mixer.router[...].at[0, 0].set(1.0)
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
@@ -118,7 +118,9 @@ def test_the_balance_loss_brings_a_skewed_router_back(weight):
 
     def body(carry, _):
         params, moments = carry
-        slopes = jax.grad(lambda p: nnx.merge(graph, p, rest)(x, whole_rows(8, 64))[1]["expert_balance"].total)(params)
+        slopes = jax.grad(lambda p: nnx.merge(graph, p, rest)(x, unpacked_seq_info(8, 64))[1]["expert_balance"].total)(
+            params
+        )
         updates, moments = optimizer.update(slopes, moments, params)
         return (optax.apply_updates(params, updates), moments), None
 
@@ -136,12 +138,12 @@ def test_losses_reach_the_router_alone_and_padding_counts_for_nothing():
         slopes = by_loss[name].total
         for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
             assert bool(jnp.any(slope != 0)) == ("router" in jax.tree_util.keystr(path)), (name, path)
-    changed = jnp.where((seq.segments > 0)[..., None], x, 7.0)
+    changed = jnp.where((seq.segment_ids > 0)[..., None], x, 7.0)
     assert means(mixer, x, seq) == means(mixer, changed, seq)
 
 
 def test_the_bias_moves_towards_experts_that_got_less_in_training_only():
-    mixer = build(replace(CONFIG, bias_rate=0.25, route="token"), size=0.0)
+    mixer = build(replace(CONFIG, bias_update_rate=0.25, route="token"), size=0.0)
     mixer.router[...] = mixer.router[...].at[0, 0].set(1.0).at[0, 1].set(0.5)
     x = jax.random.normal(jax.random.key(7), (4, 32, WIDTH)).at[..., 0].set(3.0)
     assert mixer.bias is not None
@@ -152,7 +154,7 @@ def test_the_bias_moves_towards_experts_that_got_less_in_training_only():
     @jax.jit
     def train(rest):
         module = nnx.merge(graph, params, rest)
-        module(x, whole_rows(4, 32)._replace(key=jax.random.key(0)))
+        module(x, unpacked_seq_info(4, 32)._replace(key=jax.random.key(0)))
         return nnx.state(module, Statistic)
 
     rest = train(rest)
@@ -162,10 +164,10 @@ def test_the_bias_moves_towards_experts_that_got_less_in_training_only():
 
 
 def test_a_run_moves_the_bias_and_its_loss_has_no_diagnostics():
-    slices = (Segment(length=16, pairs=2),)
-    experts = replace(CONFIG, bias_rate=1e-3)
+    slices = (MixtureSlice(length=16, num_kv_pairs=2),)
+    experts = replace(CONFIG, bias_update_rate=1e-3)
     blocks = {"e": Block(mixer=experts, channel=Identity())}
-    config = tiny(
+    config = tiny_run(
         RunConfig(
             task=MQAR(vocab_size=32, mixture=slices, test_mixture=slices),
             model=LMConfig(d_model=WIDTH, pattern="e*2", blocks=blocks, remat="block"),
@@ -173,7 +175,7 @@ def test_a_run_moves_the_bias_and_its_loss_has_no_diagnostics():
     )
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         program = Program(config)
-        state, report = program.step(program.initial(), program.batch(0))
+        state, report = program.step(program.init_state(), program.batch(0))
     terms = {name: float(mean.total / mean.weight) for name, mean in report.terms.items()}
     assert terms["diagnostic/expert_entropy"] > 1
     losses = sum(value for name, value in terms.items() if not name.startswith("diagnostic/"))
@@ -187,6 +189,6 @@ def test_a_run_moves_the_bias_and_its_loss_has_no_diagnostics():
     ("changes", "message"),
     [({"top_k": 5}, "experts = 4"), ({"chunk": 0}, "chunk is 0"), ({"z_weight": -1.0}, "z_weight")],
 )
-def test_choices_that_do_not_fit_are_named(changes, message):
+def test_invalid_configs_are_rejected(changes, message):
     with pytest.raises(ConfigError, match=message):
         replace(CONFIG, **changes)

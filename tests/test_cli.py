@@ -57,11 +57,15 @@ WRONG = {
     "mqar_micro --optim.lr nan": ["optim.lr is nan", "at least 0 and finite"],
     "mqar_micro --optim.lr inf": ["optim.lr is inf", "at least 0 and finite"],
     "mqar_micro --optim.b2 1": ["optim.b2 is 1.0", "below 1"],
-    "mqar_micro --optim.warmup 5": ["optim.warmup is 5.0", "fraction from 0 to 1"],
-    "mqar_micro --optim.clip 0": ["optim.clip is 0.0", "above 0"],
+    "mqar_micro --optim.warmup_ratio 5": ["optim.warmup_ratio is 5.0", "fraction from 0 to 1"],
+    "mqar_micro --optim.max_grad_norm 0": ["optim.max_grad_norm is 0.0", "above 0"],
     "mqar_micro --train.steps 0": ["train.steps is 0", "at least 1"],
-    "mqar_micro --train.data-seed -1": ["train.data_seed is -1", "at least 0"],
-    "mqar_micro --train.accumulate 3": ["train.batch_size 64", "multiple", "train.accumulate 3"],
+    "mqar_micro --train.data_parallel-seed -1": ["train.data_seed is -1", "at least 0"],
+    "mqar_micro --train.gradient_accumulation_steps 3": [
+        "train.batch_size 64",
+        "multiple",
+        "train.gradient_accumulation_steps 3",
+    ],
     "mqar_micro --evaluate.every 0": ["evaluate.every is 0", "at least 1"],
     "mqar_micro --evaluate.batches 0": ["evaluate.batches is 0", "at least 1"],
     "mqar_micro --model.dropout 1": ["dropout is 1.0", "below 1"],
@@ -151,7 +155,7 @@ for command in sys.argv[1:]:
         assert f"{name} " in done.stdout and line in done.stdout and line
 
 
-def test_a_reader_that_has_seen_enough_ends_the_command_quietly() -> None:
+def test_broken_pipe_exits_quietly() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run([*RECALLAX, "list"], stdout=writing, stderr=subprocess.PIPE, text=True, env=environment())
@@ -261,7 +265,7 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Sto
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_stopped_run_saves_where_it_stands(lives: tuple[Path, dict[str, Stopped]], name: str) -> None:
+def test_signal_saves_checkpoint(lives: tuple[Path, dict[str, Stopped]], name: str) -> None:
     end = lives[1][name]
     assert end.status == 75, end.err
     assert f"stopped at step {end.step}; the same command goes on from there" in end.err
@@ -280,9 +284,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(lives: tuple[Path, dict[s
     assert ends["SIGTERM"].step <= started < step
 
 
-def test_a_stopped_run_ends_as_one_that_never_stopped(
-    lives: tuple[Path, dict[str, Stopped]], uninterrupted: Path
-) -> None:
+def test_resumed_run_equals_uninterrupted_run(lives: tuple[Path, dict[str, Stopped]], uninterrupted: Path) -> None:
     folder, ends = lives
     assert ends["finished"].status == 0, ends["finished"].err
     assert checksums(folder, RUN["steps"]) == checksums(uninterrupted, RUN["steps"])
@@ -311,7 +313,7 @@ def test_a_folder_belongs_to_one_config(
 
 def test_a_folder_serves_one_job(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from recallax.config import from_json
-    from recallax.train.run import RunConfig
+    from recallax.train.run_config import RunConfig
     from recallax.train.run_folder import RunFolder, read_config
 
     config = from_json(read_config(uninterrupted), RunConfig)
@@ -362,13 +364,13 @@ def test_generate_answers_the_runs_own_task(uninterrupted: Path, capsys: pytest.
     import jax.numpy as jnp
     import numpy as np
 
-    from recallax.train.generate import first_question, trained_model
+    from recallax.train.inference import first_question, load_trained_model
 
     before = sorted((p, p.stat().st_mtime_ns) for p in uninterrupted.rglob("*"))
     assert main(["generate", str(uninterrupted), "--task", "4"]) == 0
     header, *rows, summary = capsys.readouterr().out.splitlines()
     assert header.split() == ["group", "tokens", "wanted", "answer"]
-    task, model = trained_model(uninterrupted)
+    task, model = load_trained_model(uninterrupted)
     call, right = jax.jit(lambda tokens, seq: model(tokens, seq)[0]), 0
     for index, row in enumerate(rows):
         batch = task.batch(0, "test", index, 32)
@@ -380,7 +382,7 @@ def test_generate_answers_the_runs_own_task(uninterrupted: Path, capsys: pytest.
         assert row.split() == [group, str(at + 1), str(wanted), str(answer), verdict]
         right += answer == wanted
         question = first_question(task, "test", index)
-        assert question.prefix == batch.seq.prefix[0].sum() and np.array_equal(question.wanted, [wanted])
+        assert question.prefix_length == batch.seq.prefix[0].sum() and np.array_equal(question.answer, [wanted])
     assert summary == f"{right} of 4 right"
     assert sorted((p, p.stat().st_mtime_ns) for p in uninterrupted.rglob("*")) == before
 

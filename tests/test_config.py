@@ -11,11 +11,21 @@ from typing import Any
 
 import pytest
 
-from experiments.__main__ import read
+from experiments.__main__ import read_rows
 from experiments.recall_frontier import sweep
 from recallax.__main__ import config_names
-from recallax.config import SCHEMA, Config, ConfigError, added, classes, diff, fingerprint, from_json, to_json
-from recallax.train.run import AdamW, Evaluate, RunConfig, Train
+from recallax.config import (
+    SCHEMA_VERSION,
+    Config,
+    ConfigError,
+    added_field,
+    config_classes,
+    diff,
+    fingerprint,
+    from_json,
+    to_json,
+)
+from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
 
 NAMES = list(config_names())
 
@@ -89,7 +99,7 @@ def test_every_changed_leaf_changes_the_fingerprint() -> None:
         assert line.startswith(".".join(keys[:2])) and " -> " in line
 
 
-def test_equal_numbers_have_one_fingerprint() -> None:
+def test_equal_numbers_have_equal_fingerprints() -> None:
     # As a config file may write it; set behind the constructor, whose types are checked in tests.
     whole, fraction = AdamW(lr=2.0), AdamW(lr=1.0)
     object.__setattr__(whole, "lr", 1)
@@ -131,7 +141,10 @@ WRONG = {
     "list for an object": (edit("model", "blocks", to=[1]), ["config.model.blocks is [1]", "dict"]),
     "unknown choice": (edit("model", "compute", to="bfloat61"), ["config.model.compute", "did you mean 'bfloat16'"]),
     "broken rule": (edit("train", "steps", to=0), ["train.steps is 0", "at least 1"]),
-    "other schema": (edit("schema", to=SCHEMA + 1), [f"schema is {SCHEMA + 1}", f"reads schema {SCHEMA}"]),
+    "other schema": (
+        edit("schema", to=SCHEMA_VERSION + 1),
+        [f"schema is {SCHEMA_VERSION + 1}", f"reads schema {SCHEMA_VERSION}"],
+    ),
     "no schema": (edit("schema", to=None), ["schema is None"]),
 }
 
@@ -165,7 +178,7 @@ HOSTILE = [
 @pytest.mark.parametrize("expected", [RunConfig, Config])
 def test_a_class_is_only_ever_a_complete_config(name: Any, expected: type[Config]) -> None:
     with pytest.raises(ConfigError, match="has class"):
-        from_json({"schema": SCHEMA, "class": name}, expected)
+        from_json({"schema": SCHEMA_VERSION, "class": name}, expected)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -195,10 +208,10 @@ def test_names_of_config_classes_are_unique() -> None:
         lr: float = 1.0
 
     with pytest.raises(ConfigError, match="two config classes are named AdamW"):
-        classes()
+        config_classes()
     del AdamW
     gc.collect()
-    assert "AdamW" in classes()
+    assert "AdamW" in config_classes()
 
 
 def test_a_field_added_later_changes_no_fingerprint_while_it_holds_its_default():
@@ -207,7 +220,7 @@ def test_a_field_added_later_changes_no_fingerprint_while_it_holds_its_default()
         """As saved before `late` existed."""
 
         early: int = 1
-        late: float = added(0.5)
+        late: float = added_field(0.5)
 
     assert to_json(Grown()) == {"schema": 1, "class": "Grown", "early": 1}
     assert from_json(to_json(Grown()), Grown) == Grown()
@@ -219,5 +232,7 @@ def test_a_field_added_later_changes_no_fingerprint_while_it_holds_its_default()
 
 def test_checked_in_rows_belong_to_configs_of_today():
     """A fingerprint that moves would have every experiment measured again and every run folder refused."""
-    known = {row["config"] for row in read(Path(sweep.__file__).parent)}
-    assert {fingerprint(sweep.micro(name, rate, 0)) for name in sweep.MIXERS for rate in sweep.RATES} <= known
+    known = {row["config"] for row in read_rows(Path(sweep.__file__).parent)}
+    assert {
+        fingerprint(sweep.mqar_micro_config(name, rate, 0)) for name in sweep.MIXERS for rate in sweep.RATES
+    } <= known

@@ -13,26 +13,26 @@ from flax.traverse_util import flatten_dict
 
 from recallax.__main__ import main
 from recallax.config import ConfigError, fingerprint, from_json, to_json
-from recallax.layers import Identity, Nothing, Parallel, ProductKeys, SwiGLU
+from recallax.layers import Identity, NoChannelMixer, Parallel, ProductKeys, SwiGLU
 from recallax.models import Block, LMConfig
-from recallax.tasks import MQAR, Segment
+from recallax.tasks import MQAR, MixtureSlice
 from recallax.train import loop
-from recallax.train.checkpoint import CheckpointError, Restored
-from recallax.train.curriculum import (
-    After,
-    Course,
+from recallax.train.checkpoint import CheckpointError, RestoredCheckpoint
+from recallax.train.curriculum.parameter_masks import parameter_names, resolve_stages
+from recallax.train.curriculum.stages import (
+    AfterSteps,
     Curriculum,
+    CurriculumRunner,
+    CurriculumState,
+    MetricPlateau,
+    MetricReached,
     Ramp,
-    Reached,
-    Settled,
     Stage,
-    Standing,
-    standing_from_json,
+    curriculum_state_from_json,
 )
 from recallax.train.loop import train
 from recallax.train.program import Program
-from recallax.train.run import AdamW, Evaluate, RunConfig, Train
-from recallax.train.stages import lessons, parameter_names
+from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
 from recallax.train.step import TrainState
 
 pytestmark = pytest.mark.xdist_group("curriculum")  # one process: the tests share runs
@@ -46,7 +46,7 @@ def quick_compilation() -> Iterator[None]:
 
 
 def mqar(length: int) -> MQAR:
-    slices = (Segment(length=length, pairs=2),)
+    slices = (MixtureSlice(length=length, num_kv_pairs=2),)
     return MQAR(vocab_size=16, mixture=slices, test_mixture=slices)
 
 
@@ -54,8 +54,10 @@ MODEL = LMConfig(
     d_model=8,
     pattern="both*2 facts",
     blocks={
-        "both": Block(mixer=Parallel(ssm=SwiGLU(inner=4), attention=Identity()), channel=Nothing()),
-        "facts": Block(mixer=ProductKeys(sub_keys=3, heads=1, key_dim=4, value_dim=4, top_k=2), channel=Nothing()),
+        "both": Block(mixer=Parallel(ssm=SwiGLU(intermediate_size=4), attention=Identity()), channel=NoChannelMixer()),
+        "facts": Block(
+            mixer=ProductKeys(num_sub_keys=3, num_heads=1, head_k_dim=4, value_dim=4, top_k=2), channel=NoChannelMixer()
+        ),
     },
 )
 STAGES = (
@@ -64,12 +66,15 @@ STAGES = (
         frozen=("blocks.facts.*", "*.paths.ssm.out.*"),
         ramps=(Ramp(gate="*.gates.attention", start=0.0, end=0.0),),
         task=mqar(8),
-        until=Reached(metric="loss", threshold=100.0, at_least=3, at_most=9),
+        until=MetricReached(metric="loss", threshold=100.0, min_steps=3, max_steps=9),
     ),
     Stage(
-        name="ramp", frozen=("embedding",), ramps=(Ramp(gate="*.gates.*", start=0.1, end=0.3),), until=After(steps=3)
+        name="ramp",
+        frozen=("embedding",),
+        ramps=(Ramp(gate="*.gates.*", start=0.1, end=0.3),),
+        until=AfterSteps(steps=3),
     ),
-    Stage(name="settle", task=mqar(16), until=Settled(patience=1, margin=99.0, at_most=7)),
+    Stage(name="settle", task=mqar(16), until=MetricPlateau(patience=1, min_delta=99.0, max_steps=7)),
     Stage(name="all", loss_weights={"next_token": 0.5}),
 )
 ENDS = (4, 7, 12)
@@ -77,7 +82,7 @@ ENDS = (4, 7, 12)
 CONFIG = RunConfig(
     task=mqar(12),
     model=MODEL,
-    optim=AdamW(lr=1e-2, warmup=0.1, clip=0.5, eps=1e-10, b2=0.999),
+    optim=AdamW(lr=1e-2, warmup_ratio=0.1, max_grad_norm=0.5, eps=1e-10, b2=0.999),
     train=Train(steps=20, batch_size=8, log_every=3, save_every=3, seed=3),
     evaluate=Evaluate(every=4, batches=2, batch_size=8),
     curriculum=Curriculum(stages=STAGES),
@@ -100,19 +105,19 @@ def compiled(config: RunConfig) -> Program:
     return PROGRAMS.setdefault(fingerprint(config), Program(config))
 
 
-def copied(state: TrainState) -> TrainState:
+def copy_state(state: TrainState) -> TrainState:
     """On the host, since a step uses its buffers up."""
     return jax.device_get(state._replace(key=jax.random.key_data(state.key)))
 
 
-def steps_of(program: Program, standings: list[Standing]) -> list[TrainState]:
+def run_steps(program: Program, standings: list[CurriculumState]) -> list[TrainState]:
     """The states before and after each step."""
-    state = program.initial()
-    found = [copied(state)]
+    state = program.init_state()
+    found = [copy_state(state)]
     for index, standing in enumerate(standings):
-        state, report = program.step(state, program.batch(index, standing.stage), standing)
+        state, report = program.step(state, program.batch(index, standing.stage_index), standing)
         assert report.finite.all()
-        found.append(copied(state))
+        found.append(copy_state(state))
     return found
 
 
@@ -136,21 +141,21 @@ def adam(state: TrainState) -> Any:
 def test_one_stage_of_everything_is_no_curriculum():
     """To rounding, as XLA fuses Adam in other ways; so the control of a curriculum may be written either way."""
     plain = compiled(replace(CONFIG, curriculum=None))
-    state = plain.initial()
+    state = plain.init_state()
     for index in range(4):
         state, _ = plain.step(state, plain.batch(index))
     whole = compiled(staged(Stage(name="all on")))
-    other = steps_of(whole, [Standing()] * 4)[-1]
-    for one, two in ((copied(state).params, other.params), (adam(copied(state)).nu, adam(other).nu)):
+    other = run_steps(whole, [CurriculumState()] * 4)[-1]
+    for one, two in ((copy_state(state).params, other.params), (adam(copy_state(state)).nu, adam(other).nu)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), one, two)
     assert set(adam(other).counts.tolist()) == {4}
 
 
-def test_what_is_frozen_keeps_its_bits_and_moments_and_wakes_like_a_fresh_parameter():
+def test_frozen_parameters_are_unchanged_and_unfreeze_with_fresh_moments():
     program = compiled(CONFIG)
-    before, _, after, *_, woken = states = steps_of(program, [Standing()] * 3 + [Standing(2, 3)] * 2)
+    before, _, after, *_, woken = states = run_steps(program, [CurriculumState()] * 3 + [CurriculumState(2, 3)] * 2)
     names, _ = parameter_names(MODEL, 16)
-    by_name = {path: called.layers[0] for path, called in names.items()}
+    by_name = {path: called.layer_names[0] for path, called in names.items()}
     frozen = {path for path, name in by_name.items() if name.startswith("layers.2.") or ".paths.ssm.out." in name}
     gates = {path for path, name in by_name.items() if name.endswith("gates.attention")}
     assert len(gates) == 1 and len(frozen) > 4
@@ -179,7 +184,7 @@ def test_what_is_frozen_keeps_its_bits_and_moments_and_wakes_like_a_fresh_parame
 def test_negative_zeros_are_kept_too():
     """Adding an update of 0 would make them positive."""
     program = compiled(CONFIG)
-    state = program.initial()
+    state = program.init_state()
     path = next(path for path in leaves(state.params) if "paths" in path and "out" in path)
     tree: Any = state.params
     for name in path[:-1]:
@@ -191,8 +196,8 @@ def test_negative_zeros_are_kept_too():
 
 
 def test_gates_are_set_and_then_learned():
-    standings = [Standing(1, 0)] * 5 + [Standing(3, 5)] * 2
-    states = steps_of(compiled(CONFIG), standings)
+    standings = [CurriculumState(1, 0)] * 5 + [CurriculumState(3, 5)] * 2
+    states = run_steps(compiled(CONFIG), standings)
     gates = [leaves(s.params) for s in states]
     for name in ("ssm", "attention"):
         (path,) = [path for path in gates[0] if path[-2:] == ("gates", name)]
@@ -200,14 +205,14 @@ def test_gates_are_set_and_then_learned():
         assert found[0].shape == (2,)  # two layers in one array
         np.testing.assert_array_equal(found[:5], np.array([[0.1] * 2, [0.2] * 2, *[[0.3] * 2] * 3], np.float32))
         assert (found[6] != np.float32(0.3)).all()
-    course = Course(CONFIG.curriculum, Standing(1, 10))
-    assert [course.ramps(step)["*.gates.*"] for step in (11, 12, 13, 14)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
+    course = CurriculumRunner(CONFIG.curriculum, CurriculumState(1, 10))
+    assert [course.ramp_values(step)["*.gates.*"] for step in (11, 12, 13, 14)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
 
 
 def test_a_stage_has_its_own_coefficients():
     program = compiled(CONFIG)
     for stage, factor in ((1, 1.0), (3, 0.5)):
-        _, report = program.step(program.initial(), program.batch(0, stage), Standing(stage, 0))
+        _, report = program.step(program.init_state(), program.batch(0, stage), CurriculumState(stage, 0))
         total, weight = report.terms["next_token"]
         assert float(report.loss) == pytest.approx(factor * float(total / weight), rel=1e-5)
 
@@ -228,7 +233,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def test_a_log_tells_of_the_stages(finished: Path):
+def test_log_records_curriculum_stages(finished: Path):
     rows = read(finished)
     told = [(row["step"], row["stage"], row["name"]) for row in rows if row.get("event") == "stage"]
     assert told == [(0, 0, "alone"), (4, 1, "ramp"), (7, 2, "settle"), (12, 3, "all")]
@@ -248,13 +253,13 @@ def test_a_log_tells_of_the_stages(finished: Path):
 def test_every_step_trains_on_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Also the first of a stage, whose batch was being made ahead for the stage before."""
     lengths: list[int] = []
-    add = loop.Meter.add
+    add = loop.MetricsLogger.add
 
     def record(self: Any, report: Any, batch: Any) -> None:
         lengths.append(batch.tokens.shape[1])
         add(self, report, batch)
 
-    monkeypatch.setattr(loop.Meter, "add", record)
+    monkeypatch.setattr(loop.MetricsLogger, "add", record)
     train(CONFIG, tmp_path / "run", name="staged")
     assert lengths == [8] * 4 + [12] * 3 + [16] * 5 + [12] * 8
 
@@ -264,7 +269,7 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_stage(
     kills: tuple[int, ...], tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Before any checkpoint, across a stage's end, and where a rule has to remember an evaluation."""
-    add, folder = loop.Meter.add, tmp_path / "run"
+    add, folder = loop.MetricsLogger.add, tmp_path / "run"
 
     for kill in kills:
         held = [int(p.name) for p in (folder / "checkpoints").glob("[0-9]*")] if folder.exists() else []
@@ -277,7 +282,7 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_stage(
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(loop.Meter, "add", stop)
+            patch.setattr(loop.MetricsLogger, "add", stop)
             train(CONFIG, folder, name="staged")
     train(CONFIG, folder, name="staged")
     described = [json.loads((p / "checkpoints/20/meta/metadata").read_text())["body"] for p in (finished, folder)]
@@ -297,76 +302,92 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_stage(
 
 def test_a_checkpoint_without_a_stage_is_refused(finished: Path):
     config = replace(CONFIG, curriculum=Curriculum(stages=STAGES))
-    assert loop._standing(config, None) == Standing()
-    assert loop._standing(config, Restored(0, None, {})) == Standing()
+    assert loop._restore_curriculum_state(config, None) == CurriculumState()
+    assert loop._restore_curriculum_state(config, RestoredCheckpoint(0, None, {})) == CurriculumState()
     with pytest.raises(CheckpointError, match="does not say in which stage"):
-        loop._standing(config, Restored(3, None, {}))
+        loop._restore_curriculum_state(config, RestoredCheckpoint(3, None, {}))
 
 
 # When a stage ends
 
 
-def seen(*losses: float, **more: float) -> list[dict[str, float]]:
+def evaluation_rows(*losses: float, **more: float) -> list[dict[str, float]]:
     return [{"loss": loss, "accuracy": 1 - loss} for loss in losses]
 
 
 def test_a_threshold_is_reached_from_either_side():
-    rise, fall = Reached(threshold=0.5, at_most=9), Reached(metric="loss", threshold=0.5, at_most=9)
+    rise, fall = MetricReached(threshold=0.5, max_steps=9), MetricReached(metric="loss", threshold=0.5, max_steps=9)
     for rule in (rise, fall):
-        assert rule.met([]) is None and rule.met(seen(0.6)) is None and rule.met(seen(0.4, 0.6)) is None
-        assert "reached 0.5" in (rule.met(seen(0.6, 0.5)) or "") and rule.met(seen(float("nan"))) is None
+        assert (
+            rule.end_reason([]) is None
+            and rule.end_reason(evaluation_rows(0.6)) is None
+            and rule.end_reason(evaluation_rows(0.4, 0.6)) is None
+        )
+        assert (
+            "reached 0.5" in (rule.end_reason(evaluation_rows(0.6, 0.5)) or "")
+            and rule.end_reason(evaluation_rows(float("nan"))) is None
+        )
 
 
 def test_a_metric_has_settled_when_the_last_evaluations_bring_no_more():
-    rule = Settled(patience=2, margin=0.1, at_most=9)
-    assert rule.met(seen(1.0, 1.0)) is None  # nothing to compare with
-    assert rule.met(seen(1.0, 1.0, 1.0)) is not None
-    assert rule.met(seen(1.0, 0.8, 1.0)) is None and rule.met(seen(1.0, 0.95, 1.0)) is not None
-    assert rule.met(seen(0.5, 1.0, 0.3, 0.25)) is None and rule.met(seen(0.5, 1.0, 0.3, 0.3, 0.3)) is not None
-    assert Settled(metric="accuracy", patience=1, at_most=9).met(seen(0.5, 0.4)) is None
-    assert Settled(metric="accuracy", patience=1, at_most=9).met(seen(0.5, 0.5)) is not None
+    rule = MetricPlateau(patience=2, min_delta=0.1, max_steps=9)
+    assert rule.end_reason(evaluation_rows(1.0, 1.0)) is None  # nothing to compare with
+    assert rule.end_reason(evaluation_rows(1.0, 1.0, 1.0)) is not None
+    assert (
+        rule.end_reason(evaluation_rows(1.0, 0.8, 1.0)) is None
+        and rule.end_reason(evaluation_rows(1.0, 0.95, 1.0)) is not None
+    )
+    assert (
+        rule.end_reason(evaluation_rows(0.5, 1.0, 0.3, 0.25)) is None
+        and rule.end_reason(evaluation_rows(0.5, 1.0, 0.3, 0.3, 0.3)) is not None
+    )
+    assert MetricPlateau(metric="accuracy", patience=1, max_steps=9).end_reason(evaluation_rows(0.5, 0.4)) is None
+    assert MetricPlateau(metric="accuracy", patience=1, max_steps=9).end_reason(evaluation_rows(0.5, 0.5)) is not None
 
 
 def test_a_stage_has_a_least_and_a_most_number_of_steps():
-    rule = Reached(threshold=0.5, at_least=10, at_most=20)
+    rule = MetricReached(threshold=0.5, min_steps=10, max_steps=20)
     curriculum = Curriculum(stages=(Stage(name="a", until=rule), Stage(name="b")))
-    course = Course(curriculum, Standing(0, 100))
-    course.see({"accuracy": 0.9, "loss": 0.1, "group/x": 1.0})
-    assert course.ends(109, True) is None and course.ends(110, False) is None
-    assert course.ends(110, True) is not None and course.ends(120, False) == "after 20 steps"
-    course.move(120)
-    assert course.standing == Standing(1, 120, ()) and course.ends(10_000, True) is None
+    course = CurriculumRunner(curriculum, CurriculumState(0, 100))
+    course.add_evaluation({"accuracy": 0.9, "loss": 0.1, "group/x": 1.0})
+    assert course.stage_end_reason(109, True) is None and course.stage_end_reason(110, False) is None
+    assert course.stage_end_reason(110, True) is not None and course.stage_end_reason(120, False) == "after 20 steps"
+    course.start_next_stage(120)
+    assert course.state == CurriculumState(1, 120, ()) and course.stage_end_reason(10_000, True) is None
 
 
-def test_a_standing_survives_json_exactly():
-    standing = Standing(
+def test_curriculum_state_json_round_trip():
+    standing = CurriculumState(
         2, 5, ({"accuracy": 0.1 + 0.2, "loss": float("nan")}, {"accuracy": 1e-300, "loss": float("inf")})
     )
-    back = standing_from_json(json.loads(json.dumps(standing.to_json(), allow_nan=False)))
+    back = curriculum_state_from_json(json.loads(json.dumps(standing.to_json(), allow_nan=False)))
     assert repr(back) == repr(standing)
 
 
 # What does not fit
 
 
-STAGE = Stage(name="s", until=After(steps=2))
+STAGE = Stage(name="s", until=AfterSteps(steps=2))
 LAST = Stage(name="last")
 WRONG = {
     "no stage": (lambda: Curriculum(stages=()), ["[]", "there must be one"]),
     "one name twice": (lambda: Curriculum(stages=(STAGE, replace(LAST, name="s"))), ["names of their own"]),
-    "no end": (lambda: Curriculum(stages=(STAGE,)), ["stage 1 of 1, 's'", "After", "Finish"]),
-    "an end in the middle": (lambda: Curriculum(stages=(LAST, replace(LAST, name="b"))), ["stage 1 of 2", "Finish"]),
-    "nothing trains": (lambda: Stage(name="s", trains=()), ["'s' trains nothing", "at least one pattern"]),
+    "no end": (lambda: Curriculum(stages=(STAGE,)), ["stage 1 of 1, 's'", "AfterSteps", "EndOfRun"]),
+    "an end in the middle": (lambda: Curriculum(stages=(LAST, replace(LAST, name="b"))), ["stage 1 of 2", "EndOfRun"]),
+    "nothing trains": (lambda: Stage(name="s", trainable=()), ["'s' trains nothing", "at least one pattern"]),
     "a ramp of one step": (
         lambda: Stage(name="s", ramps=(Ramp(gate="g", start=0.0, end=1.0),)),
         ["ramps 'g' from 0.0 to 1.0 over 1 step", "at least 2 steps"],
     ),
-    "no steps": (lambda: After(steps=0), ["After.steps is 0", "at least 1"]),
-    "bounds": (lambda: Reached(threshold=1.0, at_least=5, at_most=4), ["after 5 to 4 steps"]),
-    "margin": (lambda: Settled(margin=-1.0, at_most=4), ["margin is -1.0"]),
-    "no step left": (lambda: staged(replace(STAGE, until=After(steps=20)), LAST), ["train.steps is 20", "{'s': 20}"]),
+    "no steps": (lambda: AfterSteps(steps=0), ["After.steps is 0", "at least 1"]),
+    "bounds": (lambda: MetricReached(threshold=1.0, min_steps=5, max_steps=4), ["after 5 to 4 steps"]),
+    "margin": (lambda: MetricPlateau(min_delta=-1.0, max_steps=4), ["margin is -1.0"]),
+    "no step left": (
+        lambda: staged(replace(STAGE, until=AfterSteps(steps=20)), LAST),
+        ["train.steps is 20", "{'s': 20}"],
+    ),
     "never asked": (
-        lambda: staged(replace(STAGE, until=Reached(threshold=1.0, at_most=3)), LAST),
+        lambda: staged(replace(STAGE, until=MetricReached(threshold=1.0, max_steps=3)), LAST),
         ["'s' ends after at most 3 steps", "evaluate.every is 4"],
     ),
     "more ids": (
@@ -375,19 +396,19 @@ WRONG = {
     ),
     "a length that does not fit": (lambda: mqar(6), ["length 6 cannot hold 2 pairs"]),
     "no such parameter": (
-        lambda: lessons(staged(replace(STAGE, frozen=("*.paths.sssm.*",)), LAST)),
+        lambda: resolve_stages(staged(replace(STAGE, frozen=("*.paths.sssm.*",)), LAST)),
         ["the stage 's' names '*.paths.sssm.*'", "no parameter", "blocks.both.mixer.paths.ssm"],
     ),
     "one layer of a stack": (
-        lambda: lessons(staged(replace(STAGE, trains=("layers.0.*",)), LAST)),
+        lambda: resolve_stages(staged(replace(STAGE, trainable=("layers.0.*",)), LAST)),
         ["'s'", "layers.0.mixer", "not layers.1.mixer", "one array", "blocks.both.mixer"],
     ),
     "a ramped matrix": (
-        lambda: lessons(staged(replace(STAGE, ramps=(Ramp(gate="embedding", start=0.0, end=1.0),)), LAST)),
+        lambda: resolve_stages(staged(replace(STAGE, ramps=(Ramp(gate="embedding", start=0.0, end=1.0),)), LAST)),
         ["ramps embedding", "[16, 8]", "one number per layer"],
     ),
     "ramped twice": (
-        lambda: lessons(
+        lambda: resolve_stages(
             staged(
                 replace(STAGE, ramps=tuple(Ramp(gate=g, start=0.0, end=1.0) for g in ("*.gates.ssm", "*.gates.*"))),
                 LAST,
@@ -395,7 +416,7 @@ WRONG = {
         ),
         ["twice", "'*.gates.ssm'", "'*.gates.*'"],
     ),
-    "all frozen": (lambda: lessons(staged(replace(STAGE, frozen=("*",)), LAST)), ["'s' trains nothing"]),
+    "all frozen": (lambda: resolve_stages(staged(replace(STAGE, frozen=("*",)), LAST)), ["'s' trains nothing"]),
     "no such term": (
         lambda: compiled(staged(STAGE, replace(LAST, loss_weights={"next": 1.0}))).check_stages(),
         ["'next'", "did you mean 'next_token'"],
@@ -404,7 +425,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_fit_is_named(case: str):
+def test_invalid_curricula_are_rejected(case: str):
     make, parts = WRONG[case]
     with pytest.raises(ConfigError) as error:
         make()
@@ -414,25 +435,25 @@ def test_what_does_not_fit_is_named(case: str):
 
 def test_patterns_mean_layers_blocks_and_the_rest():
     flat = {
-        name: leaves(lesson.part.trains)
+        name: leaves(lesson.mask.trainable)
         for name, lesson in zip(
             ("block", "layers", "rest"),
-            lessons(
+            resolve_stages(
                 staged(
-                    replace(STAGE, name="a", trains=("blocks.facts.*",)),
-                    replace(STAGE, name="b", trains=("layers.[01].*",)),
-                    replace(LAST, trains=("embedding", "norm.scale")),
+                    replace(STAGE, name="a", trainable=("blocks.facts.*",)),
+                    replace(STAGE, name="b", trainable=("layers.[01].*",)),
+                    replace(LAST, trainable=("embedding", "norm.scale")),
                 )
             ),
             strict=True,
         )
-        if lesson.part is not None
+        if lesson.mask is not None
     }
     names, _ = parameter_names(MODEL, 16)
     for path, called in names.items():
-        assert flat["block"][path] == called.layers[0].startswith("layers.2.")
-        assert flat["layers"][path] == called.layers[0].startswith("layers.0.")
-        assert flat["rest"][path] == (called.layers[0] in ("embedding", "norm.scale"))
+        assert flat["block"][path] == called.layer_names[0].startswith("layers.2.")
+        assert flat["layers"][path] == called.layer_names[0].startswith("layers.0.")
+        assert flat["rest"][path] == (called.layer_names[0] in ("embedding", "norm.scale"))
     assert all(any(part.values()) for part in flat.values())
 
 

@@ -7,9 +7,16 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from recallax.__main__ import main
+from recallax.cli import doctor
 from recallax.pallas_kernels import dispatch
-from recallax.pallas_kernels.dispatch import Unsupported, call, candidates, interpreted, interpreting, platform
-from recallax.train import doctor
+from recallax.pallas_kernels.dispatch import (
+    Unsupported,
+    call_implementation,
+    candidate_implementations,
+    interpret_kernels,
+    platform,
+    use_interpreter,
+)
 
 
 def declines(reason: str):
@@ -28,34 +35,34 @@ def traced_for(name: str, kind: str):
 FORMS = {"reference": lambda x: "reference", "xla": lambda x: "xla", "mosaic_gpu": declines("x is odd")}
 
 
-def test_a_form_that_is_named_runs_or_fails_with_its_reason():
-    assert call("op", FORMS, "reference", 1) == "reference"
+def test_named_implementation_runs_or_raises_reason():
+    assert call_implementation("op", FORMS, "reference", 1) == "reference"
     with pytest.raises(Unsupported, match="op cannot run: mosaic_gpu: x is odd"):
-        call("op", FORMS, "mosaic_gpu", 1)
+        call_implementation("op", FORMS, "mosaic_gpu", 1)
     with pytest.raises(ValueError, match="did you mean 'xla'"):
-        call("op", FORMS, "xlaa", 1)
+        call_implementation("op", FORMS, "xlaa", 1)
 
 
 def test_a_kernel_is_tried_first_on_its_device_and_only_once_proven(monkeypatch):
-    assert candidates("op", FORMS) == ["xla"]
+    assert candidate_implementations("op", FORMS) == ["xla"]
     with traced_for("gpu", "NVIDIA H100 80GB HBM3"):
-        assert platform() == "gpu" and candidates("op", FORMS) == ["xla"]
-        monkeypatch.setattr(dispatch, "PROVEN", frozenset({("op", "mosaic_gpu")}))
-        assert candidates("op", FORMS) == ["mosaic_gpu", "xla"]
-        assert call("op", FORMS, None, 1) == "xla"  # declined, so the next one
+        assert platform() == "gpu" and candidate_implementations("op", FORMS) == ["xla"]
+        monkeypatch.setattr(dispatch, "VERIFIED", frozenset({("op", "mosaic_gpu")}))
+        assert candidate_implementations("op", FORMS) == ["mosaic_gpu", "xla"]
+        assert call_implementation("op", FORMS, None, 1) == "xla"  # declined, so the next one
         with pytest.raises(Unsupported, match="mosaic_gpu: x is odd; xla: x is even"):
-            call("op", FORMS | {"xla": declines("x is even")}, None, 1)
+            call_implementation("op", FORMS | {"xla": declines("x is even")}, None, 1)
     with traced_for("tpu", "TPU v6 lite"):
-        assert platform() == "tpu" and candidates("op", FORMS) == ["xla"]
+        assert platform() == "tpu" and candidate_implementations("op", FORMS) == ["xla"]
 
 
 def test_a_kernel_needs_its_device_or_the_interpreter():
     with pytest.raises(Unsupported, match="for a GPU and this is a CPU"):
-        interpreting("gpu")
-    with interpreted():
-        assert interpreting("gpu") and interpreting("tpu")
+        use_interpreter("gpu")
+    with interpret_kernels():
+        assert use_interpreter("gpu") and use_interpreter("tpu")
     with traced_for("gpu", "NVIDIA H100 80GB HBM3"):
-        assert not interpreting("gpu")
+        assert not use_interpreter("gpu")
 
 
 def test_the_doctor_names_what_is_here_what_is_not_and_what_each_op_takes(capsys):
@@ -63,13 +70,18 @@ def test_the_doctor_names_what_is_here_what_is_not_and_what_each_op_takes(capsys
     out = capsys.readouterr().out
     assert jax.__version__ in out and "pip install 'recallax[" in out
     lines = {line.split()[0]: line for line in out.splitlines() if line}
-    assert set(doctor.ops()) <= lines.keys() and all("xla" in lines[op] for op in doctor.ops())
+    assert set(doctor.op_implementations()) <= lines.keys() and all(
+        "xla" in lines[op] for op in doctor.op_implementations()
+    )
     with traced_for("gpu", "NVIDIA H100 80GB HBM3"):
-        assert "no recorded run" in doctor.forms("op", FORMS)[1]
-    assert doctor.forms("op", FORMS) == ("xla", "mosaic_gpu (needs a GPU), reference (the definition)")
+        assert "no recorded run" in doctor.describe_implementations("op", FORMS)[1]
+    assert doctor.describe_implementations("op", FORMS) == (
+        "xla",
+        "mosaic_gpu (needs a GPU), reference (the definition)",
+    )
 
 
 def test_the_doctor_knows_every_extra_and_its_packages():
-    extras = doctor.extras()
+    extras = doctor.extra_packages()
     assert {"cuda13", "tpu", "sweep", "export", "dev"} <= extras.keys()
     assert "pytest" in extras["dev"] and "submitit" in extras["sweep"]

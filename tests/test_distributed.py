@@ -120,8 +120,8 @@ def test_a_checkpoint_is_restored_on_another_mesh(meshes: tuple[Path, dict[str, 
     assert found["restored"], "from 4 x 2 devices on 1 x 8"
     config = mqar_attention.get_tiny()
     program = Program(replace(config, evaluate=replace(config.evaluate, batch_size=8)))  # and on the one device here
-    with Checkpoints(folder, keep=None) as checkpoints, pytest.warns(CheckpointWarning, match="not bit for bit"):
-        restored = checkpoints.restore(program.abstract)
+    with Checkpoints(folder, max_to_keep=None) as checkpoints, pytest.warns(CheckpointWarning, match="not bit for bit"):
+        restored = checkpoints.restore(program.abstract_state)
     assert restored is not None and restored.step == STEPS
     assert program.evaluate(restored.state, "valid") == pytest.approx(found["both"]["valid"], rel=1e-5)
 
@@ -132,10 +132,18 @@ def test_a_checkpoint_is_restored_on_another_mesh(meshes: tuple[Path, dict[str, 
 @pytest.mark.parametrize(
     ("part", "fields", "message"),
     [
-        ("train", {"data": 16}, "train.data 16 x train.fsdp 1 does not fit 8 devices"),
-        ("train", {"fsdp": 16}, "train.data 0 x train.fsdp 16 does not fit 8 devices"),
-        ("train", {"batch_size": 12}, "train.batch_size / train.accumulate is 12 rows, which 8 devices cannot share"),
-        ("train", {"accumulate": 2}, "train.batch_size / train.accumulate is 4 rows, which 8 devices cannot share"),
+        ("train", {"data": 16}, "train.data_parallel 16 x train.fsdp 1 does not fit 8 devices"),
+        ("train", {"fsdp": 16}, "train.data_parallel 0 x train.fsdp 16 does not fit 8 devices"),
+        (
+            "train",
+            {"batch_size": 12},
+            "train.batch_size / train.gradient_accumulation_steps is 12 rows, which 8 devices cannot share",
+        ),
+        (
+            "train",
+            {"accumulate": 2},
+            "train.batch_size / train.gradient_accumulation_steps is 4 rows, which 8 devices cannot share",
+        ),
         ("evaluate", {"batch_size": 12}, "evaluate.batch_size is 12 rows, which 8 devices cannot share"),
     ],
 )
@@ -249,8 +257,11 @@ def test_all_processes_refuse_together(pair: dict[str, Any]) -> None:
 
 
 def test_one_process_needs_no_coordinator() -> None:
-    Distributed().start()
-    unnumbered, beyond = Distributed(processes=2), Distributed(coordinator="127.0.0.1:9", processes=2, process=2)
-    for wrong in (unnumbered, beyond, Distributed(coordinator=":9", processes=2, process=0)):
+    Distributed().initialize()
+    unnumbered, beyond = (
+        Distributed(num_processes=2),
+        Distributed(coordinator_address="127.0.0.1:9", num_processes=2, process_id=2),
+    )
+    for wrong in (unnumbered, beyond, Distributed(coordinator_address=":9", num_processes=2, process_id=0)):
         with pytest.raises(ConfigError, match=r"distributed\."):
-            wrong.start()
+            wrong.initialize()

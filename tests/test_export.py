@@ -18,8 +18,28 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from recallax.__main__ import config_names, load, main
+from recallax.__main__ import config_names, load_config, main
 from recallax.config import ConfigError, to_json
+from recallax.convert import safetensors_folder
+from recallax.convert.model_conversion import (
+    LAYOUTS,
+    WeightsError,
+    export_config,
+    export_weights,
+    import_config,
+    import_model,
+    import_parameters,
+    layout_of,
+)
+from recallax.convert.run_conversion import export_run, import_run, read_run_state, read_run_weights
+from recallax.convert.safetensors_folder import (
+    read_safetensors,
+    read_weights,
+    write_folder_atomic,
+    write_safetensors,
+    write_weights,
+)
+from recallax.convert.stablehlo import PLATFORMS, export_programs, load_programs
 from recallax.layers import (
     HGRN2,
     KDA,
@@ -30,37 +50,23 @@ from recallax.layers import (
     GatedDeltaNet,
     Mamba2,
     MoM,
-    Nothing,
+    NoChannelMixer,
     SlidingWindow,
     SwiGLU,
 )
-from recallax.models import Autoencode, Block, LMConfig, Untied
-from recallax.models.based import based_1b3, based_360m
-from recallax.models.importing import (
-    LAYOUTS,
-    WeightsError,
-    export_config,
-    export_weights,
-    import_config,
-    import_model,
-    import_parameters,
-    layout_of,
-)
-from recallax.train import weights_folder
+from recallax.models import Autoencoder, Block, LMConfig, Untied
+from recallax.models.based_lm import based_1b3, based_360m
 from recallax.train.checkpoint import Checkpoints
-from recallax.train.export import export_run, import_run, read_run, read_state
 from recallax.train.loop import evaluate_run
 from recallax.train.program import Program
-from recallax.train.run import RunConfig, tiny
+from recallax.train.run_config import RunConfig, tiny_run
 from recallax.train.run_folder import RunFolder, RunFolderError
-from recallax.train.stablehlo import PLATFORMS, export_programs, load_programs
-from recallax.train.weights_folder import read_folder, read_safetensors, write_folder, write_safetensors, write_weights
-from recallax.types import StepInfo, whole_rows
+from recallax.types import StepInfo, unpacked_seq_info
 from tests.test_parity import FIRST_LAYERS, MODELS, first_layers, fixture
 
 CHANGED = ("layernorm.weight", "model.norm.weight")
 """Of Qwen3-Next: they are kept as 1 + weight, so an import rounds them."""
-NOT_OURS = {
+IGNORED_FIELDS = {
     "chunk_size", "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "rope_parameters",
     "mlp_only_layers", "fuse_cross_entropy",
 }  # fmt: skip
@@ -91,14 +97,14 @@ def same_bytes(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], but: 
 
 
 @pytest.mark.parametrize("name", (*MODELS, *FIRST_LAYERS))
-def test_what_is_imported_is_exported_again(name: str):
+def test_import_export_round_trip(name: str):
     """The config from our model alone, and the weights from our parameters, byte for byte."""
     config, weights = published(name)
     ours = import_config(config)
     # transformers itself refuses an Olmo-Hybrid whose attention layers are cut off; a BASED of ours has no dead buffer
     written = config if name in ("olmo_hybrid", "based") else export_config(layout_of(config), ours)
     assert import_config(written) == ours
-    assert {key for key in config if written.get(key) != config[key]} <= NOT_OURS
+    assert {key for key in config if written.get(key) != config[key]} <= IGNORED_FIELDS
     parameters = import_parameters(config, weights)
     again = export_weights(written, parameters)
     changed = CHANGED if name == "qwen3_next" else ()
@@ -127,32 +133,35 @@ def lm(pattern: str, **blocks: Block) -> LMConfig:
     return LMConfig(d_model=16, pattern=pattern, blocks=blocks)
 
 
-MAMBA2 = Block(mixer=Mamba2(head_dim=8, state_dim=4), channel=Nothing())
+MAMBA2 = Block(mixer=Mamba2(head_dim=8, state_dim=4), channel=NoChannelMixer())
 ATTENTION, WINDOW = Block(mixer=Attention()), Block(mixer=SlidingWindow())
-UNSAID = {
+UNREPRESENTABLE = {
     "channel would be Nothing": ("mamba2", lm("a*2", a=Block(mixer=MAMBA2.mixer))),
     "soft_cap would be None": ("mamba2", replace(lm("a", a=MAMBA2), soft_cap=3.0)),
     "eps would be 0.001": ("mamba2", replace(lm("a", a=MAMBA2), norm_eps=1e-3)),
-    "24 is no multiple of d_model 16": ("mamba2", lm("a", a=replace(MAMBA2, mixer=Mamba2(head_dim=8, inner=24)))),
+    "24 is no multiple of d_model 16": (
+        "mamba2",
+        lm("a", a=replace(MAMBA2, mixer=Mamba2(head_dim=8, intermediate_size=24))),
+    ),
     "layer 0 has the mixer MemoryMixer": ("llama", lm("a", a=MAMBA2)),
     "layers.1.mixer.window would be None, and is 64": ("llama", lm("a b", a=ATTENTION, b=WINDOW)),
-    "no positions": ("llama", lm("a", a=Block(mixer=Attention(rotary_base=None)))),
+    "no positions": ("llama", lm("a", a=Block(mixer=Attention(rope_theta=None)))),
     "none can be exported": ("falcon_h1", lm("a", a=MAMBA2)),
     "olmo_hybrid: .*none can be exported": ("olmo_hybrid", lm("a", a=Block(mixer=GatedDeltaNet()))),
     # it divides queries by the root of their width, before a norm with one eps
     "layers.0.mixer.readout.eps would be 4e-05, and is 1e-05": ("hgrn2", lm("a", a=Block(mixer=HGRN2()))),
     "layers.0.mixer.readout.gate.up.bias would be .16,., and is None": ("kda", lm("a", a=Block(mixer=KDA()))),
-    "no short convolution": ("delta_net", lm("a", a=Block(mixer=DeltaNet(conv=0)))),
+    "no short convolution": ("delta_net", lm("a", a=Block(mixer=DeltaNet(conv_size=0)))),
     "norms have eps 0.001, and this layout has only 1e-05": ("state-spaces", replace(lm("a", a=MAMBA2), norm_eps=1e-3)),
     "layer 0 has the mixer SoftmaxMixer": ("based", lm("a", a=ATTENTION)),
     "did you mean 'llama'": ("lama", lm("a", a=ATTENTION)),
 }
 
 
-@pytest.mark.parametrize("message", UNSAID)
+@pytest.mark.parametrize("message", UNREPRESENTABLE)
 def test_a_layout_refuses_what_it_cannot_say(message: str):
     with pytest.raises(ConfigError, match=message):
-        export_config(*UNSAID[message], 32)
+        export_config(*UNREPRESENTABLE[message], 32)
 
 
 def test_a_second_copy_of_a_tied_readout_is_no_key_too_many():
@@ -167,16 +176,16 @@ def test_a_second_copy_of_a_tied_readout_is_no_key_too_many():
 # The key names of others
 
 
-def test_a_floor_that_falls_out_of_all_layers_is_made_again(tmp_path: Path):
+def test_hgrn2_lower_bounds_are_reconstructed(tmp_path: Path):
     """HGRN2's floors are one parameter of the model there; here every layer keeps its own beside it."""
     config, weights = published("fla_hgrn2")
     rows = {key: np.concatenate([weights[key]] * 2) for key in ("model.embeddings.weight", "lm_head.weight")}
     (tmp_path / "theirs").mkdir()
     write_weights(tmp_path / "theirs", config | {"vocab_size": 64}, weights | rows)
-    run = import_run(tmp_path / "theirs", load("mqar_micro"), tmp_path / "run")
+    run = import_run(tmp_path / "theirs", load_config("mqar_micro"), tmp_path / "run")
     logits = weights["model.lower_bounds"]
     shares = np.exp(logits) / np.exp(logits).sum(axis=0)
-    kept = read_run(run).variables
+    kept = read_run_weights(run).variables
     np.testing.assert_array_equal(kept["layers.0.mixer.cell.floor"], 0)
     np.testing.assert_allclose(kept["layers.1.mixer.cell.floor"], shares[1], rtol=1e-6)
     assert export_run(run, "safetensors", tmp_path / "out") == "hgrn2"
@@ -189,7 +198,7 @@ def test_the_width_of_flas_perceptron_may_be_a_ratio():
         config, _ = published(name)
         config = config | {"hidden_size": 1000, "intermediate_size": None}
         # int(1000 * 4 * 2 / 3) up to a multiple of 256; RetNet's ratio is 2
-        assert import_config(config).blocks["layer"].channel == SwiGLU(inner=inner)
+        assert import_config(config).blocks["layer"].channel == SwiGLU(intermediate_size=inner)
 
 
 STATE_SPACES = {"n_layer": 2, "d_model": 16, "vocab_size": 27, "pad_vocab_size_multiple": 8, "rms_norm": True}
@@ -236,7 +245,7 @@ def test_a_checkpoint_of_state_spaces_becomes_a_run(tmp_path: Path):
     for name, given in {"one": one, "both": one | {"lm_head.weight": embedding}}.items():
         (tmp_path / name).mkdir()
         write_weights(tmp_path / name, config, given)
-        run = import_run(tmp_path / name, load("mqar_micro"), tmp_path / f"run_{name}")
+        run = import_run(tmp_path / name, load_config("mqar_micro"), tmp_path / f"run_{name}")
         assert export_run(run, "safetensors", tmp_path / f"out_{name}") == "state-spaces"
         for file in ("config.json", "model.safetensors"):
             assert (tmp_path / f"out_{name}" / file).read_bytes() == (tmp_path / name / file).read_bytes()
@@ -256,7 +265,7 @@ def test_a_checkpoint_of_state_spaces_becomes_a_run(tmp_path: Path):
         ({"ssm_cfg": {}, "rms_norm": False}, "no mean and no bias"),
     ],
 )
-def test_what_state_spaces_means_otherwise_is_refused(changes: dict[str, Any], message: str):
+def test_unsupported_state_spaces_configs_are_rejected(changes: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         import_config(STATE_SPACES | changes)
 
@@ -278,7 +287,7 @@ def test_the_published_based_is_written_as_its_authors_have_it(size: Callable[[]
     for tag, said in wanted.items():
         assert said.items() <= written[tag].items()
     assert written["alt_mixer"]["num_heads"] == written["n_head"] == 16 and layout_of(written) == "based"
-    assert import_config(written).layers == size().layers
+    assert import_config(written).layer_names == size().layer_names
 
 
 BASED_REFUSED = {
@@ -293,7 +302,7 @@ BASED_REFUSED = {
 
 
 @pytest.mark.parametrize("message", BASED_REFUSED)
-def test_what_based_means_otherwise_is_refused(message: str):
+def test_unsupported_based_configs_are_rejected(message: str):
     config, _ = published("based")
     changes = BASED_REFUSED[message]
     changed = {key: value for key, value in (config | changes).items() if value is not None}
@@ -304,8 +313,8 @@ def test_what_based_means_otherwise_is_refused(message: str):
 def test_the_second_mixer_comes_before_the_first():
     """Of a layer that both lists name."""
     config, _ = published("based")
-    assert import_config(config).layers == ["conv", "based", "window"]
-    assert import_config(config | {"alt_mixer_2_layers": [1]}).layers == ["conv", "window", "conv"]
+    assert import_config(config).layer_names == ["conv", "based", "window"]
+    assert import_config(config | {"alt_mixer_2_layers": [1]}).layer_names == ["conv", "window", "conv"]
 
 
 def test_every_class_of_the_gated_convolution_is_read():
@@ -322,7 +331,7 @@ def test_every_class_of_the_gated_convolution_is_read():
 
 
 def run_of(model: LMConfig) -> RunConfig:
-    return tiny(load("mqar_micro"), model=model)
+    return tiny_run(load_config("mqar_micro"), model=model)
 
 
 def saved(config: RunConfig, folder: Path) -> Path:
@@ -333,7 +342,7 @@ def saved(config: RunConfig, folder: Path) -> Path:
     def draw(like: dict) -> dict:
         return jax.tree.map(lambda x: rng.normal(scale=0.1, size=x.shape).astype(x.dtype), like)
 
-    state = program.beginning(draw(program.abstract.params), draw(program.abstract.statistics))
+    state = program.init_state_from(draw(program.abstract_state.params), draw(program.abstract_state.statistics))
     with RunFolder(folder, config) as run, Checkpoints(run.checkpoints) as checkpoints:
         checkpoints.save(0, state, {"config": to_json(config)})
     return folder
@@ -342,11 +351,11 @@ def saved(config: RunConfig, folder: Path) -> Path:
 HYBRID = replace(
     lm(
         "based (mom hgrn)*2",
-        based=Block(mixer=Based(feature_dim=4, heads=2)),
-        mom=Block(mixer=MoM(memory=GatedDeltaNet(heads=2), num_memories=3, top_k=2)),
+        based=Block(mixer=Based(feature_dim=4, num_heads=2)),
+        mom=Block(mixer=MoM(memory=GatedDeltaNet(num_heads=2), num_memories=3, top_k=2)),
         hgrn=Block(mixer=HGRN2()),
     ),
-    readout=Untied(),
+    lm_head=Untied(),
 )
 """Layers that no published layout has, among them repeated ones and statistics."""
 
@@ -358,31 +367,31 @@ def test_a_run_without_a_published_layout_goes_out_and_in(tmp_path: Path):
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert {"embedding", "layers.0.mixer.readout.out.kernel", "layers.4.mixer.query.parts.q.kernel"} <= weights.keys()
     assert not any("stack" in key for key in weights) and any(key.endswith("cell.floor") for key in weights)
-    same_bytes(read_run(run).variables, weights)
+    same_bytes(read_run_weights(run).variables, weights)
 
-    again = import_run(tmp_path / "out", load("mqar_micro"), tmp_path / "again")
-    assert not (again / "log.jsonl").exists() and read_run(again).config == read_run(run).config
+    again = import_run(tmp_path / "out", load_config("mqar_micro"), tmp_path / "again")
+    assert not (again / "log.jsonl").exists() and read_run_weights(again).config == read_run_weights(run).config
     assert export_run(again, "safetensors", tmp_path / "twice") == "recallax"
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
     assert export_run(again, "orbax", tmp_path / "orbax") == "recallax"
-    third = import_run(tmp_path / "orbax", load("mqar_micro"), tmp_path / "third")
-    same_bytes(read_run(third).variables, weights)
+    third = import_run(tmp_path / "orbax", load_config("mqar_micro"), tmp_path / "third")
+    same_bytes(read_run_weights(third).variables, weights)
 
 
 def test_how_layers_are_stacked_changes_no_byte(tmp_path: Path):
     """A run spelled with repeats and one spelled layer by layer export the same, and either reads the other's."""
     model = lm("(a b*2)*2", a=ATTENTION, b=WINDOW)
-    flat = replace(model, pattern=" ".join(model.layers))
+    flat = replace(model, pattern=" ".join(model.layer_names))
     run = saved(run_of(model), tmp_path / "stacked")
     export_run(run, "safetensors", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["run"] = to_json(run_of(flat))
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    unstacked = import_run(tmp_path / "out", load("mqar_micro"), tmp_path / "unstacked")
-    assert read_run(unstacked).config.model.pattern == flat.pattern
-    same_bytes(read_run(unstacked).variables, read_run(run).variables)
+    unstacked = import_run(tmp_path / "out", load_config("mqar_micro"), tmp_path / "unstacked")
+    assert read_run_weights(unstacked).config.model.pattern == flat.pattern
+    same_bytes(read_run_weights(unstacked).variables, read_run_weights(run).variables)
     assert evaluate_run(unstacked, "valid", 1)["loss"] == pytest.approx(evaluate_run(run, "valid", 1)["loss"], rel=1e-6)
 
 
@@ -397,7 +406,7 @@ def test_a_published_model_becomes_a_run_and_comes_out_the_same(name: str, tmp_p
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     write_weights(theirs, config, weights)
-    run = import_run(theirs, load("mqar_micro"), tmp_path / "run")
+    run = import_run(theirs, load_config("mqar_micro"), tmp_path / "run")
     assert export_run(run, "safetensors", tmp_path / "out") == config["model_type"]
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "out" / file).read_bytes() == (theirs / file).read_bytes()
@@ -406,58 +415,58 @@ def test_a_published_model_becomes_a_run_and_comes_out_the_same(name: str, tmp_p
     assert export_run(run, "safetensors", tmp_path / "half", dtype="float16") == config["model_type"]
     assert {x.dtype.name for x in load_file(tmp_path / "half" / "model.safetensors").values()} == {"float16"}
     assert export_run(run, "safetensors", tmp_path / "own", layout="recallax") == "recallax"
-    same_bytes(load_file(tmp_path / "own" / "model.safetensors"), read_run(run).variables)
+    same_bytes(load_file(tmp_path / "own" / "model.safetensors"), read_run_weights(run).variables)
 
 
 def test_a_run_of_a_published_kind_finds_its_layout(tmp_path: Path):
     """Never imported: the config is written from the model alone, and the weights give the same model there."""
     run = saved(run_of(lm("a*2", a=MAMBA2)), tmp_path / "run")
     assert export_run(run, "safetensors", tmp_path / "out") == "mamba2"
-    config, weights = read_folder(tmp_path / "out")
+    config, weights = read_weights(tmp_path / "out")
     assert config["architectures"] == ["Mamba2ForCausalLM"] and config["vocab_size"] == 64
     with pytest.raises(ConfigError, match="cannot be exported as llama"):
         export_run(run, "safetensors", tmp_path / "no", layout="llama")
     model = import_model(config, weights, "mamba mamba")
     assert nnx.state(model, nnx.Param)["stack"]["parts"][1]["mixer"]["cell"]["d"].shape == (4,)
-    same_bytes(import_parameters(config, weights), read_run(run).variables)
+    same_bytes(import_parameters(config, weights), read_run_weights(run).variables)
 
 
 def test_a_based_of_ours_is_written_and_read(tmp_path: Path):
     """Never imported, with what the fixture has not: untied, grouped keys, no positions, another epsilon."""
-    wide = SwiGLU(inner=256)
+    wide = SwiGLU(intermediate_size=256)
     blocks = {
-        "a": Block(mixer=GatedConv(width=4, expand=1), channel=wide),
-        "b": Block(mixer=Based(feature_dim=4, heads=4), channel=wide),
-        "c": Block(mixer=SlidingWindow(window=5, heads=4, kv_heads=2, rotary_base=None), channel=wide),
+        "a": Block(mixer=GatedConv(conv_size=4, expand=1), channel=wide),
+        "b": Block(mixer=Based(feature_dim=4, num_heads=4), channel=wide),
+        "c": Block(mixer=SlidingWindow(window=5, num_heads=4, num_kv_heads=2, rope_theta=None), channel=wide),
     }
-    model = replace(lm("(b c a)*2", **blocks), readout=Untied(), norm_eps=1e-4)
+    model = replace(lm("(b c a)*2", **blocks), lm_head=Untied(), norm_eps=1e-4)
     run = saved(run_of(model), tmp_path / "run")
     assert export_run(run, "safetensors", tmp_path / "out") == "based"
-    config, weights = read_folder(tmp_path / "out")
+    config, weights = read_weights(tmp_path / "out")
     assert weights["transformer.layers.1.mixer.Wqkv.weight"].shape == (32, 16) and "lm_head.weight" in weights
-    same_bytes(import_parameters(config, weights), read_run(run).variables)
+    same_bytes(import_parameters(config, weights), read_run_weights(run).variables)
 
 
-def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_failed_export_writes_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = saved(run_of(lm("a", a=MAMBA2)), tmp_path / "run")
 
     def broken(*_: Any) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(weights_folder, "write_safetensors", broken)
+    monkeypatch.setattr(safetensors_folder, "write_safetensors", broken)
     with pytest.raises(WeightsError, match="out cannot be written: the disk is full"):
         export_run(run, "safetensors", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     monkeypatch.undo()
     with pytest.raises(WeightsError, match=r"out cannot be written: .*I/O error"):  # of the library itself
-        write_folder(tmp_path / "out", lambda folder: write_safetensors(folder / "none" / "a.safetensors", {}))
+        write_folder_atomic(tmp_path / "out", lambda folder: write_safetensors(folder / "none" / "a.safetensors", {}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
     export_run(run, "safetensors", tmp_path / "out")
     with pytest.raises(WeightsError, match="is there already"):
         export_run(run, "safetensors", tmp_path / "out")
     with pytest.raises(RunFolderError, match=r"has checkpoints of the steps \[0\]"):
         export_run(run, "safetensors", tmp_path / "own", layout="recallax")
-        import_run(tmp_path / "own", load("mqar_micro"), run)
+        import_run(tmp_path / "own", load_config("mqar_micro"), run)
 
 
 def test_a_config_of_sizes_without_weights_is_refused_at_once(tmp_path: Path):
@@ -472,15 +481,15 @@ def test_a_config_of_sizes_without_weights_is_refused_at_once(tmp_path: Path):
     (tmp_path / "theirs").mkdir()
     write_weights(tmp_path / "theirs", config | {"num_hidden_layers": 10**9}, weights)
     with pytest.raises(WeightsError, match="num_hidden_layers 1000000000, and there are 21 arrays in all"):
-        import_run(tmp_path / "theirs", load("mqar_micro"), tmp_path / "run")
+        import_run(tmp_path / "theirs", load_config("mqar_micro"), tmp_path / "run")
     (tmp_path / "based").mkdir()
     config, weights = published("based")
     write_weights(tmp_path / "based", config | {"n_layer": 10**9}, weights)
     with pytest.raises(WeightsError, match="n_layer 1000000000, and there are 27 arrays in all"):
-        import_run(tmp_path / "based", load("mqar_micro"), tmp_path / "run")
+        import_run(tmp_path / "based", load_config("mqar_micro"), tmp_path / "run")
 
 
-CONFIGS_THAT_LIE: dict[str, tuple[str, dict[str, Any]]] = {
+INCONSISTENT_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "num_hidden_layers is 0; it must be from 1 to": ("fla_gla", {"num_hidden_layers": 0}),
     "num_hidden_layers is -1; it must be from 1 to": ("fla_gla", {"num_hidden_layers": -1}),
     "num_heads is 0; it must be": ("fla_gla", {"num_heads": 0}),
@@ -504,40 +513,40 @@ CONFIGS_THAT_LIE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("message", CONFIGS_THAT_LIE)
+@pytest.mark.parametrize("message", INCONSISTENT_CONFIGS)
 def test_a_config_that_lies_is_refused_by_name(message: str):
     """And not by an error of arithmetic, as a config.json from anywhere may hold any value."""
-    name, changes = CONFIGS_THAT_LIE[message]
+    name, changes = INCONSISTENT_CONFIGS[message]
     config, weights = as_state_spaces("mamba2_groups") if name == "state_spaces" else published(name)
     with pytest.raises(ConfigError, match=message):
         import_parameters(config | changes, weights)
 
 
-OWN_FAULTS: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
+INVALID_NATIVE_FILES: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
     "lack 'layers.0.mixer.cell.d'": lambda w: w.pop("layers.0.mixer.cell.d"),
     "no place for 'layers.9.q'": lambda w: w.update({"layers.9.q": np.zeros(2, np.float32)}),
     r"norm.scale has shape \(3,\); it must be \(16,\)": lambda w: w.update({"norm.scale": np.zeros(3, np.float32)}),
 }
 
 
-@pytest.mark.parametrize("message", OWN_FAULTS)
+@pytest.mark.parametrize("message", INVALID_NATIVE_FILES)
 def test_our_own_layout_is_strict(message: str, tmp_path: Path):
     run = saved(run_of(lm("a", a=MAMBA2)), tmp_path / "run")
     export_run(run, "safetensors", tmp_path / "out", layout="recallax")
     weights = load_file(tmp_path / "out" / "model.safetensors")
-    OWN_FAULTS[message](weights)
+    INVALID_NATIVE_FILES[message](weights)
     save_file(weights, tmp_path / "out" / "model.safetensors")
     with pytest.raises(WeightsError, match=message):
-        import_run(tmp_path / "out", load("mqar_micro"), tmp_path / "again")
+        import_run(tmp_path / "out", load_config("mqar_micro"), tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 
 # Compiled programs
 
 
-def live(run: Path) -> Any:
+def trained_model(run: Path) -> Any:
     """The model of a run as it is trained."""
-    _, graph, _, params, statistics = read_state(run)
+    _, graph, _, params, statistics = read_run_state(run)
     return nnx.merge(graph, params, statistics)
 
 
@@ -549,25 +558,25 @@ def test_programs_compute_what_the_model_computes(tmp_path: Path):
     """Two calls of prefill, the second shorter in some rows, then steps in which a row waits; any number of rows."""
     decoder = lm("a*2 b", a=MAMBA2, b=Block(mixer=SlidingWindow(window=5)))
     run = saved(run_of(decoder), tmp_path / "run")
-    export_programs(run, tmp_path / "out", length=LENGTH, context=CONTEXT)
-    programs, model = load_programs(tmp_path / "out"), live(run)
+    export_programs(run, tmp_path / "out", prefill_length=LENGTH, max_len=CONTEXT)
+    programs, model = load_programs(tmp_path / "out"), trained_model(run)
     prefill, step = jax.jit(model.prefill), jax.jit(model.step)
     tokens = np.random.default_rng(1).integers(64, size=(3, 2 * LENGTH)).astype(np.int32)
     first, second = tokens[:, :LENGTH], tokens[:, LENGTH:]
     lengths = np.array([4, 6, 1], np.int32)
     full, zero, places = np.full(3, LENGTH, np.int32), np.zeros(3, np.int32), np.arange(LENGTH)[None]
 
-    dirty = {name: np.ones_like(x) for name, x in programs.empty(3).items()}  # position 0 starts afresh
+    dirty = {name: np.ones_like(x) for name, x in programs.init_state(3).items()}  # position 0 starts afresh
     logits, state = programs.prefill(programs.weights, first, full, zero, dirty)
-    seq = jax.tree.map(jnp.asarray, whole_rows(3, LENGTH))
+    seq = jax.tree.map(jnp.asarray, unpacked_seq_info(3, LENGTH))
     expected, wanted, _ = prefill(jnp.asarray(first), seq, model.init_state(3, CONTEXT))
     close(logits, expected[:, -1])
-    one, _ = programs.prefill(programs.weights, first[:1], full[:1], zero[:1], programs.empty(1))
+    one, _ = programs.prefill(programs.weights, first[:1], full[:1], zero[:1], programs.init_state(1))
     close(one, logits[:1])
 
     logits, state = programs.prefill(programs.weights, second, lengths, full, state)
     segments = jnp.asarray((places < lengths[:, None]).astype(np.int32))
-    seq = seq._replace(positions=seq.positions + LENGTH, segments=segments)
+    seq = seq._replace(positions=seq.positions + LENGTH, segment_ids=segments)
     expected, wanted, _ = prefill(jnp.asarray(second), seq, wanted)
     close(logits, expected[np.arange(3), lengths - 1])
 
@@ -590,7 +599,7 @@ def close(a: Any, b: Any) -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_programs_are_for_every_platform_and_hold_no_weights(tmp_path: Path):
     run = saved(run_of(lm("a", a=replace(MAMBA2, mixer=Mamba2(head_dim=8, state_dim=512)))), tmp_path / "run")
-    export_programs(run, tmp_path / "out", length=LENGTH, context=CONTEXT)
+    export_programs(run, tmp_path / "out", prefill_length=LENGTH, max_len=CONTEXT)
     for name in ("prefill", "step"):
         program = jax.export.deserialize(bytearray((tmp_path / "out" / f"{name}.jax").read_bytes()))
         assert program.platforms == PLATFORMS == ("cpu", "cuda", "tpu")
@@ -599,15 +608,15 @@ def test_programs_are_for_every_platform_and_hold_no_weights(tmp_path: Path):
     assert (tmp_path / "out" / "weights.safetensors").stat().st_size > 90_000
 
 
-def test_what_cannot_decode_is_not_exported(tmp_path: Path):
-    run = saved(run_of(replace(lm("a", a=MAMBA2), readout=Autoencode())), tmp_path / "run")
+def test_models_without_decoding_are_not_exported(tmp_path: Path):
+    run = saved(run_of(replace(lm("a", a=MAMBA2), lm_head=Autoencoder())), tmp_path / "run")
     for length, context, message in (
         (0, 5, "length is 0"),
         (6, 5, "context 5; .*length the smaller"),
         (5, 5, "no step"),
     ):
         with pytest.raises(ConfigError, match=message):
-            export_programs(run, tmp_path / "out", length=length, context=context)
+            export_programs(run, tmp_path / "out", prefill_length=length, max_len=context)
     assert not (tmp_path / "out").exists()
 
 
@@ -616,14 +625,14 @@ def test_what_cannot_decode_is_not_exported(tmp_path: Path):
 @pytest.mark.parametrize("name", config_names())
 def test_every_config_becomes_programs_for_any_number_of_rows(name: str, tmp_path: Path):
     config = importlib.import_module(f"recallax.configs.{name}").get_tiny()
-    if isinstance(config.model.readout, Autoencode):
+    if isinstance(config.model.readout, Autoencoder):
         return
-    export_programs(saved(config, tmp_path / "run"), tmp_path / "out", length=LENGTH, context=CONTEXT)
+    export_programs(saved(config, tmp_path / "run"), tmp_path / "out", prefill_length=LENGTH, max_len=CONTEXT)
     programs = load_programs(tmp_path / "out")
     for rows in (1, 2):
         row = np.ones(rows, np.int32)
         logits, state = programs.prefill(programs.weights, np.zeros((rows, LENGTH), np.int32), 3 * row, 0 * row,
-                                         programs.empty(rows))  # fmt: skip
+                                         programs.init_state(rows))  # fmt: skip
         again, _ = programs.step(programs.weights, row, 3 * row, row > 0, state)
         assert logits.shape == again.shape and np.isfinite(logits).all() and np.isfinite(again).all()
 
@@ -640,7 +649,9 @@ def entry(first: int, last: int, shape: Any = (1,), dtype: Any = "F32") -> dict[
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [first, last]}
 
 
-TWICE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+DUPLICATE_KEY = (
+    b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+)
 HOSTILE = {
     "it has 0 bytes and says": b"",
     "it has 7 bytes and says": bytes(7),
@@ -652,7 +663,7 @@ HOSTILE = {
     "utf-8": header_of(b'{"\xff": 1}'),
     "nested too deep": header_of(b"[" * 100_000),
     "is not an object": header_of(b"[]", 0),
-    "'a' is there twice": header_of(TWICE),
+    "'a' is there twice": header_of(DUPLICATE_KEY),
     "'dtype' is there twice": header_of(b'{"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}'),
     "end at byte 4 of 8": header_of({"a": entry(0, 4)}),
     "'b' begins at byte 0, where 4 is taken": header_of({"a": entry(0, 4), "b": entry(0, 8, (2,))}),
@@ -685,7 +696,7 @@ def test_a_header_that_lies_is_refused(message: str, tmp_path: Path):
     assert str(path) in str(error.value)
 
 
-def test_what_the_library_writes_is_read(tmp_path: Path):
+def test_safetensors_library_files_are_read(tmp_path: Path):
     """All dtypes, scalars, empty arrays, and tensors that begin at odd places."""
     rng = np.random.default_rng(0)
     arrays = {
@@ -716,7 +727,7 @@ def sharded(folder: Path, **names: Any) -> Path:
 
 
 def test_shards_are_read(tmp_path: Path):
-    _, weights = read_folder(sharded(tmp_path / "model"))
+    _, weights = read_weights(sharded(tmp_path / "model"))
     same_bytes(weights, {key: np.full(2, ord(key), np.float32) for key in "ab"})
 
 
@@ -738,9 +749,9 @@ def test_weights_larger_than_a_file_are_written_in_shards(tmp_path: Path):
     sizes = [sum(x.nbytes for x in shard.values()) for shard in shards.values()]
     assert all(size <= largest or len(shard) == 1 for size, shard in zip(sizes, shards.values(), strict=True))
     assert sum(sizes) == index["metadata"]["total_size"] and all(sizes)
-    same_bytes(read_folder(tmp_path / "out")[1], whole)
-    again = import_run(tmp_path / "out", load("mqar_micro"), tmp_path / "again")
-    same_bytes(read_run(again).variables, read_run(run).variables)
+    same_bytes(read_weights(tmp_path / "out")[1], whole)
+    again = import_run(tmp_path / "out", load_config("mqar_micro"), tmp_path / "again")
+    same_bytes(read_run_weights(again).variables, read_run_weights(run).variables)
 
 
 @pytest.mark.parametrize(
@@ -763,10 +774,10 @@ def test_weights_larger_than_a_file_are_written_in_shards(tmp_path: Path):
 def test_a_shard_that_is_not_in_the_folder_is_refused(name: Any, message: str, tmp_path: Path):
     save_file({"a": np.zeros(2, np.float32)}, tmp_path / "a.safetensors")
     with pytest.raises(WeightsError, match=message):
-        read_folder(sharded(tmp_path / "model", a=name))
+        read_weights(sharded(tmp_path / "model", a=name))
 
 
-@pytest.mark.parametrize("suffix", weights_folder.PICKLES)
+@pytest.mark.parametrize("suffix", safetensors_folder.PICKLE_SUFFIXES)
 def test_nothing_is_unpickled(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pickle.load", None)
     monkeypatch.setattr("pickle.loads", None)
@@ -775,24 +786,24 @@ def test_nothing_is_unpickled(suffix: str, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "config.json").write_text("{}")
     for source in (path, tmp_path):
         with pytest.raises(WeightsError, match=f"pytorch_model{suffix} may hold pickled code and is never read"):
-            read_folder(source)
+            read_weights(source)
 
 
 def test_folders_without_weights_are_named(tmp_path: Path):
     with pytest.raises(WeightsError, match="is not a folder"):
-        read_folder(tmp_path / "nowhere")
+        read_weights(tmp_path / "nowhere")
     with pytest.raises(WeightsError, match=r"config.json cannot be read: No such file"):
-        read_folder(tmp_path)
+        read_weights(tmp_path)
     (tmp_path / "config.json").write_text("{]")
     with pytest.raises(WeightsError, match=r"config.json is not what it should be: it is not JSON"):
-        read_folder(tmp_path)
+        read_weights(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(WeightsError, match=r"has no \*.safetensors"):
-        read_folder(tmp_path)
+        read_weights(tmp_path)
     for key in "ab":
         save_file({key: np.zeros(1, np.float32)}, tmp_path / f"{key}.safetensors")
     with pytest.raises(WeightsError, match="has 2 safetensors files and no"):
-        read_folder(tmp_path)
+        read_weights(tmp_path)
 
 
 # The command line
@@ -836,5 +847,5 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 def test_the_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
     with pytest.raises(WeightsError, match=r'pip install "recallax\[export\]"'):
-        write_folder(tmp_path / "out", lambda folder: write_weights(folder, {}, {}))
+        write_folder_atomic(tmp_path / "out", lambda folder: write_weights(folder, {}, {}))
     assert not list(tmp_path.iterdir())

@@ -21,16 +21,16 @@ from recallax.layers import (
     MixerConfig,
     MoM,
     NeuralMemory,
-    Prefix,
+    PrefixLinear,
     SlidingWindow,
 )
-from recallax.models import LM, Autoencode, Block, LMConfig, Untied, accounting
-from recallax.models.generation import NOTHING, Generator, Standing
-from recallax.models.prompts import PromptError, Prompts, padded, unpacked
-from recallax.models.sampling import Greedy, Sampled, Sampling, row_keys
-from recallax.pallas_kernels.neural_memory.learner import Learner, LinearNet
-from recallax.tasks import Copying, Rereading, StateTracking
-from recallax.train.generate import first_question
+from recallax.models import LM, Autoencoder, Block, LMConfig, Untied, accounting
+from recallax.models.generation import NO_TOKEN, DecodingState, Generator
+from recallax.models.prompts import PromptError, Prompts, pad_prompts, unpack_documents
+from recallax.models.sampling import Greedy, MultinomialSampling, Sampling, row_keys
+from recallax.pallas_kernels.neural_memory.inner_optimizer import InnerOptimizer, LinearNet
+from recallax.tasks import ContextRepetition, Copying, StateTracking
+from recallax.train.inference import first_question
 from recallax.types import SeqInfo
 from tests.test_laws import close
 
@@ -38,39 +38,39 @@ pytestmark = pytest.mark.usefixtures("strict", "chunks_of_four")
 
 VOCAB, MAX_LEN = 23, 48
 LENGTHS, NEW = (5, 14, 9, 1), 6
-MEMORY = NeuralMemory(heads=1, learner=Learner(network=LinearNet(), chunk=2), conv=0)
+MEMORY = NeuralMemory(num_heads=1, inner_optimizer=InnerOptimizer(network=LinearNet(), chunk_size=2), conv_size=0)
 MIXERS: dict[str, MixerConfig] = {
-    "based": Based(feature_dim=4, heads=2),
-    "landmark": Landmark(landmark_every=3, heads=2, kv_heads=1, top_k=16),
-    "retrieval": Landmark(landmark_every=2, heads=2, top_k=2, per="head"),
-    "titans": MemoryAsContext(memory=MEMORY, segment=4, heads=2, persistent=2),
-    "prefix": Prefix(memory=GatedDeltaNet(heads=2, key_dim=4)),
-    "mom": MoM(memory=GatedDeltaNet(heads=2, key_dim=4), num_memories=3, top_k=2),
+    "based": Based(feature_dim=4, num_heads=2),
+    "landmark": Landmark(block_size=3, num_heads=2, num_kv_heads=1, top_k=16),
+    "retrieval": Landmark(block_size=2, num_heads=2, top_k=2, select_per="head"),
+    "titans": MemoryAsContext(memory=MEMORY, block_size=4, num_heads=2, num_persistent_tokens=2),
+    "prefix": PrefixLinear(memory=GatedDeltaNet(num_heads=2, head_k_dim=4)),
+    "mom": MoM(memory=GatedDeltaNet(num_heads=2, head_k_dim=4), num_memories=3, top_k=2),
 }
 PREFIXES = {"prefix": (3, 6, 4, 1)}
 SWEPT = ("retrieval", "mom")
 
 
-def together(*names: str, swept: Sequence[str] = SWEPT):
+def parametrize_on_one_worker(*names: str, swept: Sequence[str] = SWEPT):
     """All laws of a mixer in one process, which compiles its programs once: four rows of 14 tokens, and six more."""
     marks = {name: [pytest.mark.full] if name in swept else [] for name in names}
     params = [pytest.param(name, marks=[pytest.mark.xdist_group(f"generation-{name}"), *marks[name]]) for name in names]
     return pytest.mark.parametrize("name", params)
 
 
-each_mixer = together(*MIXERS)
+each_mixer = parametrize_on_one_worker(*MIXERS)
 
 
 @functools.cache
 def model(name: str) -> LM:
     """Two repeated layers and a window, so that a state has leaves with rows on different axes."""
     blocks = {
-        "conv": Block(mixer=BaseConv(width=3), channel=Identity()),
+        "conv": Block(mixer=BaseConv(conv_size=3), channel=Identity()),
         "mixer": Block(mixer=MIXERS[name], channel=Identity()),
-        "window": Block(mixer=SlidingWindow(window=4, heads=2), channel=Identity()),
+        "window": Block(mixer=SlidingWindow(window=4, num_heads=2), channel=Identity()),
     }
     pattern = {"based": "conv mixer*2 window"}.get(name, "mixer*2")
-    config = LMConfig(d_model=16, vocab_size=VOCAB, pattern=pattern, blocks=blocks, readout=Untied())
+    config = LMConfig(d_model=16, vocab_size=VOCAB, pattern=pattern, blocks=blocks, lm_head=Untied())
     graph, params, rest = nnx.split(config.build(nnx.Rngs(0)), nnx.Param, ...)
     leaves, tree = jax.tree.flatten(params)
     size = 0.05 if name == "titans" else 0.3  # memories that learn blow rounding up
@@ -85,7 +85,7 @@ def greedy(name: str) -> Generator:
 
 @functools.cache
 def sampled() -> Generator:
-    return Generator(model("based"), max_len=MAX_LEN, sampling=Sampled(temperature=3.0, top_k=20))
+    return Generator(model("based"), max_len=MAX_LEN, sampling=MultinomialSampling(temperature=3.0, top_k=20))
 
 
 on_based = pytest.mark.xdist_group("generation-based")
@@ -97,7 +97,7 @@ def token_ids(seed: int, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def prompts(name: str = "based", **choices) -> Prompts:
-    return padded(token_ids(0, LENGTHS), prefix=PREFIXES.get(name, 0), **choices)
+    return pad_prompts(token_ids(0, LENGTHS), prefix_lengths=PREFIXES.get(name, 0), **choices)
 
 
 def same(a, b) -> None:
@@ -109,20 +109,22 @@ def same(a, b) -> None:
 # The loop against the call
 
 
-@together("based", "landmark", "titans", "prefix", "mom", swept=("titans", "mom"))  # retrieval: another function
+@parametrize_on_one_worker(
+    "based", "landmark", "titans", "prefix", "mom", swept=("titans", "mom")
+)  # retrieval: another function
 def test_greedy_tokens_are_the_likeliest_of_the_whole_call(name):
     generator = greedy(name)
     done = generator.generate(generator.prefill(prompts(name)), NEW)
-    assert done.tokens.shape == (4, NEW) and (done.counts == NEW).all()
+    assert done.tokens.shape == (4, NEW) and (done.lengths == NEW).all()
     assert len(set(done.tokens.ravel().tolist())) > 5  # the law could fail
     rows = [[*prompt, *more] for prompt, more in zip(token_ids(0, LENGTHS), done.tokens.tolist(), strict=True)]
-    tokens, seq = padded(rows, prefix=PREFIXES.get(name, 0))
+    tokens, seq = pad_prompts(rows, prefix_lengths=PREFIXES.get(name, 0))
     at = np.array(LENGTHS)[:, None] - 1 + np.arange(NEW + 1)[None]
     graph, weights = nnx.split(model(name))
     logits, _ = jax.jit(lambda *of: nnx.merge(graph, weights)(*of))(jnp.asarray(tokens), seq, at)
     np.testing.assert_array_equal(np.asarray(logits[:, :-1]).argmax(axis=-1), done.tokens)
-    close(done.after.logits, logits[:, -1])
-    assert done.after.position.tolist() == [n + NEW for n in LENGTHS]
+    close(done.state.logits, logits[:, -1])
+    assert done.state.position.tolist() == [n + NEW for n in LENGTHS]
 
 
 @on_based
@@ -131,18 +133,18 @@ def test_a_generation_may_be_divided():
     begun = generator.prefill(prompts())
     whole = generator.generate(begun, NEW, seed=3)
     first = generator.generate(begun, NEW // 2, seed=3)
-    second = generator.generate(first.after, NEW // 2, seed=3)
+    second = generator.generate(first.state, NEW // 2, seed=3)
     np.testing.assert_array_equal(np.concatenate([first.tokens, second.tokens], axis=1), whole.tokens)
-    same(second.after, whole.after)
+    same(second.state, whole.state)
 
 
-class Counted(Sampling):
+class CountingSampler(Sampling):
     """Greedy, and tells how often it is traced and how often it runs."""
 
     def __init__(self) -> None:
         self.traced, self.ran = [], []
 
-    def choose(self, logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
+    def sample(self, logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
         self.traced.append(logits.shape)
         jax.debug.callback(lambda: self.ran.append(1))
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -155,42 +157,42 @@ def test_the_loop_is_compiled_once_and_ends_when_all_rows_have_stopped():
     stop = sorted({int(wanted.tokens[row, row + 1]) for row in range(4)})
     ends = [1 + min(np.flatnonzero(np.isin(row, stop)), default=NEW) for row in wanted.tokens]
     assert max(ends) < NEW and len(set(ends)) > 1
-    counted = Counted()
-    generator = Generator(model("based"), max_len=MAX_LEN, sampling=counted, stop=stop)
+    counted = CountingSampler()
+    generator = Generator(model("based"), max_len=MAX_LEN, sampling=counted, stop_token_ids=stop)
     for seed in range(3):
         done = generator.generate(begun, NEW, seed=seed)
     jax.effects_barrier()
     assert counted.traced == [(4, VOCAB)]
     assert len(counted.ran) == 3 * max(ends)
-    assert done.counts.tolist() == ends
+    assert done.lengths.tolist() == ends
     for row, end in enumerate(ends):
-        assert done.rows()[row].tolist() == wanted.tokens[row, :end].tolist()
-        assert (done.tokens[row, end:] == NOTHING).all()
+        assert done.sequences()[row].tolist() == wanted.tokens[row, :end].tolist()
+        assert (done.tokens[row, end:] == NO_TOKEN).all()
 
 
-@together("based", "landmark", "titans", "mom", swept=("titans", "mom"))
+@parametrize_on_one_worker("based", "landmark", "titans", "mom", swept=("titans", "mom"))
 def test_a_stopped_row_keeps_its_state_bit_for_bit(name):
     """While the others go on; it is that of the tokens before the stop token."""
     begun = greedy(name).prefill(prompts(name))
     free = greedy(name).generate(begun, NEW)
     stop = next(int(t) for t in free.tokens[3, 1:] if not (free.tokens == t).any(axis=1).all())
-    generator = Generator(model(name), max_len=MAX_LEN, stop=[stop])
+    generator = Generator(model(name), max_len=MAX_LEN, stop_token_ids=[stop])
     done = generator.generate(begun, NEW)
     ends = [row.index(stop) if stop in row else NEW for row in free.tokens.tolist()]
-    assert done.counts.tolist() == [min(end + 1, NEW) for end in ends] and max(ends) == NEW
-    assert done.after.active.tolist() == [end == NEW for end in ends]
-    again = generator.generate(done.after, NEW)
+    assert done.lengths.tolist() == [min(end + 1, NEW) for end in ends] and max(ends) == NEW
+    assert done.state.active.tolist() == [end == NEW for end in ends]
+    again = generator.generate(done.state, NEW)
     ids = token_ids(0, LENGTHS)
     read = [[*ids[row], *free.tokens[row, :end].tolist()][:14] for row, end in enumerate(ends)]
-    wanted = greedy(name).prefill(padded(read, length=14))
+    wanted = greedy(name).prefill(pad_prompts(read, length=14))
     for row in np.flatnonzero(np.array(ends) < NEW).tolist():
-        assert again.counts[row] == 0 and again.after.position[row] == len(ids[row]) + ends[row]
-        same(generator.fork(again.after, [row]), generator.fork(done.after, [row]))
+        assert again.lengths[row] == 0 and again.state.position[row] == len(ids[row]) + ends[row]
+        same(generator.fork(again.state, [row]), generator.fork(done.state, [row]))
         if len(ids[row]) + ends[row] <= 14:
-            close(generator.fork(done.after, [row])[:3], generator.fork(wanted, [row])[:3], 1e-4)
+            close(generator.fork(done.state, [row])[:3], generator.fork(wanted, [row])[:3], 1e-4)
     # A stopped row goes on with what is read next.
-    more = greedy(name).prefill(padded(token_ids(5, (2, 2, 2, 2)), length=14), done.after)
-    assert more.active.all() and (more.position == done.after.position + 2).all()
+    more = greedy(name).prefill(pad_prompts(token_ids(5, (2, 2, 2, 2)), length=14), done.state)
+    assert more.active.all() and (more.position == done.state.position + 2).all()
 
 
 # Batches
@@ -209,7 +211,7 @@ def test_padding_on_either_side_and_packed_rows_are_the_same_prompts(name):
         here = slice(first, first + LENGTHS[which])
         tokens[row, here], segments[row, here], positions[row, here] = ids[which], number, np.arange(LENGTHS[which])
         prefix[row, here] = positions[row, here] < ahead[which]
-    apart = unpacked(tokens, SeqInfo(positions, segments, prefix))
+    apart = unpack_documents(tokens, SeqInfo(positions, segments, prefix))
     same(apart, prompts(name))
     same(generator.generate(generator.prefill(apart), NEW), right)
 
@@ -219,15 +221,15 @@ def test_a_row_depends_neither_on_the_others_nor_on_its_place(name):
     generator, order = greedy(name), [2, 0, 3, 1]
     ids, ahead = token_ids(0, LENGTHS), PREFIXES.get(name, (0,) * 4)
     done = generator.generate(generator.prefill(prompts(name)), NEW)
-    moved = padded([ids[i] for i in order], prefix=[ahead[i] for i in order])
+    moved = pad_prompts([ids[i] for i in order], prefix_lengths=[ahead[i] for i in order])
     other = generator.generate(generator.prefill(moved), NEW)
     same(other.tokens, done.tokens[order])
-    same(other.after, generator.fork(done.after, order))
+    same(other.state, generator.fork(done.state, order))
     strangers = token_ids(9, (11, 14, 2, 3))
-    beside = padded([strangers[0], ids[1], *strangers[2:]], prefix=[0, ahead[1], 0, 0])
+    beside = pad_prompts([strangers[0], ids[1], *strangers[2:]], prefix_lengths=[0, ahead[1], 0, 0])
     among = generator.generate(generator.prefill(beside), NEW)
     same(among.tokens[1], done.tokens[1])
-    same(generator.fork(among.after, [1]), generator.fork(done.after, [1]))
+    same(generator.fork(among.state, [1]), generator.fork(done.state, [1]))
     assert (among.tokens[0] != done.tokens[0]).any()
 
 
@@ -235,32 +237,34 @@ def test_a_row_depends_neither_on_the_others_nor_on_its_place(name):
 
 
 @each_mixer
-def test_answers_have_the_same_bits_in_any_order_and_company(name):
+def test_generation_does_not_depend_on_batch_order(name):
     """An answer reads at most 14 tokens here, and so does a prompt: they share their programs."""
     generator, context = greedy(name), 2
     begun = generator.fork(generator.prefill(prompts(name)), [context])
     kept = jax.tree.map(np.array, begun)
     questions = token_ids(3, (3, 1, 4, 2, 4, 1))
-    answers = generator.answer(begun, questions, NEW, batch=4, width=14)
+    answers = generator.answer(begun, questions, NEW, batch_size=4, max_question_length=14)
     same(begun, kept)
     order = [5, 3, 0, 1, 4, 2]
-    again = generator.answer(begun, [questions[i] for i in order], NEW, batch=4, width=14)
+    again = generator.answer(begun, [questions[i] for i in order], NEW, batch_size=4, max_question_length=14)
     same(again, [answers[i] for i in order])
-    same(generator.answer(begun, questions[3:4], NEW, batch=4, width=14), answers[3:4])
+    same(generator.answer(begun, questions[3:4], NEW, batch_size=4, max_question_length=14), answers[3:4])
     assert len({tuple(answer.tolist()) for answer in answers}) > 2
     # The states, too.
     copies = generator.fork(begun, [0] * 4)
     first, second = (
-        generator.prefill(padded([questions[i] for i in some], length=14), copies)
+        generator.prefill(pad_prompts([questions[i] for i in some], length=14), copies)
         for some in ((0, 1, 2, 3), (2, 5, 1, 0))
     )
     same(generator.fork(first, [0, 1, 2, 2]), generator.fork(second, [3, 2, 0, 0]))
     # And what they say is what a prompt of context and question says.
     ids, ahead = token_ids(0, LENGTHS)[context], PREFIXES.get(name, (0,) * 4)[context]
-    whole = generator.prefill(padded([ids + question for question in questions[:4]], prefix=ahead, length=14))
-    close(first.state, whole.state, 1e-4)
+    whole = generator.prefill(
+        pad_prompts([ids + question for question in questions[:4]], prefix_lengths=ahead, length=14)
+    )
+    close(first.model_state, whole.model_state, 1e-4)
     close(first.logits, whole.logits, 1e-4)
-    same(generator.generate(whole, NEW).rows(), answers[:4])
+    same(generator.generate(whole, NEW).sequences(), answers[:4])
 
 
 @on_based
@@ -268,10 +272,13 @@ def test_sampled_answers_are_keyed_by_name():
     generator = sampled()
     begun = generator.fork(generator.prefill(prompts()), [2])
     questions, order = token_ids(3, (3, 1, 4)), [2, 0, 1]
-    answers = generator.answer(begun, questions, NEW, batch=4, width=14)
+    answers = generator.answer(begun, questions, NEW, batch_size=4, max_question_length=14)
     shuffled = [questions[i] for i in order]
-    same(generator.answer(begun, shuffled, NEW, batch=4, width=14, names=order), [answers[i] for i in order])
-    twice = generator.answer(begun, [questions[0], questions[0]], NEW, batch=4, width=14)
+    same(
+        generator.answer(begun, shuffled, NEW, batch_size=4, max_question_length=14, question_ids=order),
+        [answers[i] for i in order],
+    )
+    twice = generator.answer(begun, [questions[0], questions[0]], NEW, batch_size=4, max_question_length=14)
     same(twice[0], answers[0])
     assert (twice[0] != twice[1]).any()
 
@@ -285,7 +292,7 @@ def test_a_prompt_may_be_read_in_pieces(name, monkeypatch):
     generator, piece = greedy(name), 6
     whole = generator.prefill(prompts(name))
     read: list[int] = []
-    reader = generator._read
+    reader = generator._prefill_chunk_jit
 
     def counted(weights, here, tokens, *more):
         read.append(tokens.shape[1])
@@ -293,15 +300,15 @@ def test_a_prompt_may_be_read_in_pieces(name, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(generator, "_read", counted)
-        pieces = generator.prefill(prompts(name, side="left"), piece=piece)
+        pieces = generator.prefill(prompts(name, side="left"), chunk_size=piece)
     assert read == [piece] * -(-max(LENGTHS) // piece)
-    close(pieces.state, whole.state)
+    close(pieces.model_state, whole.model_state)
     close(pieces.logits, whole.logits)
     same(pieces[2:], whole[2:])
     same(generator.generate(pieces, NEW).tokens, generator.generate(whole, NEW).tokens)
     if name in PREFIXES:
         with pytest.raises(PromptError, match=r"prefix of prompt 1 is 6 tokens.*piece is 5: make it as long"):
-            generator.prefill(prompts(name), piece=5)
+            generator.prefill(prompts(name), chunk_size=5)
         causal = generator.prefill(prompts())
         assert jnp.abs(causal.logits - whole.logits).max() > 0.01  # the prefix counts
 
@@ -309,17 +316,20 @@ def test_a_prompt_may_be_read_in_pieces(name, monkeypatch):
 # A task's questions
 
 
-def test_a_tasks_question_ends_where_its_answer_begins():
+def test_task_prompt_ends_before_its_answer():
     copying = first_question(Copying(test_lengths=(6,)), "test", 0)
-    assert copying.prompt[0] == 26 and copying.prompt[-1] == 27 and copying.prefix == 7
-    assert copying.wanted.tolist() == [*copying.prompt[1:-1], 28]
+    assert copying.prompt[0] == 26 and copying.prompt[-1] == 27 and copying.prefix_length == 7
+    assert copying.answer.tolist() == [*copying.prompt[1:-1], 28]
     task = StateTracking(test_lengths=(9,))  # asks at every token, and its answers are not what follows
     dense = first_question(task, "test", 0)
-    assert (len(dense.prompt), len(dense.wanted), dense.prefix) == (1, 1, 0)
-    filled = Rereading(fill="iterate", prefix=11)
-    reread = first_question(filled.task(Copying(test_lengths=(6,))), "test", 0)
-    assert reread.prompt[:11].tolist() == filled.context(copying.prompt[:7], Copying()).tolist() and reread.prefix == 11
-    same(reread.wanted, copying.wanted)
+    assert (len(dense.prompt), len(dense.answer), dense.prefix_length) == (1, 1, 0)
+    filled = ContextRepetition(fill_strategy="iterate", prefix_length=11)
+    reread = first_question(filled.apply_to_task(Copying(test_lengths=(6,))), "test", 0)
+    assert (
+        reread.prompt[:11].tolist() == filled.apply_to_context(copying.prompt[:7], Copying()).tolist()
+        and reread.prefix_length == 11
+    )
+    same(reread.answer, copying.answer)
 
 
 # Sampling
@@ -327,7 +337,7 @@ def test_a_tasks_question_ends_where_its_answer_begins():
 LOGITS = np.array([1.0, -0.5, 2.0, 2.0, 0.3, -3.0, 1.0, 0.9, 1.6, -1.0], np.float32)
 
 
-def cut(rule: Sampled) -> np.ndarray:
+def expected_probabilities(rule: MultinomialSampling) -> np.ndarray:
     """Its probabilities by the definition, one id after the other."""
     scaled = np.exp(LOGITS.astype(np.float64) / rule.temperature)
     order = sorted(range(len(LOGITS)), key=lambda i: (-LOGITS[i], i))[: rule.top_k]
@@ -343,22 +353,22 @@ def cut(rule: Sampled) -> np.ndarray:
 @pytest.mark.parametrize(
     ("rule", "support"),
     [
-        (Sampled(temperature=0.7), 10),
-        (Sampled(temperature=1.8, top_k=3), 3),
-        (Sampled(top_k=99), 10),
-        (Sampled(top_p=0.6), 3),
-        (Sampled(top_p=0.62, temperature=2.0), 5),
-        (Sampled(top_p=1e-6), 1),
-        (Sampled(top_k=4, top_p=0.5), 2),
-        (Sampled(top_k=5, top_p=0.9, temperature=1.3), 5),
+        (MultinomialSampling(temperature=0.7), 10),
+        (MultinomialSampling(temperature=1.8, top_k=3), 3),
+        (MultinomialSampling(top_k=99), 10),
+        (MultinomialSampling(top_p=0.6), 3),
+        (MultinomialSampling(top_p=0.62, temperature=2.0), 5),
+        (MultinomialSampling(top_p=1e-6), 1),
+        (MultinomialSampling(top_k=4, top_p=0.5), 2),
+        (MultinomialSampling(top_k=5, top_p=0.9, temperature=1.3), 5),
     ],
     ids=str,
 )
 def test_draws_have_the_distribution_that_the_rule_defines(rule, support):
-    wanted, draws = cut(rule), 20_000
+    wanted, draws = expected_probabilities(rule), 20_000
     assert (wanted > 0).sum() == support
     keys = row_keys(jax.random.key(1), jnp.arange(draws), jnp.full(draws, 7))
-    drawn = jax.jit(rule.choose)(jnp.tile(jnp.asarray(LOGITS), (draws, 1)), keys)
+    drawn = jax.jit(rule.sample)(jnp.tile(jnp.asarray(LOGITS), (draws, 1)), keys)
     share = np.bincount(np.asarray(drawn), minlength=len(LOGITS)) / draws
     assert ((share > 0) <= (wanted > 0)).all() and ((wanted > 2e-3) <= (share > 0)).all()
     sigma = np.sqrt(wanted * (1 - wanted) / draws)
@@ -367,7 +377,7 @@ def test_draws_have_the_distribution_that_the_rule_defines(rule, support):
 
 def test_the_likeliest_of_equals_is_the_lowest():
     keys = jax.random.split(jax.random.key(0), 2)
-    assert Greedy().choose(jnp.asarray([LOGITS, -LOGITS]), keys).tolist() == [2, 5]
+    assert Greedy().sample(jnp.asarray([LOGITS, -LOGITS]), keys).tolist() == [2, 5]
 
 
 @on_based
@@ -379,7 +389,7 @@ def test_draws_are_keyed_by_seed_row_and_position():
     assert (first != other).any(axis=1).all()
     assert len({tuple(row) for row in first.tolist()}) == 4  # equal prompts, own draws
     assert all(len(set(row)) > 2 for row in first.tolist())
-    named = generator.generate(begun, NEW, rows=[3, 3, 0, 8]).tokens
+    named = generator.generate(begun, NEW, row_ids=[3, 3, 0, 8]).tokens
     same(named[:3], first[[3, 3, 0]])
     keys = [row_keys(jax.random.key(0), jnp.array([row]), jnp.array([at])) for row in range(4) for at in range(4)]
     assert len({tuple(np.asarray(jax.random.key_data(key)).ravel().tolist()) for key in keys}) == 16
@@ -388,32 +398,38 @@ def test_draws_are_keyed_by_seed_row_and_position():
 # Refusals
 
 
-def standing(rows: int = 1) -> Standing:
+def generation_state(rows: int = 1) -> DecodingState:
     return greedy("based").fork(greedy("based").prefill(prompts()), list(range(rows)))
 
 
 WRONG = {
-    "there are no prompts": lambda: padded([]),
-    "prompt 1 has 3 tokens; rows of 2": lambda: padded([[1], [1, 2, 3]], length=2),
-    "prefix of prompt 0 is 3 tokens; it must be from 0 to the prompt's 1": lambda: padded([[1]], prefix=3),
-    "prompt 0 has the token -1": lambda: padded([[1, -1]]),
-    "prompt 1 has the token 23; ids of this model are 0 to 22": lambda: greedy("based").prefill(padded([[1], [2, 23]])),
-    "prompt 1 is empty": lambda: greedy("based").prefill(padded([[1], []])),
+    "there are no prompts": lambda: pad_prompts([]),
+    "prompt 1 has 3 tokens; rows of 2": lambda: pad_prompts([[1], [1, 2, 3]], length=2),
+    "prefix of prompt 0 is 3 tokens; it must be from 0 to the prompt's 1": lambda: pad_prompts([[1]], prefix_lengths=3),
+    "prompt 0 has the token -1": lambda: pad_prompts([[1, -1]]),
+    "prompt 1 has the token 23; ids of this model are 0 to 22": lambda: greedy("based").prefill(
+        pad_prompts([[1], [2, 23]])
+    ),
+    "prompt 1 is empty": lambda: greedy("based").prefill(pad_prompts([[1], []])),
     "row 0 holds several documents": lambda: greedy("based").prefill(
         Prompts(np.array([[1, 2]]), SeqInfo(np.array([[0, 0]]), np.array([[1, 2]]), np.zeros((1, 2), bool)))
     ),
-    "row 0 would have 49 tokens .* max_len is 48": lambda: greedy("based").prefill(padded([[1] * 49])),
+    "row 0 would have 49 tokens .* max_len is 48": lambda: greedy("based").prefill(pad_prompts([[1] * 49])),
     "row 1 would have 50 tokens when all are generated; max_len is 48: raise it, or ask for 2": lambda: greedy(
         "based"
-    ).generate(standing(2)._replace(position=jnp.array([5, 40])), 10),
-    "new is 0": lambda: greedy("based").generate(standing(), 0),
-    "piece is 0": lambda: greedy("based").prefill(padded([[1]]), piece=0),
-    "a document that goes on can have none": lambda: greedy("based").prefill(padded([[1, 2]], prefix=1), standing()),
-    "there are 2 prompts, and 1 rows to go on from": lambda: greedy("based").prefill(padded([[1], [2]]), standing()),
-    "rows to fork are .0, 1.; .* from 0 to 0": lambda: greedy("based").fork(standing(), [0, 1]),
-    "the context has 2 rows": lambda: greedy("based").answer(standing(2), [[1]], 2),
-    "names has 1 numbers for 2": lambda: greedy("based").answer(standing(), [[1], [2]], 2, names=[0]),
-    "rows names 3 rows; there are 1": lambda: greedy("based").generate(standing(), 2, rows=[0, 1, 2]),
+    ).generate(generation_state(2)._replace(position=jnp.array([5, 40])), 10),
+    "new is 0": lambda: greedy("based").generate(generation_state(), 0),
+    "piece is 0": lambda: greedy("based").prefill(pad_prompts([[1]]), chunk_size=0),
+    "a document that goes on can have none": lambda: greedy("based").prefill(
+        pad_prompts([[1, 2]], prefix_lengths=1), generation_state()
+    ),
+    "there are 2 prompts, and 1 rows to go on from": lambda: greedy("based").prefill(
+        pad_prompts([[1], [2]]), generation_state()
+    ),
+    "rows to fork are .0, 1.; .* from 0 to 0": lambda: greedy("based").fork(generation_state(), [0, 1]),
+    "the context has 2 rows": lambda: greedy("based").answer(generation_state(2), [[1]], 2),
+    "names has 1 numbers for 2": lambda: greedy("based").answer(generation_state(), [[1], [2]], 2, question_ids=[0]),
+    "rows names 3 rows; there are 1": lambda: greedy("based").generate(generation_state(), 2, row_ids=[0, 1, 2]),
 }
 
 
@@ -426,31 +442,31 @@ def test_wrong_prompts_are_refused(message):
 
 def test_wrong_settings_are_refused():
     for wrong, message in (
-        (lambda: Sampled(temperature=0.0), r"temperature is 0.0; it must be above 0.*Greedy"),
-        (lambda: Sampled(temperature=float("nan")), "temperature is nan"),
-        (lambda: Sampled(top_k=0), "top_k is 0"),
-        (lambda: Sampled(top_p=1.5), "top_p is 1.5"),
-        (lambda: Sampled(top_p=0.0), "top_p is 0.0"),
+        (lambda: MultinomialSampling(temperature=0.0), r"temperature is 0.0; it must be above 0.*Greedy"),
+        (lambda: MultinomialSampling(temperature=float("nan")), "temperature is nan"),
+        (lambda: MultinomialSampling(top_k=0), "top_k is 0"),
+        (lambda: MultinomialSampling(top_p=1.5), "top_p is 1.5"),
+        (lambda: MultinomialSampling(top_p=0.0), "top_p is 0.0"),
     ):
         with pytest.raises(ConfigError, match=message):
             wrong()
     with pytest.raises(ConfigError, match="stop has the token 23"):
-        Generator(model("based"), max_len=8, stop=[23])
+        Generator(model("based"), max_len=8, stop_token_ids=[23])
     with pytest.raises(ConfigError, match="max_len is 1"):
         Generator(model("based"), max_len=1)
     block = {"based": Block(mixer=MIXERS["based"])}
-    config = LMConfig(d_model=16, vocab_size=9, pattern="based", blocks=block, readout=Autoencode())
+    config = LMConfig(d_model=16, vocab_size=9, pattern="based", blocks=block, lm_head=Autoencoder())
     with pytest.raises(ConfigError, match=r"Autoencode.*cannot decode"):
         Generator(accounting.abstract_model(config), max_len=8)
 
 
 def test_a_prefix_beyond_what_the_model_reads_is_refused():
     """Instead of the NaN that the layer makes of it."""
-    block = {"prefix": Block(mixer=Prefix(memory=Based(feature_dim=4), max_prefix=4))}
+    block = {"prefix": Block(mixer=PrefixLinear(memory=Based(feature_dim=4), max_prefix_len=4))}
     config = LMConfig(d_model=16, vocab_size=VOCAB, pattern="prefix", blocks=block)
     generator = Generator(config.build(nnx.Rngs(0)), max_len=16)
     with pytest.raises(PromptError, match="prefix of prompt 1 is 5 tokens; this model reads at most 4"):
-        generator.prefill(padded(token_ids(0, (5, 6)), prefix=(4, 5)))
+        generator.prefill(pad_prompts(token_ids(0, (5, 6)), prefix_lengths=(4, 5)))
     with pytest.raises(FloatingPointError, match="behind prompt 1 are not finite"):
         generator.max_prefix = 5
-        generator.prefill(padded(token_ids(0, (5, 6)), prefix=(4, 5)))
+        generator.prefill(pad_prompts(token_ids(0, (5, 6)), prefix_lengths=(4, 5)))

@@ -7,23 +7,23 @@ import pytest
 from flax import nnx
 
 from recallax.config import ConfigError
-from recallax.layers import DiagonalSSM, Identity, Landmark, Nothing, Parallel, Site, SlidingWindow, SwiGLU
+from recallax.layers import DiagonalSSM, Identity, Landmark, LayerInfo, NoChannelMixer, Parallel, SlidingWindow, SwiGLU
 from recallax.layers.diagonal_ssm import DiagonalSSMMixer
 from recallax.layers.parallel import ParallelMixer
-from recallax.types import Precision, whole_rows
+from recallax.types import Precision, unpacked_seq_info
 
 pytestmark = pytest.mark.usefixtures("strict")
 
 WIDTH = 16
-X, SEQ = jax.random.normal(jax.random.key(0), (2, 9, WIDTH)), whole_rows(2, 9)
+X, SEQ = jax.random.normal(jax.random.key(0), (2, 9, WIDTH)), unpacked_seq_info(2, 9)
 
 
 def build(config, d_model: int = WIDTH):
-    return config.build(d_model, Site(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
+    return config.build(d_model, LayerInfo(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
 
 
 def test_paths_are_summed_behind_their_gates():
-    mixer = build(Parallel(ssm=SlidingWindow(window=3), attention=SwiGLU(inner=5), experts=Identity()))
+    mixer = build(Parallel(ssm=SlidingWindow(window=3), attention=SwiGLU(intermediate_size=5), experts=Identity()))
     assert isinstance(mixer, ParallelMixer)
     y, told, parts = jax.jit(lambda: (*mixer(X, SEQ), {name: path(X, SEQ)[0] for name, path in mixer.paths.items()}))()
     np.testing.assert_allclose(y, 0.8 * parts["ssm"] + 0.2 * parts["attention"] + 0.5 * X, atol=1e-6)
@@ -34,7 +34,7 @@ def test_paths_are_summed_behind_their_gates():
 
 
 def test_an_absent_path_has_no_parameters_and_adds_exactly_0():
-    mixer = build(Parallel(experts=Identity(), gates=(9.0, 9.0, 1.0)))
+    mixer = build(Parallel(experts=Identity(), gate_init=(9.0, 9.0, 1.0)))
     assert [leaf.shape for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param))] == [()]
     np.testing.assert_array_equal(mixer(X, SEQ)[0], X)
 
@@ -43,13 +43,13 @@ def test_paths_that_do_not_fit_are_named():
     with pytest.raises(ConfigError, match="every path is Nothing"):
         Parallel()
     with pytest.raises(ConfigError, match="landmarks every"):
-        Parallel(ssm=Landmark(landmark_every=3), attention=Landmark(landmark_every=4))
-    landmarks = Parallel(ssm=Nothing(), attention=Landmark(landmark_every=4), experts=Identity())
-    assert landmarks.landmarks == 4 and landmarks.grid == 1
+        Parallel(ssm=Landmark(block_size=3), attention=Landmark(block_size=4))
+    landmarks = Parallel(ssm=NoChannelMixer(), attention=Landmark(block_size=4), experts=Identity())
+    assert landmarks.landmark_interval == 4 and landmarks.grid == 1
 
 
 def test_the_state_space_model_follows_its_equation():
-    mixer = build(DiagonalSSM(longest=64.0))
+    mixer = build(DiagonalSSM(max_timescale=64.0))
     assert isinstance(mixer, DiagonalSSMMixer)
     y, _ = mixer(X, SEQ)
     u, _ = mixer.conv(X, jnp.ones((2, 9), jnp.int32), None)
@@ -65,12 +65,12 @@ def test_the_state_space_model_follows_its_equation():
 
 
 def test_states_start_with_half_lives_of_every_length_and_at_one_size():
-    mixer = build(DiagonalSSM(longest=256.0), 256)
+    mixer = build(DiagonalSSM(max_timescale=256.0), 256)
     half_lives = 1 / np.log1p(np.exp(np.asarray(mixer.rate[...])))
     assert half_lives.min() < 1.1 and half_lives.max() > 230
     assert abs(np.log(half_lives).mean() - np.log(256) / 2) < 0.4
     x = jax.random.normal(jax.random.key(1), (4, 700, 256))
-    state = jax.jit(lambda x: mixer.prefill(x, whole_rows(4, 700), mixer.init_state(4, 700))[1].s)(x)
+    state = jax.jit(lambda x: mixer.prefill(x, unpacked_seq_info(4, 700), mixer.init_state(4, 700))[1].ssm_state)(x)
     sizes = np.sqrt((np.asarray(state)[..., 0] ** 2).mean(axis=0))
     long, short = sizes[half_lives > 50].mean(), sizes[half_lives < 5].mean()
     assert 0.6 < long / short < 2.5  # without the smaller columns, 15
@@ -78,4 +78,4 @@ def test_states_start_with_half_lives_of_every_length_and_at_one_size():
 
 def test_a_half_life_below_a_token_is_refused():
     with pytest.raises(ConfigError, match="at least 1 token"):
-        DiagonalSSM(longest=0.5)
+        DiagonalSSM(max_timescale=0.5)

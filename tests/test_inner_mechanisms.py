@@ -8,25 +8,28 @@ import numpy as np
 import pytest
 
 from experiments.inner_mechanisms import decay, depth, momentum
-from experiments.inner_mechanisms.settings import chosen
+from experiments.inner_mechanisms.memory_grid import select_setting
 
 ROWS = [json.loads(x) for x in (Path(decay.__file__).parent / "results.jsonl").read_text().splitlines()]
 
 
 def test_forgetting_at_a_change_of_the_teacher_helps():
-    missed = {way: chosen(errors, np.minimum)[1] for way, (_, errors) in decay.errors_of(0.0).items()}
+    missed = {way: select_setting(errors, np.minimum)[1] for way, (_, errors) in decay.relative_errors(0.0).items()}
     assert missed["at the change"] < 0.75 * missed["never"]
     assert missed["at the change"] < missed["constant"] < missed["never"]
 
 
-def test_momentum_recalls_what_turns_out_to_matter_later():
-    recalled = {kind: chosen(momentum.recall(64, 16, kind, rows=8)[1], np.maximum)[1] for kind in momentum.MOMENTA}
+def test_momentum_recalls_pairs_marked_relevant_later():
+    recalled = {
+        kind: select_setting(momentum.recall_accuracy(64, 16, kind, rows=8)[1], np.maximum)[1]
+        for kind in momentum.MOMENTA
+    }
     assert recalled["cued"] > recalled["none"] + 0.3
 
 
 def test_a_deep_memory_learns_what_a_linear_one_cannot_and_less_from_stale_gradients():
-    linear = depth.best(depth.MEMORIES["linear"], rows=4)["error"]
-    missed = [depth.best(replace(depth.DEEP, chunk=chunk), rows=4)["error"] for chunk in (8, 64)]
+    linear = depth.best_rate(depth.MEMORIES["linear"], rows=4)["error"]
+    missed = [depth.best_rate(replace(depth.DEEP, chunk_size=chunk), rows=4)["error"] for chunk in (8, 64)]
     assert linear > 0.9 and missed[0] < 0.6
     assert missed[1] > 1.2 * missed[0]
 

@@ -10,35 +10,42 @@ import pytest
 from flax import nnx
 
 from recallax.config import ConfigError
-from recallax.layers import Attention, GatedConv, Landmark, Nothing, Site
-from recallax.layers.landmark import jumped
+from recallax.layers import Attention, GatedConv, Landmark, LayerInfo, NoChannelMixer
+from recallax.layers.landmark import add_position_jumps
 from recallax.models import Block, LMConfig
-from recallax.models.landmarks import Landmarks, dropped
-from recallax.models.offload import Marked, Offloaded
+from recallax.models.landmark_tokens import LandmarkTokens, drop_landmarks
+from recallax.models.offload import OffloadedLayer, OffloadedLM
 from recallax.pallas_kernels.landmark_attention import (
-    begin,
-    continued_blocks,
-    empty_cache,
-    extended,
-    finish,
+    append_to_partial_block,
+    cached_and_new_blocks,
+    close_partial_block,
+    init_landmark_cache,
     landmark_attention,
+    update_cache_and_log_probs,
 )
-from recallax.pallas_kernels.landmark_attention.retrieval import Distances, Per, stingy
-from recallax.types import Precision, SeqInfo, StepInfo, whole_rows
+from recallax.pallas_kernels.landmark_attention.block_retrieval import (
+    PositionMode,
+    SelectionScope,
+    compressed_distances,
+)
+from recallax.types import Precision, SeqInfo, StepInfo, unpacked_seq_info
 
 pytestmark = pytest.mark.usefixtures("strict")
 
 
-THREE = Landmark(landmark_every=3, heads=2)
+THREE = Landmark(block_size=3, num_heads=2)
 
 
 def config(pattern: str) -> LMConfig:
-    blocks = {"mark": Block(mixer=THREE, channel=Nothing()), "full": Block(mixer=Attention(), channel=Nothing())}
+    blocks = {
+        "mark": Block(mixer=THREE, channel=NoChannelMixer()),
+        "full": Block(mixer=Attention(), channel=NoChannelMixer()),
+    }
     return LMConfig(d_model=8, vocab_size=20, pattern=pattern, blocks=blocks)
 
 
 def test_landmarks_stand_behind_every_full_block_of_a_document_and_nowhere_else():
-    marks = Landmarks(3, 1, precision=Precision(), rngs=nnx.Rngs(0))
+    marks = LandmarkTokens(3, 1, precision=Precision(), rngs=nnx.Rngs(0))
     marks.embedding[...] = jnp.array([-1.0])
     segments = jnp.array([[4, 4, 4, 4, 2, 2, 2, 7, 0], [1] * 9])
     positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 5], range(2, 11)])  # the second row goes on at 2
@@ -46,52 +53,56 @@ def test_landmarks_stand_behind_every_full_block_of_a_document_and_nowhere_else(
     seq = SeqInfo(positions, segments, jnp.zeros_like(segments, bool))
     inserted, longer, places = marks.insert(x, seq)
     assert inserted[0, :10, 0].tolist() == [0, 1, 2, -1, 3, 4, 5, 6, -1, 7]
-    assert longer.segments[0].tolist() == [4, 4, 4, 4, 4, 2, 2, 2, 2, 7, 0, 0]
+    assert longer.segment_ids[0].tolist() == [4, 4, 4, 4, 4, 2, 2, 2, 2, 7, 0, 0]
     assert longer.positions[0, :10].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0]
     assert inserted[1, :, 0].tolist() == [9, -1, 10, 11, 12, -1, 13, 14, 15, -1, 16, 17]
-    assert longer.positions[1].tolist() == list(range(2, 14)) and longer.segments.shape == (2, 12)
-    np.testing.assert_array_equal(dropped(inserted, places), x)
+    assert longer.positions[1].tolist() == list(range(2, 14)) and longer.segment_ids.shape == (2, 12)
+    np.testing.assert_array_equal(drop_landmarks(inserted, places), x)
     # Back and forth is one row each: the gradient of a token meets its slot alone.
-    slope = jax.grad(lambda x: (dropped(marks.insert(x, seq)[0], places) * jnp.arange(9.0)[None, :, None]).sum())(x)
+    slope = jax.grad(
+        lambda x: (drop_landmarks(marks.insert(x, seq)[0], places) * jnp.arange(9.0)[None, :, None]).sum()
+    )(x)
     np.testing.assert_array_equal(slope[..., 0], np.broadcast_to(np.arange(9), (2, 9)))
 
 
 def test_decoding_reads_a_landmark_where_a_block_ends_and_only_in_that_row():
-    marks = Landmarks(3, 4, precision=Precision(), rngs=nnx.Rngs(0))
+    marks = LandmarkTokens(3, 4, precision=Precision(), rngs=nnx.Rngs(0))
     info = StepInfo(jnp.array([1, 2, 3, 5]), jnp.array([True, True, True, False]))
-    assert marks.at(info).position.tolist() == [1, 2, 4, 6]
-    assert marks.after(info).position.tolist()[1] == 3 and marks.after(info).active.tolist() == [0, 1, 0, 0]
+    assert marks.token_step_info(info).position.tolist() == [1, 2, 4, 6]
+    assert marks.landmark_step_info(info).position.tolist()[1] == 3 and marks.landmark_step_info(
+        info
+    ).active.tolist() == [0, 1, 0, 0]
 
 
-def test_the_stingy_table():
+def test_compressed_positions():
     """k = 2, blocks of 4: a query at place 1 of block 6; chosen blocks in order, and how many blocks back they seem."""
     table = {(4, 5): (2, 1), (0, 5): (3, 1), (1, 4): (3, 1), (0, 3): (3, 2), (2,): (3,), (5,): (1,), (4,): (1,)}
     for chosen, back in table.items():
         number = jnp.array([*chosen, *[9] * (2 - len(chosen))])
-        distance = stingy(number, jnp.arange(2) < len(chosen), jnp.array([25]), 4, 2)
+        distance = compressed_distances(number, jnp.arange(2) < len(chosen), jnp.array([25]), 4, 2)
         assert distance[: len(chosen)].tolist() == [1 + 4 * n for n in back], chosen
     for position in range(12):  # while k covers all blocks, distances are true
         number = jnp.arange(2)
-        distance = stingy(number, number < position // 4, jnp.array([position]), 4, 2)
+        distance = compressed_distances(number, number < position // 4, jnp.array([position]), 4, 2)
         assert distance.tolist()[: position // 4] == [position - 4 * n for n in range(position // 4)]
-    far = stingy(jnp.array([3, 70]), jnp.array([True, True]), jnp.array([99 * 4 + 3]), 4, 2)
+    far = compressed_distances(jnp.array([3, 70]), jnp.array([True, True]), jnp.array([99 * 4 + 3]), 4, 2)
     assert int(far.max()) == 3 + 3 * 4 < (2 + 2) * 4  # no distance of k + 2 blocks
 
 
 @pytest.mark.parametrize(
     ("per", "distances"),
     [
-        ("head", "stingy"),
-        *(pytest.param(*way, marks=pytest.mark.full) for way in (("token", "stingy"), ("head", "true"))),
+        ("head", "compressed"),
+        *(pytest.param(*way, marks=pytest.mark.full) for way in (("token", "compressed"), ("head", "exact"))),
     ],
 )
-def test_retrieval_of_every_block_is_the_whole_grouped_softmax(per: Per, distances: Distances):
+def test_retrieval_of_every_block_is_the_whole_grouped_softmax(per: SelectionScope, distances: PositionMode):
     """Stingy distances are true while k covers the blocks: four, and a part."""
-    every = replace(THREE, top_k=4, per=per, distances=distances)
+    every = replace(THREE, top_k=4, select_per=per, position_mode=distances)
     np.testing.assert_allclose(compiled("prefill", every)(X), compiled("call", THREE)(X), atol=1e-5)
 
 
-def test_what_is_not_read_has_no_influence():
+def test_unretrieved_blocks_have_no_influence():
     """With k = 1 the third block's tokens, of which two are past, read one of them; appendix D's threshold none."""
     changed = X.at[:, 1].add(1.0)
     for most, seen in ((0.0, True), (1.0, False)):
@@ -108,8 +119,8 @@ X = jax.random.normal(jax.random.key(0), (2, 19, 8))
 
 def compiled(verb: str, config: Landmark) -> Callable[[jax.Array], np.ndarray]:
     """With parameters as large as they are after training, so that blocks differ."""
-    mixer = config.build(8, Site(1, 4), precision=Precision(), rngs=nnx.Rngs(7))
-    seq = SeqInfo(*(jnp.asarray(part) for part in whole_rows(2, 19)[:3]), key=None)
+    mixer = config.build(8, LayerInfo(1, 4), precision=Precision(), rngs=nnx.Rngs(7))
+    seq = SeqInfo(*(jnp.asarray(part) for part in unpacked_seq_info(2, 19)[:3]), key=None)
     graph, params = nnx.split(mixer)
     keys = iter(jax.random.split(jax.random.key(1), 9))
     params = jax.tree.map(lambda p: p + 0.4 * jax.random.normal(next(keys), p.shape), params)
@@ -124,70 +135,70 @@ def compiled(verb: str, config: Landmark) -> Callable[[jax.Array], np.ndarray]:
 
 def test_jumps_stand_before_blocks_and_documents_begin_at_0():
     positions = jnp.array([[*range(10), *range(6)]])
-    found = np.asarray(jumped(positions, 4, 5, jax.random.key(0)))[0]
+    found = np.asarray(add_position_jumps(positions, 4, 5, jax.random.key(0)))[0]
     gaps = np.diff(found) - 1
     assert found[0] == found[10] == 0 and set(np.flatnonzero(gaps)) <= {3, 7, 9, 13}  # 9 is the other document
     assert all(0 <= gap <= 5 for place, gap in enumerate(gaps) if place != 9) and gaps[[3, 7, 13]].sum() > 0
-    np.testing.assert_array_equal(jumped(positions, 4, 0, jax.random.key(0)), positions)
+    np.testing.assert_array_equal(add_position_jumps(positions, 4, 0, jax.random.key(0)), positions)
 
 
 def test_layers_of_a_model_agree_on_their_landmarks():
     one = config("mark")
-    assert config("full mark").landmarks == 3 and config("full").landmarks is None
-    blocks = one.blocks | {"wide": Block(mixer=Landmark(landmark_every=5))}
+    assert config("full mark").landmark_block_size == 3 and config("full").landmark_block_size is None
+    blocks = one.blocks | {"wide": Block(mixer=Landmark(block_size=5))}
     with pytest.raises(ConfigError, match=r"landmarks every \[3, 5\] tokens"):
         replace(one, pattern="mark wide", blocks=blocks)
-    assert replace(one, blocks=blocks).landmarks == 3  # a spare block has no say
+    assert replace(one, blocks=blocks).landmark_block_size == 3  # a spare block has no say
     for name, value in (("landmark_every", 0), ("jump", -1), ("top_k", 0), ("min_probability", 2.0)):
         with pytest.raises(ConfigError, match=f"{name} is {value}"):
             replace(THREE, **{name: value})
 
 
 def test_blocks_on_the_host_are_fetched_as_they_are_read_and_counted():
-    mixer = Landmark(landmark_every=3, heads=4, kv_heads=2, top_k=2, per="head")
-    blocks = {"m": Block(mixer=mixer), "c": Block(mixer=GatedConv(), channel=Nothing())}
+    mixer = Landmark(block_size=3, num_heads=4, num_kv_heads=2, top_k=2, select_per="head")
+    blocks = {"m": Block(mixer=mixer), "c": Block(mixer=GatedConv(), channel=NoChannelMixer())}
     config = LMConfig(d_model=8, vocab_size=20, pattern="c m", blocks=blocks)
     graph, weights = nnx.split(config.build(nnx.Rngs(0)))
     keys = iter(jax.random.split(jax.random.key(1), 40))
     model = nnx.merge(graph, jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), weights))
     tokens = np.random.default_rng(0).integers(20, size=(2, 17)).astype(np.int32)
-    whole = jax.jit(lambda tokens: model.prefill(tokens, whole_rows(2, 17), model.init_state(2, 20))[0])(tokens)
+    whole = jax.jit(lambda tokens: model.prefill(tokens, unpacked_seq_info(2, 17), model.init_state(2, 20))[0])(tokens)
 
-    driver = Offloaded(config, model, 2, 20)
-    np.testing.assert_allclose(driver.feed(tokens[:, :14]), whole[:, 13], atol=2e-5)
+    driver = OffloadedLM(config, model, 2, 20)
+    np.testing.assert_allclose(driver.prefill(tokens[:, :14]), whole[:, 13], atol=2e-5)
     block = 2 * 3 * 2 * 4  # keys and values of 3 tokens, a key/value head 2 wide in 4 bytes
-    before = driver.traffic()
-    assert before.host == before.stored == 2 * 2 * 4 * block  # rows, heads, complete blocks
+    before = driver.stats()
+    assert before.host_bytes == before.stored_bytes == 2 * 2 * 4 * block  # rows, heads, complete blocks
     for t in range(14, 17):
-        np.testing.assert_allclose(driver.feed(tokens[:, t : t + 1]), whole[:, t], atol=2e-5)
-    after = driver.traffic()
-    assert after.host == 2 * 2 * 5 * block
+        np.testing.assert_allclose(driver.prefill(tokens[:, t : t + 1]), whole[:, t], atol=2e-5)
+    after = driver.stats()
+    assert after.host_bytes == 2 * 2 * 5 * block
     # Three tokens and a landmark read at most two blocks a head, in two rows of four heads.
-    assert 0 < after.fetched - before.fetched <= 4 * 2 * 2 * 4 * block and after.fetched % block == 0
+    assert 0 < after.fetched_bytes - before.fetched_bytes <= 4 * 2 * 2 * 4 * block and after.fetched_bytes % block == 0
     marked = driver.layers[1]
-    assert isinstance(marked, Marked)
-    assert {x.sharding.memory_kind for x in marked.shelf.blocks.values()} == {"pinned_host"}
-    assert {x.sharding.memory_kind for x in marked.arrays()} == {jax.devices()[0].default_memory().kind}
+    assert isinstance(marked, OffloadedLayer)
+    assert {x.sharding.memory_kind for x in marked.store.blocks.values()} == {"pinned_host"}
+    assert {x.sharding.memory_kind for x in marked.device_arrays()} == {jax.devices()[0].default_memory().kind}
     with pytest.raises(ValueError, match="21 tokens exceed max_len 20"):
-        driver.feed(np.zeros((2, 4), np.int32))
+        driver.prefill(np.zeros((2, 4), np.int32))
     plain = replace(config, pattern="c")
     with pytest.raises(ConfigError, match="'c' has no landmark attention"):
-        Offloaded(plain, plain.build(nnx.Rngs(0)), 1, 20)
+        OffloadedLM(plain, plain.build(nnx.Rngs(0)), 1, 20)
     every = replace(config, blocks=config.blocks | {"m": Block(mixer=THREE)})
     with pytest.raises(ConfigError, match="give a top_k"):
-        Offloaded(every, every.build(nnx.Rngs(0)), 1, 20)
+        OffloadedLM(every, every.build(nnx.Rngs(0)), 1, 20)
 
 
 def test_steps_leave_the_cache_that_a_row_leaves_also_right_behind_a_landmark():
     k, v = (jax.random.normal(jax.random.key(i), (1, 8, 1, 2)) for i in range(2))
     active, positions, ones = jnp.ones(1, bool), jnp.arange(8)[None], jnp.ones((1, 8), jnp.int32)
-    empty = walked = empty_cache(1, 8, 3, 1, 2, jnp.float32)
+    empty = walked = init_landmark_cache(1, 8, 3, 1, 2, jnp.float32)
     for t in range(8):
         at = jnp.full(1, t)
-        walked = finish(begin(walked, k[:, t], v[:, t], at, active), k[:, t], at, active)
-    blocks = continued_blocks(k, v, ones, positions, empty)
-    whole, _ = extended(empty, None, blocks, None, k, v, ones, positions)
-    assert not np.asarray(whole.own_k).any() and np.asarray(whole.marks).all()
+        walked = close_partial_block(append_to_partial_block(walked, k[:, t], v[:, t], at, active), k[:, t], at, active)
+    blocks = cached_and_new_blocks(k, v, ones, positions, empty)
+    whole, _ = update_cache_and_log_probs(empty, None, blocks, None, k, v, ones, positions)
+    assert not np.asarray(whole.partial_k).any() and np.asarray(whole.landmark_k).all()
     for got, want in zip(walked, whole, strict=True):
         np.testing.assert_array_equal(got, want)
 
@@ -200,7 +211,7 @@ def test_memory_is_linear_in_time():
         q, k, v = (jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32) for _ in range(3))
 
         def loss(q, k, v):
-            return landmark_attention(q, k, v, real=63, positions=jnp.arange(length)[None]).sum()
+            return landmark_attention(q, k, v, block_size=63, positions=jnp.arange(length)[None]).sum()
 
         memory = jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, k, v).compile().memory_analysis()
         assert memory is not None

@@ -58,8 +58,8 @@ def draw(case: Case) -> tuple[dict[str, Any], np.ndarray]:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_it_is_the_plain_cross_entropy_in_values_and_gradients(case, monkeypatch):
-    monkeypatch.setattr(xla, "LEAST", 16)
-    monkeypatch.setitem(xla.LOGITS, "cpu", 1)
+    monkeypatch.setattr(xla, "MIN_CHUNK_ROWS", 16)
+    monkeypatch.setitem(xla.MAX_LOGITS, "cpu", 1)
     inputs, targets = draw(case)
     weighted = inputs["scale"] > 0
 
@@ -67,7 +67,7 @@ def test_it_is_the_plain_cross_entropy_in_values_and_gradients(case, monkeypatch
         scores = linear_cross_entropy(
             **inputs, targets=targets, soft_cap=case.soft_cap, z_loss=case.z_loss, implementation=form
         )
-        return 3 * scores.total, (jnp.where(weighted, scores.loss, 0), scores.right & weighted)
+        return 3 * scores.total, (jnp.where(weighted, scores.loss, 0), scores.correct & weighted)
 
     def results(form, inputs):
         where = jnp.asarray(targets, jnp.int64 if jax.config.jax_enable_x64 else jnp.int32)
@@ -95,7 +95,7 @@ def test_it_is_the_plain_cross_entropy_in_values_and_gradients(case, monkeypatch
 
 def test_a_tie_is_not_right():
     scores = linear_cross_entropy(jnp.zeros((2, 3)), jnp.zeros((5, 3)), jnp.zeros(2, jnp.int32), jnp.ones(2))
-    assert not scores.right.any()
+    assert not scores.correct.any()
 
 
 def test_the_gradient_holds_less_than_a_twentieth_of_the_logits():

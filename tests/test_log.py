@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recallax.train.log import LogError, RunLog, commit, environment, read_log
-from recallax.train.progress import LiveProgress, PlainProgress, progress
+from recallax.train.log import LogError, RunLog, environment, git_commit, read_log
+from recallax.train.progress import LiveProgress, PlainProgress, make_progress
 
 
 def refuse(constant: str) -> float:
@@ -26,7 +26,7 @@ def test_rows_are_strict_json_and_keep_their_numbers(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     values = {"a": jnp.float32(0.5), "b": np.int64(3), "c": math.nan, "d": -math.inf, "e": None, "split": "test"}
     with RunLog(path, "f00d") as log:
-        log.start(0, {"state_bytes": 7})
+        log.write_run_row(0, {"state_bytes": 7})
         log.write("eval", 10, values)
     run, row = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
     assert run["kind"] == "run" and run["state_bytes"] == 7 and run.items() >= environment().items()
@@ -87,7 +87,7 @@ def test_truncate_drops_what_comes_again(tmp_path: Path) -> None:
 
 def test_tensorboard_has_the_numbers(tmp_path: Path) -> None:
     with RunLog(tmp_path / "log.jsonl", "f", tensorboard=tmp_path / "tb") as log:
-        log.start(0, {})
+        log.write_run_row(0, {})
         log.write("train", 1, {"loss": 1.5, "bad": math.nan})
         log.write("eval", 1, {"split": "valid", "accuracy": 0.25})
     (events,) = (tmp_path / "tb").iterdir()
@@ -99,7 +99,7 @@ def test_tensorboard_forgets_what_comes_again(tmp_path: Path) -> None:
     from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
     with RunLog(tmp_path / "log.jsonl", "f", tensorboard=tmp_path / "tb") as log:
-        log.start(0, {})
+        log.write_run_row(0, {})
         log.truncate(7)
         log.write("train", 8, {"loss": 1.5})
     (path,) = (tmp_path / "tb").iterdir()
@@ -128,7 +128,7 @@ def test_a_row_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
 
 def test_only_process_0_writes(tmp_path: Path) -> None:
     with RunLog(tmp_path / "log.jsonl", "f", tensorboard=tmp_path / "tb", process_index=1) as log:
-        log.start(0, {})
+        log.write_run_row(0, {})
         log.write("train", 1, {"loss": 1.0})
         log.truncate(0)
     assert not list(tmp_path.iterdir())
@@ -145,7 +145,7 @@ def test_unwritable_log_is_an_error(tmp_path: Path) -> None:
 
 
 def test_commit_is_that_of_the_source() -> None:
-    found = commit()
+    found = git_commit()
     assert found is None or (len(found.removesuffix("+dirty")) == 40)
 
 
@@ -158,22 +158,22 @@ def test_rows_that_a_measurement_appends_are_no_change_of_the_source(
     for arguments in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -q -m first"):
         subprocess.run(["git", "-C", str(tmp_path), *arguments.split()], check=True)
     monkeypatch.setattr("recallax.train.log.__file__", str(source))
-    clean = commit()
+    clean = git_commit()
     rows.write_text("{}\n")
-    assert clean is not None and len(clean) == 40 and commit() == clean
+    assert clean is not None and len(clean) == 40 and git_commit() == clean
     source.write_text("changed")
-    assert commit() == f"{clean}+dirty"
+    assert git_commit() == f"{clean}+dirty"
 
 
 def test_commit_without_git_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert commit() is None
+    assert git_commit() is None
 
 
 def test_plain_progress_is_lines_without_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress(100) as display:
+    with make_progress(100) as display:
         assert isinstance(display, PlainProgress)
-        display.compiling("step\x1b[31m\r")
+        display.show_compiling("step\x1b[31m\r")
         display.update(50, {"loss": 1.25, "accuracy": 0.5, "x\x1b]0;evil\x07": math.nan}, 1234567.0)
         display.note("saved\nstep 50")
     lines = capsys.readouterr().out.splitlines()
@@ -188,7 +188,7 @@ def test_live_progress_shows_the_same() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=160, color_system=None)
     with LiveProgress(100, console) as display:
-        display.compiling("the first step")
+        display.show_compiling("the first step")
         display.update(50, {"loss": 1.25, "[red]accuracy": 0.5}, 1234.0)
         display.note("saved [bold]step[/bold] 50 \x1b]0;evil\x07")
     text = out.getvalue()
@@ -199,7 +199,7 @@ def test_live_progress_shows_the_same() -> None:
 
 def test_importing_is_quick() -> None:
     """The heavy packages are imported where they are used."""
-    modules = "recallax.train.log, recallax.train.progress, recallax.train.report, recallax.train.run_folder"
+    modules = "recallax.train.log, recallax.train.progress, recallax.report, recallax.train.run_folder"
     script = f"import sys, {modules}; print(*{{'jax', 'rich', 'matplotlib', 'tensorboardX'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.strip() == ""

@@ -7,29 +7,29 @@ import pytest
 from flax import nnx
 
 from recallax.config import ConfigError
-from recallax.layers import GatedDeltaNet, MemoryAsContext, NeuralMemory, Site, memory_as_context
+from recallax.layers import GatedDeltaNet, LayerInfo, MemoryAsContext, NeuralMemory, memory_as_context
 from recallax.layers.memory_as_context import MemoryAsContextMixer
 from recallax.layers.rotary import rotary
-from recallax.pallas_kernels.neural_memory import Learner
-from recallax.pallas_kernels.neural_memory.learner import LinearNet
-from recallax.types import Precision, SeqInfo, StepInfo, whole_rows
+from recallax.pallas_kernels.neural_memory import InnerOptimizer
+from recallax.pallas_kernels.neural_memory.inner_optimizer import LinearNet
+from recallax.types import Precision, SeqInfo, StepInfo, unpacked_seq_info
 
 pytestmark = pytest.mark.usefixtures("strict")
 
 WIDTH, LENGTH, SEGMENT, HEADS = 8, 11, 4, 2
-MEMORY = NeuralMemory(heads=2, learner=Learner(network=LinearNet(), chunk=2))
+MEMORY = NeuralMemory(num_heads=2, inner_optimizer=InnerOptimizer(network=LinearNet(), chunk_size=2))
 QUERIES = ("own", "previous", "learned")
 X = jax.random.normal(jax.random.key(0), (1, LENGTH, WIDTH))
 
 
 def config(query, **changes) -> MemoryAsContext:
     sizes = {"segment": SEGMENT, "retrieved": 2, "persistent": 3, "heads": HEADS}
-    return MemoryAsContext(memory=MEMORY, query=query, **(sizes | changes))
+    return MemoryAsContext(memory=MEMORY, query_source=query, **(sizes | changes))
 
 
 def build(query) -> MemoryAsContextMixer:
     """Weights large enough for every part to matter."""
-    mixer = config(query).build(WIDTH, Site(0, 1), precision=Precision(), rngs=nnx.Rngs(0))
+    mixer = config(query).build(WIDTH, LayerInfo(0, 1), precision=Precision(), rngs=nnx.Rngs(0))
     graph, params = nnx.split(mixer)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
@@ -37,7 +37,7 @@ def build(query) -> MemoryAsContextMixer:
     return nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
 
-def by_definition(mixer: MemoryAsContextMixer) -> jax.Array:
+def reference_output(mixer: MemoryAsContextMixer) -> jax.Array:
     """One row, one token after another, with the whole history at hand."""
     attention, memory = mixer.attention, mixer.memory
     project = [part.kernel[...] for part in (attention.q, attention.k, attention.v)]
@@ -45,16 +45,16 @@ def by_definition(mixer: MemoryAsContextMixer) -> jax.Array:
     state, out = memory.init_state(1, LENGTH), []
     step = jax.jit(lambda y, at, state: memory.step(y, StepInfo(at[None], jnp.ones(1, bool)), state))
     for begin in range(0, LENGTH, SEGMENT):
-        held, tokens = memory.held(state), X[0, begin : begin + SEGMENT]
+        held, tokens = memory.read_state(state), X[0, begin : begin + SEGMENT]
         for i in range(len(tokens)):
-            if mixer.query == "own":
+            if mixer.query_source == "own":
                 questions = tokens[: i + 1]
-            elif mixer.query == "learned":
+            elif mixer.query_source == "learned":
                 assert mixer.questions is not None
                 questions = mixer.questions[...]
             else:
                 questions = X[0, begin - SEGMENT : begin].reshape(2, -1, WIDTH).mean(axis=1) if begin else X[0, :0]
-            answers = memory.recall(questions[None], held)[0] if len(questions) else X[0, :0]
+            answers = memory.retrieve(questions[None], held)[0] if len(questions) else X[0, :0]
             still = jnp.concatenate([attention.persistent[...], answers])
 
             def placed(x, weight, first):
@@ -75,17 +75,17 @@ def by_definition(mixer: MemoryAsContextMixer) -> jax.Array:
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_it_is_what_the_equations_say(query):
+def test_matches_reference(query):
     mixer = build(query)
-    y, _ = jax.jit(lambda x: mixer(x, whole_rows(1, LENGTH)))(X)
+    y, _ = jax.jit(lambda x: mixer(x, unpacked_seq_info(1, LENGTH)))(X)
     with jax.disable_jit(False), jax.numpy_dtype_promotion("standard"):
-        want = by_definition(mixer)
+        want = reference_output(mixer)
     np.testing.assert_allclose(y[0], want, atol=2e-5, rtol=0)
 
 
-def influence(mixer: MemoryAsContextMixer) -> np.ndarray:
+def output_sensitivity(mixer: MemoryAsContextMixer) -> np.ndarray:
     """[t, s]: how much y_t changes when x_s does."""
-    seq = whole_rows(1, LENGTH)
+    seq = unpacked_seq_info(1, LENGTH)
     other = X + jnp.eye(LENGTH)[:, :, None]
     call = jax.jit(lambda x: mixer(x, seq)[0])
     rows = jax.lax.map(lambda x: call(x[None])[0], other)
@@ -94,24 +94,24 @@ def influence(mixer: MemoryAsContextMixer) -> np.ndarray:
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_tokens_reach_later_segments_through_the_memory_and_no_earlier_token(query):
-    moved = influence(build(query))
+    moved = output_sensitivity(build(query))
     assert not moved[np.triu_indices(LENGTH, 1)].any()
     assert (moved[np.tril_indices(LENGTH)] > 0).all()  # all that lies more than a segment back went through the memory
 
 
-def test_as_printed_it_would_see_the_future(monkeypatch):
+def test_published_equation_is_not_causal(monkeypatch):
     """Answers to all tokens of a segment before its first one: the law of causality must notice."""
 
     def everything(query, slots, count, later):
         return jnp.ones((*slots.shape, count), bool)
 
-    monkeypatch.setattr(memory_as_context, "visible_answers", everything)
-    moved = influence(build("own"))
+    monkeypatch.setattr(memory_as_context, "visible_retrieved", everything)
+    moved = output_sensitivity(build("own"))
     assert moved[0, SEGMENT - 1] > 1e-6 and moved[SEGMENT, SEGMENT + 2] > 1e-6
     assert not moved[0, SEGMENT:].any()  # the leak ends with the segment
 
 
-def test_a_document_off_the_grid_gives_nan():
+def test_misaligned_documents_return_nan():
     positions = jnp.array([[0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7]])
     seq = SeqInfo(positions, jnp.array([[1] * 3 + [2] * 8]), jnp.zeros((1, LENGTH), bool))
     assert jnp.isnan(build("own")(X, seq)[0]).all()
@@ -120,17 +120,17 @@ def test_a_document_off_the_grid_gives_nan():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: config("own", segment=3), "segment is 3 tokens; it must be a multiple of the memory's chunk of 2"),
-        (lambda: config("previous", retrieved=3), "retrieved is 3; it must divide the segment of 4"),
-        (lambda: config("learned", retrieved=0), "retrieved is 0; it must be at least 1"),
+        (lambda: config("own", block_size=3), "segment is 3 tokens; it must be a multiple of the memory's chunk of 2"),
+        (lambda: config("previous", num_retrieved_tokens=3), "retrieved is 3; it must divide the segment of 4"),
+        (lambda: config("learned", num_retrieved_tokens=0), "retrieved is 0; it must be at least 1"),
         (
             lambda: MemoryAsContext(memory=GatedDeltaNet()).build(
-                WIDTH, Site(0, 1), precision=Precision(), rngs=nnx.Rngs(0)
+                WIDTH, LayerInfo(0, 1), precision=Precision(), rngs=nnx.Rngs(0)
             ),
             "GatedDeltaNetMixer|MemoryMixer cannot be asked",
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(make, message):
+def test_invalid_configs_are_rejected(make, message):
     with pytest.raises(ConfigError, match=message):
         make()

@@ -17,15 +17,15 @@ from recallax.layers import (
     BaseConv,
     Based,
     Identity,
+    LayerInfo,
     Mamba2,
     MixerConfig,
     MoM,
     NeuralMemory,
-    Nothing,
+    NoChannelMixer,
     Parallel,
-    Prefix,
+    PrefixLinear,
     ReLUSquared,
-    Site,
     SlidingWindow,
     SwiGLU,
 )
@@ -33,23 +33,23 @@ from recallax.layers.base import Statistic
 from recallax.layers.norm import RMSNorm
 from recallax.layers.stateless import StatelessMixer
 from recallax.models import (
-    Autoencode,
+    Autoencoder,
     Block,
     LMConfig,
     Tied,
     Untied,
     accounting,
-    based,
-    hydra,
-    jrt_rnn,
-    landmark,
-    mom,
-    titans,
+    based_lm,
+    hydra_lm,
+    jrt_rnn_lm,
+    landmark_lm,
+    mom_lm,
+    titans_lm,
 )
 from recallax.models.block import BlockModule
-from recallax.models.pattern import flatten, parse
-from recallax.pallas_kernels.neural_memory import Learner
-from recallax.types import Mean, Precision, SeqInfo, whole_rows
+from recallax.models.pattern import flatten_pattern, parse_pattern
+from recallax.pallas_kernels.neural_memory import InnerOptimizer
+from recallax.types import Mean, Precision, SeqInfo, unpacked_seq_info
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -73,9 +73,9 @@ def model(pattern: str, blocks=BLOCKS, **changes):
 
 def test_patterns_read_as_written():
     names = ["conv", "based", "window"]
-    layers = flatten(parse("conv (based window conv*3)*5 conv", names))
+    layers = flatten_pattern(parse_pattern("conv (based window conv*3)*5 conv", names))
     assert len(layers) == 27 and layers[1::5][:5] == ["based"] * 5
-    assert flatten(parse("((conv*2 based)*2)*2", names)) == ["conv", "conv", "based"] * 4
+    assert flatten_pattern(parse_pattern("((conv*2 based)*2)*2", names)) == ["conv", "conv", "based"] * 4
 
 
 @pytest.mark.parametrize(
@@ -93,38 +93,38 @@ def test_patterns_read_as_written():
 )
 def test_bad_patterns_are_named(pattern, message):
     with pytest.raises(ConfigError, match=message):
-        parse(pattern, ["conv", "based"])
+        parse_pattern(pattern, ["conv", "based"])
 
 
 @pytest.mark.parametrize(
     ("config", "millions", "layers"),
     [
-        (based.based_360m, 362.6, 27),
-        (based.based_1b3, 1349.5, 36),
-        (jrt_rnn.jrt_rnn_360m, 356.6, 26),
-        (jrt_rnn.jrt_rnn_1b3, 1375.1, 36),
+        (based_lm.based_360m, 362.6, 27),
+        (based_lm.based_1b3, 1349.5, 36),
+        (jrt_rnn_lm.jrt_rnn_360m, 356.6, 26),
+        (jrt_rnn_lm.jrt_rnn_1b3, 1375.1, 36),
     ],
 )
 def test_published_sizes_cost_nothing_to_count(config, millions, layers):
-    assert accounting.parameters(config()) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert accounting.count_parameters(config()) / 1e6 == pytest.approx(millions, abs=0.05)
     assert len(config().layers) == layers
     assert [i for i, name in enumerate(config().layers) if name == "based"][:3] == [1, 6, 11]
 
 
 def test_reading_twice_needs_no_larger_state():
-    once, twice = (replace(c, pattern="based") for c in (based.based_360m(), jrt_rnn.jrt_rnn_360m()))
+    once, twice = (replace(c, pattern="based") for c in (based_lm.based_360m(), jrt_rnn_lm.jrt_rnn_360m()))
     assert accounting.state_bytes(once, 2048) == accounting.state_bytes(twice, 2048)
 
 
 def test_how_a_pattern_is_spelled_changes_nothing():
     spelled = model("c (a b)*2 a*2").build(nnx.Rngs(0))
     flat = model("c a b a b a a").build(nnx.Rngs(0))
-    seq = whole_rows(2, 9)._replace(key=jax.random.key(5))
+    seq = unpacked_seq_info(2, 9)._replace(key=jax.random.key(5))
     np.testing.assert_allclose(logits(spelled, seq), logits(flat, seq), atol=1e-6)
 
 
 def test_dropout_does_not_depend_on_the_spelling_and_is_off_without_a_key():
-    seq = whole_rows(2, 9)
+    seq = unpacked_seq_info(2, 9)
     keyed = seq._replace(key=jax.random.key(5))
     spelled, flat = (model(p, dropout=0.3, embed_dropout=0.2).build(nnx.Rngs(0)) for p in ("(a b)*2", "a b a b"))
     np.testing.assert_allclose(logits(spelled, keyed), logits(flat, keyed), atol=1e-6)
@@ -136,7 +136,7 @@ def test_dropout_does_not_depend_on_the_spelling_and_is_off_without_a_key():
 def test_remat_changes_memory_and_not_numbers():
     def loss_and_slopes(remat):
         graph, params = nnx.split(model("c (a b)*2", remat=remat).build(nnx.Rngs(0)))
-        loss = jax.jit(jax.value_and_grad(lambda p: nnx.merge(graph, p)(TOKENS, whole_rows(2, 9))[0].var()))
+        loss = jax.jit(jax.value_and_grad(lambda p: nnx.merge(graph, p)(TOKENS, unpacked_seq_info(2, 9))[0].var()))
         return loss(params)
 
     for a, b in zip(*(jax.tree.leaves(loss_and_slopes(r)) for r in ("none", "block")), strict=True):
@@ -148,7 +148,7 @@ def test_a_longer_repeat_is_the_same_program():
 
     def size(pattern):
         graph, params = nnx.split(accounting.abstract_model(model(pattern)))
-        run = jax.make_jaxpr(lambda p: nnx.merge(graph, p)(TOKENS, whole_rows(2, 9))[0])
+        run = jax.make_jaxpr(lambda p: nnx.merge(graph, p)(TOKENS, unpacked_seq_info(2, 9))[0])
         return len(str(run(params)).splitlines())
 
     assert size("(a b)*40") <= size("(a b)*2") + 2
@@ -158,7 +158,7 @@ def test_a_longer_repeat_is_the_same_program():
 class Counter(MixerConfig):
     """Counts its calls in a statistic and reports an auxiliary mean."""
 
-    def build(self, d_model, site, *, precision, rngs):
+    def build(self, d_model, layer, *, precision, rngs):
         return CounterMixer()
 
 
@@ -179,7 +179,7 @@ class CounterMixer(StatelessMixer):
 @pytest.mark.parametrize("remat", ["none", "block"])
 def test_statistics_and_auxiliary_means_come_out_of_a_scan(remat):
     built = model("n*3", {"n": Block(mixer=Counter(), channel=Identity())}, remat=remat).build(nnx.Rngs(0))
-    _, aux = built(TOKENS, whole_rows(2, 9))
+    _, aux = built(TOKENS, unpacked_seq_info(2, 9))
     assert float(aux["size"].weight) == 3 * 2 * 9 * 8
     (calls,) = jax.tree.leaves(nnx.state(built, Statistic))
     np.testing.assert_array_equal(calls, [1, 1, 1])
@@ -200,32 +200,34 @@ def test_the_epsilon_reaches_every_norm_of_the_model():
 
 
 def test_a_block_whose_channel_mixer_is_nothing_has_one_sublayer():
-    built = model("n", {"n": Block(mixer=ReLUSquared(inner=6), channel=Nothing())}).build(nnx.Rngs(0))
+    built = model("n", {"n": Block(mixer=ReLUSquared(intermediate_size=6), channel=NoChannelMixer())}).build(
+        nnx.Rngs(0)
+    )
     (block,) = built.stack.parts
     assert isinstance(block, BlockModule)
     shapes = sorted(leaf.shape for leaf in jax.tree.leaves(nnx.state(block, nnx.Param)))
     assert shapes == [(6, 8), (8,), (8, 6)]  # the perceptron and one norm
-    r, seq = jax.random.normal(jax.random.key(0), (2, 9, 8)), whole_rows(2, 9)
+    r, seq = jax.random.normal(jax.random.key(0), (2, 9, 8)), unpacked_seq_info(2, 9)
     np.testing.assert_array_equal(block(r, seq)[0], r + block.mixer(block.mixer_norm(r), seq)[0])
 
 
 def test_widths_may_be_named():
     def shapes(mixer):
-        parts = model("m", {"m": Block(mixer=mixer, channel=Nothing())}).build(nnx.Rngs(0)).stack.parts
+        parts = model("m", {"m": Block(mixer=mixer, channel=NoChannelMixer())}).build(nnx.Rngs(0)).stack.parts
         return {leaf.shape for leaf in jax.tree.leaves(nnx.state(parts, nnx.Param))} - {(8,)}
 
-    assert shapes(Attention(heads=2, kv_heads=1, head_dim=6)) == {(8, 12), (8, 6), (12, 8)}
-    assert shapes(SlidingWindow(heads=2, head_dim=6)) == {(8, 12), (12, 8)}
-    assert shapes(SwiGLU(inner=5)) == {(8, 10), (5, 8)}
+    assert shapes(Attention(num_heads=2, num_kv_heads=1, head_dim=6)) == {(8, 12), (8, 6), (12, 8)}
+    assert shapes(SlidingWindow(num_heads=2, head_dim=6)) == {(8, 12), (12, 8)}
+    assert shapes(SwiGLU(intermediate_size=5)) == {(8, 10), (5, 8)}
 
 
 def test_logits_at_positions_are_those_of_the_whole_row():
-    for readout in (Untied(), Autoencode(hidden=8)):
+    for readout in (Untied(), Autoencoder(hidden_size=8)):
         built = model("c a", readout=readout).build(nnx.Rngs(0))
-        whole = logits(built, whole_rows(2, 9))
+        whole = logits(built, unpacked_seq_info(2, 9))
         at = jnp.array([[1, 8], [0, 5]])
         np.testing.assert_allclose(
-            logits(built, whole_rows(2, 9), at), jnp.take_along_axis(whole, at[..., None], axis=1), atol=1e-6
+            logits(built, unpacked_seq_info(2, 9), at), jnp.take_along_axis(whole, at[..., None], axis=1), atol=1e-6
         )
 
 
@@ -236,7 +238,7 @@ def test_flops_are_those_of_the_matrix_products():
     assert accounting.forward_flops(config, length) == 2 * length * (projections + scores + readout)
     repeated = model("w*7", {"w": Block(mixer=Attention(), channel=Identity())})
     assert accounting.forward_flops(repeated, length) == 2 * length * (7 * (projections + scores) + readout)
-    few = accounting.forward_flops(config, length, labelled=2)
+    few = accounting.forward_flops(config, length, num_targets=2)
     assert few == 2 * length * (projections + scores) + 2 * 2 * readout
 
 
@@ -244,34 +246,34 @@ def test_state_bytes_follow_the_definition():
     def bytes_of(mixer, context):
         return accounting.state_bytes(model("m", {"m": Block(mixer=mixer, channel=Identity())}), context)
 
-    assert bytes_of(Attention(heads=2, kv_heads=1), 100) == 2 * 100 * 4 * 4
+    assert bytes_of(Attention(num_heads=2, num_kv_heads=1), 100) == 2 * 100 * 4 * 4
     assert bytes_of(SlidingWindow(window=16), 100) == bytes_of(SlidingWindow(window=16), 10_000) == 2 * 16 * 8 * 4
     assert bytes_of(SlidingWindow(window=16), 5) == 2 * 5 * 8 * 4
     assert bytes_of(Based(feature_dim=16), 100) == 153 * (8 + 1) * 4
     assert bytes_of(Based(feature_dim=16, features="full"), 100) == 273 * (8 + 1) * 4
-    assert bytes_of(BaseConv(width=3), 100) == 2 * 8 * 4
+    assert bytes_of(BaseConv(conv_size=3), 100) == 2 * 8 * 4
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Attention(heads=3), "8 channels cannot be split into 3 heads; use one of 1, 2, 4, 8"),
-        (Based(heads=5), "cannot be split into 5 heads"),
-        (Attention(heads=8), "even width"),
-        (Attention(heads=2, head_dim=3), "even width"),
+        (Attention(num_heads=3), "8 channels cannot be split into 3 heads; use one of 1, 2, 4, 8"),
+        (Based(num_heads=5), "cannot be split into 5 heads"),
+        (Attention(num_heads=8), "even width"),
+        (Attention(num_heads=2, head_dim=3), "even width"),
         (Attention(head_dim=0), "head_dim is 0"),
-        (Attention(heads=4, kv_heads=3), "cannot be split into 3"),
+        (Attention(num_heads=4, num_kv_heads=3), "cannot be split into 3"),
     ],
 )
-def test_sizes_that_do_not_fit_are_named(config, message):
+def test_incompatible_sizes_are_rejected(config, message):
     with pytest.raises(ConfigError, match=message):
         model("m", {"m": Block(mixer=config)}).build(nnx.Rngs(0))
 
 
 def test_numbers_out_of_range_are_named():
     for make, message in (
-        (lambda: SwiGLU(inner=0), "inner is 0"),
-        (lambda: ReLUSquared(inner=0), "must be at least 1"),
+        (lambda: SwiGLU(intermediate_size=0), "inner is 0"),
+        (lambda: ReLUSquared(intermediate_size=0), "must be at least 1"),
         (lambda: Mamba2(dt_limit=(0.5, 0.5)), "dt_limit is"),
         (lambda: model("a", norm_eps=0.0), "norm_eps is 0"),
     ):
@@ -289,20 +291,20 @@ def test_a_vocabulary_smaller_than_the_tasks_is_refused():
 def test_mom_has_the_published_sizes():
     """The paper's: 545M in all and 444M active untied, 512M and 411M tied; 1.55B and 1.35B tied."""
     for config, total, active, tied in (
-        (mom.mom_380m(), 545.12, 444.01, 512.35),
-        (mom.mom_1b3(), 1618.42, 1416.21, 1552.88),
+        (mom_lm.mom_380m(), 545.12, 444.01, 512.35),
+        (mom_lm.mom_1b3(), 1618.42, 1416.21, 1552.88),
     ):
-        assert round(accounting.parameters(config) / 1e6, 2) == total
-        assert round(accounting.active_parameters(config) / 1e6, 2) == active
-        assert round(accounting.parameters(replace(config, readout=Tied())) / 1e6, 2) == tied
-        assert sum(accounting.parameter_table(config).values()) == accounting.parameters(config)
+        assert round(accounting.count_parameters(config) / 1e6, 2) == total
+        assert round(accounting.count_active_parameters(config) / 1e6, 2) == active
+        assert round(accounting.count_parameters(replace(config, lm_head=Tied())) / 1e6, 2) == tied
+        assert sum(accounting.parameter_table(config).values()) == accounting.count_parameters(config)
         # In each of 24 layers five memories of 4 x 256 x 256 float32 and three bfloat16 inputs of their convolutions.
         assert accounting.state_bytes(config, 2048) == 24 * 5 * (4 * 4 * 256 * 256 + 2 * 3 * 3 * 1024)
 
 
 def test_the_floors_of_hgrn2_rise_over_its_layers_and_are_learned():
     """However the pattern is spelled; the other kinds of layers do not count."""
-    blocks = {"h": Block(mixer=HGRN2(heads=2)), "w": Block(mixer=SlidingWindow(window=3))}
+    blocks = {"h": Block(mixer=HGRN2(num_heads=2)), "w": Block(mixer=SlidingWindow(window=3))}
     slopes = {}
     for pattern in ("h w h h w h", "(h w h)*2", "h w h*2 w h"):
         built = model(pattern, blocks).build(nnx.Rngs(0))
@@ -312,7 +314,7 @@ def test_the_floors_of_hgrn2_rise_over_its_layers_and_are_learned():
 
         def loss(params, graph=graph, rest=rest):
             whole = nnx.merge(graph, params, rest)
-            y, _ = whole(TOKENS, whole_rows(2, 9))
+            y, _ = whole(TOKENS, unpacked_seq_info(2, 9))
             return jnp.sum(y * jnp.cos(jnp.arange(20.0))[None, None]), nnx.state(whole, Statistic)
 
         grads, statistics = jax.jit(jax.grad(loss, has_aux=True))(params)
@@ -327,12 +329,12 @@ def test_the_floors_of_hgrn2_rise_over_its_layers_and_are_learned():
 
 def test_the_floors_of_hgrn2_reach_into_other_mixers():
     """A path of `Parallel`, a memory of MoM, a second reading, and two paths of one layer, which share its floor."""
-    memory = HGRN2(heads=2)
+    memory = HGRN2(num_heads=2)
     mixers = {
         "alone": memory,
         "beside": Parallel(ssm=memory, attention=SlidingWindow(window=3)),
         "mixed": MoM(memory=memory, num_memories=2, top_k=1),
-        "read": Prefix(memory=memory),
+        "read": PrefixLinear(memory=memory),
         "twice": Parallel(ssm=memory, attention=memory),
     }
     blocks = {name: Block(mixer=mixer, channel=Identity()) for name, mixer in mixers.items()}
@@ -347,7 +349,7 @@ def test_the_floors_of_hgrn2_reach_into_other_mixers():
 
     def run(state):
         whole = nnx.merge(graph, state)
-        whole(TOKENS, whole_rows(2, 9))
+        whole(TOKENS, unpacked_seq_info(2, 9))
         return nnx.state(whole, Statistic)
 
     statistics = nnx.to_flat_state(jax.jit(run)(state))
@@ -363,7 +365,7 @@ def test_the_floors_of_hgrn2_reach_into_other_mixers():
 def test_every_config_fits_its_task_at_full_size(name):
     """Shapes only: nothing is allocated."""
     run = importlib.import_module(f"recallax.configs.{name}").get_config()
-    count = accounting.parameters(run.model, run.task.vocab_size)
+    count = accounting.count_parameters(run.model, run.task.vocab_size)
     assert sum(accounting.parameter_table(run.model, run.task.vocab_size).values()) == count
     assert accounting.state_bytes(run.model, 1024, run.task.vocab_size) > 0
 
@@ -381,7 +383,7 @@ def test_every_recurrent_mixer_makes_a_hybrid(config, pattern):
 
     def forward():
         built = hybrid.build(nnx.Rngs(0), 20)
-        return built(TOKENS, whole_rows(2, 9))[0], built.init_state(2, 9)
+        return built(TOKENS, unpacked_seq_info(2, 9))[0], built.init_state(2, 9)
 
     y, state = jax.eval_shape(forward)
     assert y.shape == (2, 9, 20) and jax.tree.leaves(state)
@@ -391,32 +393,37 @@ def test_every_recurrent_mixer_makes_a_hybrid(config, pattern):
 
 @pytest.mark.parametrize(("size", "layers", "width"), [("170m", 12, 768), ("340m", 24, 1024), ("1b3", 18, 2048)])
 def test_titans_has_the_published_shapes_and_the_parameters_that_these_make(size, layers, width):
-    alone, context, gated, layered = (titans.titans(size, join) for join in ("lmm", "mac", "mag", "mal"))
-    assert len(alone.layers) == len(context.layers) == len(gated.layers) == layers and len(layered.layers) == 2 * layers
+    alone, context, gated, layered = (titans_lm.titans(size, join) for join in ("lmm", "mac", "mag", "mal"))
+    assert (
+        len(alone.layer_names) == len(context.layer_names) == len(gated.layer_names) == layers
+        and len(layered.layer_names) == 2 * layers
+    )
     assert alone.d_model == width
-    heads = titans.SIZES[size][2]
-    head, inner = width // heads, accounting.parameters(alone) - titans.VOCAB * width
+    heads = titans_lm.MODEL_SIZES[size][2]
+    head, inner = width // heads, accounting.count_parameters(alone) - titans_lm.VOCAB_SIZE * width
     # q, k, v, gate, out; two matrices per head; three gates for each of them; three convolutions; persistent tokens
-    persistent = titans.PERSISTENT * width
+    persistent = titans_lm.NUM_PERSISTENT_TOKENS * width
     memory = 5 * width**2 + 8 * heads * head**2 + 6 * heads * width + 12 * width + persistent
     swiglu = jax.eval_shape(
-        lambda: nnx.state(SwiGLU().build(width, Site(0, layers), precision=Precision(), rngs=nnx.Rngs(0)), nnx.Param)
+        lambda: nnx.state(
+            SwiGLU().build(width, LayerInfo(0, layers), precision=Precision(), rngs=nnx.Rngs(0)), nnx.Param
+        )
     )
     channel = sum(leaf.size for leaf in jax.tree.leaves(swiglu))
     assert inner == pytest.approx(layers * (memory + channel), rel=1e-3)
     attention = 4 * width**2 + persistent
     for other, tokens in ((context, persistent), (gated, 0), (layered, 0)):
-        more = accounting.parameters(other) - accounting.parameters(alone)
+        more = accounting.count_parameters(other) - accounting.count_parameters(alone)
         assert more == pytest.approx(layers * (attention - tokens), rel=1e-3)
 
 
 def test_hydra_has_the_published_total_and_the_stated_parts():
     """1.61B within 2 %; the parts are those that `models/hydra.py` states, and a token takes .94B."""
-    config, d = hydra.hydra_1b6(), 2048
-    total = accounting.parameters(config)
+    config, d = hydra_lm.hydra_1b6(), 2048
+    total = accounting.count_parameters(config)
     assert total == pytest.approx(1.61e9, rel=0.02) and total / 1e6 == pytest.approx(1624.2, abs=0.05)
-    blocks = [name for name in config.layers if name not in ("workspace", "facts")]
-    assert len(blocks) == 24 and config.layers.count("facts") == 1
+    blocks = [name for name in config.layer_names if name not in ("workspace", "facts")]
+    assert len(blocks) == 24 and config.layer_names.count("facts") == 1
     assert [i + 1 for i, name in enumerate(blocks) if name in ("attention", "all")] == [3, 6, 9, 12, 15, 18, 21, 24]
     assert [i + 1 for i, name in enumerate(blocks) if name in ("experts", "all")] == list(range(2, 25, 2))
     parts: dict[str, int] = {}
@@ -428,7 +435,7 @@ def test_hydra_has_the_published_total_and_the_stated_parts():
     assert parts["experts"] == pytest.approx(12 * (8 * 3 * d * 1248 + 8 * d), rel=1e-3)
     assert parts["facts"] == pytest.approx(512**2 * 512 + 8 * 512 * 128 + d * 1024 + 512 * d, rel=1e-3)
     idle = 12 * 6 * 3 * d * 1248 + (512**2 - 4 * 32) * 512
-    assert accounting.active_parameters(config) == total - idle
+    assert accounting.count_active_parameters(config) == total - idle
     # A token's cost and a sequence's memory do not grow with the context.
     flops = [accounting.forward_flops(config, n) / n for n in (1024, 8192)]
     assert flops[0] == pytest.approx(flops[1], rel=0.01)
@@ -436,33 +443,35 @@ def test_hydra_has_the_published_total_and_the_stated_parts():
 
 
 def test_hydra_has_its_toy_and_its_ablations():
-    toy = hydra.hydra_toy()
-    assert [name for name in toy.layers if name not in ("workspace", "facts")][3::4] == ["all", "all"]
-    assert accounting.parameters(toy) / 1e6 == pytest.approx(8.38, abs=0.01)
+    toy = hydra_lm.hydra_toy()
+    assert [name for name in toy.layer_names if name not in ("workspace", "facts")][3::4] == ["all", "all"]
+    assert accounting.count_parameters(toy) / 1e6 == pytest.approx(8.38, abs=0.01)
     config = importlib.import_module("recallax.configs.mqar_hydra").get_config().model
-    counts = {name: accounting.parameters(replace(config, pattern=p), 64) for name, p in hydra.ABLATIONS.items()}
+    counts = {
+        name: accounting.count_parameters(replace(config, pattern=p), 64) for name, p in hydra_lm.ABLATIONS.items()
+    }
     assert counts["ssm"] == min(counts.values()) and counts["all"] == max(counts.values())
     for name in ("asked", "keys", "landmark", "by_previous", "by_token", "long", "delta"):
         other = replace(config, pattern=f"ssm {name}")
-        logits = jax.eval_shape(lambda other=other: other.build(nnx.Rngs(0), 64)(TOKENS, whole_rows(2, 9))[0])
+        logits = jax.eval_shape(lambda other=other: other.build(nnx.Rngs(0), 64)(TOKENS, unpacked_seq_info(2, 9))[0])
         assert logits.shape == (2, 9, 64), name
 
 
 def test_landmark_models_have_the_published_sizes():
     """LLaMA-7B has 6,738,415,616 parameters; the landmark's embedding is the only thing that is new."""
-    assert accounting.parameters(landmark.landmark_llama()) == 6_738_415_616 + 4096
-    assert accounting.parameters(landmark.landmark_pg19()) / 1e6 == pytest.approx(202.5, abs=0.1)
+    assert accounting.count_parameters(landmark_lm.landmark_llama()) == 6_738_415_616 + 4096
+    assert accounting.count_parameters(landmark_lm.landmark_pg19()) / 1e6 == pytest.approx(202.5, abs=0.1)
     # At any context: what keys and values of full attention take, a key per landmark, and an unfinished block.
     per_token = 32 * 2 * 4096 * 2
-    held = accounting.state_bytes(landmark.landmark_llama(), 63 * 1000)
+    held = accounting.state_bytes(landmark_lm.landmark_llama(), 63 * 1000)
     assert held == 32 * 2 * 4096 * ((63 * 1000 + 63) * 2 + 1000)
     assert held / (63 * 1000 * per_token) < 1.01
 
 
-def test_the_family_of_neural_memories_builds_and_counts_what_each_keeps():
-    memory = NeuralMemory(heads=2, learner=Learner(chunk=4))
-    tokens, seq, sizes = jnp.ones((1, 9), jnp.int32), whole_rows(1, 9), {}
-    for name, member in titans.family(memory).items():
+def test_neural_memory_variants_build_and_report_state_bytes():
+    memory = NeuralMemory(num_heads=2, inner_optimizer=InnerOptimizer(chunk_size=4))
+    tokens, seq, sizes = jnp.ones((1, 9), jnp.int32), unpacked_seq_info(1, 9), {}
+    for name, member in titans_lm.neural_memory_variants(memory).items():
         config = LMConfig(d_model=8, vocab_size=5, pattern="m", blocks={"m": Block(mixer=member)})
         sizes[name] = accounting.state_bytes(config, 9)
         logits, _ = jax.eval_shape(lambda tokens, config=config: config.build(nnx.Rngs(0))(tokens, seq), tokens)

@@ -17,12 +17,12 @@ from recallax.layers import (
     DeltaNet,
     GatedDeltaNet,
     GatedDeltaProduct,
+    LayerInfo,
     Mamba2,
     MemoryConfig,
     MoM,
     RetNet,
-    Site,
-    balance,
+    load_balancing_loss,
 )
 from recallax.layers.mom import MoMMixer
 from recallax.types import Precision, SeqInfo, StepInfo
@@ -30,13 +30,13 @@ from recallax.types import Precision, SeqInfo, StepInfo
 pytestmark = pytest.mark.usefixtures("strict")
 
 WIDTH, LENGTH, BATCH = 16, 23, 3
-CELL = GatedDeltaNet(heads=2, key_dim=4, value_dim=6)
+CELL = GatedDeltaNet(num_heads=2, head_k_dim=4, head_v_dim=6)
 CONFIG = MoM(memory=CELL, num_memories=4, top_k=2)
 
 
 def build(config: MoM, seed: int = 0) -> MoMMixer:
     """A mixer with weights large enough that everything shows."""
-    mixer = config.build(WIDTH, Site(0, 2), precision=Precision(), rngs=nnx.Rngs(seed))
+    mixer = config.build(WIDTH, LayerInfo(0, 2), precision=Precision(), rngs=nnx.Rngs(seed))
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -48,17 +48,17 @@ def noise(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def whole(batch: int = BATCH, length: int = LENGTH) -> SeqInfo:
+def unpacked_seq_info(batch: int = BATCH, length: int = LENGTH) -> SeqInfo:
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
     return SeqInfo(positions, jnp.ones((batch, length), jnp.int32), jnp.zeros((batch, length), bool))
 
 
-def writer_of(mixer: MoMMixer, memory: int):
+def memory_writer(mixer: MoMMixer, memory: int):
     graph, params = nnx.split(mixer.writers)
     return nnx.merge(graph, jax.tree.map(lambda p: p[memory], params))
 
 
-def by_loop(mixer: MoMMixer, x: jax.Array) -> jax.Array:
+def loop_over_memories(mixer: MoMMixer, x: jax.Array) -> jax.Array:
     """The definition: every memory of every row alone, on the tokens that chose it (and padding: one shape for all)."""
     routing, length = mixer.route(x), x.shape[1]
     graph, params = nnx.split(mixer)
@@ -66,14 +66,14 @@ def by_loop(mixer: MoMMixer, x: jax.Array) -> jax.Array:
     @jax.jit
     def alone(params, memory, own, positions, segments):
         mixer = nnx.merge(graph, params)
-        streams = mixer.query(own) | writer_of(mixer, memory)(own)
+        streams = mixer.query(own) | memory_writer(mixer, memory)(own)
         return mixer.cell.run(streams, positions, segments, None)[0][0]
 
     rows = []
     for b in range(x.shape[0]):
-        total = jnp.zeros((length, mixer.cell.sizes.heads, mixer.cell.sizes.values))
-        for memory in range(mixer.memories):
-            times, slots = np.nonzero(np.asarray(routing.chosen[b]) == memory)
+        total = jnp.zeros((length, mixer.cell.head_dims.num_v_heads, mixer.cell.head_dims.head_v_dim))
+        for memory in range(mixer.num_memories):
+            times, slots = np.nonzero(np.asarray(routing.indices[b]) == memory)
             own = np.zeros_like(x[:1])
             own[0, : len(times)] = x[b, times]
             positions, segments = np.zeros((2, 1, length), np.int32)
@@ -87,20 +87,22 @@ def by_loop(mixer: MoMMixer, x: jax.Array) -> jax.Array:
 def masked_dense(mixer: MoMMixer, x: jax.Array, seq: SeqInfo) -> jax.Array:
     """Every memory over whole rows, in which the tokens of other memories are padding: they leave the state alone."""
     routing = mixer.route(x)
-    total = jnp.zeros((*x.shape[:2], mixer.cell.sizes.heads, mixer.cell.sizes.values))
-    for memory in range(mixer.memories):
-        hit = routing.chosen == memory
-        segments = jnp.where(hit.any(axis=-1), jnp.asarray(seq.segments), 0)
-        y, _ = mixer.cell.run(mixer.query(x) | writer_of(mixer, memory)(x), jnp.asarray(seq.positions), segments, None)
+    total = jnp.zeros((*x.shape[:2], mixer.cell.head_dims.num_v_heads, mixer.cell.head_dims.head_v_dim))
+    for memory in range(mixer.num_memories):
+        hit = routing.indices == memory
+        segments = jnp.where(hit.any(axis=-1), jnp.asarray(seq.segment_ids), 0)
+        y, _ = mixer.cell.run(
+            mixer.query(x) | memory_writer(mixer, memory)(x), jnp.asarray(seq.positions), segments, None
+        )
         weight = jnp.sum(jnp.where(hit, routing.weights, 0), axis=-1)
         total += jnp.where(segments[..., None, None] > 0, y, 0) * weight[..., None, None]
     return mixer.readout(total, x)
 
 
 WIDE = {
-    "no shared": replace(CONFIG, shared=False),
-    "RetNet": MoM(memory=RetNet(heads=2), num_memories=3, top_k=2),
-    "all of three": MoM(memory=GLA(heads=2, gate_rank=3), num_memories=3, top_k=3),
+    "no shared": replace(CONFIG, shared_memory=False),
+    "RetNet": MoM(memory=RetNet(num_heads=2), num_memories=3, top_k=2),
+    "all of three": MoM(memory=GLA(num_heads=2, gate_low_rank_dim=3), num_memories=3, top_k=3),
 }
 
 
@@ -108,20 +110,20 @@ WIDE = {
     "config",
     [
         pytest.param(CONFIG, id="default"),
-        pytest.param(replace(CONFIG, num_memories=5, top_k=1, weights="softmax"), id="one of five"),
+        pytest.param(replace(CONFIG, num_memories=5, top_k=1, norm_topk_prob=False), id="one of five"),
         pytest.param(MoM(memory=Mamba2(state_dim=5, head_dim=8), num_memories=3, top_k=2), id="Mamba2"),
         *(pytest.param(config, id=name, marks=pytest.mark.full) for name, config in WIDE.items()),
     ],
 )
 def test_dispatch_equals_a_loop_over_memories(config):
     mixer, x = build(config), noise(1, BATCH, LENGTH, WIDTH)
-    np.testing.assert_allclose(mixer(x, whole())[0], by_loop(mixer, x), atol=2e-5)
+    np.testing.assert_allclose(mixer(x, unpacked_seq_info())[0], loop_over_memories(mixer, x), atol=2e-5)
 
 
 def test_dispatch_equals_the_masked_dense_form_in_values_and_gradients_also_when_packed():
-    mixer, x = build(replace(CONFIG, memory=replace(CELL, conv=0))), noise(2, BATCH, LENGTH, WIDTH)
+    mixer, x = build(replace(CONFIG, memory=replace(CELL, conv_size=0))), noise(2, BATCH, LENGTH, WIDTH)
     segments = jnp.asarray([[1] * 9 + [2] + [3] * 13, [4] * 12 + [2] * 8 + [0] * 3, [1] * LENGTH], jnp.int32)
-    seq = whole()._replace(segments=segments)
+    seq = unpacked_seq_info()._replace(segment_ids=segments)
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
     cotangent = jnp.where(segments[..., None] > 0, noise(3, BATCH, LENGTH, WIDTH), 0)
 
@@ -140,13 +142,13 @@ def test_dispatch_equals_the_masked_dense_form_in_values_and_gradients_also_when
 
 MEMORIES: tuple[MemoryConfig, ...] = (
     CELL,
-    DeltaNet(heads=2),
-    GatedDeltaProduct(heads=2, key_dim=3, value_dim=4),
-    GLA(heads=2, gate_rank=3, conv=4),
-    HGRN2(heads=2),
-    KDA(heads=2, key_dim=3),
-    Mamba2(state_dim=6, head_dim=8, groups=2),
-    RetNet(heads=2),
+    DeltaNet(num_heads=2),
+    GatedDeltaProduct(num_heads=2, head_k_dim=3, head_v_dim=4),
+    GLA(num_heads=2, gate_low_rank_dim=3, conv_size=4),
+    HGRN2(num_heads=2),
+    KDA(num_heads=2, head_k_dim=3),
+    Mamba2(state_dim=6, head_dim=8, num_groups=2),
+    RetNet(num_heads=2),
 )
 
 
@@ -156,27 +158,32 @@ MEMORIES: tuple[MemoryConfig, ...] = (
     ids=lambda m: type(m).__name__,
 )
 def test_one_memory_is_its_cell(memory):
-    mixer = build(MoM(memory=memory, num_memories=1, top_k=1, shared=False))
-    alone = memory.build(WIDTH, Site(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
-    alone.query, alone.writer, alone.cell, alone.readout = mixer.query, writer_of(mixer, 0), mixer.cell, mixer.readout
-    x, seq = noise(4, BATCH, LENGTH, WIDTH), whole()
+    mixer = build(MoM(memory=memory, num_memories=1, top_k=1, shared_memory=False))
+    alone = memory.build(WIDTH, LayerInfo(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
+    alone.query, alone.writer, alone.cell, alone.readout = (
+        mixer.query,
+        memory_writer(mixer, 0),
+        mixer.cell,
+        mixer.readout,
+    )
+    x, seq = noise(4, BATCH, LENGTH, WIDTH), unpacked_seq_info()
     np.testing.assert_allclose(mixer(x, seq)[0], alone(x, seq)[0], atol=1e-5)
 
 
 def test_the_order_of_memories_changes_nothing():
     mixer, x = build(CONFIG), noise(5, BATCH, LENGTH, WIDTH)
-    want = mixer(x, whole())[0]
+    want = mixer(x, unpacked_seq_info())[0]
     order = jnp.array([2, 0, 3, 1, 4])  # the shared one stays last
     graph, params = nnx.split(mixer.writers)
     mixer.writers = nnx.merge(graph, jax.tree.map(lambda p: p[order], params))
     mixer.router[...] = mixer.router[...][:, order[:4]]
-    np.testing.assert_allclose(mixer(x, whole())[0], want, atol=1e-5)
+    np.testing.assert_allclose(mixer(x, unpacked_seq_info())[0], want, atol=1e-5)
 
 
 def test_the_last_token_reaches_no_earlier_one_and_no_other_row():
     """Released code leaks here: its training convolution runs over the ends of memories into other documents."""
     mixer, x = build(CONFIG), noise(6, BATCH, LENGTH, WIDTH)
-    call = jax.jit(lambda x: mixer(x, whole())[0])
+    call = jax.jit(lambda x: mixer(x, unpacked_seq_info())[0])
     want = call(x)
     for seed in range(20):
         got = call(x.at[1, -1].set(9 * noise(seed, WIDTH)))
@@ -187,14 +194,14 @@ def test_the_last_token_reaches_no_earlier_one_and_no_other_row():
 
 def test_a_step_leaves_unchosen_memories_bit_for_bit():
     mixer, x = build(CONFIG), noise(7, BATCH, LENGTH, WIDTH)
-    _, state, _ = mixer.prefill(x, whole(), mixer.init_state(BATCH, LENGTH))
+    _, state, _ = mixer.prefill(x, unpacked_seq_info(), mixer.init_state(BATCH, LENGTH))
     token = noise(8, BATCH, WIDTH)
-    chosen = np.asarray(mixer.route(token[:, None]).chosen[:, 0])
+    chosen = np.asarray(mixer.route(token[:, None]).indices[:, 0])
     info = StepInfo(jnp.full(BATCH, LENGTH), jnp.array([True, True, False]))
     _, after = mixer.step(token, info, state)
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         for row in range(BATCH):
-            for memory in range(mixer.memories):
+            for memory in range(mixer.num_memories):
                 same = np.array_equal(np.asarray(old)[row, memory], np.asarray(new)[row, memory])
                 assert same == (row == 2 or memory not in chosen[row])
 
@@ -206,7 +213,7 @@ def test_routing_does_not_recompile():
     @jax.jit
     def call(x):
         traces.append(x)
-        return mixer(x, whole())[0]
+        return mixer(x, unpacked_seq_info())[0]
 
     for seed in range(3):
         call(9 * noise(seed, BATCH, LENGTH, WIDTH))
@@ -214,8 +221,10 @@ def test_routing_does_not_recompile():
 
 
 def test_no_gradient_is_a_scatter():
-    mixer = build(replace(CONFIG, memory=replace(CELL, conv=0)))
-    text = str(jax.make_jaxpr(jax.grad(lambda x: mixer(x, whole())[0].sum()))(noise(9, BATCH, LENGTH, WIDTH)))
+    mixer = build(replace(CONFIG, memory=replace(CELL, conv_size=0)))
+    text = str(
+        jax.make_jaxpr(jax.grad(lambda x: mixer(x, unpacked_seq_info())[0].sum()))(noise(9, BATCH, LENGTH, WIDTH))
+    )
     assert "gather" in text and "scatter-add" not in text and "scatter_add" not in text
 
 
@@ -225,39 +234,45 @@ def test_balance_losses_are_k_when_the_load_is_even_and_more_when_it_is_not():
     even, valid = jnp.zeros((1, 4, experts)), jnp.ones((1, 4), bool)
     skewed = jnp.broadcast_to(jnp.array([3.0, 2.0, -3.0, -3.0]), (1, 4, experts))
     favoured = jnp.broadcast_to(jnp.array([0, 1]), (1, 4, 2))
-    for loss in (balance.switch, balance.per_sequence):
+    for loss in (load_balancing_loss.switch_loss, load_balancing_loss.per_sequence_loss):
         np.testing.assert_allclose(loss(even, chosen, valid), k, rtol=1e-6)
         assert float(loss(skewed, favoured, valid)) > 1.5 * k
     # Opposite imbalances of two layers cancel in the pooled loss and in no other.
     layers = jnp.stack([skewed, jnp.flip(skewed, -1)])
     both = jnp.stack([favoured, experts - 1 - favoured])
-    np.testing.assert_allclose(balance.pooled(layers, both, valid), k, rtol=1e-5)
-    assert float(balance.switch(layers[0], both[0], valid) + balance.switch(layers[1], both[1], valid)) > 3 * k
+    np.testing.assert_allclose(load_balancing_loss.pooled_loss(layers, both, valid), k, rtol=1e-5)
+    assert (
+        float(
+            load_balancing_loss.switch_loss(layers[0], both[0], valid)
+            + load_balancing_loss.switch_loss(layers[1], both[1], valid)
+        )
+        > 3 * k
+    )
 
 
 def test_padding_does_not_count_in_the_balance():
     mixer, x = build(CONFIG), noise(10, 2, 8, WIDTH)
-    seq = whole(2, 8)
+    seq = unpacked_seq_info(2, 8)
     short = mixer(x, seq)[1]["memory_balance"]
     longer = jnp.pad(x, ((0, 0), (0, 3), (0, 0)), constant_values=5.0)
-    padded = whole(2, 11)._replace(segments=jnp.pad(jnp.asarray(seq.segments), ((0, 0), (0, 3))))
+    padded = unpacked_seq_info(2, 11)._replace(segment_ids=jnp.pad(jnp.asarray(seq.segment_ids), ((0, 0), (0, 3))))
     np.testing.assert_allclose(mixer(longer, padded)[1]["memory_balance"].total, short.total, rtol=1e-6)
 
 
 @pytest.mark.parametrize("definition", ["switch", "per_sequence"])
 def test_the_balance_loss_reaches_the_router_and_nothing_else(definition):
-    mixer, x = build(replace(CONFIG, balance=definition)), noise(11, BATCH, LENGTH, WIDTH)
+    mixer, x = build(replace(CONFIG, load_balance_loss=definition)), noise(11, BATCH, LENGTH, WIDTH)
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
-    slopes = jax.grad(lambda p: nnx.merge(graph, p, rest)(x, whole())[1]["memory_balance"].total)(params)
+    slopes = jax.grad(lambda p: nnx.merge(graph, p, rest)(x, unpacked_seq_info())[1]["memory_balance"].total)(params)
     for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
         assert bool(jnp.any(slope != 0)) == ("router" in jax.tree_util.keystr(path)), path
 
 
 def test_with_one_choice_only_plain_probabilities_give_the_router_a_gradient():
-    for weights, reached in (("renormalised", False), ("softmax", True)):
-        mixer, x = build(replace(CONFIG, top_k=1, weights=weights)), noise(12, BATCH, LENGTH, WIDTH)
+    for weights, reached in ((True, False), (False, True)):
+        mixer, x = build(replace(CONFIG, top_k=1, norm_topk_prob=weights)), noise(12, BATCH, LENGTH, WIDTH)
         graph, params, rest = nnx.split(mixer, nnx.Param, ...)
-        slopes = jax.grad(lambda p, g=graph, r=rest, x=x: nnx.merge(g, p, r)(x, whole())[0].sum())(params)
+        slopes = jax.grad(lambda p, g=graph, r=rest, x=x: nnx.merge(g, p, r)(x, unpacked_seq_info())[0].sum())(params)
         assert (float(jnp.abs(slopes["router"][...]).max()) > 1e-4) == reached
 
 

@@ -13,20 +13,29 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from recallax.pallas_kernels import dispatch, mosaic_gpu
-from recallax.pallas_kernels.cases import Case, draw, segments
+from recallax.pallas_kernels import dispatch
+from recallax.pallas_kernels.arg_specs import ArgSpec, random_inputs, segment_ids
 from recallax.pallas_kernels.linear_attention import linear_attention
-from recallax.pallas_kernels.linear_attention import segments as segments_of
+from recallax.pallas_kernels.mosaic_gpu import sequence_splits as segments_of
+from recallax.pallas_kernels.mosaic_gpu import warpgroup_primitives
 from recallax.pallas_kernels.taylor_attention import TaylorState, taylor_attention, taylor_attention_step
-from recallax.pallas_kernels.taylor_attention import cases as taylor_cases
-from tests.hopper import THREADS, VARIABLES, enough_threads, h100, in_the_gate, interpreted, kernels_in
+from recallax.pallas_kernels.taylor_attention import arg_specs as taylor_cases
+from tests.gpu_kernel_testing import (
+    MIN_THREADS,
+    THREAD_COUNT_VARIABLES,
+    abstract_h100,
+    count_kernels,
+    enough_threads,
+    interpreted,
+    mark_slow_cases,
+)
 from tests.test_ops import compare
 
 
 @pytest.mark.skipif(enough_threads(), reason="this process can run them itself")
-def test_the_interpreted_kernels_in_a_process_with_enough_threads(request):
+def test_interpreted_kernels_in_a_process_with_enough_threads(request):
     chosen = request.config.getoption("markexpr")
-    environment = os.environ | dict.fromkeys(VARIABLES, str(THREADS))
+    environment = os.environ | dict.fromkeys(THREAD_COUNT_VARIABLES, str(MIN_THREADS))
     others = "not lowers and not refused"
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-m", chosen, "-k", others]
     command += map(str, sorted(Path(__file__).parent.glob("test_mosaic_gpu*.py")))
@@ -36,38 +45,40 @@ def test_the_interpreted_kernels_in_a_process_with_enough_threads(request):
 
 
 CASES = {
-    "one token": Case(1, 64, 64, heads=1, decay="token"),
-    "below a chunk": Case(13, 128, 64, heads=1),
-    "exactly two chunks": Case(128, 64, 64, heads=1, decay="constant"),
-    "odd": Case(67, 128, 128, heads=1, decay="token"),
-    "wide keys": Case(67, 128, 64, heads=1, decay="token"),
-    "extreme decay": Case(131, 64, 64, heads=1, decay="extreme"),
-    "packed": Case(67, 64, 128, heads=1, documents=(1, 15, 1, 1, 20, 29)),
-    "packed, decay, padding": Case(131, 64, 64, heads=1, decay="token", documents=(16, 1, 50, 33), padded=31),
+    "one token": ArgSpec(1, 64, 64, num_heads=1, decay="token"),
+    "below a chunk": ArgSpec(13, 128, 64, num_heads=1),
+    "exactly two chunks": ArgSpec(128, 64, 64, num_heads=1, decay="constant"),
+    "odd": ArgSpec(67, 128, 128, num_heads=1, decay="token"),
+    "wide keys": ArgSpec(67, 128, 64, num_heads=1, decay="token"),
+    "extreme decay": ArgSpec(131, 64, 64, num_heads=1, decay="extreme"),
+    "packed": ArgSpec(67, 64, 128, num_heads=1, document_lengths=(1, 15, 1, 1, 20, 29)),
+    "packed, decay, padding": ArgSpec(
+        131, 64, 64, num_heads=1, decay="token", document_lengths=(16, 1, 50, 33), num_padding=31
+    ),
 }
 
 
-def check(case: Case, heads: int | None = None, *, state: bool = True) -> None:
+def check(case: ArgSpec, heads: int | None = None, *, state: bool = True) -> None:
     """Values, final state and every gradient of the kernel; `heads` value heads if they are more than q's and k's."""
-    inputs = draw(case)
+    inputs = random_inputs(case)
     if heads:
         rng = np.random.default_rng(3)
-        inputs["v"] = rng.normal(size=(2, case.length, heads, case.values))
+        inputs["v"] = rng.normal(size=(2, case.length, heads, case.head_v_dim))
         inputs["log_decay"] = -np.abs(rng.normal(size=(2, case.length, heads)))
-    shape = (2, heads or case.heads, case.width, case.values)
+    shape = (2, heads or case.num_heads, case.head_k_dim, case.head_v_dim)
     first = np.random.default_rng(5).normal(size=shape) if state else None
-    ids = segments(case) if case.documents else None
+    ids = segment_ids(case) if case.document_lengths else None
 
     def op(inputs, state, form):
-        with dispatch.interpreted():
-            return linear_attention(**inputs, state=state, segments=ids, implementation=form)
+        with dispatch.interpret_kernels():
+            return linear_attention(**inputs, state=state, segment_ids=ids, implementation=form)
 
     compare(op, case, inputs, first, "bfloat16", "mosaic_gpu")
 
 
 @interpreted
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", in_the_gate(CASES, "extreme decay", "packed, decay, padding"))
+@pytest.mark.parametrize("name", mark_slow_cases(CASES, "extreme decay", "packed, decay, padding"))
 def test_linear_attention(name):
     check(CASES[name])
 
@@ -75,16 +86,18 @@ def test_linear_attention(name):
 @interpreted
 @pytest.mark.usefixtures("strict")
 def test_value_heads_share_a_query_head_and_no_state_is_an_empty_one():
-    check(Case(67, 64, 64, heads=1), heads=2, state=False)
+    check(ArgSpec(67, 64, 64, num_heads=1), heads=2, state=False)
 
 
 @interpreted
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 70, 5)], ids=["one", "four"])
-def test_few_heads_walk_segments_at_once(documents, monkeypatch):
+def test_rows_are_split_when_heads_are_few(documents, monkeypatch):
     """Rows of four chunks as four blocks, each with the state that it starts from."""
-    monkeypatch.setattr(segments_of, "LEAST_CHUNKS", 1)
-    check(Case(200, 64, 64, heads=1, decay="token", documents=documents, padded=200 - sum(documents)))
+    monkeypatch.setattr(segments_of, "MIN_CHUNKS_PER_SPLIT", 1)
+    check(
+        ArgSpec(200, 64, 64, num_heads=1, decay="token", document_lengths=documents, num_padding=200 - sum(documents))
+    )
 
 
 @interpreted
@@ -94,20 +107,20 @@ def test_few_heads_walk_segments_at_once(documents, monkeypatch):
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_linear_attention_at_every_width(case, width, values):
-    check(dataclasses.replace(case, width=width, values=values, heads=2))
+    check(dataclasses.replace(case, head_k_dim=width, head_v_dim=values, num_heads=2))
 
 
 TAYLOR_CASES = {
-    "one token": Case(1, 16, 64, heads=1),
-    "odd": Case(67, 16, 64, heads=1),
-    "exactly two chunks": Case(128, 16, 64, heads=1),
-    "packed, padding": Case(67, 16, 64, heads=1, documents=(16, 1, 33), padded=17),
+    "one token": ArgSpec(1, 16, 64, num_heads=1),
+    "odd": ArgSpec(67, 16, 64, num_heads=1),
+    "exactly two chunks": ArgSpec(128, 16, 64, num_heads=1),
+    "packed, padding": ArgSpec(67, 16, 64, num_heads=1, document_lengths=(16, 1, 33), num_padding=17),
 }
 
 
 @interpreted
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", in_the_gate(TAYLOR_CASES, "packed, padding"))
+@pytest.mark.parametrize("name", mark_slow_cases(TAYLOR_CASES, "packed, padding"))
 def test_taylor_attention(name):
     check_taylor(TAYLOR_CASES[name])
 
@@ -115,18 +128,18 @@ def test_taylor_attention(name):
 @interpreted
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 40)], ids=["one", "three"])
-def test_few_heads_of_taylor_attention_walk_segments_at_once(documents, monkeypatch):
-    monkeypatch.setattr(segments_of, "LEAST_CHUNKS", 1)
-    check_taylor(Case(120, 16, 64, heads=1, documents=documents, padded=120 - sum(documents)))
+def test_taylor_attention_rows_are_split_when_heads_are_few(documents, monkeypatch):
+    monkeypatch.setattr(segments_of, "MIN_CHUNKS_PER_SPLIT", 1)
+    check_taylor(ArgSpec(120, 16, 64, num_heads=1, document_lengths=documents, num_padding=120 - sum(documents)))
 
 
-def check_taylor(case: Case) -> None:
+def check_taylor(case: ArgSpec) -> None:
     """Values, final state and every gradient."""
-    ids = segments(case) if case.documents else None
+    ids = segment_ids(case) if case.document_lengths else None
 
     def op(inputs, state, form):
-        with dispatch.interpreted():
-            return taylor_attention(**inputs, state=state, segments=ids, implementation=form)
+        with dispatch.interpret_kernels():
+            return taylor_attention(**inputs, state=state, segment_ids=ids, implementation=form)
 
     compare(op, case, taylor_cases.inputs(case), taylor_cases.state(case, "symmetric"), "bfloat16", "mosaic_gpu")
 
@@ -134,11 +147,11 @@ def check_taylor(case: Case) -> None:
 @interpreted
 @pytest.mark.usefixtures("strict")
 def test_a_step_of_taylor_attention_is_the_xla_form_s():
-    case = Case(1, 16, 64, heads=1)
+    case = ArgSpec(1, 16, 64, num_heads=1)
     token: dict[str, Any] = {name: jnp.asarray(x[:, 0], jnp.bfloat16) for name, x in taylor_cases.inputs(case).items()}
     state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), taylor_cases.state(case, "symmetric"))
     active = jnp.asarray([True, False])
-    with dispatch.interpreted():
+    with dispatch.interpret_kernels():
         out, after = taylor_attention_step(**token, state=state, active=active, implementation="mosaic_gpu")
     want, expected = taylor_attention_step(**token, state=state, active=active, implementation="xla")
     np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(want, np.float32), atol=1e-2)
@@ -150,12 +163,12 @@ def test_a_step_of_taylor_attention_is_the_xla_form_s():
 def test_warpgroups_do_not_race(monkeypatch):
     """Two warpgroups that share the state's operand, over more chunks than the pipeline has room for."""
     params = plgpu.InterpretGPUParams(detect_races=True)
-    monkeypatch.setattr(mosaic_gpu, "INTERPRETER", params)
-    case = Case(300, 128, 128, heads=1, decay="token")
-    inputs = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in draw(case).items()}
+    monkeypatch.setattr(warpgroup_primitives, "INTERPRET_PARAMS", params)
+    case = ArgSpec(300, 128, 128, num_heads=1, decay="token")
+    inputs = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in random_inputs(case).items()}
 
     def total(inputs):
-        with dispatch.interpreted():
+        with dispatch.interpret_kernels():
             out, state = linear_attention(**inputs, implementation="mosaic_gpu")
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
 
@@ -172,25 +185,25 @@ def test_it_lowers_for_an_h100(width, decay, docs):
     ids = jax.ShapeDtypeStruct((2, 200), jnp.int32) if docs else None
 
     def op(q, k, v, gate, ids):
-        return linear_attention(q, k, v, log_decay=gate, segments=ids, implementation="mosaic_gpu")
+        return linear_attention(q, k, v, log_decay=gate, segment_ids=ids, implementation="mosaic_gpu")
 
     def slopes(q, k, v, gate, ids):
         out, pull = jax.vjp(lambda q, k, v, gate: op(q, k, v, gate, ids), q, k, v, gate)
         return pull(out)
 
     for function, kernels in ((op, 1), (slopes, 3)):
-        assert kernels_in(function, tokens, tokens, tokens, gate, ids) == kernels
+        assert count_kernels(function, tokens, tokens, tokens, gate, ids) == kernels
 
 
-def test_few_heads_lower_with_the_segments_that_an_h100_has_room_for():
+def test_row_split_lowering_fills_an_h100():
     tokens = jax.ShapeDtypeStruct((1, 8192, 4, 128), jnp.bfloat16)
 
     def op(q, k, v):
         return linear_attention(q, k, v, implementation="mosaic_gpu")
 
-    with h100():
+    with abstract_h100():
         lowered = jax.jit(op).trace(tokens, tokens, tokens).lower(lowering_platforms=("cuda",)).as_text()
-    assert segments_of.number_of_segments(4, 128) == 16
+    assert segments_of.choose_num_splits(4, 128) == 16
     assert lowered.count("custom_call @mosaic_gpu") == 2 and "tensor<16x512x4x128xbf16>" in lowered
 
 
@@ -200,13 +213,13 @@ def test_taylor_attention_lowers_for_an_h100(docs):
     ids = jax.ShapeDtypeStruct((2, 200), jnp.int32) if docs else None
 
     def op(q, k, v, ids):
-        return taylor_attention(q, k, v, segments=ids, implementation="mosaic_gpu")
+        return taylor_attention(q, k, v, segment_ids=ids, implementation="mosaic_gpu")
 
     def slopes(q, k, v, ids):
         out, pull = jax.vjp(lambda q, k, v: op(q, k, v, ids), q, k, v)
         return pull(out)
 
-    assert kernels_in(op, keys, keys, values, ids) == 1 and kernels_in(slopes, keys, keys, values, ids) == 4
+    assert count_kernels(op, keys, keys, values, ids) == 1 and count_kernels(slopes, keys, keys, values, ids) == 4
 
 
 def test_a_step_of_taylor_attention_lowers_for_an_h100():
@@ -217,7 +230,7 @@ def test_a_step_of_taylor_attention_lowers_for_an_h100():
         active = jnp.ones(2, bool)
         return taylor_attention_step(q, k, v, TaylorState(kv, z), active, implementation="mosaic_gpu")
 
-    assert kernels_in(step, keys, keys, values, kv, z) == 1
+    assert count_kernels(step, keys, keys, values, kv, z) == 1
 
 
 @pytest.mark.parametrize(
@@ -227,9 +240,9 @@ def test_a_step_of_taylor_attention_lowers_for_an_h100():
         ({"v": jnp.zeros((1, 4, 1, 64))}, "v is float32"),
     ],
 )
-def test_what_it_cannot_take_is_refused_with_the_reason(change, reason):
+def test_unsupported_arguments_are_rejected_with_reason(change, reason):
     inputs = {name: jnp.zeros((1, 4, 1, 64), jnp.bfloat16) for name in "qkv"} | change
-    with dispatch.interpreted(), pytest.raises(dispatch.Unsupported, match=reason):
+    with dispatch.interpret_kernels(), pytest.raises(dispatch.Unsupported, match=reason):
         linear_attention(**inputs, implementation="mosaic_gpu")
     with pytest.raises(dispatch.Unsupported, match="it is for a GPU and this is a CPU"):
         linear_attention(**inputs, implementation="mosaic_gpu")

@@ -12,27 +12,27 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks import static_tpu
-from recallax.pallas_kernels import mosaic_tpu
 from recallax.pallas_kernels.delta_rule import delta_rule
 from recallax.pallas_kernels.delta_rule import mosaic_tpu as delta_tpu
-from recallax.pallas_kernels.dispatch import Unsupported, interpreted
+from recallax.pallas_kernels.dispatch import Unsupported, interpret_kernels
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.linear_attention import mosaic_tpu as linear_tpu
-from recallax.pallas_kernels.mosaic_tpu_solve import solve
+from recallax.pallas_kernels.mosaic_tpu import chunk_scan
+from recallax.pallas_kernels.mosaic_tpu.solve_unit_lower import solve_unit_lower
 from recallax.pallas_kernels.selective_scan import mosaic_tpu as scan_tpu
 from recallax.pallas_kernels.selective_scan import selective_scan
 from recallax.pallas_kernels.taylor_attention import mosaic_tpu as taylor_tpu
 from recallax.pallas_kernels.taylor_attention import taylor_attention
-from recallax.pallas_kernels.taylor_attention.cases import state as taylor_state
+from recallax.pallas_kernels.taylor_attention.arg_specs import state as taylor_state
 from tests.test_ops import (
-    CASES,
-    Case,
+    ARG_SPECS,
+    ArgSpec,
     compare,
     delta_inputs,
-    draw,
     each_dtype,
+    random_inputs,
     scan_inputs,
-    segments,
+    segment_ids,
 )
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -52,33 +52,33 @@ def short_chunks(request, monkeypatch):
         monkeypatch.setattr(delta_tpu, "CHUNK", 32)  # two blocks of the triangular system
 
 
-def cases(*gate: str, **more: Case) -> Any:
+def cases(*gate: str, **more: ArgSpec) -> Any:
     """All cases, of which those named stay in the gate."""
     full = pytest.mark.full
-    params = {name: pytest.param(case, marks=() if name in gate else full) for name, case in (CASES | more).items()}
+    params = {name: pytest.param(case, marks=() if name in gate else full) for name, case in (ARG_SPECS | more).items()}
     return pytest.mark.parametrize("case", params.values(), ids=params)
 
 
 BASIC = ("odd", "packed, decay, padding", "packed, channel decay, padding")
 
 
-def ids(case: Case) -> jnp.ndarray | None:
+def ids(case: ArgSpec) -> jnp.ndarray | None:
     """Segments, or None where a row is one document: two paths of every kernel."""
-    return segments(case) if case.documents else None
+    return segment_ids(case) if case.document_lengths else None
 
 
-def held(case: Case) -> np.ndarray:
-    return np.random.default_rng(5).normal(size=(2, case.heads, case.width, case.values))
+def held(case: ArgSpec) -> np.ndarray:
+    return np.random.default_rng(5).normal(size=(2, case.num_heads, case.head_k_dim, case.head_v_dim))
 
 
-def check_linear(case: Case, dtype: str, groups: int | None = None) -> None:
-    inputs = draw(case)
+def check_linear(case: ArgSpec, dtype: str, groups: int | None = None) -> None:
+    inputs = random_inputs(case)
     inputs |= {name: inputs[name][:, :, :groups] for name in ("q", "k")}
 
     def op(inputs, state, form):
-        return linear_attention(**inputs, state=state, segments=ids(case), implementation=form)
+        return linear_attention(**inputs, state=state, segment_ids=ids(case), implementation=form)
 
-    with interpreted():
+    with interpret_kernels():
         compare(op, case, inputs, held(case), dtype, FORM)
 
 
@@ -93,54 +93,56 @@ def test_linear_attention(case, dtype):
 )
 def test_linear_attention_of_grouped_heads(monkeypatch, heads, groups, block):
     """Several groups in a grid step, all of one, and a part of one."""
-    monkeypatch.setattr(mosaic_tpu, "SIDE_BY_SIDE", block)
-    case = dataclasses.replace(CASES["packed, decay, padding"], heads=heads)
+    monkeypatch.setattr(chunk_scan, "MAX_HEADS_PER_STEP", block)
+    case = dataclasses.replace(ARG_SPECS["packed, decay, padding"], num_heads=heads)
     check_linear(case, "bfloat16" if block == 1 else "float32", groups)
 
 
 @pytest.mark.parametrize("decay", ["token", "channel"])
 def test_no_rounding_crosses_a_border_of_documents(decay):
     """The decay's slope is a sum over all later tokens, but bit for bit not over those of other documents."""
-    case = Case(70, decay=decay, documents=(40, 30), heads=1)
-    inputs = {name: jnp.asarray(x, jnp.bfloat16) for name, x in draw(case).items()}
+    case = ArgSpec(70, decay=decay, document_lengths=(40, 30), num_heads=1)
+    inputs = {name: jnp.asarray(x, jnp.bfloat16) for name, x in random_inputs(case).items()}
     inputs["log_decay"] = inputs["log_decay"].astype(jnp.float32)
     later = inputs | {"v": inputs["v"].at[0, 40:].multiply(3)}
 
     def total(inputs):
-        return jnp.sum(linear_attention(**inputs, segments=segments(case), implementation=FORM)[0].astype(jnp.float32))
+        return jnp.sum(
+            linear_attention(**inputs, segment_ids=segment_ids(case), implementation=FORM)[0].astype(jnp.float32)
+        )
 
-    with interpreted():
+    with interpret_kernels():
         slope = jax.jit(jax.grad(total))
         one, other = (slope(x)["log_decay"][0, :40] for x in (inputs, later))
     np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
 def test_linear_attention_of_documents_without_a_decay_in_bfloat16():
-    check_linear(CASES["packed"], "bfloat16")
+    check_linear(ARG_SPECS["packed"], "bfloat16")
 
 
 def test_chunks_follow_one_another_and_no_copies_race(monkeypatch):
     """The interpreter takes the grid's parallel axes in random order: rows and heads may be, chunks may not."""
     interpreter = pltpu.InterpretParams(detect_races=True, random_seed=3)
-    monkeypatch.setattr(mosaic_tpu, "INTERPRETER", interpreter)
-    check_linear(dataclasses.replace(CASES["token decay"], heads=6), "float32")
+    monkeypatch.setattr(chunk_scan, "INTERPRET_PARAMS", interpreter)
+    check_linear(dataclasses.replace(ARG_SPECS["token decay"], num_heads=6), "float32")
 
 
 def test_an_incoming_state_need_not_be_given():
-    case = CASES["token decay"]
-    inputs: dict[str, Any] = {name: jnp.asarray(x, jnp.float32) for name, x in draw(case).items()}
-    with interpreted():
+    case = ARG_SPECS["token decay"]
+    inputs: dict[str, Any] = {name: jnp.asarray(x, jnp.float32) for name, x in random_inputs(case).items()}
+    with interpret_kernels():
         got = linear_attention(**inputs, implementation=FORM)
     want = linear_attention(**inputs, implementation="reference")
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_what_it_cannot_take_is_named():
+def test_unsupported_arguments_are_named():
     x = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(Unsupported, match="it is for a TPU"):
         linear_attention(x, x, x, implementation=FORM)
-    with interpreted(), pytest.raises(Unsupported, match="v is bfloat16; they must all be"):
+    with interpret_kernels(), pytest.raises(Unsupported, match="v is bfloat16; they must all be"):
         linear_attention(x, x, x.astype(jnp.bfloat16), implementation=FORM)
 
 
@@ -149,43 +151,43 @@ def test_what_it_cannot_take_is_named():
 @pytest.mark.parametrize("erase", ["token", pytest.param("channel", marks=pytest.mark.full)])
 def test_delta_rule(case, dtype, erase):
     def op(inputs, state, form):
-        return delta_rule(**inputs, state=state, segments=ids(case), implementation=form)
+        return delta_rule(**inputs, state=state, segment_ids=ids(case), implementation=form)
 
-    with interpreted():
+    with interpret_kernels():
         compare(op, case, delta_inputs(case, erase), held(case), dtype, FORM)
 
 
 @cases("one token", "odd", "packed, decay, padding")
 @each_dtype
 def test_taylor_attention(case, dtype):
-    inputs = {name: x for name, x in draw(case).items() if name != "log_decay"}
+    inputs = {name: x for name, x in random_inputs(case).items() if name != "log_decay"}
 
     def op(inputs, state, form):
-        return taylor_attention(**inputs, state=state, segments=ids(case), implementation=form)
+        return taylor_attention(**inputs, state=state, segment_ids=ids(case), implementation=form)
 
-    with interpreted():
+    with interpret_kernels():
         compare(op, case, inputs, taylor_state(case, "symmetric"), dtype, FORM)
 
 
 def test_taylor_attention_declines_features_that_hold_products_twice():
     x = jnp.zeros((1, 4, 2, 8))
-    with interpreted(), pytest.raises(Unsupported, match="not symmetric"):
+    with interpret_kernels(), pytest.raises(Unsupported, match="not symmetric"):
         taylor_attention(x, x, x, features="full", implementation=FORM)
 
 
 LAST = "a document of one token at the end of an unfilled chunk"
 
 
-@cases("one token", "extreme decay", "packed, decay, padding", LAST, **{LAST: Case(35, documents=(34, 1))})
+@cases("one token", "extreme decay", "packed, decay, padding", LAST, **{LAST: ArgSpec(35, document_lengths=(34, 1))})
 @each_dtype
 @pytest.mark.parametrize("states", [3, pytest.param(None, marks=pytest.mark.full)])
 def test_selective_scan(case, dtype, states):
     def op(inputs, state, form):
-        out, state = selective_scan(**inputs, state=state, segments=ids(case), implementation=form)
+        out, state = selective_scan(**inputs, state=state, segment_ids=ids(case), implementation=form)
         return out[:, :, None], state  # as if of one head
 
     state = np.random.default_rng(5).normal(size=(2, 5, states or 1))
-    with interpreted():
+    with interpret_kernels():
         compare(op, case, scan_inputs(case, states), state, dtype, FORM)
 
 
@@ -212,7 +214,7 @@ def test_linear_attention_is_lowered_for_a_tpu(decay, width):
     inputs = {"q": shaped(*SHAPE[:2], 2, width), "k": shaped(*SHAPE[:2], 2, width), "v": shaped(*SHAPE, width)}
     gates = {None: {}, "token": {"log_decay": SHAPE}, "channel": {"log_decay": (*SHAPE, width)}}[decay]
     gate = {name: shaped(*shape, dtype=jnp.float32) for name, shape in gates.items()}
-    op = functools.partial(linear_attention, segments=jnp.ones(SHAPE[:2], jnp.int32)) if decay else linear_attention
+    op = functools.partial(linear_attention, segment_ids=jnp.ones(SHAPE[:2], jnp.int32)) if decay else linear_attention
     text = lowered(op, inputs | gate)
     assert text.count("tpu_custom_call") >= 3  # forward, reading, writing
 
@@ -229,7 +231,7 @@ def test_the_delta_rule_is_lowered_for_a_tpu(decay):
 
 def test_taylor_attention_is_lowered_for_a_tpu():
     inputs = {"q": shaped(*SHAPE, 16), "k": shaped(*SHAPE, 16), "v": shaped(*SHAPE, 64)}
-    op = functools.partial(taylor_attention, segments=jnp.ones(SHAPE[:2], jnp.int32))
+    op = functools.partial(taylor_attention, segment_ids=jnp.ones(SHAPE[:2], jnp.int32))
     assert lowered(op, inputs).count("tpu_custom_call") >= 2  # forward, backward
 
 
@@ -237,7 +239,7 @@ def test_the_selective_scan_is_lowered_for_a_tpu():
     rows, length = SHAPE[:2]
     inputs = {name: shaped(rows, length, 700) for name in ("x", "rate")}
     inputs |= {name: shaped(rows, length, 16) for name in ("b", "c")} | {"a": shaped(700, 16, dtype=jnp.float32)}
-    op = functools.partial(selective_scan, segments=jnp.ones(SHAPE[:2], jnp.int32))
+    op = functools.partial(selective_scan, segment_ids=jnp.ones(SHAPE[:2], jnp.int32))
     assert lowered(op, inputs).count("tpu_custom_call") >= 2  # forward, backward
 
 
@@ -251,18 +253,18 @@ def test_triangular_systems_are_solved_exactly_for_correlated_keys(size, correla
     a = np.tril(strength * np.einsum("bik,bjk->bij", k, k), -1).astype(np.float32)
     b = rng.normal(size=(3, size, 8)).astype(np.float32)
     want = np.linalg.solve(np.eye(size) + a.astype(np.float64), b)
-    got = jax.vmap(solve)(jnp.asarray(a), jnp.asarray(b))
+    got = jax.vmap(solve_unit_lower)(jnp.asarray(a), jnp.asarray(b))
     assert np.linalg.norm(np.asarray(got) - want) <= 3e-6 * np.linalg.norm(want)
 
 
 @pytest.mark.parametrize("target", static_tpu.TARGETS)
 def test_the_compiler_for_tpus_takes_every_kernel_and_none_has_grown(target):
     """They fit into VMEM too, or they would not compile."""
-    if static_tpu.library() is None:
+    if static_tpu.find_libtpu() is None:
         pytest.skip("NOT COMPILED FOR A TPU: there is no libtpu (scripts/tpu-compiler), so only the lowering is tested")
-    before = static_tpu.newest(static_tpu.rows())
-    for row in static_tpu.compiled(static_tpu.CASES, target, FORM):
-        recorded = before[static_tpu.key(row)]
+    before = static_tpu.latest_rows(static_tpu.read_rows())
+    for row in static_tpu.compile_kernels(static_tpu.TPU_KERNEL_CASES, target, FORM):
+        recorded = before[static_tpu.row_key(row)]
         assert row["kernels"].keys() == recorded["kernels"].keys() and row["kernels"]
         assert not static_tpu.regressions(row, recorded)
 

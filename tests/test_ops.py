@@ -10,27 +10,27 @@ import numpy as np
 import pytest
 
 from recallax.pallas_kernels import feature_maps
-from recallax.pallas_kernels.cases import CASES, Case, draw, segments
+from recallax.pallas_kernels.arg_specs import ARG_SPECS, ArgSpec, random_inputs, segment_ids
 from recallax.pallas_kernels.delta_rule import delta_rule, delta_rule_step
 from recallax.pallas_kernels.delta_rule import xla as delta_xla
-from recallax.pallas_kernels.delta_rule.cases import inputs as delta_inputs
-from recallax.pallas_kernels.landmark_attention import cases as landmark_cases
+from recallax.pallas_kernels.delta_rule.arg_specs import inputs as delta_inputs
+from recallax.pallas_kernels.landmark_attention import arg_specs as landmark_cases
 from recallax.pallas_kernels.landmark_attention import landmark_attention
 from recallax.pallas_kernels.landmark_attention import xla as landmark_xla
-from recallax.pallas_kernels.linear_attention import cases as linear_cases
+from recallax.pallas_kernels.linear_attention import arg_specs as linear_cases
 from recallax.pallas_kernels.linear_attention import linear_attention, linear_attention_step
 from recallax.pallas_kernels.linear_attention import xla as linear_xla
 from recallax.pallas_kernels.selective_scan import selective_scan, selective_scan_step
 from recallax.pallas_kernels.selective_scan import xla as selective_xla
-from recallax.pallas_kernels.selective_scan.cases import inputs as scan_inputs
-from recallax.pallas_kernels.short_conv import cases as conv_cases
+from recallax.pallas_kernels.selective_scan.arg_specs import inputs as scan_inputs
+from recallax.pallas_kernels.short_conv import arg_specs as conv_cases
 from recallax.pallas_kernels.short_conv import short_conv
-from recallax.pallas_kernels.taylor_attention import cases as taylor_cases
-from recallax.pallas_kernels.taylor_attention import state_width, taylor_attention
+from recallax.pallas_kernels.taylor_attention import arg_specs as taylor_cases
+from recallax.pallas_kernels.taylor_attention import num_features, taylor_attention
 from recallax.pallas_kernels.taylor_attention import xla as taylor_xla
 from recallax.pallas_kernels.triangular import unit_lower_inverse
 from recallax.pallas_kernels.window_attention import KVCache, window_attention, window_attention_step
-from recallax.pallas_kernels.window_attention import cases as window_cases
+from recallax.pallas_kernels.window_attention import arg_specs as window_cases
 from recallax.pallas_kernels.window_attention import xla as window_xla
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -44,10 +44,10 @@ FLOAT32 = ("log_decay", "erase", "write", "rate", "a", "lr", "log_momentum", "lo
 """Inputs that are float32 whatever the activations are."""
 
 
-each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+each_case = pytest.mark.parametrize("case", ARG_SPECS.values(), ids=ARG_SPECS)
 each_dtype = pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.full)])
 FEW = ("odd", "packed, decay, padding", "packed, channel decay, padding")
-few_cases = pytest.mark.parametrize("case", [CASES[name] for name in FEW], ids=FEW)
+few_cases = pytest.mark.parametrize("case", [ARG_SPECS[name] for name in FEW], ids=FEW)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(taylor_xla, "CHUNK", 16)
     monkeypatch.setattr(delta_xla, "CHUNK", 32)  # two blocks of the triangular inverse
     monkeypatch.setattr(selective_xla, "CHUNK", 16)
-    monkeypatch.setattr(window_xla, "BLOCK", 16)
+    monkeypatch.setattr(window_xla, "MAX_BLOCK", 16)
     monkeypatch.setattr(landmark_xla, "CHUNK", 16)
     monkeypatch.setattr(landmark_xla, "KEYS", 16)
 
@@ -76,9 +76,9 @@ def per_block(x: np.ndarray, y: np.ndarray) -> float:
     return worst
 
 
-def compare(op: Callable, case: Case, inputs: dict[str, Any], state, dtype: str, form: str) -> None:
+def compare(op: Callable, case: ArgSpec, inputs: dict[str, Any], state, dtype: str, form: str) -> None:
     """Values, final state and all gradients of `op(inputs, state, form)` against its definition in float64."""
-    valid = np.asarray(segments(case) > 0)[:, :, None, None]
+    valid = np.asarray(segment_ids(case) > 0)[:, :, None, None]
     rng = np.random.default_rng(9)
 
     def run(name: str, inputs, state):
@@ -120,7 +120,7 @@ def test_linear_attention(case, dtype):
     inputs, state = linear_cases.inputs(case), linear_cases.state(case)
 
     def op(inputs, state, form):
-        return linear_attention(**inputs, state=state, segments=segments(case), implementation=form)
+        return linear_attention(**inputs, state=state, segment_ids=segment_ids(case), implementation=form)
 
     compare(op, case, inputs, state, dtype, "xla")
 
@@ -132,7 +132,7 @@ def test_delta_rule(case, dtype, erase):
     inputs, state = delta_inputs(case, erase), linear_cases.state(case)
 
     def op(inputs, state, form):
-        return delta_rule(**inputs, state=state, segments=segments(case), implementation=form)
+        return delta_rule(**inputs, state=state, segment_ids=segment_ids(case), implementation=form)
 
     compare(op, case, inputs, state, dtype, "xla")
 
@@ -142,7 +142,7 @@ def test_delta_rule(case, dtype, erase):
 @pytest.mark.parametrize("states", [3, pytest.param(None, marks=pytest.mark.full)])
 def test_selective_scan(case, dtype, states):
     def op(inputs, state, form):
-        out, state = selective_scan(**inputs, state=state, segments=segments(case), implementation=form)
+        out, state = selective_scan(**inputs, state=state, segment_ids=segment_ids(case), implementation=form)
         return out[:, :, None], state  # as if of one head
 
     state = np.random.default_rng(5).normal(size=(2, 5, states or 1))
@@ -154,11 +154,11 @@ def test_selective_scan(case, dtype, states):
 @pytest.mark.parametrize("features", ["symmetric", pytest.param("full", marks=pytest.mark.full)])
 def test_taylor_attention(case, dtype, features):
     inputs, state = taylor_cases.inputs(case), taylor_cases.state(case, features)
-    assert state.z.shape[-1] == state_width(case.width, features)
+    assert state.z.shape[-1] == num_features(case.head_k_dim, features)
 
     def op(inputs, state, form):
-        ids = segments(case)
-        return taylor_attention(**inputs, state=state, segments=ids, features=features, implementation=form)
+        ids = segment_ids(case)
+        return taylor_attention(**inputs, state=state, segment_ids=ids, features=features, implementation=form)
 
     compare(op, case, inputs, state, dtype, "xla")
 
@@ -171,7 +171,7 @@ def test_window_attention(case, dtype, window):
     # As many cached tokens as a window holds, behind a row that continues at position 50.
     slots = 50 + case.length if window is None else window
     rng = np.random.default_rng(8)
-    sizes = ((2, slots, 1, case.width), (2, slots, 1, case.values))
+    sizes = ((2, slots, 1, case.head_k_dim), (2, slots, 1, case.head_v_dim))
     cache = KVCache(*(jnp.asarray(rng.normal(size=size)) for size in sizes))
     positions = window_cases.positions(case, 50)
 
@@ -179,7 +179,7 @@ def test_window_attention(case, dtype, window):
         state = KVCache(*(x.astype(inputs["k"].dtype) for x in state))
         where: dict[str, Any] = {
             "positions": jnp.asarray(positions, int),
-            "segments": segments(case),
+            "segments": segment_ids(case),
         }  # int is 64 bits in the oracle
         return window_attention(**inputs, window=window, state=state, **where, implementation=form)
 
@@ -188,8 +188,8 @@ def test_window_attention(case, dtype, window):
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(CASES[n], marks=() if n in ("one token", FEW[1]) else pytest.mark.full) for n in CASES],
-    ids=CASES,
+    [pytest.param(ARG_SPECS[n], marks=() if n in ("one token", FEW[1]) else pytest.mark.full) for n in ARG_SPECS],
+    ids=ARG_SPECS,
 )
 @each_dtype
 @pytest.mark.parametrize("real", [7, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 20))])
@@ -199,10 +199,10 @@ def test_landmark_attention(case, dtype, real):
 
     def op(inputs, past, form):
         past = jax.tree.map(lambda x: x.astype(inputs["k"].dtype), past)
-        where: dict[str, Any] = {"positions": jnp.asarray(positions, int), "segments": segments(case)}
-        return landmark_attention(**inputs, real=real, past=past, **where, implementation=form), ()
+        where: dict[str, Any] = {"positions": jnp.asarray(positions, int), "segments": segment_ids(case)}
+        return landmark_attention(**inputs, block_size=real, cache=past, **where, implementation=form), ()
 
-    compare(op, case, inputs, landmark_cases.past(case, 50, real), dtype, "xla")
+    compare(op, case, inputs, landmark_cases.random_cache(case, 50, real), dtype, "xla")
 
 
 @few_cases
@@ -222,7 +222,7 @@ def test_short_conv(case, width):
     state = inputs.pop("state")
 
     def op(inputs, state, form):
-        out, state = short_conv(**inputs, state=state, segments=segments(case), implementation=form)
+        out, state = short_conv(**inputs, state=state, segment_ids=segment_ids(case), implementation=form)
         return out[:, :, None], state  # as if of one head
 
     compare(op, case, inputs, state, "float32", "xla")
@@ -231,37 +231,37 @@ def test_short_conv(case, width):
 def test_long_rows_cross_many_real_chunks(monkeypatch):
     """The defaults, at a length that is no multiple of any of them."""
     monkeypatch.undo()
-    case = Case(601, width=6, documents=(300, 301), heads=1)
-    inputs, ids = draw(case), segments(case)
+    case = ArgSpec(601, head_k_dim=6, document_lengths=(300, 301), num_heads=1)
+    inputs, ids = random_inputs(case), segment_ids(case)
     low = single(inputs)
     for op in (linear_attention, taylor_attention):
-        a, b = (op(**low, segments=ids, implementation=form)[0] for form in FORMS)
+        a, b = (op(**low, segment_ids=ids, implementation=form)[0] for form in FORMS)
         assert per_block(np.asarray(a), np.asarray(b)) <= 2e-4, op.__name__
     unit = low | {"k": low["k"] / jnp.linalg.norm(low["k"], axis=-1, keepdims=True)}
     strength = jnp.full(low["k"].shape[:3], 0.9)
-    a, b = (delta_rule(**unit, erase=strength, write=strength, segments=ids, implementation=f)[0] for f in FORMS)
+    a, b = (delta_rule(**unit, erase=strength, write=strength, segment_ids=ids, implementation=f)[0] for f in FORMS)
     assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
     channel: dict[str, Any] = low | {"log_decay": -jnp.abs(low["q"])}
-    a, b = (linear_attention(**channel, segments=ids, implementation=form)[0] for form in FORMS)
+    a, b = (linear_attention(**channel, segment_ids=ids, implementation=form)[0] for form in FORMS)
     assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
     scan = single(scan_inputs(case, 3))
-    a, b = (selective_scan(**scan, segments=ids, implementation=form)[0] for form in FORMS)
+    a, b = (selective_scan(**scan, segment_ids=ids, implementation=form)[0] for form in FORMS)
     assert per_block(np.asarray(a)[:, :, None], np.asarray(b)[:, :, None]) <= 2e-5
     for window in (None, 70):
-        a, b = (window_attention(**low, window=window, segments=ids, implementation=f)[0] for f in FORMS)
+        a, b = (window_attention(**low, window=window, segment_ids=ids, implementation=f)[0] for f in FORMS)
         assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
     where: dict[str, Any] = {"positions": jnp.asarray(landmark_cases.positions(case, 0)), "segments": ids}
-    a, b = (landmark_attention(**low, real=15, **where, implementation=f) for f in FORMS)
+    a, b = (landmark_attention(**low, block_size=15, **where, implementation=f) for f in FORMS)
     assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
 
 
 def test_a_single_block_is_causal_attention_and_values_at_landmarks_are_never_read():
-    inputs = single(draw(Case(24)))
+    inputs = single(random_inputs(ArgSpec(24)))
     positions = jnp.tile(jnp.arange(24)[None], (2, 1))
-    whole = jax.jit(functools.partial(landmark_attention, real=24, positions=positions))(**inputs)
+    whole = jax.jit(functools.partial(landmark_attention, block_size=24, positions=positions))(**inputs)
     np.testing.assert_allclose(whole, jax.jit(window_attention)(**inputs)[0], atol=1e-6)
     for form in FORMS:
-        out = jax.jit(functools.partial(landmark_attention, real=7, positions=positions, implementation=form))
+        out = jax.jit(functools.partial(landmark_attention, block_size=7, positions=positions, implementation=form))
         slope = jax.jit(jax.grad(lambda v, out=out: (out(inputs["q"], inputs["k"], v) ** 2).sum()))(inputs["v"])
         assert not np.asarray(slope)[:, 7::8].any() and np.asarray(slope)[:, :7].all()
         ones = out(inputs["q"], inputs["k"], jnp.ones_like(inputs["v"]))
@@ -278,14 +278,14 @@ def test_the_two_taylor_expansions_and_the_polynomial_are_one_kernel():
 
 
 def test_linear_attention_without_decay_is_masked_attention_without_softmax():
-    inputs = single(draw(Case(40)))
+    inputs = single(random_inputs(ArgSpec(40)))
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     scores = jnp.tril(jnp.einsum("bihk,bjhk->bhij", q, k) * 8**-0.5)
     np.testing.assert_allclose(linear_attention(q, k, v)[0], jnp.einsum("bhij,bjhv->bihv", scores, v), atol=2e-5)
 
 
 def test_a_step_keeps_to_its_window_where_the_cache_holds_more():
-    inputs = single(draw(Case(7, heads=1)))
+    inputs = single(random_inputs(ArgSpec(7, num_heads=1)))
     positions = jnp.tile(jnp.arange(7)[None], (2, 1))
     empty = KVCache(*(jnp.zeros((2, 9, 1, 8)) for _ in range(2)))
     want, _ = window_attention(**inputs, window=3)
@@ -300,8 +300,8 @@ def test_a_step_keeps_to_its_window_where_the_cache_holds_more():
 
 
 def test_unwritten_cache_may_hold_nan():
-    case = Case(5, heads=1)
-    inputs = single(draw(case))
+    case = ArgSpec(5, num_heads=1)
+    inputs = single(random_inputs(case))
     nan = KVCache(*(jnp.full((2, 9, 1, 8), jnp.nan) for _ in range(2)))
     positions = jnp.tile(jnp.arange(5)[None], (2, 1))
     want, _ = window_attention(**inputs, window=9)
@@ -325,7 +325,7 @@ def test_unwritten_cache_may_hold_nan():
     ],
 )
 def test_bad_input_is_named(change, message):
-    inputs = single(draw(Case(4)))
+    inputs = single(random_inputs(ArgSpec(4)))
     with pytest.raises(ValueError, match=message):
         unchecked(linear_attention)(**(inputs | change))
 
@@ -338,8 +338,8 @@ def unchecked(function: Callable) -> Callable:
 
 
 def test_a_step_of_linear_attention_with_decay_follows_the_recurrence():
-    case = Case(6, decay="token")
-    inputs = single(draw(case))
+    case = ArgSpec(6, decay="token")
+    inputs = single(random_inputs(case))
     want, final = linear_attention(**inputs)
     state = jnp.zeros_like(final)
     for t in range(6):
@@ -350,7 +350,7 @@ def test_a_step_of_linear_attention_with_decay_follows_the_recurrence():
 
 
 def test_a_step_of_the_delta_rule_follows_the_recurrence():
-    inputs = single(delta_inputs(Case(6, decay="channel", beta=2.0), "channel"))
+    inputs = single(delta_inputs(ArgSpec(6, decay="channel", max_beta=2.0), "channel"))
     want, final = delta_rule(**inputs)
     state = jnp.zeros_like(final)
     for t in range(6):
@@ -362,7 +362,7 @@ def test_a_step_of_the_delta_rule_follows_the_recurrence():
 
 @pytest.mark.parametrize("states", [None, 3])
 def test_a_step_of_the_selective_scan_follows_the_recurrence(states):
-    inputs = single(scan_inputs(Case(6), states))
+    inputs = single(scan_inputs(ArgSpec(6), states))
     want, final = selective_scan(**inputs)
     state = jnp.zeros_like(final)
     for t in range(6):
@@ -373,7 +373,7 @@ def test_a_step_of_the_selective_scan_follows_the_recurrence(states):
 
 
 def test_members_of_the_family_are_each_other_where_a_gate_is_trivial():
-    inputs = single(delta_inputs(Case(67, heads=1)))
+    inputs = single(delta_inputs(ArgSpec(67, num_heads=1)))
     beta, plain = inputs["erase"], {name: inputs[name] for name in ("q", "k", "v")}
     token = -jnp.abs(jax.random.normal(jax.random.key(0), beta.shape))
     channel = jnp.broadcast_to(token[..., None], inputs["k"].shape)

@@ -13,24 +13,17 @@ import pytest
 from flax import nnx
 
 from recallax.config import ConfigError
-from recallax.layers import Attention, Identity, MixerConfig, RecurrentMixer, Site, SwiGLU
+from recallax.convert.config_fields import ConfigFields
+from recallax.convert.key_map import apply_key_map
+from recallax.convert.layouts import falcon_h1_layout
+from recallax.convert.layouts.decoder_parts import compress_pattern
+from recallax.convert.model_conversion import LAYOUTS, KeyMapEntry, WeightsError, import_config, import_model, layout_of
+from recallax.layers import Attention, Identity, LayerInfo, MixerConfig, RecurrentMixer, SwiGLU
 from recallax.models import LM, Block, LMConfig
 from recallax.models.block import BlockModule
-from recallax.models.importing import (
-    LAYOUTS,
-    Entry,
-    WeightsError,
-    falcon_h1,
-    import_config,
-    import_model,
-    layout_of,
-)
-from recallax.models.importing.decoder import spelled
-from recallax.models.importing.fields import Fields
-from recallax.models.importing.key_map import convert
-from recallax.models.pattern import parse
-from recallax.models.placement import filled, layer_places, parameter_places, parameter_shapes
-from recallax.types import Precision, SeqInfo, StepInfo, whole_rows
+from recallax.models.parameter_paths import fill_parameters, layer_paths, parameter_paths, parameter_shapes
+from recallax.models.pattern import parse_pattern
+from recallax.types import Precision, SeqInfo, StepInfo, unpacked_seq_info
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -86,7 +79,7 @@ def distance(ours: Any, theirs: np.ndarray) -> float:
 
 
 def rows(batch: int, length: int) -> SeqInfo:
-    return jax.tree.map(jnp.asarray, whole_rows(batch, length))
+    return jax.tree.map(jnp.asarray, unpacked_seq_info(batch, length))
 
 
 def steps(graph: nnx.GraphDef, weights: nnx.State, x: jax.Array, start: int, state: Any) -> jax.Array:
@@ -101,10 +94,10 @@ def steps(graph: nnx.GraphDef, weights: nnx.State, x: jax.Array, start: int, sta
     return jnp.moveaxis(jax.lax.scan(step, (first, state), jnp.moveaxis(x, 1, 0))[1], 0, 1)
 
 
-WAYS = ("whole", "stepped", "continued")
+MODES = ("whole", "stepped", "continued")
 
 
-def ways(module: LM | RecurrentMixer, x: np.ndarray, wanted: tuple[str, ...]) -> dict[str, jax.Array]:
+def run_all_modes(module: LM | RecurrentMixer, x: np.ndarray, wanted: tuple[str, ...]) -> dict[str, jax.Array]:
     """Outputs of the whole sequence at once, token by token, and token by token after half of it."""
     graph, weights = nnx.split(module)
     length, half = x.shape[1], x.shape[1] // 2
@@ -127,40 +120,44 @@ def ways(module: LM | RecurrentMixer, x: np.ndarray, wanted: tuple[str, ...]) ->
     return {way: jax.jit(known[way])(weights, jnp.asarray(x)) for way in wanted}
 
 
-def agree(module: LM | RecurrentMixer, x: np.ndarray, theirs: np.ndarray, wanted: tuple[str, ...] = WAYS) -> None:
-    found = {way: distance(y, theirs) for way, y in ways(module, x, wanted).items()}
+def assert_module_matches(
+    module: LM | RecurrentMixer, x: np.ndarray, theirs: np.ndarray, wanted: tuple[str, ...] = MODES
+) -> None:
+    found = {way: distance(y, theirs) for way, y in run_all_modes(module, x, wanted).items()}
     assert max(found.values()) <= TOLERANCE, found
 
 
-def alone(config: MixerConfig, d_model: int, entries: list[Entry], ours: str, weights: dict, theirs: str) -> nnx.Module:
+def load_mixer(
+    config: MixerConfig, d_model: int, entries: list[KeyMapEntry], ours: str, weights: dict, theirs: str
+) -> nnx.Module:
     """A mixer from the entries of a key map below `ours`, which must use all weights below `theirs`."""
-    mine = [entry for entry in entries if entry.ours[0].startswith(ours)]
-    mine = [e._replace(ours=tuple(name.removeprefix(ours) for name in e.ours)) for e in mine]
-    module = nnx.eval_shape(lambda: config.build(d_model, Site(1, 2), precision=Precision(), rngs=nnx.Rngs(0)))
-    places = parameter_places(module)
+    mine = [entry for entry in entries if entry.target[0].startswith(ours)]
+    mine = [e._replace(target=tuple(name.removeprefix(ours) for name in e.target)) for e in mine]
+    module = nnx.eval_shape(lambda: config.build(d_model, LayerInfo(1, 2), precision=Precision(), rngs=nnx.Rngs(0)))
+    places = parameter_paths(module)
     given = {key: x for key, x in weights.items() if key.startswith(theirs)}
-    return filled(module, places, convert(mine, given, parameter_shapes(module, places)))
+    return fill_parameters(module, places, apply_key_map(mine, given, parameter_shapes(module, places)))
 
 
-def test_every_fixture_is_met():
+def test_every_fixture_is_tested():
     assert {path.stem for path in FOLDER.glob("*.npz")} == {*MODELS, *FIRST_LAYERS, *MIXERS}
     assert {layout_of(fixture(name).config) for name in (*MODELS, *FIRST_LAYERS, *MIXERS)} == set(LAYOUTS) - RENAMED
 
 
-ELSEWHERE = [name for name in FLA if name != "fla_hgrn2"]
+TESTED_ELSEWHERE = [name for name in FLA if name != "fla_hgrn2"]
 """Whose steps the gate takes elsewhere; HGRN2 steps with floors that it was given."""
 
 
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        *((name, WAYS[:1] if name in ELSEWHERE else WAYS) for name in MODELS),
-        *(pytest.param(name, WAYS[1:], marks=pytest.mark.full) for name in ELSEWHERE),
+        *((name, MODES[:1] if name in TESTED_ELSEWHERE else MODES) for name in MODELS),
+        *(pytest.param(name, MODES[1:], marks=pytest.mark.full) for name in TESTED_ELSEWHERE),
     ],
 )
 def test_logits(name: str, wanted: tuple[str, ...]):
     config, weights, arrays = fixture(name)
-    agree(import_model(config, weights), arrays["tokens"], arrays["logits"], wanted)
+    assert_module_matches(import_model(config, weights), arrays["tokens"], arrays["logits"], wanted)
 
 
 @pytest.mark.parametrize("name", FIRST_LAYERS)
@@ -174,26 +171,30 @@ def test_first_layers(name: str):
     seq = rows(*arrays["tokens"].shape)
     handed_on = jax.jit(lambda tokens: second.mixer_norm(first(model.embedding[tokens], seq)[0]))
     assert distance(handed_on(arrays["tokens"]), arrays["mixer/input"]) <= TOLERANCE
-    agree(second.mixer, arrays["mixer/input"], arrays["mixer/output"])
+    assert_module_matches(second.mixer, arrays["mixer/input"], arrays["mixer/output"])
 
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_mixers_side_by_side(name: str):
     """Alone. Ours take what the block normalises and give what it adds, so multipliers on the way count as theirs."""
     config, weights, arrays = fixture(name)
-    fields = Fields(config)
-    entries, width = falcon_h1.entries(fields), config["hidden_size"]
+    fields = ConfigFields(config)
+    entries, width = falcon_h1_layout.key_map(fields), config["hidden_size"]
     leaving = {part: np.float32(config[f"{part}_out_multiplier"]) for part in ("ssm", "attention")}
 
-    mamba2 = alone(falcon_h1.mamba2(fields), width, entries, "layers.1.mamba.", weights, "model.layers.1.mamba.")
+    mamba2 = load_mixer(
+        falcon_h1_layout.falcon_h1_mamba2(fields), width, entries, "layers.1.mamba.", weights, "model.layers.1.mamba."
+    )
     assert isinstance(mamba2, RecurrentMixer)
-    agree(mamba2, arrays["mixer/input"], arrays["mixer/output"] * leaving["ssm"])
+    assert_module_matches(mamba2, arrays["mixer/input"], arrays["mixer/output"] * leaving["ssm"])
 
-    attention = falcon_h1.attention(fields)
-    attention = alone(attention, width, entries, "layers.1.attention.", weights, "model.layers.1.self_attn.")
+    attention = falcon_h1_layout.falcon_h1_attention(fields)
+    attention = load_mixer(attention, width, entries, "layers.1.attention.", weights, "model.layers.1.self_attn.")
     assert isinstance(attention, RecurrentMixer)
     entering = np.float32(config["attention_in_multiplier"])
-    agree(attention, arrays["attention/input"] / entering, arrays["attention/output"] * leaving["attention"])
+    assert_module_matches(
+        attention, arrays["attention/input"] / entering, arrays["attention/output"] * leaving["attention"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -208,18 +209,23 @@ def test_how_the_pattern_is_spelled_changes_nothing(name: str, pattern: str):
     assert distance(logits, arrays["logits"]) <= TOLERANCE
 
 
-def test_every_layer_has_a_place_in_nested_repeats():
+def test_parameter_paths_in_nested_repeats():
     """Layers draw the same parameters in any spelling, so one spelling's fill another's."""
-    blocks = {"a": Block(mixer=Identity(), channel=SwiGLU(inner=3)), "b": Block(mixer=SwiGLU(inner=2))}
+    blocks = {
+        "a": Block(mixer=Identity(), channel=SwiGLU(intermediate_size=3)),
+        "b": Block(mixer=SwiGLU(intermediate_size=2)),
+    }
     config = LMConfig(d_model=4, vocab_size=5, pattern="b (a b*2 (b a)*2)*2", blocks=blocks)
-    flat = LMConfig(d_model=4, vocab_size=5, pattern=" ".join(config.layers), blocks=blocks)
+    flat = LMConfig(d_model=4, vocab_size=5, pattern=" ".join(config.layer_names), blocks=blocks)
     (nested, there), (plain, here) = (
-        (model, parameter_places(model, layer_places(parse(c.pattern, list(blocks)))))
+        (model, parameter_paths(model, layer_paths(parse_pattern(c.pattern, list(blocks)))))
         for c, model in ((c, c.build(nnx.Rngs(0))) for c in (config, flat))
     )
     assert there.keys() == here.keys() and parameter_shapes(nested, there) == parameter_shapes(plain, here)
     leaves = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(plain, nnx.Param))}
-    again = filled(nested, there, {name: leaves[place.path][place.index] for name, place in here.items()})
+    again = fill_parameters(
+        nested, there, {name: leaves[place.path][place.stack_index] for name, place in here.items()}
+    )
     jax.tree.map(np.testing.assert_array_equal, *(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (again, nested)))
 
 
@@ -234,21 +240,23 @@ def test_every_layer_has_a_place_in_nested_repeats():
     ],
 )
 def test_patterns_are_spelled_with_repeats(layers: str, pattern: str):
-    assert spelled(layers.split()) == pattern
+    assert compress_pattern(layers.split()) == pattern
 
 
 @pytest.mark.parametrize("name", (*MODELS, *FIRST_LAYERS, *MIXERS))
-def test_every_form_has_its_way_back(name: str):
+def test_every_layout_can_be_exported(name: str):
     config, weights, _ = first_layers(name, 2) if name in FIRST_LAYERS else fixture(name)
-    layout, fields = LAYOUTS[layout_of(config)], Fields(config)
-    entries = falcon_h1.entries(fields) if name in MIXERS else layout.entries(fields, layout.config(fields))
+    layout, fields = LAYOUTS[layout_of(config)], ConfigFields(config)
+    entries = (
+        falcon_h1_layout.key_map(fields) if name in MIXERS else layout.key_map(fields, layout.from_config_json(fields))
+    )
     for entry in entries:
-        given = tuple(weights[key] for key in entry.theirs)
-        for back, array in zip(entry.form.to_theirs(entry.form.to_ours(given)), given, strict=True):
+        given = tuple(weights[key] for key in entry.source)
+        for back, array in zip(entry.transform.inverse(entry.transform.forward(given)), given, strict=True):
             np.testing.assert_allclose(back, array, rtol=1e-6, atol=1e-7)
 
 
-def spoiled(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
+def altered_weights(**changes: np.ndarray | None) -> dict[str, np.ndarray]:
     """The weights of `llama` with some replaced, or left out; `__` stands for the dots of a key."""
     weights = fixture("llama").weights | {key.replace("__", "."): x for key, x in changes.items() if x is not None}
     return {key: x for key, x in weights.items() if changes.get(key.replace(".", "__"), 0) is not None}
@@ -260,12 +268,18 @@ NORM = "model__layers__1__input_layernorm__weight"
 @pytest.mark.parametrize(
     ("weights", "parts"),
     [
-        (spoiled(**{NORM: None}), ["lack 'model.layers.1.input_layernorm.weight'", "all shards"]),
-        (spoiled(extra=np.zeros(3)), ["no place for 'extra'", "config.json"]),
-        (spoiled(model__norm__weight=None, norm__weight=np.zeros(24)), ["lack 'model.norm.weight'", "'norm.weight'"]),
-        (spoiled(**{NORM: np.zeros(23)}), [NORM.replace("__", "."), "(23,)", "(24,)", "layers.1.mixer_norm.scale"]),
+        (altered_weights(**{NORM: None}), ["lack 'model.layers.1.input_layernorm.weight'", "all shards"]),
+        (altered_weights(extra=np.zeros(3)), ["no place for 'extra'", "config.json"]),
         (
-            spoiled(model__layers__0__mlp__up_proj__weight=np.zeros((39, 24))),
+            altered_weights(model__norm__weight=None, norm__weight=np.zeros(24)),
+            ["lack 'model.norm.weight'", "'norm.weight'"],
+        ),
+        (
+            altered_weights(**{NORM: np.zeros(23)}),
+            [NORM.replace("__", "."), "(23,)", "(24,)", "layers.1.mixer_norm.scale"],
+        ),
+        (
+            altered_weights(model__layers__0__mlp__up_proj__weight=np.zeros((39, 24))),
             ["model.layers.0.mlp.up_proj.weight", "(39, 24)", "(40, 24)", "layers.0.channel.up.kernel (24, 80)"],
         ),
         ({}, ["lack 'lm_head.weight'", "and 16 more"]),
@@ -281,13 +295,16 @@ def test_weights_that_do_not_fit_are_named(weights: dict[str, np.ndarray], parts
 def test_a_key_map_fills_every_parameter_once():
     shapes = {"a": (2,), "b": (2,)}
     for entries, message in (
-        ([Entry(("x",), ("a",))], "fills no 'b'"),
-        ([Entry(("x",), ("a",)), Entry(("y",), ("a",))], "more than once 'a'"),
-        ([Entry(("x",), ("a",)), Entry(("x",), ("b",))], "more than once 'x'"),
-        ([Entry(("x",), ("a",)), Entry(("y",), ("b",)), Entry(("z",), ("c",))], "the model lacks, 'c'"),
+        ([KeyMapEntry(("x",), ("a",))], "fills no 'b'"),
+        ([KeyMapEntry(("x",), ("a",)), KeyMapEntry(("y",), ("a",))], "more than once 'a'"),
+        ([KeyMapEntry(("x",), ("a",)), KeyMapEntry(("x",), ("b",))], "more than once 'x'"),
+        (
+            [KeyMapEntry(("x",), ("a",)), KeyMapEntry(("y",), ("b",)), KeyMapEntry(("z",), ("c",))],
+            "the model lacks, 'c'",
+        ),
     ):
         with pytest.raises(WeightsError, match=message):
-            convert(entries, {"x": np.zeros(2), "y": np.zeros(2)}, shapes)
+            apply_key_map(entries, {"x": np.zeros(2), "y": np.zeros(2)}, shapes)
 
 
 REFUSED = {
@@ -333,7 +350,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_represented_is_named(case: str):
+def test_unrepresentable_configs_are_rejected(case: str):
     name, changes, message = REFUSED[case]
     config = fixture(name).config | changes
     with pytest.raises(ConfigError, match=message):
@@ -345,7 +362,7 @@ def test_a_field_whose_absence_would_be_a_guess_must_stand_there():
     with pytest.raises(ConfigError, match=r"mistral: config\.json lacks 'sliding_window'"):
         import_config(config)
     assert import_config(config | {"sliding_window": None}).blocks["layer"].mixer == Attention(
-        heads=4, kv_heads=2, head_dim=8
+        num_heads=4, num_kv_heads=2, head_dim=8
     )
 
 

@@ -13,37 +13,37 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments.facts import measure as facts
+from experiments.product_key_capacity import measure
 from recallax.config import ConfigError
-from recallax.layers import Identity, ProductKeys, Site
-from recallax.layers.norm import rms
-from recallax.layers.product_keys import ProductKeysMixer, mixture
+from recallax.layers import Identity, LayerInfo, ProductKeys
+from recallax.layers.norm import rms_norm
+from recallax.layers.product_keys import ProductKeysMixer, embedding_bag
 from recallax.models import Block, LMConfig
-from recallax.tasks import MQAR, Segment
+from recallax.tasks import MQAR, MixtureSlice
 from recallax.train.optimizer import make_optimizer
 from recallax.train.program import Program
-from recallax.train.run import AdamW, RunConfig, tiny
-from recallax.types import Precision, whole_rows
+from recallax.train.run_config import AdamW, RunConfig, tiny_run
+from recallax.types import Precision, unpacked_seq_info
 
 pytestmark = pytest.mark.usefixtures("strict")
 
 WIDTH = 16
-CONFIG = ProductKeys(sub_keys=64, heads=2, key_dim=8, value_dim=6, top_k=8)
+CONFIG = ProductKeys(num_sub_keys=64, num_heads=2, head_k_dim=8, value_dim=6, top_k=8)
 
 
 def build(config: ProductKeys) -> ProductKeysMixer:
-    return config.build(WIDTH, Site(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
+    return config.build(WIDTH, LayerInfo(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("top_k", [1, 8, 64])
 def test_the_best_slots_are_those_of_all_sums(top_k):
     mixer, x = build(replace(CONFIG, top_k=top_k)), jax.random.normal(jax.random.key(1), (50, WIDTH))
-    q = rms(mixer.query(x).reshape(50, 2, 8), mixer.scale[...], 1e-5, jnp.float32)
+    q = rms_norm(mixer.query(x).reshape(50, 2, 8), mixer.scale[...], 1e-5, jnp.float32)
     first, second = (
         np.einsum("thd,hnd->thn", h, k) for h, k in zip(np.split(np.asarray(q), 2, -1), mixer.keys[...], strict=True)
     )
     every = (first[..., :, None] + second[..., None, :]).reshape(50, 2, -1)
-    index, weight = jax.jit(mixer.choose)(x)
+    index, weight = jax.jit(mixer.select_slots)(x)
     np.testing.assert_array_equal(index, np.argsort(-every, axis=-1, kind="stable")[..., :top_k])
     best = np.exp(-np.sort(-every, axis=-1)[..., :top_k])
     np.testing.assert_allclose(weight, best / best.sum(axis=-1, keepdims=True), rtol=2e-4)
@@ -57,7 +57,7 @@ def test_the_mixture_and_its_gradients_are_those_of_a_gather():
         return jnp.einsum("ts,tsv->tv", weight, values[index])
 
     one, other = (
-        jax.vjp(form, values, weight) for form in (lambda values, weight: mixture(values, index, weight), plain)
+        jax.vjp(form, values, weight) for form in (lambda values, weight: embedding_bag(values, index, weight), plain)
     )
     for a, b in zip(
         jax.tree.leaves((one[0], one[1](slope))), jax.tree.leaves((other[0], other[1](slope))), strict=True
@@ -68,35 +68,35 @@ def test_the_mixture_and_its_gradients_are_those_of_a_gather():
 def test_every_parameter_learns_and_the_gate_starts_nearly_closed():
     mixer, x = build(CONFIG), jax.random.normal(jax.random.key(4), (2, 30, WIDTH))
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
-    slopes = jax.jit(jax.grad(lambda p: nnx.merge(graph, p, rest)(x, whole_rows(2, 30))[0].var()))(params)
+    slopes = jax.jit(jax.grad(lambda p: nnx.merge(graph, p, rest)(x, unpacked_seq_info(2, 30))[0].var()))(params)
     assert all(leaf.any() for leaf in jax.tree.leaves(slopes))
     gate = np.asarray(jax.nn.sigmoid(mixer.gate(x)))
     assert abs(gate.mean() - 0.119) < 0.01
 
 
-def test_what_is_read_is_told_without_padding():
-    mixer = build(replace(CONFIG, top_k=1, heads=1))
+def test_slot_usage_excludes_padding():
+    mixer = build(replace(CONFIG, top_k=1, num_heads=1))
     x = jnp.broadcast_to(jax.random.normal(jax.random.key(5), (WIDTH,)), (1, 9, WIDTH))
     x = x.at[0, 6:].set(jax.random.normal(jax.random.key(6), (3, WIDTH)))
-    seq = whole_rows(1, 9)._replace(segments=jnp.asarray([[1] * 6 + [0] * 3]))
+    seq = unpacked_seq_info(1, 9)._replace(segment_ids=jnp.asarray([[1] * 6 + [0] * 3]))
     _, told = mixer(x, seq)
     assert float(told["diagnostic/slots_used"].total) == pytest.approx(1 / 64**2)
     assert float(told["diagnostic/slots_kl"].total) == pytest.approx(np.log(64**2), rel=1e-5)
 
 
 def test_values_have_a_rate_of_their_own_and_rows_that_nobody_read_stay():
-    slices = (Segment(length=16, pairs=2),)
-    blocks = {"facts": Block(mixer=replace(CONFIG, value_lr=3.0), channel=Identity())}
-    config = tiny(
+    slices = (MixtureSlice(length=16, num_kv_pairs=2),)
+    blocks = {"facts": Block(mixer=replace(CONFIG, value_lr_multiplier=3.0), channel=Identity())}
+    config = tiny_run(
         RunConfig(
             task=MQAR(vocab_size=32, mixture=slices, test_mixture=slices),
             model=LMConfig(d_model=WIDTH, pattern="facts*2", blocks=blocks),
-            optim=AdamW(warmup=0.0, weight_decay=0.1),
+            optim=AdamW(warmup_ratio=0.0, weight_decay=0.1),
         )
     )
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         program = Program(config)
-        start = program.initial()
+        start = program.init_state()
         path = ("stack", "parts", 0, "body", "parts", 0, "mixer", "values")
 
         def table(tree):
@@ -134,7 +134,7 @@ def test_an_optimizer_without_tags_is_the_plain_one():
     """So that checkpoints of older runs stay readable."""
     model = LMConfig(d_model=8, vocab_size=9, pattern="a", blocks={"a": Block(mixer=Identity())})
     _, params, _ = nnx.split(model.build(nnx.Rngs(0)), nnx.Param, ...)
-    slices = (Segment(length=16, pairs=2),)
+    slices = (MixtureSlice(length=16, num_kv_pairs=2),)
     run = RunConfig(task=MQAR(vocab_size=9, mixture=slices, test_mixture=slices), model=model)
     held: Any = make_optimizer(run, params).init(nnx.to_pure_dict(params))
     assert len(held) == 2
@@ -144,15 +144,15 @@ def test_an_optimizer_without_tags_is_the_plain_one():
     ("changes", "message"),
     [({"top_k": 65}, "sub_keys = 64"), ({"key_dim": 7}, "be even"), ({"heads": 0}, "heads is 0")],
 )
-def test_choices_that_do_not_fit_are_named(changes, message):
+def test_invalid_configs_are_rejected(changes, message):
     with pytest.raises(ConfigError, match=message):
         replace(CONFIG, **changes)
 
 
 def test_the_record_of_facts_meets_its_thresholds():
     """4,096 facts by the 8 best slots: at least .95 recalled, in at least half of the slots."""
-    rows = [json.loads(x) for x in (Path(facts.__file__).parent / "results.jsonl").read_text().splitlines()]
-    recall = {arm: [row["recall"] for row in rows if row["arm"] == arm] for arm in facts.ARMS}
+    rows = [json.loads(x) for x in (Path(measure.__file__).parent / "results.jsonl").read_text().splitlines()]
+    recall = {arm: [row["recall"] for row in rows if row["arm"] == arm] for arm in measure.VARIANTS}
     assert len(recall["product keys"]) == 3 and min(recall["product keys"]) >= 0.95
     assert min(row["slots_used"] for row in rows if row["arm"] == "product keys") >= 0.5
     assert max(recall["values never learned"]) < 0.5
@@ -160,7 +160,7 @@ def test_the_record_of_facts_meets_its_thresholds():
 
 @pytest.mark.full
 def test_facts_are_stored_as_recorded(monkeypatch):
-    monkeypatch.setattr(facts, "STEPS", 200)
+    monkeypatch.setattr(measure, "STEPS", 200)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        row = facts.measure("product keys", 0)
+        row = measure.train_variant("product keys", 0)
     assert row["recall"] >= 0.95 and row["slots_used"] >= 0.5

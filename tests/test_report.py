@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from recallax.report import ReportError, write_report
 from recallax.train.log import LogError, RunLog
-from recallax.train.report import ReportError, write_report
 from recallax.train.run_folder import RunFolderError
 
 HOSTILE = (
@@ -173,7 +173,7 @@ def test_same_runs_same_bytes(tmp_path: Path) -> None:
     assert pages[0] == pages[1]
 
 
-def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+def test_folders_without_a_run_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="at least one"):
         write_report([], tmp_path / "out.html")
     with pytest.raises(RunFolderError, match="absent is not a run"):

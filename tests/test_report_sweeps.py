@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from recallax.__main__ import main
+from recallax.report import ReportError, write_report
+from recallax.report.grouping import Setting, best_setting, common_label, group_by_model, group_by_setting
+from recallax.report.heatmaps import Heatmap, draw_heatmap, find_heatmaps
+from recallax.report.pareto import draw_pareto, models_with_state_bytes, pareto_front
+from recallax.report.runs import find_run_folders, read_run
 from recallax.train.log import RunLog
-from recallax.train.report import ReportError, write_report
-from recallax.train.report.grids import Grid, draw_grid, grids_of
-from recallax.train.report.pareto import draw_memory, frontier, placed
-from recallax.train.report.runs import folders_of, read_run
-from recallax.train.report.settings import Setting, best, common_words, models_of, settings_of
 from tests.test_report import HOSTILE, assert_harmless
 
 type Told = dict[str, float | str]
@@ -41,7 +41,7 @@ def make(
 
 
 def settings(folder: Path) -> list[Setting]:
-    return settings_of([read_run(path) for path in sorted(folder.glob("*"), key=lambda path: int(path.name))])
+    return group_by_setting([read_run(path) for path in sorted(folder.glob("*"), key=lambda path: int(path.name))])
 
 
 def test_seeds_are_put_together_and_rates_chosen_on_valid(tmp_path: Path) -> None:
@@ -52,9 +52,9 @@ def test_seeds_are_put_together_and_rates_chosen_on_valid(tmp_path: Path) -> Non
     found = settings(tmp_path)
     assert [setting.label for setting in found] == ["based 0.02", "grid based 0.01 0", "grid mom 0.01 0"]
     assert [len(setting.seeds()) for setting in found] == [3, 1, 1]
-    assert found[0].test() == [0.5, 0.625, 0.75] and found[0].valid() == 0.5
-    models = models_of(found)
-    assert [(model.label, model.best().label) for model in models] == [
+    assert found[0].test_accuracies() == [0.5, 0.625, 0.75] and found[0].mean_valid_accuracy() == 0.5
+    models = group_by_model(found)
+    assert [(model.label, model.best_setting().label) for model in models] == [
         ("based", "based 0.02"),
         ("grid mom 0.01 0",) * 2,
     ]
@@ -70,11 +70,11 @@ def test_of_equals_on_valid_the_one_with_most_seeds_is_best(tmp_path: Path) -> N
     make(tmp_path, {"mixer": "based"}, lr=0.01, valid=1.0, test=0.5)
     for seed in (0, 1):
         make(tmp_path, {"mixer": "based"}, lr=0.02, seed=seed, valid=1.0, test=0.5)
-    assert best(settings(tmp_path)).label == "based 0.02"
+    assert best_setting(settings(tmp_path)).label == "based 0.02"
 
 
 def test_runs_that_share_no_word_or_every_word_are_named(tmp_path: Path) -> None:
-    assert common_words(["a b 1", "c b 2"]) == "b" and common_words(["a", "b"]) == "a"
+    assert common_label(["a b 1", "c b 2"]) == "b" and common_label(["a", "b"]) == "a"
     for width, lr in product((16, 32), (0.1, 0.2)):
         make(tmp_path, {"d_model": width}, lr=lr, valid=0.5, test=0.5)
     for log in tmp_path.glob("*/log.jsonl"):
@@ -84,18 +84,22 @@ def test_runs_that_share_no_word_or_every_word_are_named(tmp_path: Path) -> None
     assert [setting.label for setting in settings(tmp_path)] == [
         f"mqar_based d_model={width} lr={lr}" for width, lr in product((16, 32), (0.1, 0.2))
     ]
-    assert [model.label for model in models_of(settings(tmp_path))] == [
+    assert [model.label for model in group_by_model(settings(tmp_path))] == [
         "mqar_based d_model=16",
         "mqar_based d_model=32",
     ]
 
 
-def test_the_frontier_is_what_no_other_reaches_with_as_little(tmp_path: Path) -> None:
+def test_pareto_frontier(tmp_path: Path) -> None:
     places = [(64, 0.5), (64, 0.25), (128, 0.5), (256, 0.75), (512, 0.625), (1024, 1.0)]
     for i, (size, accuracy) in enumerate(places):
         make(tmp_path, {"mixer": f"m{i}"}, valid=accuracy, test=accuracy, size=size)
-    found = frontier([model.best() for model in placed(settings(tmp_path))])
-    assert [(setting.state_bytes(), setting.test()[0]) for setting in found] == [(64, 0.5), (256, 0.75), (1024, 1.0)]
+    found = pareto_front([model.best_setting() for model in models_with_state_bytes(settings(tmp_path))])
+    assert [(setting.state_bytes(), setting.test_accuracies()[0]) for setting in found] == [
+        (64, 0.5),
+        (256, 0.75),
+        (1024, 1.0),
+    ]
 
 
 def test_heat_maps_are_found_in_what_varies(tmp_path: Path) -> None:
@@ -103,11 +107,11 @@ def test_heat_maps_are_found_in_what_varies(tmp_path: Path) -> None:
     for lr, width, seed in product((0.1, 0.02, 0.004), (8, 16), (0, 1)):
         accuracy = (width / 16) * (0.5 if lr == 0.1 else 0.75) + seed / 8
         make(tmp_path, {"d_model": width, "inner": 2 * width}, lr=lr, seed=seed, valid=accuracy, test=accuracy)
-    ((grid,), more) = grids_of(settings(tmp_path))
-    assert more == 0 and (grid.across.name, grid.down.name) == ("optim.lr", "model.d_model")
-    assert grid.down.also == ("model.inner",) and "With model.d_model changes model.inner." in grid.caption()
-    assert grid.across.ticks() == ["0.004", "0.02", "0.1"] and grid.down.ticks() == ["8", "16"]
-    assert {place: (len(found), found[0].test()) for place, found in grid.cells.items()} == {
+    ((grid,), more) = find_heatmaps(settings(tmp_path))
+    assert more == 0 and (grid.x_axis.name, grid.y_axis.name) == ("optim.lr", "model.d_model")
+    assert grid.y_axis.tied_fields == ("model.inner",) and "With model.d_model changes model.inner." in grid.caption()
+    assert grid.x_axis.ticks() == ["0.004", "0.02", "0.1"] and grid.y_axis.ticks() == ["8", "16"]
+    assert {place: (len(found), found[0].test_accuracies()) for place, found in grid.cells.items()} == {
         (lr, width): (1, [low, low + 0.125])
         for (lr, width), low in {
             ("0.1", "8"): 0.25,
@@ -125,8 +129,8 @@ def test_a_cell_with_several_settings_shows_the_best_on_valid(tmp_path: Path) ->
     for lr, width, layers in product((0.1, 0.2), (8, 16), (1, 2)):
         model: Told = {"d_model": width, "layers": layers}
         make(tmp_path, model, lr=lr, valid=0.25 * layers, test=0.25 + 0.5 * (layers == 2) * (width == 8))
-    grids, more = grids_of(settings(tmp_path))
-    names = [(grid.across.name, grid.down.name) for grid in grids]
+    grids, more = find_heatmaps(settings(tmp_path))
+    names = [(grid.x_axis.name, grid.y_axis.name) for grid in grids]
     assert names[0] == ("optim.lr", "model") and more == 0, "first the one with one setting to a cell"
     assert set(names[1:]) == {
         ("optim.lr", "model.d_model"),
@@ -145,10 +149,10 @@ def test_nothing_is_mapped_where_nothing_varies_independently(tmp_path: Path) ->
     for i in range(4):
         make(tmp_path, {"d_model": 8 * 2**i}, lr=0.1 / 2**i, valid=0.5, test=0.5)
     make(tmp_path, {"d_model": 8}, lr=0.05, valid=0.5, test=0.5)
-    assert grids_of(settings(tmp_path)) == ([], 0), "five of sixteen pairs are no grid"
+    assert find_heatmaps(settings(tmp_path)) == ([], 0), "five of sixteen pairs are no grid"
 
 
-def test_names_stand_clear_of_one_another(tmp_path: Path) -> None:
+def test_figure_labels_do_not_overlap(tmp_path: Path) -> None:
     """Fifteen models, some at nearly the same place; measured as they are drawn."""
     random.seed(0)
     for i in range(15):
@@ -157,7 +161,7 @@ def test_names_stand_clear_of_one_another(tmp_path: Path) -> None:
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(9, 4.9), layout="constrained")
         canvas = FigureCanvasAgg(figure)
-        draw_memory(figure, placed(settings(tmp_path)))
+        draw_pareto(figure, models_with_state_bytes(settings(tmp_path)))
     canvas.draw()
     labels = [text for text in figure.axes[0].texts if "mixer" in text.get_text()]
     boxes = [Text.get_window_extent(text, canvas.get_renderer()).shrunk(1, 0.8) for text in labels]  # without the lines
@@ -167,14 +171,14 @@ def test_names_stand_clear_of_one_another(tmp_path: Path) -> None:
     assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 + 1 for box in boxes)
 
 
-def test_a_sweep_of_many_runs_is_told_in_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_summarizes_large_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sweep"
     for lr, width in product((0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4), (8, 16)):
         make(out, {"d_model": width}, lr=lr, valid=lr / 8, test=lr / 8, size=4 * width)
     with pytest.raises(ReportError, match="a sweep that has begun"):
         (tmp_path / "begun").mkdir()
         (tmp_path / "begun" / "results.jsonl").touch()
-        folders_of([tmp_path / "begun"])
+        find_run_folders([tmp_path / "begun"])
     (out / "results.jsonl").touch()
     assert main(["report", str(out), "--out", str(tmp_path / "out.html")]) == 0
     page = (tmp_path / "out.html").read_text()
@@ -193,9 +197,9 @@ def test_hostile_values_on_the_axes_are_escaped(tmp_path: Path) -> None:
     assert any("<script>" in text for text in texts) and "optim.lr" in texts
 
 
-def texts_of(grid: Grid) -> list[str]:
+def texts_of(grid: Heatmap) -> list[str]:
     figure = Figure()
-    draw_grid(figure, grid)
+    draw_heatmap(figure, grid)
     ax = figure.axes[0]
     ticks = [*ax.get_xticklabels(), *ax.get_yticklabels()]
     return [*(text.get_text() for text in [*ax.texts, *ticks]), ax.get_xlabel(), ax.get_title(loc="left")]

@@ -54,7 +54,7 @@ def test_a_shim_that_fails_is_passed_over_for_a_sound_python_further_along(tmp_p
     assert (found.returncode, found.stdout, found.stderr) == (0, f"{sound / 'python3.12'}\n", "")
 
 
-def test_the_oldest_that_will_do_wins_and_a_folder_may_have_spaces(tmp_path: Path):
+def test_oldest_suitable_python_is_selected_and_paths_may_contain_spaces(tmp_path: Path):
     folder = tmp_path / "my programs"
     python_stub(folder / "python3.14", "3.14.0")
     python_stub(folder / "python3.13", "3.13.1")
@@ -74,7 +74,7 @@ def test_pyenv_is_searched_behind_its_shims(tmp_path: Path, named: bool):
     assert find_python(tmp_path, tmp_path / "shims", **env).stdout == f"{inner}\n"
 
 
-def test_uv_is_asked_last_and_makes_up_for_a_missing_ensurepip(tmp_path: Path):
+def test_uv_is_tried_last_and_replaces_ensurepip(tmp_path: Path):
     folder, kept = tmp_path / "bin", tmp_path / "kept" / "python3.12"
     python_stub(kept, "3.12.5", venv="no-venv")
     stub(folder / "uv", f'for last; do :; done; [ "$last" = 3.12 ] && echo {kept}')
@@ -83,7 +83,7 @@ def test_uv_is_asked_last_and_makes_up_for_a_missing_ensurepip(tmp_path: Path):
     assert turned_off.returncode == 1 and "uv: is not installed, or turned off" in turned_off.stderr
 
 
-def test_when_none_will_do_the_error_says_what_was_tried_and_the_remedy(tmp_path: Path):
+def test_error_lists_tried_pythons_and_remedy(tmp_path: Path):
     folder = tmp_path / "bin"
     shim_stub(folder / "python3.12")
     python_stub(folder / "python3.13", "3.13.2", venv="no-venv")
@@ -113,7 +113,7 @@ def test_a_named_python_is_the_only_one_tried(tmp_path: Path):
     assert found.returncode == 1 and f"  {old}: is 3.10.0, too old" in found.stderr.splitlines()
 
 
-def test_a_real_python_answers_the_probe_and_a_venv_gives_its_base(tmp_path: Path):
+def test_probe_reports_base_interpreter_of_venv(tmp_path: Path):
     found = find_python(tmp_path, PYTHON=sys.executable, UV=sys.executable)  # any uv: Debian's may lack ensurepip
     assert found.returncode == 0, found.stderr
     assert os.path.samefile(found.stdout.strip(), sys.executable)

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from recallax.config import ConfigError
-from recallax.layers import AskedTokens, KeyScore, Site, SlidingWindow, SparseGlobalAttention
-from recallax.layers.selection import ranking
-from recallax.pallas_kernels.sparse_global_attention import GlobalHeap, empty_tokens, sparse_global_attention
-from recallax.types import Precision, whole_rows
+from recallax.layers import KeyScore, LayerInfo, QueryDependentSelector, SlidingWindow, SparseGlobalAttention
+from recallax.layers.selection import ranking_loss
+from recallax.pallas_kernels.sparse_global_attention import TopKCache, init_full_cache, sparse_global_attention
+from recallax.types import Precision, unpacked_seq_info
 
 pytestmark = pytest.mark.usefixtures("strict")
 
@@ -40,20 +40,20 @@ def packed() -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(positions), jnp.asarray(segments)
 
 
-def held_tokens(offers: int, asks: bool):
+def retained_tokens(offers: int, asks: bool):
     """What SEEN tokens leave where every token is kept."""
-    before, where = drawn(7, 2, SEEN, offers), whole_rows(2, SEEN)
+    before, where = drawn(7, 2, SEEN, offers), unpacked_seq_info(2, SEEN)
     ask = before.pop("ask") if asks else None
     before.pop("ask", None)
-    empty = empty_tokens(2, SEEN + LENGTH, 2, 8, 6, offers, asks, jnp.float32)
-    at: dict[str, Any] = {"positions": jnp.asarray(where.positions), "segments": jnp.asarray(where.segments)}
-    return sparse_global_attention(**before, ask=ask, **SIZES, **at, state=empty)[1]
+    empty = init_full_cache(2, SEEN + LENGTH, 2, 8, 6, offers, asks, jnp.float32)
+    at: dict[str, Any] = {"positions": jnp.asarray(where.positions), "segments": jnp.asarray(where.segment_ids)}
+    return sparse_global_attention(**before, selection_query=ask, **SIZES, **at, state=empty)[1]
 
 
 @pytest.mark.parametrize("asks", [pytest.param(False, marks=pytest.mark.full), True])
 def test_blocks_equal_the_definition_in_values_and_gradients(asks):
     positions, segments = packed()
-    inputs, state = drawn(1, 2, LENGTH, 3 if asks else 1), held_tokens(3 if asks else 1, asks)
+    inputs, state = drawn(1, 2, LENGTH, 3 if asks else 1), retained_tokens(3 if asks else 1, asks)
     valid = (segments > 0)[..., None, None]
     cotangent = jax.random.normal(jax.random.key(2), (2, LENGTH, 4, 6))
     if not asks:
@@ -79,8 +79,8 @@ def test_the_choice_is_that_of_a_loop():
     inputs = drawn(3, 1, LENGTH)
     inputs.pop("ask")
     values = jnp.broadcast_to(jnp.eye(LENGTH)[None, :, None], (1, LENGTH, 2, LENGTH))
-    seq = whole_rows(1, LENGTH)
-    at: dict[str, Any] = {"positions": jnp.asarray(seq.positions), "segments": jnp.asarray(seq.segments)}
+    seq = unpacked_seq_info(1, LENGTH)
+    at: dict[str, Any] = {"positions": jnp.asarray(seq.positions), "segments": jnp.asarray(seq.segment_ids)}
     weights = jax.jit(lambda inputs: sparse_global_attention(**inputs, **SIZES, **at)[0])(inputs | {"v": values})
     offer = np.asarray(inputs["offer"])[0, :, 0]
     for t in range(LENGTH):
@@ -90,11 +90,11 @@ def test_the_choice_is_that_of_a_loop():
         assert set(np.flatnonzero(np.asarray(weights)[0, t, 0])) == seen
 
 
-BASE = SparseGlobalAttention(window=6, chosen=5, block=4, heads=2)
+BASE = SparseGlobalAttention(window=6, top_k=5, block_size=4, num_heads=2)
 
 
 def build(config, seed: int = 0):
-    mixer = config.build(16, Site(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
+    mixer = config.build(16, LayerInfo(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -102,10 +102,10 @@ def build(config, seed: int = 0):
     return nnx.merge(graph, jax.tree.unflatten(tree, leaves), rest)
 
 
-def test_a_heap_of_constant_size_gives_what_every_token_gives():
-    heap, every = build(BASE), build(replace(BASE, cache="every token"))
+def test_top_k_cache_equals_full_cache():
+    heap, every = build(BASE), build(replace(BASE, cache="full"))
     x, cut = jax.random.normal(jax.random.key(0), (8, 60, 16)), 37
-    seq = jax.tree.map(jnp.asarray, whole_rows(8, 60))
+    seq = jax.tree.map(jnp.asarray, unpacked_seq_info(8, 60))
     first, later = (jax.tree.map(lambda a, p=p: a[:, p], seq) for p in (slice(0, cut), slice(cut, None)))
     outputs, sizes = [], []
     for mixer in (heap, every):
@@ -119,29 +119,31 @@ def test_a_heap_of_constant_size_gives_what_every_token_gives():
     (short, long), (few, many) = sizes
     assert short == long == (6 + 5) * (2 * 16 + 1) * 4 + 5 * 4  # keys, values, offers and numbers
     assert 10 * few == many
-    assert isinstance(heap.init_state(1, 9).held, GlobalHeap)
+    assert isinstance(heap.init_state(1, 9).held, TopKCache)
 
 
 def test_with_nothing_to_choose_it_is_a_sliding_window():
     sparse = build(replace(BASE, window=8))
-    window = SlidingWindow(window=8, heads=2).build(16, Site(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
+    window = SlidingWindow(window=8, num_heads=2).build(16, LayerInfo(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
     window.q, window.k, window.v, window.out = sparse.q, sparse.k, sparse.v, sparse.out
-    x, seq = jax.random.normal(jax.random.key(1), (2, 8, 16)), whole_rows(2, 8)
+    x, seq = jax.random.normal(jax.random.key(1), (2, 8, 16)), unpacked_seq_info(2, 8)
     np.testing.assert_allclose(sparse(x, seq)[0], window(x, seq)[0], atol=1e-6)
 
 
-@pytest.mark.parametrize("selector", [AskedTokens(width=3), KeyScore(hidden=5, sampled=16)])
+@pytest.mark.parametrize(
+    "selector", [QueryDependentSelector(score_dim=3), KeyScore(hidden_size=5, num_sampled_keys=16)]
+)
 def test_selectors_learn_from_attention_or_from_their_ranking_loss_alone(selector):
-    mixer = build(replace(BASE, selector=selector, cache="every token"))
+    mixer = build(replace(BASE, selector=selector, cache="full"))
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
-    x, seq = jax.random.normal(jax.random.key(2), (2, 40, 16)), whole_rows(2, 40)
+    x, seq = jax.random.normal(jax.random.key(2), (2, 40, 16)), unpacked_seq_info(2, 40)
 
     def slopes(pick):
         return jax.jit(jax.grad(lambda p: pick(*nnx.merge(graph, p, rest)(x, seq))))(params)
 
     through = slopes(lambda y, aux: (y**2).sum())
     sizes = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(through["selector"])]
-    assert min(sizes) > 1e-4 if isinstance(selector, AskedTokens) else not any(sizes)
+    assert min(sizes) > 1e-4 if isinstance(selector, QueryDependentSelector) else not any(sizes)
     if isinstance(selector, KeyScore):
         ranked = slopes(lambda y, aux: aux["key_ranking"].total / aux["key_ranking"].weight)
         reached = {jax.tree_util.keystr(p) for p, leaf in jax.tree_util.tree_leaves_with_path(ranked) if leaf.any()}
@@ -150,20 +152,20 @@ def test_selectors_learn_from_attention_or_from_their_ranking_loss_alone(selecto
 
 def test_the_ranking_loss_is_small_for_the_right_order_and_large_for_the_wrong_one():
     q, k = (jax.random.normal(jax.random.key(i), (1, 32, 2, 4)) for i in (0, 1))
-    seq = whole_rows(1, 32)
+    seq = unpacked_seq_info(1, 32)
     later = np.tril(np.ones((32, 32)))
     wanted = np.asarray(jax.nn.sigmoid(jnp.einsum("bthk,bshk->btsh", q, k) / 2)).mean(axis=-1)[0]
     worth = jnp.asarray((wanted * later).sum(axis=0) / later.sum(axis=0))[None]
-    good, bad = (float(m.total / m.weight) for m in (ranking(s * 1e3 * worth, q, k, seq, 32) for s in (1, -1)))
+    good, bad = (float(m.total / m.weight) for m in (ranking_loss(s * 1e3 * worth, q, k, seq, 32) for s in (1, -1)))
     assert good < 0.1 < 1 < bad
-    assert float(ranking(worth, q, k, seq, 32).weight) == 32 * 31 / 2
+    assert float(ranking_loss(worth, q, k, seq, 32).weight) == 32 * 31 / 2
 
 
-def test_documents_off_the_grid_are_refused_with_nan():
+def test_misaligned_documents_return_nan():
     mixer, x = build(BASE), jax.random.normal(jax.random.key(3), (2, 9, 16))
     segments = jnp.asarray([[1] * 9, [1] * 3 + [2] * 6], jnp.int32)
     positions = jnp.asarray([[*range(9)], [*range(3), *range(6)]], jnp.int32)
-    y = mixer(x, whole_rows(2, 9)._replace(segments=segments, positions=positions))[0]
+    y = mixer(x, unpacked_seq_info(2, 9)._replace(segment_ids=segments, positions=positions))[0]
     assert np.isfinite(y[0]).all() and np.isnan(y[1]).all()
 
 
@@ -172,9 +174,9 @@ def test_documents_off_the_grid_are_refused_with_nan():
     [
         ({"block": 7}, "at most the window of 6"),
         ({"chosen": 0}, "chosen is 0"),
-        ({"selector": AskedTokens()}, "AskedTokens may want a token back"),
+        ({"selector": QueryDependentSelector()}, "AskedTokens may want a token back"),
     ],
 )
-def test_choices_that_do_not_fit_are_named(changes, message):
+def test_invalid_configs_are_rejected(changes, message):
     with pytest.raises(ConfigError, match=message):
-        replace(BASE, **changes).build(16, Site(0, 1), precision=Precision(), rngs=nnx.Rngs(0))
+        replace(BASE, **changes).build(16, LayerInfo(0, 1), precision=Precision(), rngs=nnx.Rngs(0))

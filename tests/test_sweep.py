@@ -13,18 +13,18 @@ import pytest
 
 from recallax.__main__ import main
 from recallax.config import ConfigError
-from recallax.train.backend import Backend, Local, accelerators
-from recallax.train.log import cores
-from recallax.train.sweep import further_rates, rows_of, stages_of, sweep
+from recallax.sweep.backends.local import Backend, LocalBackend, visible_gpus
+from recallax.sweep.runner import load_stages, read_results, refine_learning_rates, sweep
+from recallax.train.log import available_cores
 
 FILE = """
 import os
 from dataclasses import replace
 from pathlib import Path
 from recallax.configs import mqar_micro
-from recallax.train.curriculum import After, Curriculum, Stage
-from recallax.train.run import AdamW
-from recallax.train.sweep import Cell, further_rates
+from recallax.train.curriculum.stages import After, Curriculum, Stage
+from recallax.train.run_config import AdamW
+from recallax.sweep.runner import Cell, further_rates
 
 OUT = Path(__file__).parent
 
@@ -68,7 +68,7 @@ def test_every_cell_becomes_a_run_and_a_row(
 ) -> None:
     out = tmp_path / "runs"
     assert main(["sweep", str(file), "--out", str(out), "--workers", "1"]) == 0
-    rows = rows_of(out)
+    rows = read_results(out)
     assert [row["lr"] for row in rows.values()] == [0.01, 0.02, 0.005, 0.0141421]  # the best stood at the edge
     for name, row in rows.items():
         assert row["config"] == name and row["steps"] == 4 and row["stage"] == "grid"
@@ -85,7 +85,7 @@ def test_every_cell_becomes_a_run_and_a_row(
     assert main(["report", *(str(out / name) for name in rows), "--out", str(tmp_path / "report.html")]) == 0
 
 
-def test_what_fails_takes_nothing_with_it_and_is_tried_again(
+def test_failed_cells_are_isolated_and_retried(
     tmp_path: Path, compiled: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A process that is killed at once, as by the system when memory ends."""
@@ -94,10 +94,10 @@ def test_what_fails_takes_nothing_with_it_and_is_tried_again(
     assert main(["sweep", str(file), "--out", str(out), "--workers", "1"]) == 1
     told = capsys.readouterr().out
     assert told.count("lr 0.5: failed") == 2 and "1 failed:" in told
-    assert [row["lr"] for row in rows_of(out).values()] == [0.01]
+    assert [row["lr"] for row in read_results(out).values()] == [0.01]
     (tmp_path / "mended").touch()
     assert main(["sweep", str(file), "--out", str(out), "--workers", "1"]) == 0
-    assert sorted(row["lr"] for row in rows_of(out).values()) == [0.01, 0.5]
+    assert sorted(row["lr"] for row in read_results(out).values()) == [0.01, 0.5]
 
 
 class Interrupting(Backend):
@@ -134,14 +134,14 @@ def test_a_file_without_stages_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match="there is no sweep at"):
-        stages_of(tmp_path / "none.py")
+        load_stages(tmp_path / "none.py")
     (tmp_path / "later_part.py").write_text("CELLS = []")
     (tmp_path / "later.py").write_text(
         "def stage(rows):\n    import later_part\n    return later_part.CELLS\nSTAGES = [stage]"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    assert [stage([]) for stage in stages_of(Path("later.py"))] == [[]], "imported when the stage runs"
+    assert [stage([]) for stage in load_stages(Path("later.py"))] == [[]], "imported when the stage runs"
     (tmp_path / "empty.py").write_text("CELLS = []")
     assert main(["sweep", str(tmp_path / "empty.py")]) == 2
     assert "has no STAGES" in capsys.readouterr().err
@@ -151,7 +151,7 @@ def test_rates_settle_around_the_best() -> None:
     """Of an accuracy with its best at 3e-3, from a grid that does not hold it."""
     found = {rate: -abs(math.log(rate / 3e-3)) for rate in (1e-2, 2e-2, 4e-2)}
     for _ in range(10):
-        wanted = further_rates(found)
+        wanted = refine_learning_rates(found)
         if not wanted:
             break
         assert not set(wanted) & found.keys()
@@ -159,26 +159,26 @@ def test_rates_settle_around_the_best() -> None:
     best = max(found, key=lambda rate: found[rate])
     assert not wanted and abs(math.log(best / 3e-3)) < math.log(2) / 2 and len(found) <= 10
     with pytest.raises(ValueError, match="begin with a grid"):
-        further_rates({})
+        refine_learning_rates({})
 
 
 def test_cores_and_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert accelerators() == ["2", "5"] and Local().workers == 2
+    assert visible_gpus() == ["2", "5"] and LocalBackend().workers == 2
     with pytest.raises(ConfigError, match="2 accelerators"):
-        Local(3)
-    backend, log = Local(1), tmp_path / "log"
+        LocalBackend(3)
+    backend, log = LocalBackend(1), tmp_path / "log"
     assert backend.execute(["sh", "-c", "echo $CUDA_VISIBLE_DEVICES; exit 3"], log) == 3
     assert log.read_text() == "2\n"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert accelerators() == [] and Local(1).workers == 1 and Local().workers == cores()
+    assert visible_gpus() == [] and LocalBackend(1).workers == 1 and LocalBackend().workers == available_cores()
     for workers in (0, -1):
         with pytest.raises(ConfigError, match=f"workers is {workers}; it must be at least 1"):
-            Local(workers)
+            LocalBackend(workers)
 
 
 def test_nothing_starts_after_a_stop(tmp_path: Path) -> None:
-    backend, log = Local(1), tmp_path / "log"
+    backend, log = LocalBackend(1), tmp_path / "log"
     with ThreadPoolExecutor(1) as pool:
         status = pool.submit(backend.execute, ["sh", "-c", "echo begun; exec sleep 60"], log)
         while not (log.exists() and log.read_text()):

@@ -13,63 +13,81 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.window_reach.sweep import reach
+from experiments.window_reach.sweep import fraction_within_window
 from recallax import tasks
 from recallax.config import Config, ConfigError, from_json, to_json
-from recallax.tasks import MQAR, SPLITS, Segment, Split, Task, Writes
-from recallax.tasks.base import commonest_token
-from recallax.tasks.distinct import distinct, first_occurrence
-from recallax.tasks.masked_prefix import loss_weights
-from recallax.tasks.mqar import slot_order
-from recallax.tasks.reread import Filling, reread
-from recallax.tasks.state_tracking import products
-from recallax.tasks.transform import Transform
-from recallax.types import Batch, check
+from recallax.tasks import MQAR, SPLITS, MixtureSlice, OverwriteSlice, Split, Task
+from recallax.tasks.base import most_frequent_token_accuracy
+from recallax.tasks.masked_prefix import masked_prefix_loss_weights
+from recallax.tasks.mqar import sample_query_slots
+from recallax.tasks.random_ids import first_occurrence, sample_without_replacement
+from recallax.tasks.repeated_context import FillStrategy, repeat_batch_context
+from recallax.tasks.state_tracking import cayley_table
+from recallax.tasks.task_transform import TaskTransform
+from recallax.types import Batch, check_shapes
 
 GOLDEN = Path(__file__).parent / "golden" / "tasks.json"
-MIX = (Segment(length=32, pairs=2, rows=3), Segment(length=32, pairs=6), Segment(length=48, pairs=4))
+MQAR_MIXTURE = (
+    MixtureSlice(length=32, num_kv_pairs=2, num_examples=3),
+    MixtureSlice(length=32, num_kv_pairs=6),
+    MixtureSlice(length=48, num_kv_pairs=4),
+)
 
 CASES: dict[str, Task] = {
-    "mqar": MQAR(vocab_size=64, mixture=MIX, test_mixture=(*MIX[1:], Segment(length=64, pairs=16))),
-    "mqar_zoology": MQAR.single(length=32, pairs=4, vocab_size=64, filler="zoology"),
-    "mqar_zero": MQAR.single(length=32, pairs=8, vocab_size=64, filler="zero", test=((32, 8), (64, 8))),
-    "mqar_twice": MQAR(vocab_size=64, mixture=MIX[:1], test_mixture=(Segment(length=36, pairs=6),), passes=2),
-    "mqar_full_vocabulary": MQAR.single(length=32, pairs=7, vocab_size=16),
+    "mqar": MQAR(
+        vocab_size=64, mixture=MQAR_MIXTURE, test_mixture=(*MQAR_MIXTURE[1:], MixtureSlice(length=64, num_kv_pairs=16))
+    ),
+    "mqar_zoology": MQAR.single(length=32, num_kv_pairs=4, vocab_size=64, filler="zoology"),
+    "mqar_zero": MQAR.single(length=32, num_kv_pairs=8, vocab_size=64, filler="zero", test_slices=((32, 8), (64, 8))),
+    "mqar_twice": MQAR(
+        vocab_size=64, mixture=MQAR_MIXTURE[:1], test_mixture=(MixtureSlice(length=36, num_kv_pairs=6),), num_passes=2
+    ),
+    "mqar_full_vocabulary": MQAR.single(length=32, num_kv_pairs=7, vocab_size=16),
     "overwrites": tasks.OverwriteRecall(
         vocab_size=40,
-        noise_vocab=8,
-        mixture=(Writes(length=48, keys=4, writes=4, rows=2), Writes(length=48, keys=3, writes=8)),
-        test_mixture=(Writes(length=48, keys=3, writes=8), Writes(length=96, keys=6, writes=42)),
+        noise_vocab_size=8,
+        mixture=(
+            OverwriteSlice(length=48, num_keys=4, num_writes=4, num_examples=2),
+            OverwriteSlice(length=48, num_keys=3, num_writes=8),
+        ),
+        test_mixture=(
+            OverwriteSlice(length=48, num_keys=3, num_writes=8),
+            OverwriteSlice(length=96, num_keys=6, num_writes=42),
+        ),
     ),
-    "overwrites_full_vocabulary": tasks.OverwriteRecall.stretched(
-        length=24, keys=4, writes=5, times=(1, 2), vocab_size=9, noise_vocab=1
+    "overwrites_full_vocabulary": tasks.OverwriteRecall.length_extrapolation(
+        length=24, num_keys=4, num_writes=5, length_factors=(1, 2), vocab_size=9, noise_vocab_size=1
     ),
     "in_context_recall": tasks.InContextRecall(length=32),
-    "noisy_recall": tasks.NoisyRecall(length=32, noise=0.6),
+    "noisy_recall": tasks.NoisyRecall(length=32, frac_noise=0.6),
     "fuzzy_recall": tasks.FuzzyRecall(length=48, vocab_size=12),
-    "selective_copying": tasks.SelectiveCopying(length=40, content=8),
+    "selective_copying": tasks.SelectiveCopying(length=40, num_tokens_to_copy=8),
     "compression": tasks.Compression(),
     "memorization": tasks.Memorization(length=16),
     "copying": tasks.Copying(train_lengths=(8, 16), test_lengths=(12, 30)),
     "induction": tasks.InductionHeads(length=64, test_lengths=(32, 64, 128)),
-    "key_retrieval": tasks.KeyRetrieval(train=((32, 2), (48, 4)), asked=2, test=((48, 1), (48, 4), (96, 4))),
-    "set_disjointness": tasks.SetDisjointness(vocab_size=64, pairs=((2, 8), (4, 4)), test_pairs=((2, 8), (4, 20))),
+    "key_retrieval": tasks.KeyRetrieval(
+        train_slices=((32, 2), (48, 4)), queries_per_fact=2, test_slices=((48, 1), (48, 4), (96, 4))
+    ),
+    "set_disjointness": tasks.SetDisjointness(
+        vocab_size=64, set_sizes=((2, 8), (4, 4)), test_set_sizes=((2, 8), (4, 20))
+    ),
     **{
         f"state_tracking_{g}": tasks.StateTracking(group=g, length=40, test_lengths=(40, 64))
         for g in ("parity", "S3", "A5", "Z60", "S5")
     },
 }
-CASES["text"] = tasks.Text(length=48, ngram=4, frequent=200)
+CASES["text"] = tasks.Text(length=48, ngram_size=4, max_ngram_count=200)
 CASES["set_disjointness_long_first"] = tasks.SetDisjointness(
-    vocab_size=64, pairs=((4, 8),), test_pairs=((3, 9),), order="long_first"
+    vocab_size=64, set_sizes=((4, 8),), test_set_sizes=((3, 9),), order="long_first"
 )
 CASES |= {
-    "repeated_mqar": tasks.Repeated(task=CASES["mqar"], times=3),
-    "repeated_sets": tasks.Repeated(task=CASES["set_disjointness"]),
-    "filled_mqar": tasks.Filled(task=CASES["mqar"], to=10, way="iterate"),
-    "filled_sets": tasks.Filled(task=CASES["set_disjointness"], to=23, way="twice"),
+    "repeated_mqar": tasks.JRTPrompt(task=CASES["mqar"], num_repeats=3),
+    "repeated_sets": tasks.JRTPrompt(task=CASES["set_disjointness"]),
+    "filled_mqar": tasks.PrefixFill(task=CASES["mqar"], prefix_length=10, strategy="iterate"),
+    "filled_sets": tasks.PrefixFill(task=CASES["set_disjointness"], prefix_length=23, strategy="twice"),
     "masked_mqar": tasks.MaskedPrefix(task=CASES["mqar"]),
-    "masked_recall": tasks.MaskedPrefix(task=CASES["in_context_recall"], prefix=12, mask_id=1),
+    "masked_recall": tasks.MaskedPrefix(task=CASES["in_context_recall"], prefix_length=12, mask_token_id=1),
 }
 ALL = pytest.mark.parametrize("task", [pytest.param(task, id=name) for name, task in CASES.items()])
 
@@ -114,8 +132,8 @@ def test_no_array_of_a_batch_aliases_another(task):
 @pytest.mark.parametrize("split", SPLITS)
 def test_shapes_dtypes_and_ranges(task, split):
     for batch in batches(task, split):
-        check(batch)
-        check(batch.seq)
+        check_shapes(batch)
+        check_shapes(batch.seq)
         assert [a.dtype.name for a in batch[:-1]] == ["int32", "int32", "float32", "int32", "int32"]
         assert [a.dtype.name for a in batch.seq[:-1]] == ["int32", "int32", "bool"]
         assert batch.tokens.shape[0] == 6 and batch.tokens.shape[1] in task.lengths(split)
@@ -130,7 +148,7 @@ def test_shapes_dtypes_and_ranges(task, split):
 @pytest.mark.parametrize("split", SPLITS)
 def test_padding_stands_on_the_right_and_weighs_nothing(task, split):
     for batch in batches(task, split):
-        segments, positions = batch.seq.segments, batch.seq.positions
+        segments, positions = batch.seq.segment_ids, batch.seq.positions
         real = segments > 0
         assert np.all(np.diff(real.astype(int), axis=1) <= 0) and np.all(segments[:, 0] == 1)
         assert not np.any(batch.weights[~real])
@@ -151,11 +169,11 @@ def test_the_prefix_is_what_stands_before_all_questions(task, split):
         length, prefix = batch.tokens.shape[1], batch.seq.prefix
         found = prefix.sum(axis=1)
         assert np.array_equal(prefix, np.arange(length) < found[:, None])
-        assert not np.any(prefix & (batch.seq.segments == 0))
+        assert not np.any(prefix & (batch.seq.segment_ids == 0))
         assert not np.any(batch.weights[prefix & (batch.term == 0)])
         sizes.setdefault(length, set()).update(found.tolist())
     for length, found in sizes.items():
-        assert sorted(found) == list(task.prefixes(split, length))
+        assert sorted(found) == list(task.prefix_lengths(split, length))
 
 
 @ALL
@@ -178,13 +196,13 @@ def test_every_length_and_group_occurs_and_targets_stay_within_their_bound(task,
         groups |= set(batch.group[labelled].tolist())
     assert sorted(most) == list(task.lengths(split)) == sorted(set(task.lengths(split)))
     recalls = tasks.InContextRecall | tasks.NoisyRecall | tasks.FuzzyRecall
-    recall = isinstance(task.task if isinstance(task, Transform) else task, recalls)
+    recall = isinstance(task.task if isinstance(task, TaskTransform) else task, recalls)
     for length, count in most.items():
         bound = task.max_targets(split, length)
         # A recall row with every answer labelled repeats one key throughout: legal, and too rare to be seen.
         # Of transformed rows, those that come out equally long may have had different lengths.
         # Text has one label less than its bound: logits at every place cost less than picking all but one.
-        assert count <= bound if recall or isinstance(task, Transform | tasks.Text) else count == bound
+        assert count <= bound if recall or isinstance(task, TaskTransform | tasks.Text) else count == bound
     if split == "test" and not recall:
         trained = {int(g) for b in batches(task, "train", count=40) for g in np.unique(b.group[b.weights > 0])}
         assert groups | trained == set(range(len(task.groups)))
@@ -213,7 +231,7 @@ def test_no_shortcut_beats_chance(task):
         scores["constant"].append(accuracy(np.full_like(batch.targets, constant), batch))
         scores["token before"].append(accuracy(np.roll(batch.tokens, 1, axis=1), batch))
         scores["commonest token"].append(accuracy(np.broadcast_to(commonest, batch.targets.shape), batch))
-    if isinstance(task.task if isinstance(task, Transform) else task, tasks.SetDisjointness):
+    if isinstance(task.task if isinstance(task, TaskTransform) else task, tasks.SetDisjointness):
         assert np.mean(scores.pop("commonest token")) == 1.0  # the shared token is the one that stands twice
     assert 0 < task.chance() < 1
     for name, found in scores.items():
@@ -233,10 +251,10 @@ def test_commonest_token_scores_its_largest_share(task, answers, values):
 
 
 def test_chance_of_mqar_and_set_disjointness():
-    assert MQAR.single(length=64, pairs=4, test=((64, 4), (64, 8))).chance() == pytest.approx(3 / 16)
-    assert tasks.SetDisjointness(test_pairs=((1, 4), (4, 8))).chance() == pytest.approx(5 / 8)
+    assert MQAR.single(length=64, num_kv_pairs=4, test_slices=((64, 4), (64, 8))).chance() == pytest.approx(3 / 16)
+    assert tasks.SetDisjointness(test_set_sizes=((1, 4), (4, 8))).chance() == pytest.approx(5 / 8)
     task = CASES["mqar_zero"]
-    assert commonest_token(task, task.vocab_size // 2, task.vocab_size - 1) == pytest.approx(task.chance())
+    assert most_frequent_token_accuracy(task, task.vocab_size // 2, task.vocab_size - 1) == pytest.approx(task.chance())
 
 
 @ALL
@@ -260,7 +278,7 @@ def test_golden_rows():
         f"{name}.{split}": {k: getattr(batch, k)[0].tolist() for k in ("tokens", "targets", "group")}
         | {"labelled": np.flatnonzero(batch.weights[0]).tolist()}
         for name, task in CASES.items()
-        if not isinstance(task, Transform)
+        if not isinstance(task, TaskTransform)
         for split in ("train", "test")
         for batch in [task.batch(0, split, 0, 2)]
     }
@@ -276,22 +294,22 @@ def test_golden_rows():
 # ---- errors
 
 REFUSED = [
-    (lambda: MQAR.single(length=32, pairs=9), r"length 32 cannot hold 9 pairs.*36"),
-    (lambda: MQAR(mixture=(Segment(length=64, pairs=16),), passes=2), r"read 2 times.*96"),
-    (lambda: MQAR.single(length=33, pairs=4), "even length"),
-    (lambda: MQAR.single(length=32, pairs=0), "pairs >= 1"),
-    (lambda: MQAR.single(length=32, pairs=8, vocab_size=17), "vocab_size must be at least 18"),
+    (lambda: MQAR.single(length=32, num_kv_pairs=9), r"length 32 cannot hold 9 pairs.*36"),
+    (lambda: MQAR(mixture=(MixtureSlice(length=64, num_kv_pairs=16),), num_passes=2), r"read 2 times.*96"),
+    (lambda: MQAR.single(length=33, num_kv_pairs=4), "even length"),
+    (lambda: MQAR.single(length=32, num_kv_pairs=0), "pairs >= 1"),
+    (lambda: MQAR.single(length=32, num_kv_pairs=8, vocab_size=17), "vocab_size must be at least 18"),
     (lambda: MQAR(mixture=()), "at least one segment"),
-    (lambda: MQAR(mixture=(Segment(length=32, pairs=2, rows=0),)), "rows >= 1"),
-    (lambda: MQAR(power=0.0), "above 0"),
-    (lambda: MQAR(passes=0), "at least 1"),
+    (lambda: MQAR(mixture=(MixtureSlice(length=32, num_kv_pairs=2, num_examples=0),)), "rows >= 1"),
+    (lambda: MQAR(power_a=0.0), "above 0"),
+    (lambda: MQAR(num_passes=0), "at least 1"),
     (lambda: CASES["mqar"].max_targets("train", 64), r"does not occur in train.*\(32, 48\)"),
-    (lambda: tasks.SetDisjointness(pairs=((8, 4),)), "short <= long"),
-    (lambda: tasks.SetDisjointness(pairs=()), "at least one"),
+    (lambda: tasks.SetDisjointness(set_sizes=((8, 4),)), "short <= long"),
+    (lambda: tasks.SetDisjointness(set_sizes=()), "at least one"),
     (lambda: tasks.SetDisjointness(vocab_size=64), "at least 83"),
     (lambda: tasks.InContextRecall(length=31), "even"),
     (lambda: tasks.InContextRecall(vocab_size=1), "at least 2"),
-    (lambda: tasks.NoisyRecall(noise=1.0), r"\[0, 1\)"),
+    (lambda: tasks.NoisyRecall(frac_noise=1.0), r"\[0, 1\)"),
     (lambda: tasks.NoisyRecall(vocab_size=16), "0 ids"),
     (lambda: tasks.FuzzyRecall(length=11), "12"),
     (lambda: tasks.FuzzyRecall(vocab_size=6), "at least 7"),
@@ -301,25 +319,33 @@ REFUSED = [
     (lambda: tasks.Copying(train_lengths=(5, 4)), "shortest, longest"),
     (lambda: tasks.InductionHeads(test_lengths=(2,)), "at least 3"),
     (lambda: tasks.StateTracking(test_lengths=()), "test length"),
-    (lambda: tasks.OverwriteRecall.stretched(length=32, keys=4, writes=13), r"hold 13 writes and 4 queries.*34"),
-    (lambda: tasks.OverwriteRecall.stretched(length=32, keys=4, writes=3), "writes >= keys"),
-    (lambda: tasks.OverwriteRecall.stretched(length=32, keys=1, writes=3), "keys >= 2"),
-    (lambda: tasks.OverwriteRecall.stretched(length=32, keys=4, writes=5, vocab_size=15, noise_vocab=8), "least 16"),
-    (lambda: tasks.OverwriteRecall(noise_vocab=0), "at least 1"),
+    (
+        lambda: tasks.OverwriteRecall.length_extrapolation(length=32, num_keys=4, num_writes=13),
+        r"hold 13 writes and 4 queries.*34",
+    ),
+    (lambda: tasks.OverwriteRecall.length_extrapolation(length=32, num_keys=4, num_writes=3), "writes >= keys"),
+    (lambda: tasks.OverwriteRecall.length_extrapolation(length=32, num_keys=1, num_writes=3), "keys >= 2"),
+    (
+        lambda: tasks.OverwriteRecall.length_extrapolation(
+            length=32, num_keys=4, num_writes=5, vocab_size=15, noise_vocab_size=8
+        ),
+        "least 16",
+    ),
+    (lambda: tasks.OverwriteRecall(noise_vocab_size=0), "at least 1"),
     (lambda: tasks.OverwriteRecall(mixture=()), "hold a slice"),
     (lambda: CASES["overwrites"].max_targets("train", 96), r"does not occur in train.*\(48,\)"),
-    (lambda: tasks.KeyRetrieval(train=((87, 8),)), "at least 88"),
-    (lambda: tasks.KeyRetrieval(test=((39, 8),)), "at least 40"),
-    (lambda: tasks.KeyRetrieval(asked=0), "at least 1"),
-    (lambda: tasks.KeyRetrieval(names=4), "1 to 4"),
-    (lambda: tasks.KeyRetrieval(test=()), "at least one"),
-    (lambda: tasks.KeyRetrieval(words=1), "at least 2"),
-    (lambda: distinct(np.random.default_rng(0), 2, 5, 4), "cannot draw 5"),
+    (lambda: tasks.KeyRetrieval(train_slices=((87, 8),)), "at least 88"),
+    (lambda: tasks.KeyRetrieval(test_slices=((39, 8),)), "at least 40"),
+    (lambda: tasks.KeyRetrieval(queries_per_fact=0), "at least 1"),
+    (lambda: tasks.KeyRetrieval(num_names=4), "1 to 4"),
+    (lambda: tasks.KeyRetrieval(test_slices=()), "at least one"),
+    (lambda: tasks.KeyRetrieval(num_words=1), "at least 2"),
+    (lambda: sample_without_replacement(np.random.default_rng(0), 2, 5, 4), "cannot draw 5"),
 ]
 
 
 @pytest.mark.parametrize(("make", "message"), REFUSED)
-def test_what_cannot_be_built_says_why(make, message):
+def test_invalid_task_configs_are_rejected(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
@@ -336,7 +362,7 @@ def test_unknown_choices_are_refused(cls, field, value):
 
 def test_config_errors_are_config_errors():
     with pytest.raises(ConfigError):
-        MQAR.single(length=32, pairs=9)
+        MQAR.single(length=32, num_kv_pairs=9)
     assert issubclass(Task, Config)
 
 
@@ -346,7 +372,7 @@ def test_config_errors_are_config_errors():
 @pytest.mark.parametrize(("count", "pool"), [(2, 3), (2, 9), (3, 16)])  # by permutation, and by redrawing
 def test_distinct_draws_are_uniform_over_ordered_tuples(count, pool):
     rows = 40_000
-    drawn = distinct(np.random.default_rng(0), rows, count, pool)
+    drawn = sample_without_replacement(np.random.default_rng(0), rows, count, pool)
     tuples = list(itertools.permutations(range(pool), count))
     seen = Counter(map(tuple, drawn.tolist()))
     assert set(seen) == set(tuples)
@@ -367,7 +393,7 @@ def test_first_occurrence():
 def test_slots_follow_the_power_law_without_replacement(power):
     """The first two draws against their analytic distribution: p(i) p(j) / (1 - p(i))."""
     slots, rows = 6, 60_000
-    drawn = slot_order(np.random.default_rng(0), rows, 2, slots, power)
+    drawn = sample_query_slots(np.random.default_rng(0), rows, 2, slots, power)
     p = np.arange(1, slots + 1) ** (power - 1)
     p /= p.sum()
     analytic = np.outer(p, p) / (1 - p)[:, None]
@@ -380,7 +406,7 @@ def test_slots_follow_the_power_law_without_replacement(power):
 
 
 def test_full_rows_use_every_slot_in_power_law_order():
-    batch = MQAR.single(length=16, pairs=4, vocab_size=32).batch(0, "train", 0, 4000)
+    batch = MQAR.single(length=16, num_kv_pairs=4, vocab_size=32).batch(0, "train", 0, 4000)
     keys, queries = batch.tokens[:, 0:8:2], batch.tokens[:, 8::2]
     assert np.array_equal(np.sort(keys, axis=1), np.sort(queries, axis=1))
     # Order is aligned with the context: the first key takes the first slot with p(1) = 1 / (1 + 1/2 + 1/3 + 1/4).
@@ -392,8 +418,8 @@ def test_full_rows_use_every_slot_in_power_law_order():
 @pytest.mark.parametrize("passes", [1, 2])
 def test_mqar_rows_are_what_the_definition_says(filler, passes):
     pairs, length, vocab = 6, 48, 64
-    segment = Segment(length=length, pairs=pairs)
-    task = MQAR(vocab_size=vocab, mixture=(segment,), test_mixture=(segment,), filler=filler, passes=passes)
+    segment = MixtureSlice(length=length, num_kv_pairs=pairs)
+    task = MQAR(vocab_size=vocab, mixture=(segment,), test_mixture=(segment,), filler=filler, num_passes=passes)
     batch = task.batch(0, "train", 0, 64)
     start = 2 * pairs * passes
     for tokens, targets, weights in zip(batch.tokens, batch.targets, batch.weights, strict=True):
@@ -416,7 +442,7 @@ def test_mqar_rows_are_what_the_definition_says(filler, passes):
 
 def test_disjoint_filler_is_uniform_over_the_other_ids():
     pairs, vocab = 3, 12
-    batch = MQAR.single(length=256, pairs=pairs, vocab_size=vocab).batch(0, "train", 0, 400)
+    batch = MQAR.single(length=256, num_kv_pairs=pairs, vocab_size=vocab).batch(0, "train", 0, 400)
     asked = batch.weights > 0
     share = np.zeros(vocab)
     for tokens, ask in zip(batch.tokens, asked, strict=True):
@@ -444,7 +470,9 @@ def test_only_the_published_filler_misleads_an_induction_head():
     length, pairs, vocab = 64, 4, 64
     score, collided = {}, 0.0
     for filler in ("disjoint", "zero", "zoology"):
-        batch = MQAR.single(length=length, pairs=pairs, vocab_size=vocab, filler=filler).batch(0, "test", 0, 2000)
+        batch = MQAR.single(length=length, num_kv_pairs=pairs, vocab_size=vocab, filler=filler).batch(
+            0, "test", 0, 2000
+        )
         score[filler] = accuracy(nearest_pair(np.asarray(batch.tokens)), batch)
         if filler == "zoology":
             collided = np.mean([any(np.isin(r[8:][w[8:] == 0], r[0:8:2])) for r, w in zip(*batch[0:3:2], strict=True)])
@@ -513,7 +541,9 @@ def test_overwrite_rows_are_what_the_definition_says():
 
 
 def test_overwrites_are_spread_over_keys_values_and_places():
-    task = tasks.OverwriteRecall.stretched(length=40, keys=4, writes=8, vocab_size=24, noise_vocab=8)
+    task = tasks.OverwriteRecall.length_extrapolation(
+        length=40, num_keys=4, num_writes=8, vocab_size=24, noise_vocab_size=8
+    )
     tokens = task.batch(0, "train", 0, 4000).tokens[:, :32]
     is_key, is_value = tokens < 8, (tokens >= 8) & (tokens < 16)
     assert np.allclose(np.bincount(tokens[is_key], minlength=8) / 32_000, 1 / 8, atol=0.01)
@@ -530,7 +560,7 @@ def test_overwrites_are_spread_over_keys_values_and_places():
     assert share == pytest.approx([81 / 256, 108 / 256, 67 / 256], abs=0.015)
 
 
-def test_a_value_that_was_overwritten_is_no_answer():
+def test_overwritten_values_are_not_targets():
     task = CASES["overwrites"]
     score: dict[str, list[bool]] = {"once": [], "twice": [], "more": []}
     for batch in batches(task, "test", count=8, size=40):
@@ -550,17 +580,17 @@ def test_a_value_that_was_overwritten_is_no_answer():
 def test_recall_trains_on_next_tokens_and_tests_on_answers(name):
     task = CASES[name]
     train = task.batch(0, "train", 0, 16)
-    real = train.seq.segments == 1
+    real = train.seq.segment_ids == 1
     assert np.array_equal(train.weights[:, :-1] > 0, real[:, 1:]) and not train.weights[:, -1].any()
     assert np.array_equal(train.targets[:, :-1][real[:, 1:]], train.tokens[:, 1:][real[:, 1:]])
     test = task.batch(0, "test", 0, 16)
     assert 0 < (test.weights > 0).sum() < 0.6 * (train.weights > 0).sum()
     # The last answer is the last real token of the row.
-    last = test.seq.segments.sum(axis=1) - 2
+    last = test.seq.segment_ids.sum(axis=1) - 2
     assert np.all(test.weights[np.arange(16), last] == 1)
 
 
-def test_recall_asks_at_each_repeat_and_nowhere_else():
+def test_mad_recall_targets_are_repeated_keys():
     for name in ("in_context_recall", "noisy_recall"):
         for batch in batches(CASES[name], "test"):
             for row, weights in zip(batch.tokens.tolist(), batch.weights, strict=True):
@@ -570,24 +600,24 @@ def test_recall_asks_at_each_repeat_and_nowhere_else():
 
 
 def test_noise_rate_and_ids():
-    task = tasks.NoisyRecall(length=256, noise=0.4)
+    task = tasks.NoisyRecall(length=256, frac_noise=0.4)
     tokens = task.batch(0, "train", 0, 100).tokens.reshape(100, -1, 2)
     noisy = tokens >= 16
     assert np.array_equal(noisy[..., 0], noisy[..., 1]) and tokens[noisy].max() == 31
     assert noisy.mean() == pytest.approx(0.4 * 126.6 / 128, abs=0.02)
 
 
-def test_noise_spares_a_pair_to_ask_for():
-    tokens = tasks.NoisyRecall(length=6, noise=0.99).batch(0, "test", 0, 200).tokens
+def test_noise_keeps_at_least_one_pair():
+    tokens = tasks.NoisyRecall(length=6, frac_noise=0.99).batch(0, "test", 0, 200).tokens
     assert np.all((tokens[:, :4] < 16).any(axis=1)) and (tokens[:, :4] < 16).all(axis=1).mean() < 0.1
 
 
-def test_fuzzy_keys_are_full_width_where_they_are_asked():
+def test_fuzzy_recall_test_keys_have_full_width():
     task = tasks.FuzzyRecall()
     widths: dict[Split, Counter] = {"train": Counter(), "test": Counter()}
     for split, count in widths.items():
         for batch in batches(task, split):
-            for row, real in zip(batch.tokens, batch.seq.segments, strict=True):
+            for row, real in zip(batch.tokens, batch.seq.segment_ids, strict=True):
                 runs = [
                     (is_key, list(run)) for is_key, run in itertools.groupby(row[real == 1].tolist(), lambda x: x < 7)
                 ]
@@ -603,7 +633,7 @@ def test_fuzzy_keys_are_full_width_where_they_are_asked():
 
 
 def test_selective_copying_puts_blanks_in_every_gap():
-    task = tasks.SelectiveCopying(length=64, content=8)
+    task = tasks.SelectiveCopying(length=64, num_tokens_to_copy=8)
     tokens = task.batch(0, "train", 0, 500).tokens
     body, tail = tokens[:, :55], tokens[:, 55:]
     assert np.all(tail[:, 0] == 15) and np.all(tail[:, 1:] == 14)
@@ -623,13 +653,13 @@ def test_memorization_table_is_one_to_one_and_the_tasks_own():
 # ---- the others
 
 
-def test_facts_stand_anywhere_and_are_asked_once_in_any_order():
-    task = tasks.KeyRetrieval(train=((30, 2),), asked=1)
+def test_key_retrieval_facts_and_queries():
+    task = tasks.KeyRetrieval(train_slices=((30, 2),), queries_per_fact=1)
     places, orders = Counter(), Counter()
     for row, targets, weights in zip(*task.batch(0, "train", 0, 4000)[:3], strict=True):
-        facts = np.flatnonzero(row == task.words + task.names)
+        facts = np.flatnonzero(row == task.num_words + task.num_names)
         known = {row[i + 1]: row[i + 2] for i in facts}
-        asked = np.flatnonzero(row == task.words + task.names + 1) + 1
+        asked = np.flatnonzero(row == task.num_words + task.num_names + 1) + 1
         assert len(known) == 2 and facts[1] - facts[0] >= 3 and asked.tolist() == [27, 29]
         assert np.flatnonzero(weights).tolist() == asked.tolist() and row[asked].tolist() != [row[asked[0]]] * 2
         assert [known[name] for name in row[asked]] == targets[asked].tolist()
@@ -640,7 +670,7 @@ def test_facts_stand_anywhere_and_are_asked_once_in_any_order():
 
 
 def test_set_disjointness_shares_one_token_and_balances_orders():
-    task = tasks.SetDisjointness(vocab_size=64, pairs=((3, 9),), test_pairs=((3, 9), (4, 4)))
+    task = tasks.SetDisjointness(vocab_size=64, set_sizes=((3, 9),), test_set_sizes=((3, 9), (4, 4)))
     place, orders = Counter(), Counter()
     for batch in batches(task, "test", count=8, size=101):
         for row, target, group in zip(batch.tokens.tolist(), batch.targets[:, -1], batch.group[:, -1], strict=True):
@@ -664,9 +694,9 @@ def test_copying_mixes_lengths_in_train_only():
     task = tasks.Copying()
     train = task.batch(0, "train", 0, 400)
     n = (train.weights > 0).sum(axis=1) - 1
-    assert np.array_equal(train.seq.segments.sum(axis=1), 2 * n + 2)
+    assert np.array_equal(train.seq.segment_ids.sum(axis=1), 2 * n + 2)
     assert set(n.tolist()) == set(range(5, 21)) and np.allclose(train.weights.sum(axis=1), 1)
-    assert [set(b.seq.segments.sum(axis=1).tolist()) for b in batches(task, "test", 4)] == [{42}, {82}, {162}, {322}]
+    assert [set(b.seq.segment_ids.sum(axis=1).tolist()) for b in batches(task, "test", 4)] == [{42}, {82}, {162}, {322}]
 
 
 def test_the_induction_cue_stands_anywhere_before_the_answer():
@@ -678,7 +708,7 @@ def test_the_induction_cue_stands_anywhere_before_the_answer():
 
 @pytest.mark.parametrize(("group", "size", "abelian"), [("S3", 6, False), ("A5", 60, False), ("Z60", 60, True)])
 def test_state_tracking_groups_are_groups(group, size, abelian):
-    table = products(group)
+    table = cayley_table(group)
     everything = set(range(size))
     assert all(set(row) == everything for row in table.tolist()) and all(set(c) == everything for c in table.T.tolist())
     assert np.array_equal(table[0], np.arange(size)) and np.array_equal(table[:, 0], np.arange(size))
@@ -694,7 +724,7 @@ def test_state_tracking_groups_are_ranges_of_positions():
 
 def test_state_tracking_products_by_hand():
     """S3 in lexicographic order: 1 swaps points 1 and 2, 2 swaps 0 and 1. First 1, then 2, sends 0 to 1 to 2 to 0."""
-    assert products("S3")[1, 2] == 3 and products("S3")[2, 1] == 4
+    assert cayley_table("S3")[1, 2] == 3 and cayley_table("S3")[2, 1] == 4
     parity = tasks.StateTracking(group="parity").batch(0, "train", 0, 8)
     assert np.array_equal(parity.targets, np.cumsum(parity.tokens, axis=1) % 2)
     cyclic = tasks.StateTracking(group="Z60").batch(0, "train", 0, 8)
@@ -704,14 +734,14 @@ def test_state_tracking_products_by_hand():
 # ---- transforms
 
 
-def test_the_context_is_read_again_and_all_else_stays():
+def test_jrt_prompt_repeats_only_the_context():
     """A row with context `a b c`, by number of tokens to read."""
-    task = tasks.Copying(alphabet=4, train_lengths=(2, 2), test_lengths=(2,))
+    task = tasks.Copying(alphabet_size=4, train_lengths=(2, 2), test_lengths=(2,))
     batch = task.batch(0, "test", 0, 1)
     a, b, c = batch.tokens[0, :3].tolist()
     rest = batch.tokens[0, 3:].tolist()
     for wanted, context in ((3, [a, b, c]), (6, [a, b, c] * 2), (5, [b, c, a, b, c]), (7, [c, *[a, b, c] * 2])):
-        long = reread(batch, np.array([wanted]))
+        long = repeat_batch_context(batch, np.array([wanted]))
         assert long.tokens[0].tolist() == context + rest
         assert long.seq.prefix[0].tolist() == [True] * wanted + [False] * len(rest)
         assert long.seq.positions[0].tolist() == list(range(wanted + len(rest)))
@@ -720,29 +750,29 @@ def test_the_context_is_read_again_and_all_else_stays():
 
 
 def test_rows_of_different_contexts_are_padded_to_one_length():
-    task = tasks.Repeated(task=tasks.Copying(train_lengths=(2, 9), test_lengths=(4,)), times=3)
+    task = tasks.JRTPrompt(task=tasks.Copying(train_lengths=(2, 9), test_lengths=(4,)), num_repeats=3)
     batch = task.batch(0, "train", 0, 16)
     sizes = batch.seq.prefix.sum(axis=1)
     assert len(set(sizes.tolist())) > 3 and batch.tokens.shape[1] == 2 * 9 + 2 + 2 * sizes.max() // 3
-    assert np.array_equal(batch.seq.segments.sum(axis=1), sizes // 3 + sizes)
-    assert np.allclose(batch.weights.sum(axis=1), 1) and not batch.weights[batch.seq.segments == 0].any()
+    assert np.array_equal(batch.seq.segment_ids.sum(axis=1), sizes // 3 + sizes)
+    assert np.allclose(batch.weights.sum(axis=1), 1) and not batch.weights[batch.seq.segment_ids == 0].any()
 
 
 @pytest.mark.parametrize(("way", "read"), [("left_pad", (3, 7, 12)), ("twice", (6, 10, 12)), ("iterate", (10, 10, 12))])
-def test_short_prompts_are_filled_up_to_the_prefix(way: Filling, read):
-    task = tasks.Filled(task=CASES["mqar"], to=10, way=way)
-    assert tuple(map(task.read, (3, 7, 12))) == read and task.read(0) == 0
+def test_short_prompts_are_filled_up_to_the_prefix(way: FillStrategy, read):
+    task = tasks.PrefixFill(task=CASES["mqar"], prefix_length=10, strategy=way)
+    assert tuple(map(task.repeated_length, (3, 7, 12))) == read and task.repeated_length(0) == 0
 
 
-def test_packed_rows_cannot_be_reread():
+def test_context_of_packed_rows_cannot_be_repeated():
     batch = CASES["mqar"].batch(0, "test", 0, 2)
-    packed = batch._replace(seq=batch.seq._replace(segments=np.full_like(batch.seq.segments, 2)))
+    packed = batch._replace(seq=batch.seq._replace(segment_ids=np.full_like(batch.seq.segment_ids, 2)))
     with pytest.raises(ValueError, match="one document each"):
-        reread(packed, np.array([8, 8]))
+        repeat_batch_context(packed, np.array([8, 8]))
 
 
 def test_masked_tokens_predict_themselves_and_the_prefix_no_next_token():
-    task = tasks.MaskedPrefix(task=tasks.InContextRecall(length=64), prefix=24, rate=0.3)
+    task = tasks.MaskedPrefix(task=tasks.InContextRecall(length=64), prefix_length=24, mlm_probability=0.3)
     assert task.terms == ("next_token", "masked_token") and task.vocab_size == task.task.vocab_size + 1
     plain, batch = (t.batch(0, "train", 0, 200) for t in (task.task, task))
     masked = batch.tokens == task.task.vocab_size
@@ -757,15 +787,15 @@ def test_masked_tokens_predict_themselves_and_the_prefix_no_next_token():
 
 
 def test_both_normalisations_of_the_masked_loss():
-    paper, code = loss_weights("paper"), loss_weights("code")
+    paper, code = masked_prefix_loss_weights("paper"), masked_prefix_loss_weights("code")
     assert paper == {"next_token": 0.8, "masked_token": 0.2} and code == {"next_token": 1.0, "masked_token": 0.25}
 
 
-def test_windows_reach_as_much_of_the_standard_mixture_as_the_published_figure_says():
+def test_window_reach_on_standard_mixture_matches_published_figure():
     """A sliding window recalls what stands within it, so the figure of Zoology's README (windows of 8 to 1024 tokens at
     width 128, the mean over seven lengths) is a fact about where the queries stand."""
     task = importlib.import_module("recallax.configs.mqar_window").get_config().task
-    assert reach(task, 8, rows=256) == pytest.approx(0.081, abs=0.025)
+    assert fraction_within_window(task, 8, rows=256) == pytest.approx(0.081, abs=0.025)
     published = {16: 0.145, 32: 0.310, 64: 0.514, 128: 0.658, 256: 0.797, 512: 0.936, 1024: 1.0}
     for window, accuracy in published.items():
-        assert reach(task, window, rows=256) == pytest.approx(accuracy, abs=0.006), window
+        assert fraction_within_window(task, window, rows=256) == pytest.approx(accuracy, abs=0.006), window

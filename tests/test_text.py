@@ -22,25 +22,42 @@ import numpy as np
 import pytest
 
 from recallax.__main__ import main
+from recallax.cli.corpus import text_task_of
 from recallax.config import ConfigError, from_json, to_json
 from recallax.configs import based_360m_text, text_based, text_files
 from recallax.models.prompts import PromptError
 from recallax.tasks import SPLITS, MaskedPrefix, Split, Text
-from recallax.tasks.text import BPE, Bytes, SentencePiece, Shakespeare, Source, TextFiles, Tfds, repeats, tokens
-from recallax.tasks.text import cache as cache_module
-from recallax.tasks.text.cache import cache_root, made
-from recallax.tasks.text.files import Cut
-from recallax.tasks.text.repeats import frequent_ngrams, recallable
-from recallax.tasks.text.shuffle import shuffled
-from recallax.tasks.text.source import Corpus, Documents, Given, Held, digest_of, split_by_content
-from recallax.tasks.text.task import packed
-from recallax.tasks.text.tokenizer import BOUNDARY, train_bpe
-from recallax.tasks.text.tokens import Stream
+from recallax.tasks.text import (
+    BPE,
+    Bytes,
+    SentencePiece,
+    Shakespeare,
+    TextFiles,
+    TextSource,
+    Tfds,
+    recall_tokens,
+    tokenized_corpus,
+)
+from recallax.tasks.text import cache_folder as cache_module
+from recallax.tasks.text.cache_folder import cache_root, cached_folder
+from recallax.tasks.text.files import DocumentUnit
+from recallax.tasks.text.language_modeling import pack_rows
+from recallax.tasks.text.permutation import permute_index
+from recallax.tasks.text.recall_tokens import frequent_ngrams, recall_mask
+from recallax.tasks.text.source import (
+    Corpus,
+    DocumentSequence,
+    HeldOutFractions,
+    InMemoryDocuments,
+    document_digest,
+    split_by_content,
+)
+from recallax.tasks.text.tokenized_corpus import TokenStream
+from recallax.tasks.text.tokenizer import END_OF_TEXT, train_bpe
 from recallax.train.checkpoint import CheckpointError
-from recallax.train.corpus import text_of
 from recallax.train.loop import evaluate_run, train
 from recallax.train.program import Program
-from recallax.train.run import RunConfig
+from recallax.train.run_config import RunConfig
 
 pytestmark = pytest.mark.xdist_group("text")  # one process: the tests share runs
 
@@ -74,20 +91,20 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sentences(Source):
+class Sentences(TextSource):
     """Documents of the tests, in memory."""
 
     seed: int = 0
     count: int = 40
 
     def open(self) -> Corpus:
-        documents: dict[Split, Documents] = {
-            split: Given(sentences(self.count, 10 * self.seed + i)) for i, split in enumerate(SPLITS)
+        documents: dict[Split, DocumentSequence] = {
+            split: InMemoryDocuments(sentences(self.count, 10 * self.seed + i)) for i, split in enumerate(SPLITS)
         }
         return Corpus(f"sentences {self.seed} {self.count}", documents)
 
 
-SMALL = Text(source=Sentences(), length=32, ngram=3, frequent=60)
+SMALL = Text(source=Sentences(), length=32, ngram_size=3, max_ngram_count=60)
 
 
 # The order of rows
@@ -96,26 +113,26 @@ SMALL = Text(source=Sentences(), length=32, ngram=3, frequent=60)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 1000, 1023, 4097])
 def test_a_computed_order_is_a_permutation(count: int) -> None:
     for key in (0, 1, 2**63 + 5):
-        order = shuffled(np.arange(count), count, np.full(count, key, np.uint64))
+        order = permute_index(np.arange(count), count, np.full(count, key, np.uint64))
         assert np.array_equal(np.sort(order), np.arange(count))
 
 
 def test_orders_of_different_keys_are_as_different_as_random_ones() -> None:
     count, keys = 7, 60_000
-    every = [shuffled(np.full(keys, i), count, np.arange(keys, dtype=np.uint64)) for i in range(count)]
+    every = [permute_index(np.full(keys, i), count, np.arange(keys, dtype=np.uint64)) for i in range(count)]
     for a, b in itertools.combinations(range(count), 2):  # each place alone, and each pair of places
         pairs = Counter(zip(every[a].tolist(), every[b].tolist(), strict=True))
         expected = keys / (count * (count - 1))
         chi2 = sum((n - expected) ** 2 / expected for n in pairs.values())
         assert len(pairs) == 42 and chi2 < 41 + 5 * np.sqrt(82), (a, b, chi2)
-    order = shuffled(np.arange(5000), 5000, np.full(5000, 3, np.uint64))
+    order = permute_index(np.arange(5000), 5000, np.full(5000, 3, np.uint64))
     assert np.mean(np.diff(order) == 1) < 0.002 and np.mean(order == np.arange(5000)) < 0.002
 
 
 # Packing
 
 
-def stream_of(documents: Sequence[Sequence[int]], grid: int, boundary: int = 99) -> Stream:
+def stream_of(documents: Sequence[Sequence[int]], grid: int, boundary: int = 99) -> TokenStream:
     tokens, starts, ends = [], [], []
     for document in documents:
         starts.append(len(tokens))
@@ -123,7 +140,7 @@ def stream_of(documents: Sequence[Sequence[int]], grid: int, boundary: int = 99)
         ends.append(len(tokens))
         tokens += [boundary] * (-len(tokens) % grid)
     begin, end = (np.array(x, np.int64) for x in (starts, ends))
-    return Stream(np.array(tokens, np.uint16), begin, end, np.zeros(100, np.int64), 0)
+    return TokenStream(np.array(tokens, np.uint16), begin, end, np.zeros(100, np.int64), 0)
 
 
 def slow_rows(documents: Sequence[Sequence[int]], grid: int, length: int, boundary: int = 99) -> list[list[tuple]]:
@@ -160,16 +177,16 @@ def test_rows_are_what_the_definition_says(grid: int, longest: int) -> None:
         sizes = rng.integers(1, longest + 1, size=30)
         documents = [rng.integers(0, 90, size=n).tolist() for n in sizes]
         wanted = slow_rows(documents, grid, length)
-        batch = packed(stream_of(documents, grid), np.arange(len(wanted)), length, grid)
+        batch = pack_rows(stream_of(documents, grid), np.arange(len(wanted)), length, grid)
         for i, row in enumerate(wanted):
             tokens, segments, positions, targets = zip(*row, strict=True)
             assert np.asarray(batch.tokens)[i].tolist() == list(tokens)
-            assert np.asarray(batch.seq.segments)[i].tolist() == list(segments)
+            assert np.asarray(batch.seq.segment_ids)[i].tolist() == list(segments)
             real = np.array(segments) > 0
             assert np.asarray(batch.seq.positions)[i][real].tolist() == [p for p in positions if p is not None]
             assert (np.asarray(batch.weights)[i] > 0).tolist() == [t is not None for t in targets]
             assert np.asarray(batch.targets)[i].tolist() == [t or 0 for t in targets]
-        begun = (np.asarray(batch.seq.positions) == 0) & (np.asarray(batch.seq.segments) > 0)
+        begun = (np.asarray(batch.seq.positions) == 0) & (np.asarray(batch.seq.segment_ids) > 0)
         assert not np.any(np.flatnonzero(begun.any(axis=0)) % grid)
         # The tokens of all documents, each but its first, are asked once each.
         asked = Counter(np.asarray(batch.targets)[np.asarray(batch.weights) > 0].tolist())
@@ -177,10 +194,10 @@ def test_rows_are_what_the_definition_says(grid: int, longest: int) -> None:
 
 
 @pytest.mark.parametrize("grid", [1, 4])
-def test_one_reading_asks_every_token_of_a_split_once(grid: int) -> None:
+def test_each_token_is_a_target_once_per_epoch(grid: int) -> None:
     task = replace(SMALL, grid=grid)
     for split in SPLITS:
-        stream, rows = task.tokens().streams[split], task.rows(split)
+        stream, rows = task.tokenized_corpus().streams[split], task.num_rows(split)
         batch = task.batch(3, split, 0, rows)
         asked = np.bincount(batch.targets[batch.weights > 0], minlength=task.vocab_size)
         assert np.array_equal(asked, stream.counts)
@@ -193,9 +210,9 @@ def test_one_reading_asks_every_token_of_a_split_once(grid: int) -> None:
 # The position in the data is the step
 
 
-def test_a_batch_is_rows_of_one_sequence_however_they_are_dealt() -> None:
+def test_batch_size_does_not_change_row_order() -> None:
     """The same rows for any batch size, across the ends of readings, so for any number of processes and at any step."""
-    rows = SMALL.rows("train")
+    rows = SMALL.num_rows("train")
     whole = SMALL.batch(0, "train", 0, 3 * rows).tokens
     for size in (1, 4, rows - 1, rows + 3):
         for index in {0, 1, 2 * rows // size}:
@@ -207,9 +224,9 @@ def test_a_batch_is_rows_of_one_sequence_however_they_are_dealt() -> None:
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
-def test_held_out_rows_are_the_same_for_every_seed_and_weigh_once() -> None:
+def test_held_out_rows_do_not_depend_on_the_seed() -> None:
     for split in ("valid", "test"):
-        rows = SMALL.rows(split)
+        rows = SMALL.num_rows(split)
         a, b = (SMALL.batch(seed, split, 0, rows + 5) for seed in (0, 7))
         assert np.array_equal(a.tokens, b.tokens)
         assert np.all(a.weights[:rows].sum(axis=1) > 0) and not a.weights[rows:].any()
@@ -243,7 +260,7 @@ def test_other_processes_find_the_same_rows_by_themselves(tmp_path: Path) -> Non
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["foreign"] == [] and found["data"] == task.data()
+    assert found["foreign"] == [] and found["data"] == task.data_digest()
     for step in steps:
         batch = task.batch(0, "train", step, size)
         leaves = [*batch[:-1], *batch.seq[:-1]]
@@ -271,8 +288,8 @@ def slow_recall(tokens: list[int], segments: list[int], n: int, frequent: set[tu
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("above", [0, 8, 1000])
 def test_recall_tokens_are_those_of_the_definition(n: int, above: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(repeats, "PIECE", 7)
-    monkeypatch.setattr(repeats, "BUCKETS", 3)  # so that n-grams share counters
+    monkeypatch.setattr(recall_tokens, "PIECE", 7)
+    monkeypatch.setattr(recall_tokens, "BUCKETS", 3)  # so that n-grams share counters
     rng, vocab = np.random.default_rng(n), 5
     sizes = rng.integers(1, 20, size=40)
     documents = [rng.choice(vocab - 1, size=k, p=[0.55, 0.25, 0.1, 0.1]).tolist() for k in sizes]
@@ -285,9 +302,9 @@ def test_recall_tokens_are_those_of_the_definition(n: int, above: int, monkeypat
     often = {gram for gram, count in counted.items() if count > above}
     numbers = frequent_ngrams(stream.tokens, stream.starts, n, vocab, above)
     assert numbers.tolist() == sorted(sum(x * vocab ** (n - 1 - i) for i, x in enumerate(gram)) for gram in often)
-    batch = packed(stream, np.arange(20), 16, 1)
-    found = recallable(np.asarray(batch.tokens), np.asarray(batch.seq.segments), n, vocab, numbers)
-    for row, segments, marks in zip(batch.tokens.tolist(), batch.seq.segments.tolist(), found, strict=True):
+    batch = pack_rows(stream, np.arange(20), 16, 1)
+    found = recall_mask(np.asarray(batch.tokens), np.asarray(batch.seq.segment_ids), n, vocab, numbers)
+    for row, segments, marks in zip(batch.tokens.tolist(), batch.seq.segment_ids.tolist(), found, strict=True):
         real = [i for i, s in enumerate(segments) if s]
         wanted = slow_recall([row[i] for i in real], [segments[i] for i in real], n, often)
         assert marks[real].tolist() == wanted
@@ -298,18 +315,18 @@ def test_recall_never_reaches_across_a_boundary_that_no_token_marks() -> None:
     rng = np.random.default_rng(0)
     tokens, segments = rng.integers(0, 3, size=(50, 24)), np.sort(rng.integers(1, 6, size=(50, 24)), axis=1)
     for n in (1, 2, 3):
-        found = recallable(tokens, segments, n, 3, np.zeros(0, np.int64))
+        found = recall_mask(tokens, segments, n, 3, np.zeros(0, np.int64))
         for row, own, marks in zip(tokens.tolist(), segments.tolist(), found, strict=True):
             assert marks.tolist() == slow_recall(row, own, n, set())
 
 
-def test_a_label_is_in_the_group_of_the_token_it_asks_for() -> None:
+def test_target_group_is_that_of_the_predicted_token() -> None:
     for split in SPLITS:
         batch = SMALL.batch(0, split, 0, 20)
-        numbers = SMALL.tokens().frequent(3, 60)
+        numbers = SMALL.tokenized_corpus().frequent_ngrams(3, 60)
         often = {(x // 257**2, x // 257 % 257, x % 257) for x in numbers.tolist()}
         for row, segments, group, weights in zip(
-            batch.tokens.tolist(), batch.seq.segments.tolist(), batch.group, batch.weights, strict=True
+            batch.tokens.tolist(), batch.seq.segment_ids.tolist(), batch.group, batch.weights, strict=True
         ):
             recall = slow_recall(row, segments, 3, often)
             assert [bool(group[t]) for t in np.flatnonzero(weights)] == [recall[t + 1] for t in np.flatnonzero(weights)]
@@ -338,14 +355,14 @@ def test_the_corpus_that_is_carried() -> None:
 
 def test_splits_are_disjoint_by_what_documents_say() -> None:
     texts = sentences(200) * 3
-    digests = np.array([digest_of(text) for text in texts])
-    split = split_by_content(digests, Held(0.1, 0.2))
+    digests = np.array([document_digest(text) for text in texts])
+    split = split_by_content(digests, HeldOutFractions(0.1, 0.2))
     by_text = {text: {s for t, s in zip(texts, split, strict=True) if t == text} for text in set(texts)}
     assert all(len(found) == 1 for found in by_text.values())
     assert Counter(next(iter(s)) for s in by_text.values()) == {0: 140, 1: 20, 2: 40}
     order = np.random.default_rng(0).permutation(len(texts))
-    assert np.array_equal(split_by_content(digests[order], Held(0.1, 0.2)), split[order])
-    assert Counter(split_by_content(digests[:3], Held(0.01, 0.01)).tolist()) == {0: 1, 1: 1, 2: 1}
+    assert np.array_equal(split_by_content(digests[order], HeldOutFractions(0.1, 0.2)), split[order])
+    assert Counter(split_by_content(digests[:3], HeldOutFractions(0.01, 0.01)).tolist()) == {0: 1, 1: 1, 2: 1}
 
 
 @pytest.fixture
@@ -361,7 +378,7 @@ def write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="")
 
 
-def found_in(source: Source) -> dict[Split, list[str]]:
+def found_in(source: TextSource) -> dict[Split, list[str]]:
     return {split: list(documents) for split, documents in source.open().documents.items()}
 
 
@@ -373,12 +390,16 @@ def test_files_become_documents(folder: Path) -> None:
     paths = ("a/**/*.txt", "*.md")
     third = "\n".join(texts[8:])
     first, second = "\n\n".join(texts[:5]) + "\n", "\n \n\n".join(texts[5:8]) + "\n\n\n"
-    wanted: dict[Cut, list[str]] = {"file": [first, second, third], "paragraph": [*texts[:8], third], "line": texts}
+    wanted: dict[DocumentUnit, list[str]] = {
+        "file": [first, second, third],
+        "paragraph": [*texts[:8], third],
+        "line": texts,
+    }
     for cut, documents in wanted.items():
-        found = found_in(TextFiles(paths=paths, documents=cut))
+        found = found_in(TextFiles(paths=paths, document_unit=cut))
         assert sorted(itertools.chain(*found.values())) == sorted(text.strip("\n") for text in documents)
         assert all(found.values())
-    source = TextFiles(paths=paths, documents="line")
+    source = TextFiles(paths=paths, document_unit="line")
     before, made_before = source.open().digest, sorted((folder / "cache/corpora").iterdir())
     assert source.open().digest == before and sorted((folder / "cache/corpora").iterdir()) == made_before
     write(folder / "three.md", "\n".join(texts[8:-1]))
@@ -416,14 +437,16 @@ def tfds_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_tfds_corpus_by_name(tfds_data: Path, folder: Path) -> None:
-    source = Tfds(name="some_books", feature="body", train="train[:80%]", valid="train[80%:]", data_dir=str(tfds_data))
+    source = Tfds(
+        name="some_books", feature="body", train_split="train[:80%]", valid_split="train[80%:]", data_dir=str(tfds_data)
+    )
     found = found_in(source)
     assert {split: len(texts) for split, texts in found.items()} == {"train": 24, "valid": 6, "test": 6}
     assert sorted(found["train"] + found["valid"]) == sorted(sentences(30))
     assert sorted(found["test"]) == sorted(sentences(6, 1))
     assert found_in(source) == found and source.open().digest == replace(source, name="some_books:2.0.1").open().digest
     task = Text(source=source, length=16)
-    batch = task.batch(0, "valid", 0, task.rows("valid"))
+    batch = task.batch(0, "valid", 0, task.num_rows("valid"))
     assert batch.weights.sum() == sum(len(text.encode()) + 1 for text in found["valid"])
     assert from_json(to_json(task), Text) == task
     assert "tensorflow" not in sys.modules
@@ -449,7 +472,7 @@ def test_tfds_corpora_that_are_refused(tfds_data: Path, change: dict[str, str], 
 
 
 def test_features_and_formats_that_are_refused(tfds_data: Path, tmp_path: Path) -> None:
-    source = Tfds(name="some_books", valid="train[:1]", train="train[1:]", data_dir=str(tfds_data))
+    source = Tfds(name="some_books", valid_split="train[:1]", train_split="train[1:]", data_dir=str(tfds_data))
     for feature in ("raw", "year"):
         documents = replace(source, feature=feature).open().documents["valid"]
         with pytest.raises(
@@ -469,7 +492,13 @@ def test_a_corpus_is_prepared_where_it_is_missing(
     tfds_data: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """TFDS knows how to make this one, as it does those that it downloads."""
-    source = Tfds(name="some_books", feature="body", train="train[:9]", valid="train[9:]", data_dir=str(folder / "new"))
+    source = Tfds(
+        name="some_books",
+        feature="body",
+        train_split="train[:9]",
+        valid_split="train[9:]",
+        data_dir=str(folder / "new"),
+    )
     with pytest.raises(ConfigError, match=r"some_books is not in .*/new/some_books/2.0.1"):
         source.open()
     source.prepare()
@@ -481,10 +510,10 @@ def test_a_corpus_is_prepared_where_it_is_missing(
 
 
 def refuse_files(
-    parts: list[str], *paths: str, documents: Cut = "file", valid: float = 0.05, test: float = 0.05
+    parts: list[str], *paths: str, documents: DocumentUnit = "file", valid: float = 0.05, test: float = 0.05
 ) -> None:
     with pytest.raises(ConfigError) as error:
-        TextFiles(paths=paths, documents=documents, valid=valid, test=test).open()
+        TextFiles(paths=paths, document_unit=documents, valid_fraction=valid, test_fraction=test).open()
     for part in parts:
         assert part in str(error.value), error.value
 
@@ -543,7 +572,7 @@ def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe", "sentencepiece"])
-def test_what_is_encoded_is_decoded(kind: str, request: pytest.FixtureRequest) -> None:
+def test_tokenizer_round_trip(kind: str, request: pytest.FixtureRequest) -> None:
     file = "" if kind == "bytes" else str(request.getfixturevalue(f"{kind}_file"))
     tokenizer = {
         "bytes": Bytes(),
@@ -551,7 +580,7 @@ def test_what_is_encoded_is_decoded(kind: str, request: pytest.FixtureRequest) -
         "sentencepiece": SentencePiece(file=file, vocab_size=300),
     }[kind]
     encoder = tokenizer.load()
-    texts = [*sentences(5, 3), "ünseen 漢字 ☃", f"no {BOUNDARY} here, and no </s> or <s>"]
+    texts = [*sentences(5, 3), "ünseen 漢字 ☃", f"no {END_OF_TEXT} here, and no </s> or <s>"]
     texts += [] if kind == "sentencepiece" else [" spaces   stay\n\n\tas they are "]
     encoded = encoder.encode(texts)
     for text, ids in zip(texts, encoded, strict=True):
@@ -561,8 +590,8 @@ def test_what_is_encoded_is_decoded(kind: str, request: pytest.FixtureRequest) -
     assert kind != "bpe" or len(encoded[0]) < 0.7 * len(texts[0].encode())
     assert encoder.decode([encoder.begin, 10**6]) == "" and encoder.encode([""])[0].size == 0
     task = Text(source=Sentences(), tokenizer=tokenizer, length=8)
-    corpus, valid = task.tokens(), sentences(40, 1)
-    assert corpus.vocab == task.vocab_size == tokenizer.vocab_size
+    corpus, valid = task.tokenized_corpus(), sentences(40, 1)
+    assert corpus.vocab_size == task.vocab_size == tokenizer.vocab_size
     stream = corpus.streams["valid"]
     assert [encoder.decode(stream.tokens[a:b].tolist()) for a, b in zip(*stream[1:3], strict=True)] == valid
 
@@ -590,7 +619,7 @@ def test_tokenizers_that_are_refused(bpe_file: Path, sentencepiece_file: Path, t
     junk.write_text("{}")
     cases = [
         (BPE(file=str(bpe_file), vocab_size=400), ["vocab_size is 400", "has 300 ids", "set it to 300", "model.vocab"]),
-        (BPE(file=str(bpe_file), vocab_size=300, boundary="<s>"), ["no token '<s>'", "task.tokenizer.boundary"]),
+        (BPE(file=str(bpe_file), vocab_size=300, eos_token="<s>"), ["no token '<s>'", "task.tokenizer.boundary"]),
         (BPE(file=str(junk), vocab_size=300), [str(junk), "not a file of the tokenizers library"]),
         (BPE(file="nowhere", vocab_size=300), ["'nowhere'", "No such file"]),
         (SentencePiece(file=str(sentencepiece_file), vocab_size=320), ["vocab_size is 320", "has 300 ids"]),
@@ -633,20 +662,20 @@ def test_a_row_longer_than_a_split_is_refused() -> None:
 # The cache
 
 
-def test_a_folder_is_made_once_by_all_who_want_it(folder: Path) -> None:
+def test_concurrent_processes_create_cache_folder_once(folder: Path) -> None:
     calls: list[Path] = []
 
     def make(into: Path) -> None:
         calls.append(into)
         (into / "part").write_text("whole")
 
-    threads = [threading.Thread(target=made, args=("some/thing", make)) for _ in range(8)]
+    threads = [threading.Thread(target=cached_folder, args=("some/thing", make)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(calls) == 1 and (cache_root() / "some/thing/part").read_text() == "whole"
-    assert made("some/thing", make) == cache_root() / "some/thing" and len(calls) == 1
+    assert cached_folder("some/thing", make) == cache_root() / "some/thing" and len(calls) == 1
 
 
 def test_without_locks_the_first_to_finish_wins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -658,36 +687,36 @@ def test_without_locks_the_first_to_finish_wins(folder: Path, monkeypatch: pytes
 
     def slow(into: Path) -> None:
         (into / "part").write_text("second")
-        made("thing", quick)
+        cached_folder("thing", quick)
 
     monkeypatch.setattr(cache_module.fcntl, "flock", refuse)
-    assert (made("thing", slow) / "part").read_text() == "first"
+    assert (cached_folder("thing", slow) / "part").read_text() == "first"
     assert [path.name for path in cache_root().iterdir() if path.name.endswith(".tmp")] == []
 
 
-def test_what_fails_half_way_leaves_nothing(folder: Path) -> None:
+def test_failed_cache_write_leaves_no_folder(folder: Path) -> None:
     def fail(into: Path) -> None:
         (into / "part").write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        made("thing", fail)
+        cached_folder("thing", fail)
     assert [path.name for path in cache_root().iterdir()] == [".thing.lock"]
 
 
 def test_a_cache_that_cannot_be_written_or_is_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = replace(SMALL, source=Sentences(seed=1))
-    damaged = task.tokens().folder / "valid.tokens"
+    damaged = task.tokenized_corpus().folder / "valid.tokens"
     damaged.write_bytes(damaged.read_bytes()[:-2])
     other = folder / "elsewhere"
     other.symlink_to(folder / "cache")  # the same files for a process that has not opened them yet
     monkeypatch.setenv("RECALLAX_CACHE", str(other))
     with pytest.raises(ConfigError, match=r"is damaged \(sizes of valid .*; delete it"):
-        task.tokens()
+        task.tokenized_corpus()
     write(folder / "file", "")
     monkeypatch.setenv("RECALLAX_CACHE", str(folder / "file/cache"))
     with pytest.raises(ConfigError, match=r"cannot be written: .*RECALLAX_CACHE"):
-        task.tokens()
+        task.tokenized_corpus()
 
 
 # Runs
@@ -705,9 +734,9 @@ def test_measures_are_those_of_the_losses(tiny_run: tuple[RunConfig, Path]) -> N
     """Of every label by itself, from logits."""
     config, folder = tiny_run
     found = evaluate_run(folder, "test")
-    from recallax.train.generate import trained_model
+    from recallax.train.inference import load_trained_model
 
-    task, model = trained_model(folder)
+    task, model = load_trained_model(folder)
     call = jax.jit(lambda tokens, seq: model(tokens, seq)[0])
     losses, groups = [], []
     for index in range(config.evaluate.batches):
@@ -719,7 +748,7 @@ def test_measures_are_those_of_the_losses(tiny_run: tuple[RunConfig, Path]) -> N
         losses.append((np.log(np.exp(logits).sum(axis=-1)) - chosen)[asked])
         groups.append(np.asarray(batch.group)[asked])
     loss, group = np.concatenate(losses), np.concatenate(groups)
-    stream = text_of(task).tokens().streams["test"]
+    stream = text_task_of(task).tokenized_corpus().streams["test"]
     wanted = {
         "perplexity": np.exp(loss.mean()),
         "perplexity/other": np.exp(loss[group == 0].mean()),
@@ -746,58 +775,66 @@ def test_a_run_on_text_writes_text(
     tiny_run: tuple[RunConfig, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from recallax.models.generation import Generator
-    from recallax.train import generate
+    from recallax.train import inference
 
     asked = []
     original = Generator.prefill
 
     def prefill(self, prompts, *arguments, **more):
-        asked.append([row[ok].tolist() for row, ok in zip(prompts.tokens, prompts.valid, strict=True)])
+        asked.append([row[ok].tolist() for row, ok in zip(prompts.tokens, prompts.valid_fraction, strict=True)])
         return original(self, prompts, *arguments, **more)
 
     def written(*options: str) -> str:
         assert main(["generate", str(tiny_run[1]), "--new", "5", *options]) == 0
         return capsys.readouterr().out
 
-    monkeypatch.setattr(Generator, "prefill", prefill)
+    monkeypatch.setattr(Generator, "compile_prefill", prefill)
     once = written("--prompt", "To bé", "")
     assert asked == [[[256, *"To bé".encode()], [256]]]
     assert once == written("--prompt", "To bé", "")
     written("--context", "Hark! ", "--prompt", "who")
     assert asked[2] == [[256, *b"Hark! "]]
     with pytest.raises(PromptError, match="prompt '' is empty"):
-        generate.continue_prompts(tiny_run[1], [""], "Hark", generate.Rereading(), generate.Writing(new=1))
+        inference.continue_prompts(
+            tiny_run[1], [""], "Hark", inference.ContextRepetition(), inference.GenerationOptions(max_new_tokens=1)
+        )
     encoder = Bytes().load()
     ids = [*b"\x1b[2Jno\ntricks", 256, 255]
-    assert generate._text(encoder, ids) == " [2Jno\ntricks\ufffd"
+    assert inference._decode_text(encoder, ids) == " [2Jno\ntricks\ufffd"
 
 
 def test_generation_stops_where_a_document_ends(tiny_run: tuple[RunConfig, Path], monkeypatch) -> None:
     from recallax.models.generation import Generator
-    from recallax.train import generate
+    from recallax.train import inference
 
     stops = []
     original = Generator.__init__
     monkeypatch.setattr(
         Generator, "__init__", lambda self, *a, **more: (stops.append(more["stop"]), original(self, *a, **more))[1]
     )
-    generate.continue_prompts(tiny_run[1], ["a"], None, generate.Rereading(), generate.Writing(new=1, stop=(7,)))
+    inference.continue_prompts(
+        tiny_run[1],
+        ["a"],
+        None,
+        inference.ContextRepetition(),
+        inference.GenerationOptions(max_new_tokens=1, stop_token_ids=(7,)),
+    )
     assert stops == [(7, 256)]
 
 
 def test_a_run_whose_corpus_has_changed_is_not_continued(folder: Path) -> None:
     write(folder / "corpus.txt", "\n".join(sentences(60)))
     tiny = text_based.get_tiny()
-    source = TextFiles(paths=("corpus.txt",), documents="line", valid=0.2, test=0.2)
+    source = TextFiles(paths=("corpus.txt",), document_unit="line", valid_fraction=0.2, test_fraction=0.2)
     config = replace(tiny, task=replace(tiny.task, source=source))
     first = train(config, folder / "run", name="files")
     assert train(config, folder / "run", name="files") == first
     write(folder / "corpus.txt", "\n".join(sentences(61)))
-    tokens._opened.cache_clear()  # what another process would begin with
+    tokenized_corpus._load_tokenized_corpus.cache_clear()  # what another process would begin with
     with pytest.raises(CheckpointError, match=r"step 4 was trained on other data .* the corpus or the tokenizer's"):
         train(config, folder / "run", name="files")
     (folder / "corpus.txt").unlink()
-    tokens._opened.cache_clear()
+    tokenized_corpus._load_tokenized_corpus.cache_clear()
     with pytest.raises(ConfigError, match="no such file"):
         train(config, folder / "new", name="files")
     assert not (folder / "new").exists(), "what is refused claims no folder"
@@ -859,12 +896,17 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
 
 
 def test_a_masked_prefix_over_text() -> None:
-    task = MaskedPrefix(task=SMALL, prefix=8)
+    task = MaskedPrefix(task=SMALL, prefix_length=8)
     batch = task.batch(0, "train", 0, 50)
     masked = batch.tokens == 257
-    assert task.vocab_size == 258 and masked.any() and task.data() == SMALL.data() and task.encoder is not None
+    assert (
+        task.vocab_size == 258
+        and masked.any()
+        and task.data_digest() == SMALL.data_digest()
+        and task.encoder is not None
+    )
     assert np.all(np.asarray(batch.seq.positions)[masked] < 8)
-    measures = task.measures("test", np.array([6.0, 2.0]), np.array([3.0, 1.0]))
+    measures = task.metrics("test", np.array([6.0, 2.0]), np.array([3.0, 1.0]))
     assert measures["perplexity"] == pytest.approx(np.exp(2)) and measures["share/recall"] == 0.25
 
 
@@ -888,5 +930,5 @@ def test_commands_about_text(folder: Path, capsys: pytest.CaptureFixture[str]) -
 def test_configs_name_their_corpora() -> None:
     published = based_360m_text.get_config()
     assert published.task.vocab_size == 50_257 and published.model.vocab_size == 50_264
-    assert text_of(published.task).source == Tfds(name="pg19", feature="book_text")
-    assert isinstance(text_of(text_files.get_config().task).source, TextFiles)
+    assert text_task_of(published.task).source == Tfds(name="pg19", feature="book_text")
+    assert isinstance(text_task_of(text_files.get_config().task).source, TextFiles)

@@ -21,15 +21,15 @@ from recallax.layers import Attention, GatedConv, Identity, LinearAttention, Swi
 from recallax.layers.base import Statistic
 from recallax.layers.dense import parameter
 from recallax.models import Block, LMConfig, accounting
-from recallax.models.readout import Untied
-from recallax.tasks import MQAR, Segment, Split
+from recallax.models.lm_head import Untied
+from recallax.tasks import MQAR, MixtureSlice, Split
 from recallax.train import loop
 from recallax.train.loop import evaluate_run, train
-from recallax.train.meter import NonFiniteError
-from recallax.train.optimizer import make_optimizer, schedule
+from recallax.train.metrics_logger import NonFiniteError
+from recallax.train.optimizer import learning_rate_schedule, make_optimizer
 from recallax.train.program import Program
-from recallax.train.run import AdamW, Evaluate, RunConfig, Train
-from recallax.train.step import MAX_STREAK, TrainState
+from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
+from recallax.train.step import MAX_NONFINITE_STREAK, TrainState
 from recallax.types import Batch
 
 
@@ -57,14 +57,14 @@ class UnevenMQAR(MQAR):
         return batch._replace(weights=weights)
 
 
-SLICES = (Segment(length=12, pairs=2),)
-TASK = UnevenMQAR(vocab_size=16, mixture=SLICES, test_mixture=(*SLICES, Segment(length=24, pairs=4)))
+SLICES = (MixtureSlice(length=12, num_kv_pairs=2),)
+TASK = UnevenMQAR(vocab_size=16, mixture=SLICES, test_mixture=(*SLICES, MixtureSlice(length=24, num_kv_pairs=4)))
 BLOCKS = {
-    "conv": Block(mixer=GatedConv(width=3, expand=1), channel=Identity()),
-    "mixer": Block(mixer=LinearAttention(heads=2), channel=SwiGLU()),
+    "conv": Block(mixer=GatedConv(conv_size=3, expand=1), channel=Identity()),
+    "mixer": Block(mixer=LinearAttention(num_heads=2), channel=SwiGLU()),
 }
 MODEL = LMConfig(d_model=8, pattern="(conv mixer)*2", blocks=BLOCKS)
-OPTIM = AdamW(lr=1e-2, warmup=0.25, clip=0.5, eps=1e-6)
+OPTIM = AdamW(lr=1e-2, warmup_ratio=0.25, max_grad_norm=0.5, eps=1e-6)
 CONFIG = RunConfig(
     task=TASK,
     model=MODEL,
@@ -101,7 +101,7 @@ def run(
     program: Program, indices: range | list[int], spoil: Mapping[int, tuple[float, int]] | None = None
 ) -> tuple[TrainState, list[Any]]:
     """The state after the given batches in turn, and the steps' reports; `spoil` sets rows' weights to a value."""
-    state, reports = program.initial(), []
+    state, reports = program.init_state(), []
     for index in indices:
         batch = program.batch(index)
         value, rows = (spoil or {}).get(index, (0, 0))
@@ -121,7 +121,7 @@ def assert_close(a: Any, b: Any, tolerance: float) -> None:
 
 def logits_of(program: Program, params: Any, batch: Batch) -> jax.Array:
     """Logits everywhere, without the trainer's picking of positions."""
-    return nnx.merge(program.graph, params, {})(jnp.asarray(batch.tokens), batch.seq)[0]
+    return nnx.merge(program.graphdef, params, {})(jnp.asarray(batch.tokens), batch.seq)[0]
 
 
 def wanted_loss(program: Program, params: Any, batch: Batch) -> jax.Array:
@@ -139,7 +139,7 @@ def test_steps_are_clipped_adamw(program: Program) -> None:
     """Three steps against AdamW written out: loss, clipping, warm-up, cosine, decay of matrices only."""
     optim, count = CONFIG.optim, 5
     state, reports = run(program, range(count))
-    params = jax.tree.map(np.asarray, program.initial().params)
+    params = jax.tree.map(np.asarray, program.init_state().params)
     m = v = jax.tree.map(np.zeros_like, params)
     gradient = jax.jit(jax.value_and_grad(lambda p, b: wanted_loss(program, p, b)))
     names = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
@@ -150,13 +150,13 @@ def test_steps_are_clipped_adamw(program: Program) -> None:
         loss, grads = gradient(params, program.batch(i))
         norm = math.sqrt(sum(float(np.sum(np.square(g))) for g in jax.tree.leaves(grads)))
         assert_close((reports[i].loss, reports[i].gradient_norm), (loss, norm), 1e-5)
-        clipped += norm > optim.clip
+        clipped += norm > optim.max_grad_norm
         batch = program.batch(i)
         right = np.argmax(logits_of(program, jax.tree.map(jnp.asarray, params), batch), axis=-1) == batch.targets
         total, weight = np.sum(batch.weights * right), np.sum(batch.weights)
         assert_close(tuple(reports[i].accuracy), (total, weight), 1e-5)
         guessed += 0 < total < weight
-        grads = jax.tree.map(lambda g, n=norm: g * min(1, optim.clip / n), grads)
+        grads = jax.tree.map(lambda g, n=norm: g * min(1, optim.max_grad_norm / n), grads)
         m = jax.tree.map(lambda m, g: optim.b1 * m + (1 - optim.b1) * g, m, grads)
         v = jax.tree.map(lambda v, g: optim.b2 * v + (1 - optim.b2) * g * g, v, grads)
         lr = optim.lr * (i / 3 if i < 3 else 0.1 + 0.9 * (1 + math.cos(math.pi * (i - 3) / 9)) / 2)
@@ -173,7 +173,7 @@ def test_steps_are_clipped_adamw(program: Program) -> None:
 
 def test_schedule() -> None:
     config = vary(train={"steps": 100}, optim={"lr": 2.0, "warmup": 0.1, "final": 0.25})
-    rate = [float(np.asarray(schedule(config)(i))) for i in range(101)]
+    rate = [float(np.asarray(learning_rate_schedule(config)(i))) for i in range(101)]
     np.testing.assert_allclose(rate[:11], np.arange(11) / 10 * 2, rtol=1e-6)
     np.testing.assert_allclose([rate[55], rate[100]], [(2 + 0.5) / 2, 0.5], rtol=1e-6)
     assert rate[10:] == sorted(rate[10:], reverse=True)
@@ -181,7 +181,7 @@ def test_schedule() -> None:
 
 @pytest.mark.parametrize("pattern", ["conv mixer", "(conv mixer)*2", "conv mixer*3"])
 def test_weight_decay_spares_scales_and_biases(pattern: str) -> None:
-    blocks = {"conv": BLOCKS["conv"], "mixer": Block(mixer=Attention(heads=2), channel=SwiGLU())}
+    blocks = {"conv": BLOCKS["conv"], "mixer": Block(mixer=Attention(num_heads=2), channel=SwiGLU())}
     config = vary(model={"pattern": pattern, "blocks": blocks})
     _, params, _ = nnx.split(accounting.abstract_model(config.model, 16), nnx.Param, Statistic)
     ones = jax.tree.map(lambda x: jnp.ones(x.shape), nnx.to_pure_dict(params))
@@ -196,7 +196,9 @@ def test_weight_decay_spares_scales_and_biases(pattern: str) -> None:
 
 
 def test_a_matrix_can_opt_out_of_decay() -> None:
-    params = nnx.State({name: parameter(jnp.ones((2, 2)), (None, None), decay=name == "on") for name in ("on", "off")})
+    params = nnx.State(
+        {name: parameter(jnp.ones((2, 2)), (None, None), weight_decay=name == "on") for name in ("on", "off")}
+    )
     ones = nnx.to_pure_dict(params)
     optimizer = make_optimizer(CONFIG, params)
     zeros = jax.tree.map(jnp.zeros_like, ones)
@@ -236,17 +238,17 @@ def test_bfloat16_computes_and_float32_keeps(program: Program) -> None:
     dtypes = {str(x.dtype) for x in jax.tree.leaves((state.params, state.statistics, state.optimizer))}
     assert dtypes == {"float32", "int32"}
     assert report.loss != exact.loss and abs(report.loss - exact.loss) < 0.02 * exact.loss
-    jaxpr = str(jax.make_jaxpr(lambda p: logits_of(half, p, half.batch(0)))(half.initial().params))
+    jaxpr = str(jax.make_jaxpr(lambda p: logits_of(half, p, half.batch(0)))(half.init_state().params))
     assert "bf16" in jaxpr
 
 
 def test_one_compiled_step_with_donated_buffers(program: Program) -> None:
-    state = program.initial()
+    state = program.init_state()
     for index in range(2):
         old = state
         state, _ = program.step(state, program.batch(index))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
-    assert program._steps[0]._cache_size() == 1  # type: ignore[attr-defined]
+    assert program._step_fns[0]._cache_size() == 1  # type: ignore[attr-defined]
 
 
 # Steps that are not finite
@@ -256,7 +258,7 @@ def test_one_compiled_step_with_donated_buffers(program: Program) -> None:
     ("bad", "value", "rows", "parts"),
     [(0, np.nan, 8, 1), (1, np.nan, 1, 1), (3, np.inf, 8, 1), (2, -np.inf, 1, 1), (1, np.inf, 1, 2)],
 )
-def test_a_bad_step_is_as_if_it_had_not_been(bad: int, value: float, rows: int, parts: int) -> None:
+def test_non_finite_step_is_skipped(bad: int, value: float, rows: int, parts: int) -> None:
     program = compiled(vary(train={"accumulate": parts}))
     state, reports = run(program, range(5), {bad: (value, rows)})
     wanted, _ = run(program, [i for i in range(5) if i != bad])
@@ -280,13 +282,13 @@ def test_an_update_that_is_not_finite_is_skipped() -> None:
 
 
 def test_the_state_freezes_after_ten_bad_steps(program: Program) -> None:
-    bad = dict.fromkeys(range(2, 2 + MAX_STREAK), (np.nan, 8))
+    bad = dict.fromkeys(range(2, 2 + MAX_NONFINITE_STREAK), (np.nan, 8))
     frozen, _ = run(program, range(15), bad)
     wanted, _ = run(program, range(2))
     assert_same_bits((frozen.params, frozen.optimizer), (wanted.params, wanted.optimizer))
     assert (int(frozen.skipped), int(frozen.streak)) == (13, 13)
-    thawed, _ = run(program, range(14), {index: bad[index] for index in range(2, 1 + MAX_STREAK)})
-    assert (int(thawed.skipped), int(thawed.streak)) == (MAX_STREAK - 1, 0)
+    thawed, _ = run(program, range(14), {index: bad[index] for index in range(2, 1 + MAX_NONFINITE_STREAK)})
+    assert (int(thawed.skipped), int(thawed.streak)) == (MAX_NONFINITE_STREAK - 1, 0)
 
 
 def test_a_run_survives_one_bad_batch_and_stops_after_ten(
@@ -304,12 +306,14 @@ def test_a_run_survives_one_bad_batch_and_stops_after_ten(
     assert [(row["step"], row["skipped"]) for row in trained] == [(3, 1), (6, 1), (9, 4), (12, 7), (15, 10), (18, 13)]
     assert rows[-1]["event"] == "non-finite" and "['embedding']" in rows[-1]["leaf"]
     assert ["loss" in row for row in trained] == [True, True, False, False, False, False]
-    taken = [float(np.asarray(schedule(config)(step))) for step in (1, 4)]  # skipped steps do not move the schedule
+    taken = [
+        float(np.asarray(learning_rate_schedule(config)(step))) for step in (1, 4)
+    ]  # skipped steps do not move the schedule
     assert [row["learning_rate"] for row in trained[:2]] == pytest.approx(taken)
 
 
 def test_a_bad_parameter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    initial = Program.initial
+    initial = Program.init_state
 
     def planted(self: Program) -> TrainState:
         state = initial(self)
@@ -318,7 +322,7 @@ def test_a_bad_parameter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         params["stack"]["parts"][0]["body"]["parts"][1]["mixer_norm"]["scale"] = scale.at[1, 3].set(jnp.nan)
         return state
 
-    monkeypatch.setattr(Program, "initial", planted)
+    monkeypatch.setattr(Program, "init_state", planted)
     with pytest.raises(NonFiniteError, match=r"the parameter \['stack'\].*\['mixer_norm'\]\['scale'\]"):
         train(CONFIG, tmp_path / "run", name="planted")
 
@@ -328,7 +332,7 @@ def test_a_bad_parameter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_evaluation_is_exact(program: Program) -> None:
     """Weighted means from the logits of every position, over lengths that training never sees."""
-    state = program.initial()
+    state = program.init_state()
     sums: dict[str, np.ndarray] = {}
     for index in range(3):
         batch = TASK.batch(0, "test", index, 32)
@@ -356,7 +360,7 @@ def test_dropout_is_a_function_of_seed_and_step() -> None:
     noisy = compiled(vary(model={"dropout": 0.3, "embed_dropout": 0.1}))
     reports = []
     for key in (0, 0, 1):
-        state = noisy.initial()._replace(key=jax.random.key(key))
+        state = noisy.init_state()._replace(key=jax.random.key(key))
         for step in (0, 1, 1):  # the first rate is 0, so only the step differs
             state, report = noisy.step(state._replace(step=jnp.int32(step)), noisy.batch(0))
             reports.append(float(report.loss))
@@ -365,14 +369,14 @@ def test_dropout_is_a_function_of_seed_and_step() -> None:
 
 
 def test_seeds_decide_the_start() -> None:
-    keys = [compiled(vary(train={"seed": seed})).initial() for seed in (3, 4)]
+    keys = [compiled(vary(train={"seed": seed})).init_state() for seed in (3, 4)]
     assert jax.random.key_data(keys[0].key).tolist() != jax.random.key_data(keys[1].key).tolist()
     assert not np.array_equal(keys[0].params["embedding"], keys[1].params["embedding"])
 
 
 def test_dropout_is_off_in_evaluation(program: Program) -> None:
     noisy = compiled(vary(model={"dropout": 0.3, "embed_dropout": 0.1}))
-    assert noisy.evaluate(program.initial(), "valid") == program.evaluate(program.initial(), "valid")
+    assert noisy.evaluate(program.init_state(), "valid") == program.evaluate(program.init_state(), "valid")
 
 
 def test_the_spelling_of_a_pattern_changes_nothing() -> None:
@@ -398,11 +402,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder, train(CONFIG, folder, name="finished", profile=True)
 
 
-def test_a_log_says_what_ran(finished: tuple[Path, dict[str, float]]) -> None:
+def test_log_records_run_information(finished: tuple[Path, dict[str, float]]) -> None:
     folder, metrics = finished
     start, *rows = read(folder)
     assert start["kind"] == "run" and start["step"] == 0 and start["device"] and start["jax"] == jax.__version__
-    assert "commit" in start and start["parameters"] == accounting.parameters(MODEL, 16) and start["name"] == "finished"
+    assert (
+        "commit" in start
+        and start["parameters"] == accounting.count_parameters(MODEL, 16)
+        and start["name"] == "finished"
+    )
     assert {row["fingerprint"] for row in (start, *rows)} == {fingerprint(CONFIG)}
     assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 6, 8, 10, 12]
     assert [(row["step"], row["split"]) for row in rows if row["kind"] == "eval"] == [
@@ -440,7 +448,7 @@ def test_resume_is_exact(
     tmp_path: Path, finished: tuple[Path, dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop breaks at step 7, when step 6 is in the log; the checkpoint of step 4 goes on to the same bits."""
-    add, folder = loop.Meter.add, tmp_path / "run"
+    add, folder = loop.MetricsLogger.add, tmp_path / "run"
     seen: list[Any] = []
 
     def stop(self: Any, report: Any, batch: Any) -> None:
@@ -450,7 +458,7 @@ def test_resume_is_exact(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.Meter, "add", stop)
+        patch.setattr(loop.MetricsLogger, "add", stop)
         train(CONFIG, folder, name="resumed")
     assert train(CONFIG, folder, name="resumed") == finished[1]
     assert checksums(folder, 12) == checksums(finished[0], 12)
@@ -498,8 +506,8 @@ def test_golden_file_has_no_more_than_the_configs() -> None:
 
 def test_the_optimizer_state_has_the_tree_of_the_parameters(program: Program) -> None:
     """One first and one second moment for each parameter, in its shape."""
-    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(program.abstract.params))
-    adam = next(s for s in jax.tree.leaves(program.abstract.optimizer, is_leaf=_is_adam) if _is_adam(s))
+    shapes = sorted(leaf.shape for leaf in jax.tree.leaves(program.abstract_state.params))
+    adam = next(s for s in jax.tree.leaves(program.abstract_state.optimizer, is_leaf=_is_adam) if _is_adam(s))
     assert all(sorted(leaf.shape for leaf in jax.tree.leaves(tree)) == shapes for tree in (adam.mu, adam.nu))
 
 

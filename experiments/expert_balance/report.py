@@ -3,8 +3,8 @@
 import math
 from pathlib import Path
 
-from experiments.cell import Row
 from experiments.expert_balance.sweep import BALANCES, SIZES
+from experiments.train_cell import ResultRow
 
 COLUMNS = {
     "entropy of the mean, nats": "expert_entropy",
@@ -14,12 +14,12 @@ COLUMNS = {
 }
 
 
-def main(rows: list[Row], folder: Path) -> None:
+def main(rows: list[ResultRow], folder: Path) -> None:
     (folder / "table.md").write_text(table(rows) + "\n")
     print(table(rows))
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[ResultRow]) -> str:
     """Means over the two layers, each seed."""
     header = ["experts", "balance", "even", *COLUMNS, "valid"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]

@@ -9,34 +9,38 @@ from dataclasses import replace
 
 import jax
 
-from experiments.cell import Cell, Row, Stage
+from experiments.train_cell import ResultRow, SweepStage, Trial
 from recallax.configs import mqar_micro
-from recallax.layers import ChunkExperts, DiagonalSSM, Nothing, Parallel, SparseGlobalAttention
+from recallax.layers import ChunkExperts, DiagonalSSM, NoChannelMixer, Parallel, SparseGlobalAttention
 from recallax.models import Block, LMConfig
-from recallax.models.zoology import CONV
+from recallax.models.zoology_lm import CONV_BLOCK
 from recallax.train.program import Program
-from recallax.train.run import AdamW, RunConfig
+from recallax.train.run_config import AdamW, RunConfig
 from recallax.train.step import TrainState
 
 RATE, STEPS, SEEDS = 1e-2, 1500, (0, 1)
 SIZES = {"4 experts, 1 chosen": (4, 1), "8 experts, 2 chosen": (8, 2)}
 BALANCES = {
-    "neither": ChunkExperts(balance_weight=0.0),
-    "loss": ChunkExperts(balance_weight=1e-2),
-    "bias": ChunkExperts(balance_weight=0.0, bias_rate=1e-3),
+    "neither": ChunkExperts(load_balance_loss_weight=0.0),
+    "loss": ChunkExperts(load_balance_loss_weight=1e-2),
+    "bias": ChunkExperts(load_balance_loss_weight=0.0, bias_update_rate=1e-3),
 }
 
 
-def arms(rows: list[Row]) -> list[Cell]:
+def variants(rows: list[ResultRow]) -> list[Trial]:
     return [
-        Cell({"stage": "arms", "mixer": size, "balance": balance, "seed": seed}, _run(size, balance, seed), used)
+        Trial(
+            {"stage": "arms", "mixer": size, "balance": balance, "seed": seed},
+            _run(size, balance, seed),
+            expert_diagnostics,
+        )
         for size in SIZES
         for balance in BALANCES
         for seed in SEEDS
     ]
 
 
-def used(program: Program, state: TrainState) -> Row:
+def expert_diagnostics(program: Program, state: TrainState) -> ResultRow:
     """The diagnostics of one more training batch."""
     _, report = program.step(state, program.batch(STEPS))
     return {name: float(mean.total) for name, mean in jax.device_get(report.terms).items() if "expert" in name}
@@ -45,15 +49,15 @@ def used(program: Program, state: TrainState) -> Row:
 def _run(size: str, balance: str, seed: int) -> RunConfig:
     base = mqar_micro.get_config()
     experts, chosen = SIZES[size]
-    mixer = replace(BALANCES[balance], experts=experts, top_k=chosen, inner=16, chunk=8)
+    mixer = replace(BALANCES[balance], num_experts=experts, top_k=chosen, intermediate_size=16, chunk_size=8)
     if chosen == 1:
-        mixer = replace(mixer, weights="softmax")
-    sparse = SparseGlobalAttention(window=8, chosen=8, block=4, rotary_base=None)
-    paths = Parallel(ssm=DiagonalSSM(longest=32.0), attention=sparse, experts=mixer)
-    blocks = {"conv": CONV, "experts": Block(mixer=paths, channel=Nothing())}
+        mixer = replace(mixer, norm_topk_prob=False)
+    sparse = SparseGlobalAttention(window=8, top_k=8, block_size=4, rope_theta=None)
+    paths = Parallel(ssm=DiagonalSSM(max_timescale=32.0), attention=sparse, experts=mixer)
+    blocks = {"conv": CONV_BLOCK, "experts": Block(mixer=paths, channel=NoChannelMixer())}
     model = LMConfig(d_model=32, pattern="conv experts*2", blocks=blocks)
     train = replace(base.train, steps=STEPS, seed=seed, data_seed=seed)
     return replace(base, model=model, optim=AdamW(lr=RATE), train=train)
 
 
-STAGES: tuple[Stage, ...] = (arms,)
+STAGES: tuple[SweepStage, ...] = (variants,)

@@ -7,29 +7,29 @@ the short convolution of Zoology's hybrids and have as many parameters: what a p
 from dataclasses import replace
 from functools import cache
 
-from experiments.cell import Cell, Row, Stage, best
+from experiments.train_cell import ResultRow, SweepStage, Trial, best_row
 from recallax.configs import mqar_micro
 from recallax.layers import (
-    AskedTokens,
     Attention,
     ChunkExperts,
     DiagonalSSM,
     KeyScore,
     MixerConfig,
-    Nothing,
+    NoChannelMixer,
     Parallel,
     ProductKeys,
+    QueryDependentSelector,
     SlidingWindow,
     SparseGlobalAttention,
     SwiGLU,
     Workspace,
 )
 from recallax.models import Block, LMConfig, accounting
-from recallax.models.hydra import hydra_blocks
-from recallax.models.zoology import CONV
+from recallax.models.hydra_lm import hydra_blocks
+from recallax.models.zoology_lm import CONV_BLOCK
 from recallax.tasks import Task
 from recallax.tasks.key_retrieval import KeyRetrieval
-from recallax.train.run import AdamW, RunConfig
+from recallax.train.run_config import AdamW, RunConfig
 
 RATES = (4e-3, 1e-2, 2.5e-2)
 SEEDS = (1,)
@@ -37,7 +37,10 @@ STEPS = 1500
 NEEDLES = ((48, 8),)
 TASKS: dict[str, tuple[Task, int]] = {
     "mqar": (mqar_micro.get_config().task, 8),
-    "needles": (KeyRetrieval(words=16, names=8, train=NEEDLES, asked=1, test=NEEDLES), 4),
+    "needles": (
+        KeyRetrieval(num_words=16, num_names=8, train_slices=NEEDLES, queries_per_fact=1, test_slices=NEEDLES),
+        4,
+    ),
 }
 """With the number of tokens that the window, the selection and a chunk have."""
 PARTS = {
@@ -53,63 +56,70 @@ CONTROLS = {
     "+ window of as many": "conv wider",
     "+ attention to all": "conv everything",
 }
-OTHERS = {"+ window alone": "conv window", "+ tokens asked for": "conv asked", "+ key selection": "conv keys"}
-PATTERNS = PARTS | CONTROLS | OTHERS
-ARMS = {"mqar": tuple(PATTERNS), "needles": (*PARTS, *CONTROLS)}
-WIDTH, INNER = 32, 16
+OTHER_VARIANTS = {"+ window alone": "conv window", "+ tokens asked for": "conv asked", "+ key selection": "conv keys"}
+PATTERNS = PARTS | CONTROLS | OTHER_VARIANTS
+VARIANTS = {"mqar": tuple(PATTERNS), "needles": (*PARTS, *CONTROLS)}
+WIDTH, INTERMEDIATE_SIZE = 32, 16
 """INNER: of the perceptron in the model with all parts; the others' are wider."""
 
 
-def grid(rows: list[Row]) -> list[Cell]:
-    return [_cell("grid", task, name, rate, 0) for task, names in ARMS.items() for name in names for rate in RATES]
+def grid(rows: list[ResultRow]) -> list[Trial]:
+    return [_cell("grid", task, name, rate, 0) for task, names in VARIANTS.items() for name in names for rate in RATES]
 
 
-def seeds(rows: list[Row]) -> list[Cell]:
-    found = {(task, name): best(rows, "grid", task=task, mixer=name) for task, names in ARMS.items() for name in names}
+def seeds(rows: list[ResultRow]) -> list[Trial]:
+    found = {
+        (task, name): best_row(rows, "grid", task=task, mixer=name)
+        for task, names in VARIANTS.items()
+        for name in names
+    }
     return [_cell("seeds", *arm, row["lr"], seed) for arm, row in found.items() for seed in SEEDS]
 
 
-def _cell(stage: str, task: str, name: str, rate: float, seed: int) -> Cell:
+def _cell(stage: str, task: str, name: str, rate: float, seed: int) -> Trial:
     labels = {"stage": stage, "task": task, "mixer": name, "lr": rate, "seed": seed}
-    return Cell(labels, _run(task, name, rate, seed))
+    return Trial(labels, _run(task, name, rate, seed))
 
 
 def _run(task: str, name: str, rate: float, seed: int) -> RunConfig:
     base = mqar_micro.get_config()
     train = replace(base.train, steps=STEPS, seed=seed, data_seed=seed)
-    return replace(base, task=TASKS[task][0], model=matched(task, name), optim=AdamW(lr=rate), train=train)
+    return replace(base, task=TASKS[task][0], model=parameter_matched(task, name), optim=AdamW(lr=rate), train=train)
 
 
 @cache
-def matched(task: str, name: str) -> LMConfig:
+def parameter_matched(task: str, name: str) -> LMConfig:
     """The arm with a perceptron as wide as makes up for what it lacks beside all parts."""
     vocab = TASKS[task][0].vocab_size
-    least, more = (accounting.parameters(_model(task, name, inner), vocab) for inner in (1, 2))
-    wanted = accounting.parameters(_model(task, "all parts", INNER), vocab)
+    least, more = (accounting.count_parameters(_model(task, name, inner), vocab) for inner in (1, 2))
+    wanted = accounting.count_parameters(_model(task, "all parts", INTERMEDIATE_SIZE), vocab)
     return _model(task, name, 1 + round((wanted - least) / (more - least)))
 
 
-def _model(task: str, name: str, inner: int) -> LMConfig:
+def _model(task: str, name: str, intermediate_size: int) -> LMConfig:
     few = TASKS[task][1]
-    ssm = DiagonalSSM(longest=32.0)
-    sparse = SparseGlobalAttention(window=few, chosen=few, block=4, rotary_base=None)
+    ssm = DiagonalSSM(max_timescale=32.0)
+    sparse = SparseGlobalAttention(window=few, top_k=few, block_size=4, rope_theta=None)
     attentions: dict[str, MixerConfig] = {
-        "window": SlidingWindow(window=few, rotary_base=None),
-        "wider": SlidingWindow(window=2 * few, rotary_base=None),
-        "everything": Attention(rotary_base=None),
-        "asked": replace(sparse, selector=AskedTokens(width=16), cache="every token"),
-        "keys": replace(sparse, selector=KeyScore(hidden=32)),
+        "window": SlidingWindow(window=few, rope_theta=None),
+        "wider": SlidingWindow(window=2 * few, rope_theta=None),
+        "everything": Attention(rope_theta=None),
+        "asked": replace(sparse, selector=QueryDependentSelector(score_dim=16), cache="full"),
+        "keys": replace(sparse, selector=KeyScore(hidden_size=32)),
     }
     blocks = hydra_blocks(
         ssm,
         sparse,
-        ChunkExperts(experts=4, inner=16, chunk=few),
-        Workspace(slots=16, rank=32, chunk=few),
-        ProductKeys(sub_keys=8, heads=2, key_dim=16, value_dim=32, top_k=4),
-    ) | {key: Block(mixer=Parallel(ssm=ssm, attention=part), channel=Nothing()) for key, part in attentions.items()}
+        ChunkExperts(num_experts=4, intermediate_size=16, chunk_size=few),
+        Workspace(num_slots=16, slot_dim=32, chunk_size=few),
+        ProductKeys(num_sub_keys=8, num_heads=2, head_k_dim=16, value_dim=32, top_k=4),
+    ) | {
+        key: Block(mixer=Parallel(ssm=ssm, attention=part), channel=NoChannelMixer())
+        for key, part in attentions.items()
+    }
     filled = next(key for key in PATTERNS[name].split() if key not in ("conv", "workspace", "facts"))
-    blocks[filled] = replace(blocks[filled], channel=SwiGLU(inner=inner))
-    return LMConfig(d_model=WIDTH, pattern=PATTERNS[name], blocks=blocks | {"conv": CONV})
+    blocks[filled] = replace(blocks[filled], channel=SwiGLU(intermediate_size=intermediate_size))
+    return LMConfig(d_model=WIDTH, pattern=PATTERNS[name], blocks=blocks | {"conv": CONV_BLOCK})
 
 
-STAGES: tuple[Stage, ...] = (grid, seeds)
+STAGES: tuple[SweepStage, ...] = (grid, seeds)

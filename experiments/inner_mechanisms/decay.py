@@ -4,15 +4,15 @@ from itertools import product
 
 import numpy as np
 
-from experiments.inner_mechanisms.settings import OFF, Gates, chosen, run, unit
-from recallax.pallas_kernels.neural_memory import Learner
-from recallax.pallas_kernels.neural_memory.learner import LinearNet
+from experiments.inner_mechanisms.memory_grid import LOG_CLOSED, MemoryGates, l2_normalize, run_memory, select_setting
+from recallax.pallas_kernels.neural_memory import InnerOptimizer
+from recallax.pallas_kernels.neural_memory.inner_optimizer import LinearNet
 
-WIDTH, REGIME, REGIMES, ROWS = 32, 48, 16, 8
+WIDTH, REGIME_LENGTH, NUM_REGIMES, ROWS = 32, 48, 16, 8
 RATES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 KEEPS = (0.9, 0.94, 0.96, 0.98, 0.99, 0.995)
 NOISES = (0.0, 0.5)
-LEARNER = Learner(network=LinearNet(), gradient="token", momentum=False, chunk=16)
+LEARNER = InnerOptimizer(network=LinearNet(), gradient="token", momentum=False, chunk_size=16)
 
 
 def measure() -> list[dict]:
@@ -22,24 +22,24 @@ def measure() -> list[dict]:
     """
     rows = []
     for noise in NOISES:
-        errors = errors_of(noise)
+        errors = relative_errors(noise)
         for way, (settings, scores) in errors.items():
-            index, error = chosen(scores, np.minimum)
+            index, error = select_setting(scores, np.minimum)
             rate, keep = settings[index]
             setting = {"noise": noise, "forgets": way, "lr": rate} | ({"keep": keep} if way == "constant" else {})
             rows.append({"mechanism": "decay", **setting, "error": round(error, 4)})
     return rows
 
 
-def errors_of(noise: float, seed: int = 0) -> dict[str, tuple[list[tuple[float, float]], np.ndarray]]:
+def relative_errors(noise: float, seed: int = 0) -> dict[str, tuple[list[tuple[float, float]], np.ndarray]]:
     """Per way of forgetting its settings (rate, keep) and the error of each row and setting."""
     rng = np.random.default_rng(seed)
-    shape = (ROWS, REGIME * REGIMES, WIDTH)
-    q, k = unit(rng.normal(size=(2, *shape)))
-    teachers = np.repeat(rng.normal(size=(ROWS, REGIMES, WIDTH, WIDTH)), REGIME, axis=1)
+    shape = (ROWS, REGIME_LENGTH * NUM_REGIMES, WIDTH)
+    q, k = l2_normalize(rng.normal(size=(2, *shape)))
+    teachers = np.repeat(rng.normal(size=(ROWS, NUM_REGIMES, WIDTH, WIDTH)), REGIME_LENGTH, axis=1)
     answers, v = (np.einsum("bti,btio->bto", x, teachers) for x in (q, k))
     v = v + noise * rng.normal(size=shape)
-    changes = np.arange(shape[1]) % REGIME == 0
+    changes = np.arange(shape[1]) % REGIME_LENGTH == 0
 
     ways = {
         "never": [(rate, 1.0) for rate in RATES],
@@ -49,12 +49,12 @@ def errors_of(noise: float, seed: int = 0) -> dict[str, tuple[list[tuple[float, 
     everything = [(way, *setting) for way, settings in ways.items() for setting in settings]
     logs = np.array([0.0 if way == "at the change" else np.log(keep) for way, _, keep in everything])
     flagged = np.array([way == "at the change" for way, *_ in everything])
-    log_keep = np.where(flagged & changes[:, None], OFF, logs)
+    log_keep = np.where(flagged & changes[:, None], LOG_CLOSED, logs)
     lr = np.array([rate for _, rate, _ in everything])
     every = (ROWS, shape[1], len(everything))
-    gates = Gates(np.broadcast_to(lr, every), np.zeros(every), np.broadcast_to(log_keep, every))
-    reads, _ = run(LEARNER, q, k, v, gates, {"w1": np.zeros((WIDTH, WIDTH))})
-    settled = slice(REGIME, None)  # the first regime follows nothing
+    gates = MemoryGates(np.broadcast_to(lr, every), np.zeros(every), np.broadcast_to(log_keep, every))
+    reads, _ = run_memory(LEARNER, q, k, v, gates, {"w1": np.zeros((WIDTH, WIDTH))})
+    settled = slice(REGIME_LENGTH, None)  # the first regime follows nothing
     miss = np.square(reads - answers[:, :, None])[:, settled].sum(axis=(1, 3))
     errors = miss / np.square(answers[:, settled]).sum(axis=(1, 2))[:, None]
     return {

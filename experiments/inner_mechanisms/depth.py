@@ -6,21 +6,27 @@ An even function has no linear part, so a matrix memory can do nothing. Controls
 
 import numpy as np
 
-from experiments.inner_mechanisms.settings import Gates, chosen, run, unit
-from recallax.pallas_kernels.neural_memory import Learner
-from recallax.pallas_kernels.neural_memory.learner import LinearNet, MLPNet, RandomFeatureNet
+from experiments.inner_mechanisms.memory_grid import MemoryGates, l2_normalize, run_memory, select_setting
+from recallax.pallas_kernels.neural_memory import InnerOptimizer
+from recallax.pallas_kernels.neural_memory.inner_optimizer import LinearNet, MLPNet, RandomFeatureNet
 
 WIDTH, LENGTH, ROWS = 16, 2048, 8
 RATES = tuple(2.0**n for n in range(-13, 3))
 CHUNKS = (1, 2, 4, 8, 16, 32, 64, 128)
-DEEP = Learner(network=MLPNet(), momentum=False, chunk=1)
+DEEP = InnerOptimizer(network=MLPNet(), momentum=False, chunk_size=1)
 MEMORIES = {
-    "linear": Learner(network=LinearNet(), gradient="token", momentum=False, chunk=16),
+    "linear": InnerOptimizer(network=LinearNet(), gradient="token", momentum=False, chunk_size=16),
     "deep": DEEP,
-    "last layer only": Learner(network=MLPNet(), momentum=False, chunk=1, updates=("w2",)),
-    "last layer only, as many floats": Learner(network=MLPNet(expansion=8), momentum=False, chunk=1, updates=("w2",)),
-    "random features, as many floats": Learner(network=RandomFeatureNet(expansion=8), momentum=False, chunk=1),
-    "random features, 4 times the floats": Learner(network=RandomFeatureNet(expansion=32), momentum=False, chunk=1),
+    "last layer only": InnerOptimizer(network=MLPNet(), momentum=False, chunk_size=1, trainable_weights=("w2",)),
+    "last layer only, as many floats": InnerOptimizer(
+        network=MLPNet(expansion=8), momentum=False, chunk_size=1, trainable_weights=("w2",)
+    ),
+    "random features, as many floats": InnerOptimizer(
+        network=RandomFeatureNet(expansion=8), momentum=False, chunk_size=1
+    ),
+    "random features, 4 times the floats": InnerOptimizer(
+        network=RandomFeatureNet(expansion=32), momentum=False, chunk_size=1
+    ),
 }
 
 
@@ -29,24 +35,24 @@ def measure() -> list[dict]:
 
     The share of the answers' squares that is missed, over the second half of the tokens.
     """
-    rows = [{"mechanism": "depth", "memory": name, **best(learner)} for name, learner in MEMORIES.items()]
+    rows = [{"mechanism": "depth", "memory": name, **best_rate(learner)} for name, learner in MEMORIES.items()]
     for chunk in CHUNKS:
-        learner = Learner(network=MLPNet(), momentum=False, chunk=chunk)
-        rows.append({"mechanism": "staleness", "chunk": chunk, **best(learner)})
+        learner = InnerOptimizer(network=MLPNet(), momentum=False, chunk_size=chunk)
+        rows.append({"mechanism": "staleness", "chunk": chunk, **best_rate(learner)})
     return rows
 
 
-def best(learner: Learner, rows: int = ROWS) -> dict:
+def best_rate(learner: InnerOptimizer, rows: int = ROWS) -> dict:
     """The rate that is best on the first half of the rows, the error on the second, and the floats of state."""
-    index, error = chosen(errors_of(learner, rows), np.minimum)
-    floats = sum(i * o for i, o in learner.learned(WIDTH).values())
+    index, error = select_setting(relative_errors(learner, rows), np.minimum)
+    floats = sum(i * o for i, o in learner.trainable_shapes(WIDTH).values())
     return {"floats": floats, "lr": RATES[index], "error": round(error, 4)}
 
 
-def errors_of(learner: Learner, rows: int, seed: int = 0) -> np.ndarray:
+def relative_errors(learner: InnerOptimizer, rows: int, seed: int = 0) -> np.ndarray:
     """[rows, rates]; not finite where a memory diverged."""
     rng = np.random.default_rng(seed)
-    q, k = unit(rng.normal(size=(2, rows, LENGTH, WIDTH)))
+    q, k = l2_normalize(rng.normal(size=(2, rows, LENGTH, WIDTH)))
     teacher = rng.normal(size=(rows, WIDTH, WIDTH))
     mean = np.sqrt(2 / np.pi)  # of |x| for a normal x; the answers have mean 0 and deviation 1
     answers, v = ((np.abs(x @ teacher) - mean) / np.sqrt(1 - mean**2) for x in (q, k))
@@ -54,7 +60,9 @@ def errors_of(learner: Learner, rows: int, seed: int = 0) -> np.ndarray:
     scale = 0.0 if len(shapes) == 1 else 1.0  # a memory of one matrix starts best from nothing
     weights = {name: scale * rng.normal(size=shape) / np.sqrt(shape[0]) for name, shape in shapes.items()}
     every = (rows, LENGTH, len(RATES))
-    reads, _ = run(learner, q, k, v, Gates(np.broadcast_to(RATES, every), np.zeros(every), np.zeros(every)), weights)
+    reads, _ = run_memory(
+        learner, q, k, v, MemoryGates(np.broadcast_to(RATES, every), np.zeros(every), np.zeros(every)), weights
+    )
     late = slice(LENGTH // 2, None)
     with np.errstate(over="ignore", invalid="ignore"):
         miss = np.square(reads - answers[:, :, None])[:, late].sum(axis=(1, 3))

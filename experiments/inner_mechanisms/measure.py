@@ -5,26 +5,28 @@ import time
 from pathlib import Path
 
 from experiments.inner_mechanisms import decay, depth, learned_gates, momentum
-from recallax.train.log import commit
+from recallax.train.log import git_commit
 
-HERE = Path(__file__).parent
-PARTS = (decay, momentum, learned_gates, depth)
+FOLDER = Path(__file__).parent
+MECHANISMS = (decay, momentum, learned_gates, depth)
 
 
 def main() -> None:
     rows = []
-    for part in PARTS:
+    for part in MECHANISMS:
         begin = time.monotonic()
         found = part.measure()
-        rows += [row | {"commit": commit()} for row in found]
+        rows += [row | {"commit": git_commit()} for row in found]
         print(*found, f"{time.monotonic() - begin:.0f} s", sep="\n", flush=True)
-    (HERE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (HERE / "table.md").write_text(tables(rows) + "\n")
+    (FOLDER / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (FOLDER / "table.md").write_text(tables(rows) + "\n")
 
 
 def tables(rows: list[dict]) -> str:
     """One table per mechanism; its columns are what its rows hold."""
-    return "\n\n".join(table([r for r in rows if r["mechanism"] == name]) for name in dict.fromkeys(map(_name, rows)))
+    return "\n\n".join(
+        table([r for r in rows if r["mechanism"] == name]) for name in dict.fromkeys(map(_mechanism, rows))
+    )
 
 
 def table(rows: list[dict]) -> str:
@@ -36,7 +38,7 @@ def table(rows: list[dict]) -> str:
     )
 
 
-def _name(row: dict) -> str:
+def _mechanism(row: dict) -> str:
     return row["mechanism"]
 
 

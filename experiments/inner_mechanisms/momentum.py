@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
-from experiments.inner_mechanisms.settings import OFF, Gates, chosen, run, unit
-from recallax.pallas_kernels.neural_memory import Learner
-from recallax.pallas_kernels.neural_memory.learner import LinearNet
+from experiments.inner_mechanisms.memory_grid import LOG_CLOSED, MemoryGates, l2_normalize, run_memory, select_setting
+from recallax.pallas_kernels.neural_memory import InnerOptimizer
+from recallax.pallas_kernels.neural_memory.inner_optimizer import LinearNet
 
-type Kind = Literal["none", "cued"]
+type MomentumKind = Literal["none", "cued"]
 
 CUES, ROWS = 4, 32
 SIZES = ((64, 16), (128, 16), (128, 32))
@@ -25,15 +25,15 @@ KEEPS = (1.0, 0.99, 0.98, 0.95, 0.9)
 """At every pair."""
 WIPES = (1.0, 0.98, 0.95, 0.9, 0.8, 0.5)
 """At the first cue to ignore a pair."""
-MOMENTA: tuple[Kind, ...] = ("none", "cued")
+MOMENTA: tuple[MomentumKind, ...] = ("none", "cued")
 
 
 def measure() -> list[dict]:
     """A row per size and momentum: how often what a key that matters reads is nearer to its value than to others."""
     rows = []
     for (pairs, width), momentum in product(SIZES, MOMENTA):
-        settings, scores = recall(pairs, width, momentum)
-        index, accuracy = chosen(scores, np.maximum)
+        settings, scores = recall_accuracy(pairs, width, momentum)
+        index, accuracy = select_setting(scores, np.maximum)
         rate, keep, wipe = settings[index]
         setting = {"pairs": pairs, "width": width, "momentum": momentum, "lr": rate, "keep": keep, "wipe": wipe}
         rows.append({"mechanism": "momentum", **setting, "accuracy": round(accuracy, 4)})
@@ -44,11 +44,11 @@ def pairs_and_cues(
     rng: np.random.Generator, rows: int, pairs: int, width: int
 ) -> tuple[Float[np.ndarray, "B N D"], Float[np.ndarray, "B N D"], Bool[np.ndarray, "B N"]]:
     """Unit keys, unit values, and which pairs matter: an eighth of each row's, to the nearest whole number."""
-    keys, values = unit(rng.normal(size=(2, rows, pairs, width)))
+    keys, values = l2_normalize(rng.normal(size=(2, rows, pairs, width)))
     return keys, values, rng.random((rows, pairs)).argsort(axis=1) < round(pairs / 8)
 
 
-def laid_out(x: Float[np.ndarray, "B N D"]) -> Float[np.ndarray, "B T D"]:
+def expand_to_tokens(x: Float[np.ndarray, "B N D"]) -> Float[np.ndarray, "B T D"]:
     """Each pair's vector at its own token, zero at its cues."""
     rows, pairs, width = x.shape
     out = np.zeros((rows, pairs, 1 + CUES, width))
@@ -56,24 +56,24 @@ def laid_out(x: Float[np.ndarray, "B N D"]) -> Float[np.ndarray, "B T D"]:
     return out.reshape(rows, -1, width)
 
 
-def recall(
-    pairs: int, width: int, momentum: Kind, rows: int = ROWS, seed: int = 0
+def recall_accuracy(
+    pairs: int, width: int, momentum: MomentumKind, rows: int = ROWS, seed: int = 0
 ) -> tuple[list[tuple[float, float, float]], Float[np.ndarray, "B H"]]:
     """Settings (rate, keep, wipe), and the share of the pairs that matter that each recalls at the end of each row."""
     keys, values, matters = pairs_and_cues(np.random.default_rng(seed), rows, pairs, width)
     settings = list(product(RATES, KEEPS, WIPES))
     lr, keep, wipe = np.array(settings).T
     shape = (rows, pairs, 1 + CUES, len(settings))
-    rates, log_momentum, log_keep = np.zeros(shape), np.full(shape, OFF), np.zeros(shape)
+    rates, log_momentum, log_keep = np.zeros(shape), np.full(shape, LOG_CLOSED), np.zeros(shape)
     rates[:, :, 0] = lr
     log_keep[:, :, 0] = np.log(keep)
     log_keep[:, :, 1] = np.where(matters[..., None], 0.0, np.log(wipe))
     if momentum == "cued":
-        log_momentum[:, :, 1:] = np.where(matters, 0.0, OFF)[..., None, None]
-    gates = Gates(*(x.reshape(rows, -1, len(settings)) for x in (rates, log_momentum, log_keep)))
-    learner = Learner(network=LinearNet(), gradient="token", momentum=momentum == "cued", chunk=32)
-    k, v = laid_out(keys), laid_out(values)
-    _, learned = run(learner, np.zeros_like(k), k, v, gates, {"w1": np.zeros((width, width))})
+        log_momentum[:, :, 1:] = np.where(matters, 0.0, LOG_CLOSED)[..., None, None]
+    gates = MemoryGates(*(x.reshape(rows, -1, len(settings)) for x in (rates, log_momentum, log_keep)))
+    learner = InnerOptimizer(network=LinearNet(), gradient="token", momentum=momentum == "cued", chunk_size=32)
+    k, v = expand_to_tokens(keys), expand_to_tokens(values)
+    _, learned = run_memory(learner, np.zeros_like(k), k, v, gates, {"w1": np.zeros((width, width))})
     asked = np.argsort(~matters, axis=1, kind="stable")[:, : matters[0].sum()]
     reads = np.einsum("bni,bhio->bhno", np.take_along_axis(keys, asked[..., None], axis=1), learned["w1"])
     nearest = (reads @ np.swapaxes(values, 1, 2)[:, None]).argmax(axis=-1)

@@ -10,24 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from recallax.pallas_kernels.neural_memory import Fixed, Learner, Tokens, neural_memory
-from recallax.pallas_kernels.neural_memory.learner import LinearNet
-from recallax.train.log import commit
+from recallax.pallas_kernels.neural_memory import InnerOptimizer, MemoryInputs, OuterParams, neural_memory
+from recallax.pallas_kernels.neural_memory.inner_optimizer import LinearNet
+from recallax.train.log import git_commit
 
-type Gradient = Literal["token", "chunk_start"]
+type GradientMode = Literal["token", "chunk_start"]
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 RATES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 CHUNKS = (1, 4, 16, 64)
 COSINES = (0.0, 0.3, 0.7)
 MOMENTA = (0.0, 0.9)
-GRADIENTS: tuple[Gradient, ...] = ("token", "chunk_start")
+GRADIENTS: tuple[GradientMode, ...] = ("token", "chunk_start")
 WIDTH, LENGTH = 64, 1024
-BOUND = 100.0
+DIVERGENCE_BOUND = 100.0
 """A memory of unit keys and values is of size one; what exceeds this has diverged, or will."""
 
 
-def largest(gradient: Gradient, chunk: int, cosine: float, momentum: float, seed: int = 0) -> float:
+def largest_stable_rate(gradient: GradientMode, chunk: int, cosine: float, momentum: float, seed: int = 0) -> float:
     """The largest rate of the grid up to which every one stays bounded; 0 if none does. One head per rate."""
     rng, heads = np.random.default_rng(seed), len(RATES)
     shared = rng.normal(size=WIDTH)
@@ -39,26 +39,26 @@ def largest(gradient: Gradient, chunk: int, cosine: float, momentum: float, seed
     )
     lr = jnp.broadcast_to(jnp.asarray(RATES)[None, None, :, None], (1, LENGTH, heads, 1))
     log_momentum = jnp.full_like(lr, np.log(max(momentum, 1e-30)))
-    tokens = Tokens(keys, keys, values, lr, log_momentum, jnp.zeros_like(lr))
+    tokens = MemoryInputs(keys, keys, values, lr, log_momentum, jnp.zeros_like(lr))
     nothing = jnp.zeros((heads, WIDTH))
-    learner = Learner(network=LinearNet(), momentum=momentum > 0, gradient=gradient, chunk=chunk)
-    fixed = Fixed({"w1": jnp.zeros((heads, WIDTH, WIDTH))}, nothing, nothing)
+    learner = InnerOptimizer(network=LinearNet(), momentum=momentum > 0, gradient=gradient, chunk_size=chunk)
+    fixed = OuterParams({"w1": jnp.zeros((heads, WIDTH, WIDTH))}, nothing, nothing)
     out, _ = jax.jit(lambda tokens: neural_memory(learner, tokens, fixed))(tokens)
     size = np.abs(np.asarray(out)[0]).max(axis=(0, 2))
-    bounded = np.isfinite(size) & (size < BOUND)
+    bounded = np.isfinite(size) & (size < DIVERGENCE_BOUND)
     return max((rate for i, rate in enumerate(RATES) if bounded[: i + 1].all()), default=0.0)
 
 
 def main() -> None:
     rows = []
     for gradient, cosine, momentum in product(GRADIENTS, COSINES, MOMENTA):
-        found = {chunk: largest(gradient, chunk, cosine, momentum) for chunk in CHUNKS}
+        found = {chunk: largest_stable_rate(gradient, chunk, cosine, momentum) for chunk in CHUNKS}
         rows.append(
-            {"gradient": gradient, "cosine": cosine, "momentum": momentum, "largest": found, "commit": commit()}
+            {"gradient": gradient, "cosine": cosine, "momentum": momentum, "largest": found, "commit": git_commit()}
         )
         print(rows[-1], flush=True)
-    (HERE / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (HERE / "table.md").write_text(table(rows) + "\n")
+    (FOLDER / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (FOLDER / "table.md").write_text(table(rows) + "\n")
 
 
 def table(rows: list[dict]) -> str:

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.cell import Row
-from experiments.key_retrieval.arms import ARMS, best_rate
-from experiments.key_retrieval.measure import COUNTS, LENGTHS, rows
+from experiments.key_retrieval.measure import ROWS_PER_LENGTH, TOP_KS, stage_rows
+from experiments.key_retrieval.variants import VARIANTS, best_rate
+from experiments.train_cell import ResultRow
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 def table(head: Sequence[object], lines: Sequence[Sequence[object]]) -> list[str]:
@@ -15,7 +15,7 @@ def table(head: Sequence[object], lines: Sequence[Sequence[object]]) -> list[str
     return ["| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *lines)] + [""]
 
 
-def training(found: list[Row]) -> list[str]:
+def training_table(found: list[ResultRow]) -> list[str]:
     """Accuracy on valid by arm and rate."""
     lines = [
         [
@@ -26,25 +26,25 @@ def training(found: list[Row]) -> list[str]:
             f"{row['stage 2']['group/L256_K8']:.3f}",
             f"{row['cpu_seconds']:.0f}",
         ]
-        for row in sorted(found, key=lambda row: (list(ARMS).index(row["arm"]), row["lr"]))
+        for row in sorted(found, key=lambda row: (list(VARIANTS).index(row["arm"]), row["lr"]))
     ]
     return table(["arm", "rate", "64 tokens, 4 facts", "256, 1", "256, 8", "CPU s"], lines)
 
 
-def recall(found: list[Row], keys: int) -> list[str]:
+def recall_table(found: list[ResultRow], keys: int) -> list[str]:
     """Accuracy on test by way of reading and length."""
     held = {(row["arm"], row["top_k"], row["length"]): row["accuracy"] for row in found if row["keys"] == keys}
-    ways = [("landmark", k) for k in (0, *COUNTS, None)] + [("attention", None), ("window", None)]
+    ways = [("landmark", k) for k in (0, *TOP_KS, None)] + [("attention", None), ("window", None)]
     lines = []
     for arm, top_k in ways:
-        cells = [f"{held[arm, top_k, n]:.3f}" if (arm, top_k, n) in held else "" for n in LENGTHS]
+        cells = [f"{held[arm, top_k, n]:.3f}" if (arm, top_k, n) in held else "" for n in ROWS_PER_LENGTH]
         if any(cells):
             name = arm if arm != "landmark" else f"landmark, {'all' if top_k is None else top_k} blocks"
             lines.append([name, *cells])
-    return table([f"{keys} fact{'s' if keys > 1 else ''}", *LENGTHS], lines)
+    return table([f"{keys} fact{'s' if keys > 1 else ''}", *ROWS_PER_LENGTH], lines)
 
 
-def traffic(found: list[Row]) -> list[str]:
+def traffic_table(found: list[ResultRow]) -> list[str]:
     """Bytes by k and by context."""
     lines = [
         [
@@ -61,7 +61,7 @@ def traffic(found: list[Row]) -> list[str]:
     return table(head, lines)
 
 
-def times(found: list[Row]) -> list[str]:
+def time_table(found: list[ResultRow]) -> list[str]:
     """Milliseconds of both attentions."""
     lines = [
         [
@@ -79,9 +79,13 @@ def times(found: list[Row]) -> list[str]:
 
 def main() -> None:
     """Write and print all tables."""
-    lines = training(rows("train")) + recall(rows("recall"), 8) + recall(rows("recall"), 1)
-    lines += traffic(rows("offload")) + times(rows("time"))
-    (HERE / "table.md").write_text("\n".join(lines).strip() + "\n")
+    lines = (
+        training_table(stage_rows("train"))
+        + recall_table(stage_rows("recall"), 8)
+        + recall_table(stage_rows("recall"), 1)
+    )
+    lines += traffic_table(stage_rows("offload")) + time_table(stage_rows("time"))
+    (FOLDER / "table.md").write_text("\n".join(lines).strip() + "\n")
     print("\n".join(lines))
 
 

@@ -7,68 +7,72 @@ calibrated for that length, at the share that the paper has for Mamba-2 and at t
 
 from dataclasses import replace
 
-from experiments.cell import Cell, Row, Stage
-from recallax.layers import DiagonalSSM, Mamba2, MixerConfig, Nothing
+from experiments.train_cell import ResultRow, SweepStage, Trial
+from recallax.layers import DiagonalSSM, Mamba2, MixerConfig, NoChannelMixer
 from recallax.models import Block, LMConfig
-from recallax.tasks import MQAR, InductionHeads, Segment, Task
-from recallax.train.calibrate import Calibration, calibrate
+from recallax.tasks import MQAR, InductionHeads, MixtureSlice, Task
+from recallax.train.calibration import CalibrationOptions, calibrate
 from recallax.train.program import Program
-from recallax.train.run import AdamW, Evaluate, RunConfig, Train
+from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
 from recallax.train.step import TrainState
 
 LENGTH = 32
-FACTORS = (1, 2, 4, 8, 16)
-KEEPS = (0.05, 1e-30)
+LENGTH_FACTORS = (1, 2, 4, 8, 16)
+KEPT_FRACTIONS = (0.05, 1e-30)
 MIXERS: dict[str, MixerConfig] = {
     "Mamba-2": Mamba2(state_dim=16, head_dim=16),
-    "diagonal SSM": DiagonalSSM(longest=float(LENGTH)),
+    "diagonal SSM": DiagonalSSM(max_timescale=float(LENGTH)),
 }
-ARMS = {"induction": (tuple(MIXERS), 4e-3, 400), "two pairs": (("Mamba-2",), 8e-3, 700)}
+TASK_SETTINGS = {"induction": (tuple(MIXERS), 4e-3, 400), "two pairs": (("Mamba-2",), 8e-3, 700)}
 """Mixers, rate and steps of each task."""
 
 
-def task(name: str, length: int) -> Task:
+def make_task(name: str, length: int) -> Task:
     """All splits at one length."""
     if name == "induction":
-        return InductionHeads(symbols=8, length=length, test_lengths=(length,))
-    rows = (Segment(length=length, pairs=2),)
-    return MQAR(vocab_size=32, mixture=rows, test_mixture=rows, power=1.0)
+        return InductionHeads(num_symbols=8, length=length, test_lengths=(length,))
+    rows = (MixtureSlice(length=length, num_kv_pairs=2),)
+    return MQAR(vocab_size=32, mixture=rows, test_mixture=rows, power_a=1.0)
 
 
-def read_on(program: Program, state: TrainState) -> Row:
+def accuracy_by_length(program: Program, state: TrainState) -> ResultRow:
     """Test accuracy at every length, of the model as it is and with filters, by `plain` and the share kept."""
     config, found = program.config, {}
     name = "induction" if isinstance(config.task, InductionHeads) else "two pairs"
-    for factor in FACTORS:
+    for factor in LENGTH_FACTORS:
         length = factor * LENGTH
-        longer = replace(config, task=task(name, length))
+        longer = replace(config, task=make_task(name, length))
         row = {"plain": Program(longer).evaluate(state, "test")["accuracy"]}
         reader: Program | None = None
-        for keeps in KEEPS:
-            long, filtered, _ = calibrate(program, state, Calibration(context=length, keeps=keeps))
+        for keeps in KEPT_FRACTIONS:
+            long, filtered, _ = calibrate(
+                program, state, CalibrationOptions(context_length=length, min_retention=keeps)
+            )
             reader = reader or Program(replace(longer, model=long.config.model))
             row[f"{keeps:g}"] = reader.evaluate(filtered, "test")["accuracy"]
         found[str(factor)] = row
     return {"lengths": found}
 
 
-def cells(rows: list[Row]) -> list[Cell]:
+def cells(rows: list[ResultRow]) -> list[Trial]:
     return [
-        Cell(
+        Trial(
             {"stage": "read", "task": name, "mixer": mixer, "lr": rate, "seed": seed},
             RunConfig(
-                task=task(name, LENGTH),
-                model=LMConfig(d_model=32, pattern="m*2", blocks={"m": Block(mixer=MIXERS[mixer], channel=Nothing())}),
+                task=make_task(name, LENGTH),
+                model=LMConfig(
+                    d_model=32, pattern="m*2", blocks={"m": Block(mixer=MIXERS[mixer], channel=NoChannelMixer())}
+                ),
                 optim=AdamW(lr=rate),
                 train=Train(steps=steps, batch_size=64, seed=seed, data_seed=seed),
                 evaluate=Evaluate(batches=8),
             ),
-            read_on,
+            accuracy_by_length,
         )
-        for name, (mixers, rate, steps) in ARMS.items()
+        for name, (mixers, rate, steps) in TASK_SETTINGS.items()
         for mixer in mixers
         for seed in (0, 1)
     ]
 
 
-STAGES: tuple[Stage, ...] = (cells,)
+STAGES: tuple[SweepStage, ...] = (cells,)

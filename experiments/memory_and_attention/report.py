@@ -2,20 +2,20 @@
 
 from pathlib import Path
 
-from experiments.cell import Row
-from experiments.memory_and_attention.sweep import ASKING, DEEP, PATTERNS, RATES
+from experiments.memory_and_attention.sweep import MLP_PATTERNS, PATTERNS, QUERY_VARIANTS, RATES
+from experiments.train_cell import ResultRow
 
 
-def main(rows: list[Row], folder: Path) -> None:
+def main(rows: list[ResultRow], folder: Path) -> None:
     (folder / "table.md").write_text(table(rows) + "\n")
     print(table(rows))
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[ResultRow]) -> str:
     """Accuracy on valid at each rate, and on test of both seeds at the best one."""
     header = ["mixer", "state bytes", "parameters", *(f"{rate:g}" for rate in RATES), "test, each seed"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for name in (*PATTERNS, *ASKING, *(f"{name}, deep" for name in DEEP)):
+    for name in (*PATTERNS, *QUERY_VARIANTS, *(f"{name}, deep" for name in MLP_PATTERNS)):
         own = [row for row in rows if row["mixer"] + (", deep" if row["stage"] == "deep" else "") == name]
         if not own:
             continue

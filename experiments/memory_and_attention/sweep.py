@@ -6,21 +6,23 @@ other two ways of asking; and the joins with a deeper memory. Attention over the
 
 from dataclasses import replace
 
-from experiments.cell import Cell, Row, Stage, best
+from experiments.train_cell import ResultRow, SweepStage, Trial, best_row
 from recallax.configs import mqar_micro
-from recallax.configs.mqar_titans import every_join
+from recallax.configs.mqar_titans import titans_variants
 from recallax.layers import Attention, Identity, NeuralMemory, SlidingWindow
 from recallax.models import Block
-from recallax.pallas_kernels.neural_memory.learner import Learner, LinearNet, MLPNet
-from recallax.tasks import MQAR, Segment
-from recallax.train.run import AdamW, RunConfig
+from recallax.pallas_kernels.neural_memory.inner_optimizer import InnerOptimizer, LinearNet, MLPNet
+from recallax.tasks import MQAR, MixtureSlice
+from recallax.train.run_config import AdamW, RunConfig
 
-SLICES = (Segment(length=16, pairs=2),)
+SLICES = (MixtureSlice(length=16, num_kv_pairs=2),)
 TASK = MQAR(vocab_size=16, mixture=SLICES, test_mixture=SLICES)
 RATES = (7.5e-4, 1.5e-3, 3e-3)
 STEPS = 1500
-MATRIX = NeuralMemory(heads=1, learner=Learner(network=LinearNet(), gradient="token", chunk=8))
-NETWORK = NeuralMemory(heads=1, learner=Learner(network=MLPNet(expansion=2), chunk=4))
+LINEAR_MEMORY = NeuralMemory(
+    num_heads=1, inner_optimizer=InnerOptimizer(network=LinearNet(), gradient="token", chunk_size=8)
+)
+MLP_MEMORY = NeuralMemory(num_heads=1, inner_optimizer=InnerOptimizer(network=MLPNet(expansion=2), chunk_size=4))
 CONTROL = Block(mixer=Attention(), channel=Identity())
 PATTERNS = {
     "memory as a context": "conv mac",
@@ -30,41 +32,46 @@ PATTERNS = {
     "window alone": "conv window",
     "attention": "conv attention",
 }
-ASKING = {"context, asked by the segment before": "conv mac_previous", "context, learned questions": "conv mac_learned"}
+QUERY_VARIANTS = {
+    "context, asked by the segment before": "conv mac_previous",
+    "context, learned questions": "conv mac_learned",
+}
 SEEDS = (1,)
-DEEP = tuple(name for name in PATTERNS if name.startswith("memory as"))
+MLP_PATTERNS = tuple(name for name in PATTERNS if name.startswith("memory as"))
 
 
-def grid(rows: list[Row]) -> list[Cell]:
+def grid(rows: list[ResultRow]) -> list[Trial]:
     return [_cell("grid", name, rate, 0) for name in PATTERNS for rate in RATES]
 
 
-def seeds(rows: list[Row]) -> list[Cell]:
-    chosen = {name: best(rows, "grid", mixer=name)["lr"] for name in PATTERNS}
+def seeds(rows: list[ResultRow]) -> list[Trial]:
+    chosen = {name: best_row(rows, "grid", mixer=name)["lr"] for name in PATTERNS}
     return [_cell("seeds", name, rate, seed) for name, rate in chosen.items() for seed in SEEDS]
 
 
-def asking(rows: list[Row]) -> list[Cell]:
-    rate = best(rows, "grid", mixer="memory as a context")["lr"]
-    return [_cell("asking", name, rate, seed) for name in ASKING for seed in SEEDS]
+def query_variants(rows: list[ResultRow]) -> list[Trial]:
+    rate = best_row(rows, "grid", mixer="memory as a context")["lr"]
+    return [_cell("asking", name, rate, seed) for name in QUERY_VARIANTS for seed in SEEDS]
 
 
-def deep(rows: list[Row]) -> list[Cell]:
+def mlp_memories(rows: list[ResultRow]) -> list[Trial]:
     """The joins with a two-layer network for a memory, at the rate that was best with a matrix."""
-    chosen = {name: best(rows, "grid", mixer=name)["lr"] for name in DEEP}
-    return [_cell("deep", name, rate, SEEDS[0], NETWORK) for name, rate in chosen.items()]
+    chosen = {name: best_row(rows, "grid", mixer=name)["lr"] for name in MLP_PATTERNS}
+    return [_cell("deep", name, rate, SEEDS[0], MLP_MEMORY) for name, rate in chosen.items()]
 
 
-def _cell(stage: str, name: str, rate: float, seed: int, memory: NeuralMemory = MATRIX) -> Cell:
-    return Cell({"stage": stage, "mixer": name, "lr": rate, "seed": seed}, _run(name, rate, seed, memory))
+def _cell(stage: str, name: str, rate: float, seed: int, memory: NeuralMemory = LINEAR_MEMORY) -> Trial:
+    return Trial({"stage": stage, "mixer": name, "lr": rate, "seed": seed}, _run(name, rate, seed, memory))
 
 
 def _run(name: str, rate: float, seed: int, memory: NeuralMemory) -> RunConfig:
     base = mqar_micro.get_config()
     train = replace(base.train, steps=STEPS, seed=seed, data_seed=seed)
-    model = every_join(memory, SlidingWindow(window=4, persistent=2), segment=4, retrieved=2, d_model=64)
-    model = replace(model, pattern=(PATTERNS | ASKING)[name], blocks=model.blocks | {"attention": CONTROL})
+    model = titans_variants(
+        memory, SlidingWindow(window=4, num_persistent_tokens=2), segment=4, retrieved=2, d_model=64
+    )
+    model = replace(model, pattern=(PATTERNS | QUERY_VARIANTS)[name], blocks=model.blocks | {"attention": CONTROL})
     return replace(base, task=TASK, model=model, optim=AdamW(lr=rate), train=train)
 
 
-STAGES: tuple[Stage, ...] = (grid, seeds, asking, deep)
+STAGES: tuple[SweepStage, ...] = (grid, seeds, query_variants, mlp_memories)

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from experiments.cell import Row, best
 from experiments.multi_pass.sweep import MIXERS
+from experiments.train_cell import ResultRow, best_row
 
 
-def main(rows: list[Row], folder: Path) -> None:
+def main(rows: list[ResultRow], folder: Path) -> None:
     lines = ["| model | state bytes | rate | 4 pairs | 8 pairs | both, two seeds |", "|---|---|---|---|---|---|"]
     for name in MIXERS:
-        rate = best(rows, "grid", mixer=name)["lr"]
+        rate = best_row(rows, "grid", mixer=name)["lr"]
         final = [r for r in rows if r["stage"] == "seeds" and r["mixer"] == name and r["lr"] == rate]
         four, eight = (sum(r["test"][f"group/L32_K{k}"] for r in final) / len(final) for k in (4, 8))
         both = " ".join(f"{r['test']['accuracy']:.3f}" for r in final)

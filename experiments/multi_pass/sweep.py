@@ -8,25 +8,25 @@ the best on valid with two others.
 
 from dataclasses import replace
 
-from experiments.cell import Stage, rates_then_seeds
-from experiments.recall_frontier.sweep import micro_of
-from recallax.layers import Attention, Based, MixerConfig, Prefix
-from recallax.tasks import Repeated
-from recallax.train.run import RunConfig
+from experiments.recall_frontier.sweep import mqar_micro_with_mixer
+from experiments.train_cell import SweepStage, lr_grid_then_seeds
+from recallax.layers import Attention, Based, MixerConfig, PrefixLinear
+from recallax.tasks import JRTPrompt
+from recallax.train.run_config import RunConfig
 
 RATES = (8e-3, 1.6e-2, 3.2e-2)
 WIDTHS = (2, 4)
 MIXERS: dict[str, MixerConfig] = {
     **{f"once {width}": Based(feature_dim=width) for width in WIDTHS},
     **{f"prompt {width}": Based(feature_dim=width) for width in WIDTHS},
-    **{f"prefix {width}": Prefix(memory=Based(feature_dim=width)) for width in WIDTHS},
-    "attention": Attention(rotary_base=None),
+    **{f"prefix {width}": PrefixLinear(memory=Based(feature_dim=width)) for width in WIDTHS},
+    "attention": Attention(rope_theta=None),
 }
 
 
 def config(name: str, rate: float, seed: int) -> RunConfig:
-    run = micro_of(MIXERS[name], rate, seed)
-    return replace(run, task=Repeated(task=run.task)) if name.startswith("prompt") else run
+    run = mqar_micro_with_mixer(MIXERS[name], rate, seed)
+    return replace(run, task=JRTPrompt(task=run.task)) if name.startswith("prompt") else run
 
 
-STAGES: tuple[Stage, ...] = rates_then_seeds(MIXERS, RATES, config)
+STAGES: tuple[SweepStage, ...] = lr_grid_then_seeds(MIXERS, RATES, config)

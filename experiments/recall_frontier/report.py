@@ -5,8 +5,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.cell import Row, best
-from experiments.recall_frontier.sweep import MIXERS, RATES, SMALL
+from experiments.recall_frontier.sweep import LARGER_SIZE_MIXERS, MIXERS, RATES
+from experiments.train_cell import ResultRow, best_row
 
 FAMILIES = {
     "based": ("#d55e00", "o"),
@@ -16,19 +16,19 @@ FAMILIES = {
 }
 
 
-def main(rows: list[Row], folder: Path) -> None:
-    tables = [_frontier_table(rows), _small_table(rows)]
+def main(rows: list[ResultRow], folder: Path) -> None:
+    tables = [_frontier_table(rows), _larger_size_table(rows)]
     (folder / "table.md").write_text("\n\n".join(tables) + "\n")
     print("\n\n".join(tables))
     _figure(rows, folder)
 
 
-def _final(rows: list[Row], stage: str, name: str) -> list[Row]:
-    rate = best(rows, "grid", mixer=name)["lr"]
+def _final(rows: list[ResultRow], stage: str, name: str) -> list[ResultRow]:
+    rate = best_row(rows, "grid", mixer=name)["lr"]
     return [r for r in rows if r["stage"] == stage and r["mixer"] == name and r["lr"] == rate]
 
 
-def _frontier_table(rows: list[Row]) -> str:
+def _frontier_table(rows: list[ResultRow]) -> str:
     lines = [
         "| mixer | state bytes | best rate | valid, by rate "
         + " | ".join(f"{r:g}" for r in RATES)
@@ -37,7 +37,7 @@ def _frontier_table(rows: list[Row]) -> str:
     ]
     lines[0] = lines[0].replace("valid, by rate ", "valid at ", 1)
     for name in MIXERS:
-        chosen = best(rows, "grid", mixer=name)
+        chosen = best_row(rows, "grid", mixer=name)
         grid = {r["lr"]: r["valid"]["accuracy"] for r in rows if r["stage"] == "grid" and r["mixer"] == name}
         tests = " ".join(f"{r['test']['accuracy']:.3f}" for r in _final(rows, "seeds", name))
         cells = " | ".join(f"{grid[rate]:.3f}" if rate in grid else "" for rate in RATES)
@@ -45,9 +45,9 @@ def _frontier_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _small_table(rows: list[Row]) -> str:
+def _larger_size_table(rows: list[ResultRow]) -> str:
     lines = ["| mixer, small setting | state bytes | rate | test, two seeds | seconds |", "|---|---|---|---|---|"]
-    for name in SMALL:
+    for name in LARGER_SIZE_MIXERS:
         final = _final(rows, "small", name)
         tests = " ".join(f"{r['test']['accuracy']:.4f}" for r in final)
         seconds = " ".join(f"{r['seconds']:.0f}" for r in final)
@@ -55,12 +55,12 @@ def _small_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _figure(rows: list[Row], folder: Path) -> None:
+def _figure(rows: list[ResultRow], folder: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for family, (colour, marker) in FAMILIES.items():
         names = [name for name in MIXERS if name.split()[0] == family]
         points = {name: [r["test"]["accuracy"] for r in _final(rows, "seeds", name)] for name in names}
-        size = {name: best(rows, "grid", mixer=name)["state_bytes"] for name in names}
+        size = {name: best_row(rows, "grid", mixer=name)["state_bytes"] for name in names}
         for name, values in points.items():
             left.vlines(size[name], min(values), max(values), color=colour)
             left.annotate(name, (size[name], np.mean(values)), textcoords="offset points", xytext=(4, -12), fontsize=8)

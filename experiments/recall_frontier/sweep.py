@@ -6,12 +6,12 @@ at vocabulary 256, length 64, 8 pairs, width 64.
 
 import dataclasses
 
-from experiments.cell import Cell, Row, Stage, at_best_rate, rates_then_seeds
+from experiments.train_cell import ResultRow, SweepStage, Trial, lr_grid_then_seeds, seeds_at_best_lr
 from recallax.configs import mqar_micro
 from recallax.layers import Attention, Based, LinearAttention, MixerConfig, SlidingWindow
-from recallax.models.zoology import zoology
-from recallax.tasks import MQAR, Segment
-from recallax.train.run import AdamW, Evaluate, RunConfig, Train
+from recallax.models.zoology_lm import zoology
+from recallax.tasks import MQAR, MixtureSlice
+from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 MIXERS: dict[str, MixerConfig] = {
@@ -20,20 +20,20 @@ MIXERS: dict[str, MixerConfig] = {
     "based 16": Based(feature_dim=16),
     "linear elu": LinearAttention(feature_map="elu"),
     "linear identity": LinearAttention(feature_map="identity"),
-    "window 4": SlidingWindow(window=4, rotary_base=None),
-    "window 8": SlidingWindow(window=8, rotary_base=None),
-    "window 16": SlidingWindow(window=16, rotary_base=None),
-    "window 24": SlidingWindow(window=24, rotary_base=None),
-    "attention": Attention(rotary_base=None),
+    "window 4": SlidingWindow(window=4, rope_theta=None),
+    "window 8": SlidingWindow(window=8, rope_theta=None),
+    "window 16": SlidingWindow(window=16, rope_theta=None),
+    "window 24": SlidingWindow(window=24, rope_theta=None),
+    "attention": Attention(rope_theta=None),
 }
-SMALL = ("attention", "based 16", "based 8", "linear elu")
+LARGER_SIZE_MIXERS = ("attention", "based 16", "based 8", "linear elu")
 
 
-def micro(name: str, rate: float, seed: int) -> RunConfig:
-    return micro_of(MIXERS[name], rate, seed)
+def mqar_micro_config(name: str, rate: float, seed: int) -> RunConfig:
+    return mqar_micro_with_mixer(MIXERS[name], rate, seed)
 
 
-def micro_of(mixer: MixerConfig, rate: float, seed: int) -> RunConfig:
+def mqar_micro_with_mixer(mixer: MixerConfig, rate: float, seed: int) -> RunConfig:
     """`mqar_micro` with this mixer."""
     config = mqar_micro.get_config()
     return dataclasses.replace(
@@ -44,8 +44,8 @@ def micro_of(mixer: MixerConfig, rate: float, seed: int) -> RunConfig:
     )
 
 
-def small(name: str, rate: float, seed: int) -> RunConfig:
-    slices = (Segment(length=64, pairs=8),)
+def larger_config(name: str, rate: float, seed: int) -> RunConfig:
+    slices = (MixtureSlice(length=64, num_kv_pairs=8),)
     return RunConfig(
         task=MQAR(vocab_size=256, mixture=slices, test_mixture=slices),
         model=zoology(MIXERS[name], 64),
@@ -55,8 +55,8 @@ def small(name: str, rate: float, seed: int) -> RunConfig:
     )
 
 
-def larger(rows: list[Row]) -> list[Cell]:
-    return at_best_rate("small", SMALL, small, rows)
+def larger_size(rows: list[ResultRow]) -> list[Trial]:
+    return seeds_at_best_lr("small", LARGER_SIZE_MIXERS, larger_config, rows)
 
 
-STAGES: tuple[Stage, ...] = (*rates_then_seeds(MIXERS, RATES, micro), larger)
+STAGES: tuple[SweepStage, ...] = (*lr_grid_then_seeds(MIXERS, RATES, mqar_micro_config), larger_size)

@@ -5,10 +5,10 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from experiments.__main__ import read
-from experiments.cell import Row, best
+from experiments.__main__ import read_rows
 from experiments.recall_frontier.sweep import MIXERS as EARLIER
 from experiments.recall_vs_state.sweep import MIXERS, RATES
+from experiments.train_cell import ResultRow, best_row
 
 FAMILIES = {
     "attention": ("0.2", "D"),
@@ -24,8 +24,8 @@ FAMILIES = {
 }
 
 
-def main(rows: list[Row], folder: Path) -> None:
-    earlier = read(folder.parent / "recall_frontier")
+def main(rows: list[ResultRow], folder: Path) -> None:
+    earlier = read_rows(folder.parent / "recall_frontier")
     rows = [*earlier, *rows]
     names = [*EARLIER, *MIXERS]
     (folder / "table.md").write_text(table(rows, names) + "\n")
@@ -33,20 +33,20 @@ def main(rows: list[Row], folder: Path) -> None:
     _figure(rows, names, folder)
 
 
-def final(rows: list[Row], name: str) -> list[Row]:
+def rows_at_best_rate(rows: list[ResultRow], name: str) -> list[ResultRow]:
     """The two seeds at the rate that was best on valid."""
-    rate = best(rows, "grid", mixer=name)["lr"]
+    rate = best_row(rows, "grid", mixer=name)["lr"]
     return [r for r in rows if r["stage"] == "seeds" and r["mixer"] == name and r["lr"] == rate]
 
 
-def table(rows: list[Row], names: list[str]) -> str:
+def table(rows: list[ResultRow], names: list[str]) -> str:
     """One line per mixer, by accuracy: bytes, parameters, rates, both test accuracies."""
     header = ["mixer", "state bytes", "parameters", "best rate", "valid at it, next best", "test, two seeds", "seconds"]
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for name in sorted(names, key=lambda n: -np.mean([r["test"]["accuracy"] for r in final(rows, n)])):
+    for name in sorted(names, key=lambda n: -np.mean([r["test"]["accuracy"] for r in rows_at_best_rate(rows, n)])):
         grid = [r for r in rows if r["stage"] == "grid" and r["mixer"] == name and r["lr"] in RATES]
         order = sorted((r["valid"]["accuracy"] for r in grid), reverse=True)
-        seeds = final(rows, name)
+        seeds = rows_at_best_rate(rows, name)
         cells = (
             name,
             seeds[0]["state_bytes"],
@@ -60,12 +60,12 @@ def table(rows: list[Row], names: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _figure(rows: list[Row], names: list[str], folder: Path) -> None:
+def _figure(rows: list[ResultRow], names: list[str], folder: Path) -> None:
     figure, axes = plt.subplots(figsize=(8.5, 5), layout="constrained")
     for family, (colour, marker) in FAMILIES.items():
         label: str | None = family
         for name in (n for n in names if n.split()[0] == family):
-            seeds = final(rows, name)
+            seeds = rows_at_best_rate(rows, name)
             values, size = [r["test"]["accuracy"] for r in seeds], seeds[0]["state_bytes"]
             axes.vlines(size, min(values), max(values), color=colour)
             axes.plot(size, np.mean(values), linestyle="none", marker=marker, color=colour, label=label)

@@ -5,8 +5,8 @@ rates and steps; the report draws both. Stages: a grid of six learning rates wit
 on valid with two other seeds.
 """
 
-from experiments.cell import Stage, rates_then_seeds
-from experiments.recall_frontier.sweep import micro_of
+from experiments.recall_frontier.sweep import mqar_micro_with_mixer
+from experiments.train_cell import SweepStage, lr_grid_then_seeds
 from recallax.layers import (
     GLA,
     KDA,
@@ -16,26 +16,26 @@ from recallax.layers import (
     MixerConfig,
     MoM,
 )
-from recallax.train.run import RunConfig
+from recallax.train.run_config import RunConfig
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-CELL = GatedDeltaNet(heads=1, key_dim=8, value_dim=16)
+CELL = GatedDeltaNet(num_heads=1, head_k_dim=8, head_v_dim=16)
 MIXERS: dict[str, MixerConfig] = {
-    "gla 16x32": GLA(heads=1),
+    "gla 16x32": GLA(num_heads=1),
     "mamba2 16x64": Mamba2(state_dim=16, head_dim=32),
-    "delta_net 8x16": DeltaNet(heads=1, key_dim=8, value_dim=16),
-    "delta_net 16x32": DeltaNet(heads=1, key_dim=16, value_dim=32),
+    "delta_net 8x16": DeltaNet(num_heads=1, head_k_dim=8, head_v_dim=16),
+    "delta_net 16x32": DeltaNet(num_heads=1, head_k_dim=16, head_v_dim=32),
     "gated_delta_net 8x16": CELL,
-    "gated_delta_net 16x32": GatedDeltaNet(heads=1, key_dim=16, value_dim=32),
-    "gated_delta_net 8x52": GatedDeltaNet(heads=1, key_dim=8, value_dim=52),  # as many parameters as `mom`
-    "kda 8x16": KDA(heads=1, key_dim=8, value_dim=16),
-    "kda 16x32": KDA(heads=1, key_dim=16, value_dim=32),
+    "gated_delta_net 16x32": GatedDeltaNet(num_heads=1, head_k_dim=16, head_v_dim=32),
+    "gated_delta_net 8x52": GatedDeltaNet(num_heads=1, head_k_dim=8, head_v_dim=52),  # as many parameters as `mom`
+    "kda 8x16": KDA(num_heads=1, head_k_dim=8, head_v_dim=16),
+    "kda 16x32": KDA(num_heads=1, head_k_dim=16, head_v_dim=32),
     "mom 5x8x16": MoM(memory=CELL, num_memories=4, top_k=2),
 }
 
 
-def micro(name: str, rate: float, seed: int) -> RunConfig:
-    return micro_of(MIXERS[name], rate, seed)
+def mqar_micro_config(name: str, rate: float, seed: int) -> RunConfig:
+    return mqar_micro_with_mixer(MIXERS[name], rate, seed)
 
 
-STAGES: tuple[Stage, ...] = rates_then_seeds(MIXERS, RATES, micro)
+STAGES: tuple[SweepStage, ...] = lr_grid_then_seeds(MIXERS, RATES, mqar_micro_config)

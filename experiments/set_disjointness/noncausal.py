@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from recallax.layers import MixerConfig, SequenceMixer, Site
-from recallax.layers.continuation import divide_heads
+from recallax.layers import LayerInfo, MixerConfig, SequenceMixer
 from recallax.layers.dense import Linear, residual_std
+from recallax.layers.state_reset import head_dim_of
 from recallax.pallas_kernels.feature_maps import taylor_score
 from recallax.types import Aux, Precision, SeqInfo
 
@@ -23,27 +23,27 @@ class NonCausalBased(MixerConfig):
     """Taylor linear attention without the causal mask."""
 
     feature_dim: int = 16
-    heads: int = 1
+    num_heads: int = 1
 
-    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "NonCausalBasedMixer":
-        return NonCausalBasedMixer(self, d_model, site, precision=precision, rngs=rngs)
+    def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "NonCausalBasedMixer":
+        return NonCausalBasedMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class NonCausalBasedMixer(SequenceMixer):
     """See the head of the file."""
 
-    def __init__(self, config: NonCausalBased, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
-        divide_heads("based", d_model, config.heads)
-        self.heads, self.width = config.heads, config.feature_dim
-        self.q = Linear(d_model, self.heads * self.width, precision=precision, rngs=rngs)
-        self.k = Linear(d_model, self.heads * self.width, precision=precision, rngs=rngs)
+    def __init__(self, config: NonCausalBased, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
+        head_dim_of("based", d_model, config.num_heads)
+        self.num_heads, self.feature_dim = config.num_heads, config.feature_dim
+        self.q = Linear(d_model, self.num_heads * self.feature_dim, precision=precision, rngs=rngs)
+        self.k = Linear(d_model, self.num_heads * self.feature_dim, precision=precision, rngs=rngs)
         self.v = Linear(d_model, d_model, precision=precision, rngs=rngs)
-        self.out = Linear(d_model, d_model, precision=precision, rngs=rngs, std=residual_std(site.depth))
+        self.out = Linear(d_model, d_model, precision=precision, rngs=rngs, std=residual_std(layer.num_layers))
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
-        segments = jnp.asarray(seq.segments)
-        q, k, v = (part(x).reshape(*x.shape[:2], self.heads, -1) for part in (self.q, self.k, self.v))
-        weights = taylor_score(jnp.einsum("bihk,bjhk->bhij", q, k) * self.width**-0.5)
+        segments = jnp.asarray(seq.segment_ids)
+        q, k, v = (part(x).reshape(*x.shape[:2], self.num_heads, -1) for part in (self.q, self.k, self.v))
+        weights = taylor_score(jnp.einsum("bihk,bjhk->bhij", q, k) * self.feature_dim**-0.5)
         together = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
         weights = jnp.where(together[:, None], weights, 0)
         weights = weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 0.5)

@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from experiments.cell import Row, best
 from experiments.set_disjointness.sweep import MIXERS
+from experiments.train_cell import ResultRow, best_row
 
 SHORT, LONG = "group/short_first_4_16", "group/long_first_4_16"
 
 
-def main(rows: list[Row], folder: Path) -> None:
+def main(rows: list[ResultRow], folder: Path) -> None:
     head = "| model | state bytes | rate | short first | long first | gap (short - long first) |"
     lines = [head, "|---|---|---|---|---|---|"]
     for name in MIXERS:
-        rate = best(rows, "grid", mixer=name)["lr"]
+        rate = best_row(rows, "grid", mixer=name)["lr"]
         final = [r for r in rows if r["stage"] == "seeds" and r["mixer"] == name and r["lr"] == rate]
         short, long = ([r["test"][key] for r in final] for key in (SHORT, LONG))
         gaps = " ".join(f"{a - b:+.3f}" for a, b in zip(short, long, strict=True))

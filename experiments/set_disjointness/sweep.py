@@ -6,32 +6,32 @@ d' = 2 and 4, and with d' = 2 also on rows that repeat the sets (JRT-Prompt) and
 the best on valid with two others.
 """
 
-from experiments.cell import Stage, rates_then_seeds
 from experiments.set_disjointness.noncausal import NonCausalBased
-from recallax.layers import BaseConv, Based, MixerConfig, Prefix, SwiGLU
+from experiments.train_cell import SweepStage, lr_grid_then_seeds
+from recallax.layers import BaseConv, Based, MixerConfig, PrefixLinear, SwiGLU
 from recallax.models import Block, LMConfig
-from recallax.tasks import Repeated, SetDisjointness
-from recallax.train.run import AdamW, Evaluate, RunConfig, Train
+from recallax.tasks import JRTPrompt, SetDisjointness
+from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
 
 RATES = (2e-3, 4e-3, 8e-3)
-SMALL = Based(feature_dim=2, heads=2)
+SMALL_BASED = Based(feature_dim=2, num_heads=2)
 MIXERS: dict[str, MixerConfig] = {
-    "causal 2": SMALL,
-    "causal 4": Based(feature_dim=4, heads=2),
-    "prompt 2": SMALL,
-    "prefix 2": Prefix(memory=SMALL),
-    "control 8": NonCausalBased(feature_dim=8, heads=2),
+    "causal 2": SMALL_BASED,
+    "causal 4": Based(feature_dim=4, num_heads=2),
+    "prompt 2": SMALL_BASED,
+    "prefix 2": PrefixLinear(memory=SMALL_BASED),
+    "control 8": NonCausalBased(feature_dim=8, num_heads=2),
 }
 
 
 def config(name: str, rate: float, seed: int) -> RunConfig:
     blocks = {
-        "conv": Block(mixer=BaseConv(width=3), channel=SwiGLU(expand=2.0)),
+        "conv": Block(mixer=BaseConv(conv_size=3), channel=SwiGLU(expand=2.0)),
         "mixer": Block(mixer=MIXERS[name], channel=SwiGLU(expand=2.0)),
     }
-    task = SetDisjointness(vocab_size=64, pairs=((4, 16),), test_pairs=((4, 16),))
+    task = SetDisjointness(vocab_size=64, set_sizes=((4, 16),), test_set_sizes=((4, 16),))
     return RunConfig(
-        task=Repeated(task=task) if name.startswith("prompt") else task,
+        task=JRTPrompt(task=task) if name.startswith("prompt") else task,
         model=LMConfig(d_model=48, pattern="(conv mixer)*2", blocks=blocks),
         optim=AdamW(lr=rate),
         train=Train(steps=3000, batch_size=64, seed=seed, data_seed=seed),
@@ -39,4 +39,4 @@ def config(name: str, rate: float, seed: int) -> RunConfig:
     )
 
 
-STAGES: tuple[Stage, ...] = rates_then_seeds(MIXERS, RATES, config)
+STAGES: tuple[SweepStage, ...] = lr_grid_then_seeds(MIXERS, RATES, config)

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from experiments.cell import Row, best
 from experiments.state_tracking.sweep import CELLS, RATES
+from experiments.train_cell import ResultRow, best_row
 
 
-def main(rows: list[Row], folder: Path) -> None:
+def main(rows: list[ResultRow], folder: Path) -> None:
     header = [
         "task and strength",
         *(f"valid at {rate:g}" for rate in RATES),
@@ -16,7 +16,7 @@ def main(rows: list[Row], folder: Path) -> None:
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name in CELLS:
         grid = {r["lr"]: r["valid"]["accuracy"] for r in rows if r["stage"] == "grid" and r["mixer"] == name}
-        rate = best(rows, "grid", mixer=name)["lr"]
+        rate = best_row(rows, "grid", mixer=name)["lr"]
         final = [r for r in rows if r["stage"] == "seeds" and r["mixer"] == name and r["lr"] == rate]
         tests = " ".join(f"{r['test']['accuracy']:.3f}" for r in final)
         groups = [g for g in final[0]["test"] if g.startswith("group/")]

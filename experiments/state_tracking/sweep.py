@@ -5,31 +5,31 @@ convolution, on parity and on the 120 states of S5 reached by transpositions, on
 rates with one seed, then the best on valid with two others.
 """
 
-from experiments.cell import Stage, rates_then_seeds
-from experiments.state_tracking.swaps import Swaps
+from experiments.state_tracking.transpositions import TranspositionTracking
+from experiments.train_cell import SweepStage, lr_grid_then_seeds
 from recallax.layers import DeltaNet, SwiGLU
 from recallax.models import Block, LMConfig, Untied
 from recallax.tasks import StateTracking
-from recallax.train.run import AdamW, Evaluate, RunConfig, Train
+from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
 
 RATES = (1e-3, 3e-3, 1e-2)
 TASKS: dict[str, StateTracking] = {
     "parity": StateTracking(group="parity", length=32, test_lengths=(32, 64, 128)),
-    "S5": Swaps(group="S5", length=16, test_lengths=(16, 32, 64)),
+    "S5": TranspositionTracking(group="S5", length=16, test_lengths=(16, 32, 64)),
 }
-CELLS = {f"{task}, beta <= {beta}": (task, float(beta)) for task in TASKS for beta in (1, 2)}
+CELLS = {f"{task}, beta <= {beta}": (task, beta == 2) for task in TASKS for beta in (1, 2)}
 
 
 def config(name: str, rate: float, seed: int) -> RunConfig:
-    task, beta = CELLS[name]
-    block = Block(mixer=DeltaNet(heads=4, max_beta=beta, conv=0), channel=SwiGLU(expand=4.0))
+    task, negative = CELLS[name]
+    block = Block(mixer=DeltaNet(num_heads=4, allow_neg_eigval=negative, conv_size=0), channel=SwiGLU(expand=4.0))
     return RunConfig(
         task=TASKS[task],
-        model=LMConfig(d_model=64, pattern="mixer", blocks={"mixer": block}, readout=Untied()),
+        model=LMConfig(d_model=64, pattern="mixer", blocks={"mixer": block}, lm_head=Untied()),
         optim=AdamW(lr=rate),
         train=Train(steps=2000, batch_size=64, seed=seed, data_seed=seed),
         evaluate=Evaluate(batches=12),
     )
 
 
-STAGES: tuple[Stage, ...] = rates_then_seeds(CELLS, RATES, config)
+STAGES: tuple[SweepStage, ...] = lr_grid_then_seeds(CELLS, RATES, config)

@@ -3,19 +3,19 @@
 Stages: two learning rates for every arm; then a second seed at the rate that is best on valid.
 """
 
-from experiments.cell import Stage, rates_then_seeds
-from recallax.layers import Nothing, SlidingWindow, SwiGLU, Workspace
+from experiments.train_cell import SweepStage, lr_grid_then_seeds
+from recallax.layers import NoChannelMixer, SlidingWindow, SwiGLU, Workspace
 from recallax.models import Block, LMConfig
 from recallax.tasks.key_retrieval import KeyRetrieval
-from recallax.train.run import AdamW, Evaluate, RunConfig, Train
+from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
 
 RATES = (4e-3, 1e-2)
 STEPS = 1500
 SIZES = ((32, 1),)
 BLOCKS = {
-    "near": Block(mixer=SlidingWindow(window=4), channel=SwiGLU(inner=64)),
-    "whole": Block(mixer=SlidingWindow(window=32), channel=SwiGLU(inner=64)),
-    "workspace": Block(mixer=Workspace(slots=8, rank=32, chunk=4), channel=Nothing()),
+    "near": Block(mixer=SlidingWindow(window=4), channel=SwiGLU(intermediate_size=64)),
+    "whole": Block(mixer=SlidingWindow(window=32), channel=SwiGLU(intermediate_size=64)),
+    "workspace": Block(mixer=Workspace(num_slots=8, slot_dim=32, chunk_size=4), channel=NoChannelMixer()),
 }
 PATTERNS = {
     "two windows of 4": "near*2",
@@ -27,7 +27,7 @@ PATTERNS = {
 
 def _run(name: str, rate: float, seed: int) -> RunConfig:
     return RunConfig(
-        task=KeyRetrieval(words=16, names=4, train=SIZES, asked=1, test=SIZES),
+        task=KeyRetrieval(num_words=16, num_names=4, train_slices=SIZES, queries_per_fact=1, test_slices=SIZES),
         model=LMConfig(d_model=32, pattern=PATTERNS[name], blocks=BLOCKS),
         optim=AdamW(lr=rate),
         train=Train(steps=STEPS, batch_size=64, seed=seed, data_seed=seed),
@@ -35,4 +35,4 @@ def _run(name: str, rate: float, seed: int) -> RunConfig:
     )
 
 
-STAGES: tuple[Stage, ...] = rates_then_seeds(PATTERNS, RATES, _run, others=(1,))
+STAGES: tuple[SweepStage, ...] = lr_grid_then_seeds(PATTERNS, RATES, _run, other_seeds=(1,))

@@ -6,16 +6,16 @@ nothing published on this task; the counts of `recallax show` are tested. Cost: 
     recallax show based_1b3
 """
 
-from recallax.configs.based_360m import language_model_size, tiny_blocks, tiny_stack
+from recallax.configs.based_360m import mqar_at_pretraining_size, mqar_at_pretraining_size_tiny, tiny_based_blocks
 from recallax.models import LMConfig
-from recallax.models.based import based_1b3
-from recallax.train.run import RunConfig
+from recallax.models.based_lm import based_1b3
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return language_model_size(based_1b3())
+    return mqar_at_pretraining_size(based_1b3())
 
 
 def get_tiny() -> RunConfig:
-    model = LMConfig(d_model=16, pattern="(conv based window)*2 conv", blocks=tiny_blocks(), remat="block")
-    return tiny_stack(get_config(), model)
+    model = LMConfig(d_model=16, pattern="(conv based window)*2 conv", blocks=tiny_based_blocks(), remat="block")
+    return mqar_at_pretraining_size_tiny(get_config(), model)

@@ -14,11 +14,11 @@ GB in the two caches.
 from dataclasses import replace
 
 from recallax.configs import text_based
-from recallax.configs.based_360m import language_model_size
-from recallax.models.based import based_360m
+from recallax.configs.based_360m import mqar_at_pretraining_size
+from recallax.models.based_lm import based_360m
 from recallax.tasks import Text
 from recallax.tasks.text import BPE, Tfds
-from recallax.train.run import RunConfig, tiny
+from recallax.train.run_config import RunConfig, tiny_run
 
 
 def get_config() -> RunConfig:
@@ -27,8 +27,8 @@ def get_config() -> RunConfig:
         tokenizer=BPE(file="tokenizers/pg19.json", vocab_size=50_257),
         length=2048,
     )
-    return replace(language_model_size(based_360m()), task=text)
+    return replace(mqar_at_pretraining_size(based_360m()), task=text)
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), task=text_based.tiny_text(32), model=text_based.get_tiny().model)
+    return tiny_run(get_config(), task=text_based.tiny_text(32), model=text_based.get_tiny().model)

@@ -7,11 +7,11 @@ lengths, falling beyond them. Cost: minutes on a GPU.
 """
 
 from recallax.layers import LinearAttention
-from recallax.models.hybrid import hybrid
+from recallax.models.hybrid_lm import hybrid
 from recallax.tasks import Copying
-from recallax.train.run import AdamW, RunConfig, Train, tiny
+from recallax.train.run_config import AdamW, RunConfig, Train, tiny_run
 
-MIXER = LinearAttention(feature_map="relu", heads=2)
+MIXER = LinearAttention(feature_map="relu", num_heads=2)
 
 
 def get_config() -> RunConfig:
@@ -21,4 +21,4 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), task=Copying(train_lengths=(2, 4), test_lengths=(4, 6)), model=hybrid(MIXER, 16))
+    return tiny_run(get_config(), task=Copying(train_lengths=(2, 4), test_lengths=(4, 6)), model=hybrid(MIXER, 16))

@@ -7,8 +7,8 @@ Expected: test accuracy above .9. Cost: about half a minute on two CPU cores.
 
 from recallax.configs import mqar_micro
 from recallax.layers import Based
-from recallax.models.zoology import zoology
-from recallax.train.run import AdamW, RunConfig, Train, tiny
+from recallax.models.zoology_lm import zoology
+from recallax.train.run_config import AdamW, RunConfig, Train, tiny_run
 
 
 def get_config() -> RunConfig:
@@ -21,4 +21,4 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), model=zoology(Based(feature_dim=4, heads=2), 16))
+    return tiny_run(get_config(), model=zoology(Based(feature_dim=4, num_heads=2), 16))

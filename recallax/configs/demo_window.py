@@ -9,18 +9,18 @@ Cost: about half a minute on two CPU cores.
 
 from recallax.configs import mqar_micro
 from recallax.layers import SlidingWindow
-from recallax.models.zoology import zoology
-from recallax.train.run import AdamW, RunConfig, Train, tiny
+from recallax.models.zoology_lm import zoology
+from recallax.train.run_config import AdamW, RunConfig, Train, tiny_run
 
 
 def get_config() -> RunConfig:
     return RunConfig(
         task=mqar_micro.get_config().task,
-        model=zoology(SlidingWindow(window=8, rotary_base=None), 32),
+        model=zoology(SlidingWindow(window=8, rope_theta=None), 32),
         optim=AdamW(lr=1.6e-2),
         train=Train(steps=1500, batch_size=64),
     )
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), model=zoology(SlidingWindow(window=5, rotary_base=None), 16))
+    return tiny_run(get_config(), model=zoology(SlidingWindow(window=5, rope_theta=None), 16))

@@ -1,6 +1,6 @@
 """What does Hydra cost at 1.6B parameters, and does it train at MQAR of language-model size?
 
-24 blocks of width 2048; arXiv 2508.15099 gives the total of the parameters, `recallax/models/hydra.py` says how it is
+24 blocks of width 2048; arXiv 2508.15099 gives the total of the parameters, `recallax/models/hydra_lm.py` says how it is
 split. Expected: 1.62B parameters of which a token takes .94B, a state of 51 MB at any context, and FLOPs per token that
 do not grow with it. Cost: hours on one H100 or more.
 
@@ -9,14 +9,14 @@ do not grow with it. Cost: hours on one H100 or more.
 """
 
 from recallax.configs import mqar_hydra
-from recallax.configs.based_360m import language_model_size, tiny_stack
-from recallax.models.hydra import hydra_1b6
-from recallax.train.run import RunConfig
+from recallax.configs.based_360m import mqar_at_pretraining_size, mqar_at_pretraining_size_tiny
+from recallax.models.hydra_lm import hydra_1b6
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return language_model_size(hydra_1b6())
+    return mqar_at_pretraining_size(hydra_1b6())
 
 
 def get_tiny() -> RunConfig:
-    return tiny_stack(get_config(), mqar_hydra.get_tiny().model)
+    return mqar_at_pretraining_size_tiny(get_config(), mqar_hydra.get_tiny().model)

@@ -11,20 +11,20 @@ Cost: hours on one H100 or more.
 from dataclasses import replace
 
 from recallax.configs import hydra_1b6
-from recallax.configs.mqar_hydra_staged import Lengths, hydra_stages, rows
-from recallax.train.run import RunConfig
+from recallax.configs.mqar_hydra_staged import StageSteps, hydra_stages, mqar_rows
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
     control = hydra_1b6.get_config()
     vocab = control.task.vocab_size
-    steps = Lengths(ssm=(2000, 3000), attention=2000, experts=2000, workspace=2000, facts=2000)
-    stages = hydra_stages(steps, short=rows(vocab, (512, 64)), middle=rows(vocab, (1024, 128)))
+    steps = StageSteps(ssm=(2000, 3000), attention=2000, experts=2000, workspace=2000, facts=2000)
+    stages = hydra_stages(steps, short_task=mqar_rows(vocab, (512, 64)), medium_task=mqar_rows(vocab, (1024, 128)))
     return replace(control, curriculum=stages)
 
 
 def get_tiny() -> RunConfig:
     control = hydra_1b6.get_tiny()
-    steps = Lengths(ssm=(1, 3), attention=2, experts=2, workspace=1, facts=2)
-    stages = hydra_stages(steps, short=rows(32, (8, 1)), middle=rows(32, (12, 2)))
+    steps = StageSteps(ssm=(1, 3), attention=2, experts=2, workspace=1, facts=2)
+    stages = hydra_stages(steps, short_task=mqar_rows(32, (8, 1)), medium_task=mqar_rows(32, (12, 2)))
     return replace(control, train=replace(control.train, steps=12), curriculum=stages)

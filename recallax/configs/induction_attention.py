@@ -7,11 +7,11 @@ to about twice the trained length. Cost: minutes on a GPU.
 """
 
 from recallax.layers import Attention
-from recallax.models.hybrid import hybrid
+from recallax.models.hybrid_lm import hybrid
 from recallax.tasks import InductionHeads
-from recallax.train.run import AdamW, RunConfig, Train, tiny
+from recallax.train.run_config import AdamW, RunConfig, Train, tiny_run
 
-MIXER = Attention(heads=4)
+MIXER = Attention(num_heads=4)
 
 
 def get_config() -> RunConfig:
@@ -21,4 +21,4 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), task=InductionHeads(length=16, test_lengths=(8, 16)), model=hybrid(MIXER, 16))
+    return tiny_run(get_config(), task=InductionHeads(length=16, test_lengths=(8, 16)), model=hybrid(MIXER, 16))

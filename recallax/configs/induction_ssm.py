@@ -9,17 +9,19 @@ lengths that the model reads without them (`experiments/long_mamba`). Cost: a mi
     recallax eval runs/ssm/long-256
 """
 
-from recallax.layers import DiagonalSSM, Nothing
+from recallax.layers import DiagonalSSM, NoChannelMixer
 from recallax.models import Block, LMConfig
 from recallax.tasks import InductionHeads
-from recallax.train.run import AdamW, Evaluate, RunConfig, Train, tiny
+from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train, tiny_run
 
 
 def get_config() -> RunConfig:
     return RunConfig(
-        task=InductionHeads(symbols=8, length=32, test_lengths=(32, 64, 128, 256, 512)),
+        task=InductionHeads(num_symbols=8, length=32, test_lengths=(32, 64, 128, 256, 512)),
         model=LMConfig(
-            d_model=32, pattern="ssm*2", blocks={"ssm": Block(mixer=DiagonalSSM(longest=32.0), channel=Nothing())}
+            d_model=32,
+            pattern="ssm*2",
+            blocks={"ssm": Block(mixer=DiagonalSSM(max_timescale=32.0), channel=NoChannelMixer())},
         ),
         optim=AdamW(lr=4e-3),
         train=Train(steps=400, batch_size=64, save_every=200),
@@ -29,6 +31,8 @@ def get_config() -> RunConfig:
 
 def get_tiny() -> RunConfig:
     model = LMConfig(
-        d_model=16, pattern="ssm*2", blocks={"ssm": Block(mixer=DiagonalSSM(longest=8.0), channel=Nothing())}
+        d_model=16,
+        pattern="ssm*2",
+        blocks={"ssm": Block(mixer=DiagonalSSM(max_timescale=8.0), channel=NoChannelMixer())},
     )
-    return tiny(get_config(), task=InductionHeads(symbols=6, length=12, test_lengths=(12, 24)), model=model)
+    return tiny_run(get_config(), task=InductionHeads(num_symbols=6, length=12, test_lengths=(12, 24)), model=model)

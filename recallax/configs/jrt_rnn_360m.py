@@ -9,20 +9,22 @@ H100.
 
 from dataclasses import replace
 
-from recallax.configs.based_360m import language_model_size, tiny_blocks, tiny_stack
-from recallax.configs.mqar_jrt_rnn import masked
-from recallax.layers import Based, Prefix
+from recallax.configs.based_360m import mqar_at_pretraining_size, mqar_at_pretraining_size_tiny, tiny_based_blocks
+from recallax.configs.mqar_jrt_rnn import with_masked_prefix
+from recallax.layers import Based, PrefixLinear
 from recallax.models import LMConfig
-from recallax.models.jrt_rnn import MASK, jrt_rnn_360m
-from recallax.train.run import RunConfig
+from recallax.models.jrt_rnn_lm import MASK_TOKEN_ID, jrt_rnn_360m
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return masked(language_model_size(jrt_rnn_360m()), MASK)
+    return with_masked_prefix(mqar_at_pretraining_size(jrt_rnn_360m()), MASK_TOKEN_ID)
 
 
 def get_tiny() -> RunConfig:
-    blocks = tiny_blocks()
-    prefix = replace(blocks["based"], mixer=Prefix(memory=Based(feature_dim=4, heads=2)))
-    model = LMConfig(d_model=16, pattern="conv based window", blocks=blocks | {"based": prefix}, compute="bfloat16")
-    return masked(tiny_stack(get_config(), model))
+    blocks = tiny_based_blocks()
+    prefix = replace(blocks["based"], mixer=PrefixLinear(memory=Based(feature_dim=4, num_heads=2)))
+    model = LMConfig(
+        d_model=16, pattern="conv based window", blocks=blocks | {"based": prefix}, compute_dtype="bfloat16"
+    )
+    return with_masked_prefix(mqar_at_pretraining_size_tiny(get_config(), model))

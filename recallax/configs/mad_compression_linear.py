@@ -7,22 +7,22 @@ Expected: 40 to 50 %, as the published tables. Cost: minutes on a GPU.
 """
 
 from recallax.layers import LinearAttention
-from recallax.models import Autoencode
-from recallax.models.hybrid import hybrid
+from recallax.models import Autoencoder
+from recallax.models.hybrid_lm import hybrid
 from recallax.tasks import Compression
-from recallax.train.run import AdamW, RunConfig, Train, tiny
+from recallax.train.run_config import AdamW, RunConfig, Train, tiny_run
 
-MIXER = LinearAttention(feature_map="identity", heads=2)
+MIXER = LinearAttention(feature_map="identity", num_heads=2)
 
 
 def get_config() -> RunConfig:
     return RunConfig(
         task=Compression(),
-        model=hybrid(MIXER, 128, Autoencode()),
+        model=hybrid(MIXER, 128, Autoencoder()),
         optim=AdamW(lr=1e-3),
         train=Train(steps=10_000, batch_size=128),
     )
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), task=Compression(vocab_size=8, length=8), model=hybrid(MIXER, 16, Autoencode()))
+    return tiny_run(get_config(), task=Compression(vocab_size=8, length=8), model=hybrid(MIXER, 16, Autoencoder()))

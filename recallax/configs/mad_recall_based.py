@@ -7,11 +7,11 @@ of the published tables. Cost: minutes on a GPU.
 """
 
 from recallax.layers import Based
-from recallax.models.hybrid import hybrid
+from recallax.models.hybrid_lm import hybrid
 from recallax.tasks import InContextRecall
-from recallax.train.run import AdamW, RunConfig, Train, tiny
+from recallax.train.run_config import AdamW, RunConfig, Train, tiny_run
 
-MIXER = Based(feature_dim=8, heads=4)
+MIXER = Based(feature_dim=8, num_heads=4)
 
 
 def get_config() -> RunConfig:
@@ -24,4 +24,4 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), task=InContextRecall(vocab_size=8, length=16), model=hybrid(MIXER, 16))
+    return tiny_run(get_config(), task=InContextRecall(vocab_size=8, length=16), model=hybrid(MIXER, 16))

@@ -7,16 +7,16 @@ the counts of `recallax show` are tested. Cost: hours on one H100.
     recallax show mom_1b3
 """
 
-from recallax.configs.based_360m import language_model_size, tiny_stack
-from recallax.configs.mom_380m import tiny_blocks
+from recallax.configs.based_360m import mqar_at_pretraining_size, mqar_at_pretraining_size_tiny
+from recallax.configs.mom_380m import tiny_mom_blocks
 from recallax.models import LMConfig
-from recallax.models.mom import mom_1b3
-from recallax.train.run import RunConfig
+from recallax.models.mom_lm import mom_1b3
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return language_model_size(mom_1b3())
+    return mqar_at_pretraining_size(mom_1b3())
 
 
 def get_tiny() -> RunConfig:
-    return tiny_stack(get_config(), LMConfig(d_model=16, pattern="mom*2", blocks=tiny_blocks()))
+    return mqar_at_pretraining_size_tiny(get_config(), LMConfig(d_model=16, pattern="mom*2", blocks=tiny_mom_blocks()))

@@ -6,15 +6,15 @@ Cost: minutes on one H100.
     recallax train mqar_attention
 """
 
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import Attention
-from recallax.models.zoology import zoology
-from recallax.train.run import RunConfig
+from recallax.models.zoology_lm import zoology
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return standard(zoology(Attention(rotary_base=None), 64))
+    return mqar_standard(zoology(Attention(rope_theta=None), 64))
 
 
 def get_tiny() -> RunConfig:
-    return standard_tiny(zoology(Attention(heads=2, kv_heads=1), 16))
+    return mqar_standard_tiny(zoology(Attention(num_heads=2, num_kv_heads=1), 16))

@@ -8,12 +8,12 @@ feature_dim 8 and .97 at 24), best of learning rates 1e-3, 3.2e-3, 1e-2, 3.2e-2.
 
 from recallax.layers import Based
 from recallax.models import LMConfig
-from recallax.models.zoology import zoology
-from recallax.tasks import MQAR, Segment
-from recallax.train.run import AdamW, Evaluate, RunConfig, Train, tiny
+from recallax.models.zoology_lm import zoology
+from recallax.tasks import MQAR, MixtureSlice
+from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train, tiny_run
 
 
-def standard(model: LMConfig) -> RunConfig:
+def mqar_standard(model: LMConfig) -> RunConfig:
     """A model on the standard mixture, with its published number of steps and rows."""
     return RunConfig(
         task=MQAR(filler="zoology"),
@@ -24,16 +24,18 @@ def standard(model: LMConfig) -> RunConfig:
     )
 
 
-def standard_tiny(model: LMConfig) -> RunConfig:
-    slices = (Segment(length=16, pairs=2), Segment(length=24, pairs=4))
-    return tiny(
-        standard(model), task=MQAR(vocab_size=32, mixture=slices, test_mixture=slices, filler="zoology"), model=model
+def mqar_standard_tiny(model: LMConfig) -> RunConfig:
+    slices = (MixtureSlice(length=16, num_kv_pairs=2), MixtureSlice(length=24, num_kv_pairs=4))
+    return tiny_run(
+        mqar_standard(model),
+        task=MQAR(vocab_size=32, mixture=slices, test_mixture=slices, filler="zoology"),
+        model=model,
     )
 
 
 def get_config() -> RunConfig:
-    return standard(zoology(Based(feature_dim=16), 64))
+    return mqar_standard(zoology(Based(feature_dim=16), 64))
 
 
 def get_tiny() -> RunConfig:
-    return standard_tiny(zoology(Based(feature_dim=4, heads=2), 16))
+    return mqar_standard_tiny(zoology(Based(feature_dim=4, num_heads=2), 16))

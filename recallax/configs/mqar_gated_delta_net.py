@@ -8,17 +8,19 @@ rate (.06, .09 and .97 over three rates in one published run).
     recallax train mqar_gated_delta_net --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1
 """
 
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import GatedDeltaNet
-from recallax.models.zoology import with_attention, zoology
-from recallax.train.run import RunConfig
+from recallax.models.zoology_lm import with_attention_blocks, zoology
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return standard(with_attention(zoology(GatedDeltaNet(heads=1, key_dim=64, value_dim=64), 64)))
+    return mqar_standard(with_attention_blocks(zoology(GatedDeltaNet(num_heads=1, head_k_dim=64, head_v_dim=64), 64)))
 
 
 def get_tiny() -> RunConfig:
-    return standard_tiny(
-        with_attention(zoology(GatedDeltaNet(heads=1, value_heads=2, key_dim=4, value_dim=6), 16), window=5)
+    return mqar_standard_tiny(
+        with_attention_blocks(
+            zoology(GatedDeltaNet(num_heads=1, num_v_heads=2, head_k_dim=4, head_v_dim=6), 16), window=5
+        )
     )

@@ -7,15 +7,15 @@ Width 64, behind a short convolution. Expected: no published number for this wid
     recallax train mqar_gla --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1
 """
 
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import GLA
-from recallax.models.zoology import with_attention, zoology
-from recallax.train.run import RunConfig
+from recallax.models.zoology_lm import with_attention_blocks, zoology
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return standard(with_attention(zoology(GLA(heads=1, conv=4), 64)))
+    return mqar_standard(with_attention_blocks(zoology(GLA(num_heads=1, conv_size=4), 64)))
 
 
 def get_tiny() -> RunConfig:
-    return standard_tiny(with_attention(zoology(GLA(heads=2, gate_rank=4), 16), window=5))
+    return mqar_standard_tiny(with_attention_blocks(zoology(GLA(num_heads=2, gate_low_rank_dim=4), 16), window=5))

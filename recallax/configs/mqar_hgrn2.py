@@ -7,15 +7,15 @@ Cost: minutes on one H100.
     recallax train mqar_hgrn2 --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1
 """
 
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import HGRN2
-from recallax.models.zoology import with_attention, zoology
-from recallax.train.run import RunConfig
+from recallax.models.zoology_lm import with_attention_blocks, zoology
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return standard(with_attention(zoology(HGRN2(heads=1), 64)))
+    return mqar_standard(with_attention_blocks(zoology(HGRN2(num_heads=1), 64)))
 
 
 def get_tiny() -> RunConfig:
-    return standard_tiny(with_attention(zoology(HGRN2(heads=2), 16), window=5))
+    return mqar_standard_tiny(with_attention_blocks(zoology(HGRN2(num_heads=2), 16), window=5))

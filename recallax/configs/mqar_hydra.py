@@ -13,62 +13,62 @@ states, so what is recalled is what attention and the workspace add. Cost: minut
 
 from dataclasses import replace
 
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import (
-    AskedTokens,
     ChunkExperts,
     DiagonalSSM,
     GatedDeltaNet,
     KeyScore,
     Landmark,
     LongMamba,
-    Nothing,
+    NoChannelMixer,
     Parallel,
     ProductKeys,
+    QueryDependentSelector,
     SparseGlobalAttention,
     Workspace,
 )
 from recallax.models import Block, LMConfig
-from recallax.models.hydra import ABLATIONS, hydra_blocks
-from recallax.train.run import RunConfig
+from recallax.models.hydra_lm import ABLATIONS, hydra_blocks
+from recallax.train.run_config import RunConfig
 
-EXPERTS = ChunkExperts(experts=4, inner=64, chunk=16)
+EXPERTS = ChunkExperts(num_experts=4, intermediate_size=64, chunk_size=16)
 
 
-def with_other_choices(
+def add_hydra_variants(
     blocks: dict[str, Block], ssm: DiagonalSSM, attention: SparseGlobalAttention
 ) -> dict[str, Block]:
     """The blocks, with other selectors, routes and recurrences."""
     others = {
-        "asked": Parallel(ssm=ssm, attention=replace(attention, selector=AskedTokens(), cache="every token")),
+        "asked": Parallel(ssm=ssm, attention=replace(attention, selector=QueryDependentSelector(), cache="full")),
         "keys": Parallel(ssm=ssm, attention=replace(attention, selector=KeyScore())),
-        "landmark": Parallel(ssm=ssm, attention=Landmark(landmark_every=15, top_k=2)),
-        "by_previous": Parallel(ssm=ssm, experts=replace(EXPERTS, route="previous chunk")),
+        "landmark": Parallel(ssm=ssm, attention=Landmark(block_size=15, top_k=2)),
+        "by_previous": Parallel(ssm=ssm, experts=replace(EXPERTS, route="previous_chunk")),
         "by_token": Parallel(ssm=ssm, experts=replace(EXPERTS, route="token")),
-        "long": Parallel(ssm=LongMamba(mixer=ssm, trained=256, context=1024)),
-        "delta": Parallel(ssm=GatedDeltaNet(heads=1)),
+        "long": Parallel(ssm=LongMamba(mixer=ssm, training_length=256, context_length=1024)),
+        "delta": Parallel(ssm=GatedDeltaNet(num_heads=1)),
     }
-    return blocks | {name: Block(mixer=mixer, channel=Nothing()) for name, mixer in others.items()}
+    return blocks | {name: Block(mixer=mixer, channel=NoChannelMixer()) for name, mixer in others.items()}
 
 
 def get_config() -> RunConfig:
-    ssm, attention = DiagonalSSM(longest=256.0), SparseGlobalAttention(window=16, chosen=32, block=16)
-    workspace = Workspace(slots=16, rank=64, chunk=16)
-    facts = ProductKeys(sub_keys=32, heads=2, key_dim=32, value_dim=64, top_k=8)
-    blocks = with_other_choices(hydra_blocks(ssm, attention, EXPERTS, workspace, facts), ssm, attention)
-    return standard(LMConfig(d_model=64, pattern=ABLATIONS["all"], blocks=blocks))
+    ssm, attention = DiagonalSSM(max_timescale=256.0), SparseGlobalAttention(window=16, top_k=32, block_size=16)
+    workspace = Workspace(num_slots=16, slot_dim=64, chunk_size=16)
+    facts = ProductKeys(num_sub_keys=32, num_heads=2, head_k_dim=32, value_dim=64, top_k=8)
+    blocks = add_hydra_variants(hydra_blocks(ssm, attention, EXPERTS, workspace, facts), ssm, attention)
+    return mqar_standard(LMConfig(d_model=64, pattern=ABLATIONS["all"], blocks=blocks))
 
 
 def get_tiny() -> RunConfig:
     """Every part once; that they also stand beside one another is among the laws' wide sweeps."""
-    ssm = LongMamba(mixer=DiagonalSSM(longest=8.0), trained=24, context=48)
-    experts = ChunkExperts(experts=3, top_k=2, inner=5, chunk=3)
-    sparse = SparseGlobalAttention(window=3, chosen=2, block=2, heads=2, kv_heads=1, head_dim=6)
+    ssm = LongMamba(mixer=DiagonalSSM(max_timescale=8.0), training_length=24, context_length=48)
+    experts = ChunkExperts(num_experts=3, top_k=2, intermediate_size=5, chunk_size=3)
+    sparse = SparseGlobalAttention(window=3, top_k=2, block_size=2, num_heads=2, num_kv_heads=1, head_dim=6)
     mixers = {
         "experts": Parallel(ssm=ssm, experts=experts),
         "attention": Parallel(attention=sparse),
-        "workspace": Workspace(slots=3, rank=6, chunk=4),
-        "facts": ProductKeys(sub_keys=4, heads=2, key_dim=6, value_dim=5, top_k=3),
+        "workspace": Workspace(num_slots=3, slot_dim=6, chunk_size=4),
+        "facts": ProductKeys(num_sub_keys=4, num_heads=2, head_k_dim=6, value_dim=5, top_k=3),
     }
-    blocks = {name: Block(mixer=mixer, channel=Nothing()) for name, mixer in mixers.items()}
-    return standard_tiny(LMConfig(d_model=16, pattern="experts attention workspace facts", blocks=blocks))
+    blocks = {name: Block(mixer=mixer, channel=NoChannelMixer()) for name, mixer in mixers.items()}
+    return mqar_standard_tiny(LMConfig(d_model=16, pattern="experts attention workspace facts", blocks=blocks))

@@ -6,13 +6,13 @@ published number; the state-space models alone guess (.19). Cost: some three min
     recallax train mqar_hydra_at_once
 """
 
-from recallax.configs.mqar_hydra_staged import at_once, at_once_tiny
-from recallax.train.run import RunConfig
+from recallax.configs.mqar_hydra_staged import joint_training_run, joint_training_run_tiny
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return at_once()
+    return joint_training_run()
 
 
 def get_tiny() -> RunConfig:
-    return at_once_tiny()
+    return joint_training_run_tiny()

@@ -37,11 +37,11 @@ from recallax.layers import (
     Workspace,
 )
 from recallax.models import LMConfig
-from recallax.models.hydra import hydra_blocks
-from recallax.models.zoology import CONV
-from recallax.tasks import MQAR, Segment, Task
-from recallax.train.curriculum import After, Curriculum, Ramp, Settled, Stage
-from recallax.train.run import AdamW, Evaluate, RunConfig, Train, tiny
+from recallax.models.hydra_lm import hydra_blocks
+from recallax.models.zoology_lm import CONV_BLOCK
+from recallax.tasks import MQAR, MixtureSlice, Task
+from recallax.train.curriculum.stages import AfterSteps, Curriculum, MetricPlateau, Ramp, Stage
+from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train, tiny_run
 
 ATTENTION, EXPERTS, WORKSPACE, FACTS = (
     "*.paths.attention.*",
@@ -49,13 +49,13 @@ ATTENTION, EXPERTS, WORKSPACE, FACTS = (
     "blocks.workspace.*",
     "blocks.facts.*",
 )
-OFF = tuple(Ramp(gate=f"*.gates.{name}", start=0.0, end=0.0) for name in ("attention", "experts"))
-SHUT = Ramp(gate="blocks.facts.mixer.gate.bias", start=-100.0, end=-100.0)
-UNROUTED = {"expert_balance": 0.0, "expert_z": 0.0}
+GATES_OFF = tuple(Ramp(gate=f"*.gates.{name}", start=0.0, end=0.0) for name in ("attention", "experts"))
+FACTS_OFF = Ramp(gate="blocks.facts.mixer.gate.bias", start=-100.0, end=-100.0)
+NO_ROUTER_LOSSES = {"expert_balance": 0.0, "expert_z": 0.0}
 """A router that nothing listens to has nothing to balance."""
 
 
-class Lengths(NamedTuple):
+class StageSteps(NamedTuple):
     """Steps of the stages before the last."""
 
     ssm: tuple[int, int]
@@ -66,82 +66,91 @@ class Lengths(NamedTuple):
     facts: int
 
 
-def hydra_stages(steps: Lengths, short: Task, middle: Task) -> Curriculum:
-    """See the head of the file; `short` is for the first two stages, `middle` for the two after them."""
+def hydra_stages(steps: StageSteps, short_task: Task, medium_task: Task) -> Curriculum:
+    """See the head of the file; `short_task` is for the first two stages, `medium_task` for the two after them."""
     least, most = steps.ssm
     return Curriculum(
         stages=(
             Stage(
                 name="ssm",
                 frozen=(ATTENTION, EXPERTS, WORKSPACE, FACTS),
-                ramps=(*OFF, SHUT),
-                task=short,
-                loss_weights=UNROUTED,
-                until=Settled(patience=2, margin=0.01, at_least=least, at_most=most),
+                ramps=(*GATES_OFF, FACTS_OFF),
+                task=short_task,
+                loss_weights=NO_ROUTER_LOSSES,
+                until=MetricPlateau(patience=2, min_delta=0.01, min_steps=least, max_steps=most),
             ),
             Stage(
                 name="attention",
                 frozen=(EXPERTS, WORKSPACE, FACTS),
-                ramps=(Ramp(gate="*.gates.attention", start=0.0, end=0.2), OFF[1], SHUT),
-                task=short,
-                loss_weights=UNROUTED,
-                until=After(steps=steps.attention),
+                ramps=(Ramp(gate="*.gates.attention", start=0.0, end=0.2), GATES_OFF[1], FACTS_OFF),
+                task=short_task,
+                loss_weights=NO_ROUTER_LOSSES,
+                until=AfterSteps(steps=steps.attention),
             ),
             Stage(
                 name="experts",
                 frozen=(WORKSPACE, FACTS),
-                ramps=(Ramp(gate="*.gates.experts", start=0.0, end=0.5), SHUT),
-                task=middle,
+                ramps=(Ramp(gate="*.gates.experts", start=0.0, end=0.5), FACTS_OFF),
+                task=medium_task,
                 loss_weights={"expert_balance": 2.0},
-                until=After(steps=steps.experts),
+                until=AfterSteps(steps=steps.experts),
             ),
-            Stage(name="workspace", frozen=(FACTS,), ramps=(SHUT,), task=middle, until=After(steps=steps.workspace)),
+            Stage(
+                name="workspace",
+                frozen=(FACTS,),
+                ramps=(FACTS_OFF,),
+                task=medium_task,
+                until=AfterSteps(steps=steps.workspace),
+            ),
             Stage(
                 name="facts",
                 ramps=(Ramp(gate="blocks.facts.mixer.gate.bias", start=-6.0, end=-2.0),),
-                until=After(steps=steps.facts),
+                until=AfterSteps(steps=steps.facts),
             ),
             Stage(name="all"),
         )
     )
 
 
-def rows(vocab_size: int, *slices: tuple[int, int]) -> MQAR:
+def mqar_rows(vocab_size: int, *length_and_pairs: tuple[int, int]) -> MQAR:
     """MQAR of these lengths and pairs, in all splits."""
-    segments = tuple(Segment(length=length, pairs=pairs) for length, pairs in slices)
+    segments = tuple(MixtureSlice(length=length, num_kv_pairs=pairs) for length, pairs in length_and_pairs)
     return MQAR(vocab_size=vocab_size, mixture=segments, test_mixture=segments)
 
 
-def at_once() -> RunConfig:
+def joint_training_run() -> RunConfig:
     """The same model, rows and steps without stages."""
     blocks = hydra_blocks(
-        DiagonalSSM(longest=32.0),
-        SparseGlobalAttention(window=8, chosen=8, block=4, rotary_base=None),
-        ChunkExperts(experts=4, inner=16, chunk=8),
-        Workspace(slots=16, rank=32, chunk=8),
-        ProductKeys(sub_keys=8, heads=2, key_dim=16, value_dim=32, top_k=4),
+        DiagonalSSM(max_timescale=32.0),
+        SparseGlobalAttention(window=8, top_k=8, block_size=4, rope_theta=None),
+        ChunkExperts(num_experts=4, intermediate_size=16, chunk_size=8),
+        Workspace(num_slots=16, slot_dim=32, chunk_size=8),
+        ProductKeys(num_sub_keys=8, num_heads=2, head_k_dim=16, value_dim=32, top_k=4),
     )
     return replace(
         mqar_micro.get_config(),
-        model=LMConfig(d_model=32, pattern="conv ssm workspace facts all", blocks=blocks | {"conv": CONV}),
+        model=LMConfig(d_model=32, pattern="conv ssm workspace facts all", blocks=blocks | {"conv": CONV_BLOCK}),
         optim=AdamW(lr=1e-2),
         train=Train(steps=3000, batch_size=64),
         evaluate=Evaluate(every=100),
     )
 
 
-def at_once_tiny() -> RunConfig:
+def joint_training_run_tiny() -> RunConfig:
     model = mqar_hydra.get_tiny().model
-    config = tiny(at_once(), task=rows(32, (16, 2)), model=model)
+    config = tiny_run(joint_training_run(), task=mqar_rows(32, (16, 2)), model=model)
     return replace(config, train=replace(config.train, steps=12))
 
 
 def get_config() -> RunConfig:
-    steps = Lengths(ssm=(300, 600), attention=400, experts=300, workspace=300, facts=200)
-    stages = hydra_stages(steps, short=rows(64, (16, 2)), middle=rows(64, (32, 4)))
-    return replace(at_once(), curriculum=stages)
+    steps = StageSteps(ssm=(300, 600), attention=400, experts=300, workspace=300, facts=200)
+    stages = hydra_stages(steps, short_task=mqar_rows(64, (16, 2)), medium_task=mqar_rows(64, (32, 4)))
+    return replace(joint_training_run(), curriculum=stages)
 
 
 def get_tiny() -> RunConfig:
-    steps = Lengths(ssm=(1, 3), attention=2, experts=2, workspace=1, facts=2)
-    return replace(at_once_tiny(), curriculum=hydra_stages(steps, short=rows(32, (8, 1)), middle=rows(32, (16, 2))))
+    steps = StageSteps(ssm=(1, 3), attention=2, experts=2, workspace=1, facts=2)
+    return replace(
+        joint_training_run_tiny(),
+        curriculum=hydra_stages(steps, short_task=mqar_rows(32, (8, 1)), medium_task=mqar_rows(32, (16, 2))),
+    )

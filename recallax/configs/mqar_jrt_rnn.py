@@ -10,29 +10,29 @@ Width 64, the state of `mqar_based`: prefix linear attention over the pairs, and
 
 from dataclasses import replace
 
-from recallax.configs.mqar_based import standard, standard_tiny
-from recallax.layers import Based, Identity, Prefix
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
+from recallax.layers import Based, Identity, PrefixLinear
 from recallax.models import Block, LMConfig
-from recallax.models.zoology import zoology
+from recallax.models.zoology_lm import zoology
 from recallax.tasks import MaskedPrefix
-from recallax.tasks.masked_prefix import loss_weights
-from recallax.train.run import RunConfig
+from recallax.tasks.masked_prefix import masked_prefix_loss_weights
+from recallax.train.run_config import RunConfig
 
 
-def masked(config: RunConfig, mask_id: int | None = None) -> RunConfig:
+def with_masked_prefix(config: RunConfig, mask_id: int | None = None) -> RunConfig:
     """The run with the prefix masked and JRT's loss, as the published code weighs it."""
-    task = MaskedPrefix(task=config.task, mask_id=mask_id)
-    return replace(config, task=task, train=replace(config.train, loss_weights=loss_weights("code")))
+    task = MaskedPrefix(task=config.task, mask_token_id=mask_id)
+    return replace(config, task=task, train=replace(config.train, loss_weights=masked_prefix_loss_weights("code")))
 
 
-def _model(memory: Based, width: int) -> LMConfig:
-    config = zoology(Prefix(memory=memory), width)
+def _prefix_based_model(memory: Based, width: int) -> LMConfig:
+    config = zoology(PrefixLinear(memory=memory), width)
     return replace(config, blocks=config.blocks | {"once": Block(mixer=memory, channel=Identity())})
 
 
 def get_config() -> RunConfig:
-    return masked(standard(_model(Based(feature_dim=16), 64)))
+    return with_masked_prefix(mqar_standard(_prefix_based_model(Based(feature_dim=16), 64)))
 
 
 def get_tiny() -> RunConfig:
-    return masked(standard_tiny(_model(Based(feature_dim=4, heads=2), 16)))
+    return with_masked_prefix(mqar_standard_tiny(_prefix_based_model(Based(feature_dim=4, num_heads=2), 16)))

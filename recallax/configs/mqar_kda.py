@@ -7,15 +7,17 @@ Width 64, behind a short convolution. Expected: as Gated DeltaNet or better; no 
     recallax train mqar_kda --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1
 """
 
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import KDA
-from recallax.models.zoology import with_attention, zoology
-from recallax.train.run import RunConfig
+from recallax.models.zoology_lm import with_attention_blocks, zoology
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return standard(with_attention(zoology(KDA(heads=1), 64)))
+    return mqar_standard(with_attention_blocks(zoology(KDA(num_heads=1), 64)))
 
 
 def get_tiny() -> RunConfig:
-    return standard_tiny(with_attention(zoology(KDA(heads=2, key_dim=6, value_dim=8), 16), window=5))
+    return mqar_standard_tiny(
+        with_attention_blocks(zoology(KDA(num_heads=2, head_k_dim=6, head_v_dim=8), 16), window=5)
+    )

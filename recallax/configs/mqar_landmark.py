@@ -7,15 +7,15 @@ number: the paper has no MQAR). Cost: minutes on one H100.
     recallax train mqar_landmark
 """
 
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import Landmark
-from recallax.models.zoology import zoology
-from recallax.train.run import RunConfig
+from recallax.models.zoology_lm import zoology
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return standard(zoology(Landmark(landmark_every=15, rotary_base=None, top_k=4), 64))
+    return mqar_standard(zoology(Landmark(block_size=15, rope_theta=None, top_k=4), 64))
 
 
 def get_tiny() -> RunConfig:
-    return standard_tiny(zoology(Landmark(landmark_every=3, heads=2, kv_heads=1, top_k=4), 16))
+    return mqar_standard_tiny(zoology(Landmark(block_size=3, num_heads=2, num_kv_heads=1, top_k=4), 16))

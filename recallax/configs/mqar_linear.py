@@ -6,15 +6,15 @@ Cost: minutes on one H100.
     recallax train mqar_linear
 """
 
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import LinearAttention
-from recallax.models.zoology import zoology
-from recallax.train.run import RunConfig
+from recallax.models.zoology_lm import zoology
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return standard(zoology(LinearAttention(feature_map="elu"), 64))
+    return mqar_standard(zoology(LinearAttention(feature_map="elu"), 64))
 
 
 def get_tiny() -> RunConfig:
-    return standard_tiny(zoology(LinearAttention(feature_map="elu", heads=2, feature_dim=4), 16))
+    return mqar_standard_tiny(zoology(LinearAttention(feature_map="elu", num_heads=2, feature_dim=4), 16))

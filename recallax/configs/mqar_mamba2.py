@@ -7,15 +7,17 @@ Width 64, behind a short convolution. Expected: no published number for this wid
     recallax train mqar_mamba2 --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1
 """
 
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import Mamba2
-from recallax.models.zoology import with_attention, zoology
-from recallax.train.run import RunConfig
+from recallax.models.zoology_lm import with_attention_blocks, zoology
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return standard(with_attention(zoology(Mamba2(state_dim=64, head_dim=64), 64)))
+    return mqar_standard(with_attention_blocks(zoology(Mamba2(state_dim=64, head_dim=64), 64)))
 
 
 def get_tiny() -> RunConfig:
-    return standard_tiny(with_attention(zoology(Mamba2(state_dim=6, head_dim=8, groups=2), 16), window=5))
+    return mqar_standard_tiny(
+        with_attention_blocks(zoology(Mamba2(state_dim=6, head_dim=8, num_groups=2), 16), window=5)
+    )

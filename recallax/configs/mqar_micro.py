@@ -7,11 +7,11 @@ Vocabulary 64, length 32, 4 and 8 pairs, width 32: the size of the learning-rate
 """
 
 from recallax.layers import Based
-from recallax.models.zoology import zoology
-from recallax.tasks import MQAR, Segment
-from recallax.train.run import AdamW, RunConfig, Train, tiny
+from recallax.models.zoology_lm import zoology
+from recallax.tasks import MQAR, MixtureSlice
+from recallax.train.run_config import AdamW, RunConfig, Train, tiny_run
 
-SLICES = (Segment(length=32, pairs=4), Segment(length=32, pairs=8))
+SLICES = (MixtureSlice(length=32, num_kv_pairs=4), MixtureSlice(length=32, num_kv_pairs=8))
 
 
 def get_config() -> RunConfig:
@@ -24,4 +24,4 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), model=zoology(Based(feature_dim=4, heads=2), 16))
+    return tiny_run(get_config(), model=zoology(Based(feature_dim=4, num_heads=2), 16))

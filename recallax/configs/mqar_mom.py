@@ -8,17 +8,17 @@ Expected: above its single cell where that is short of state; no published numbe
     recallax train mqar_mom --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1
 """
 
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import GatedDeltaNet, MoM
-from recallax.models.zoology import with_attention, zoology
-from recallax.train.run import RunConfig
+from recallax.models.zoology_lm import with_attention_blocks, zoology
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    mixer = MoM(memory=GatedDeltaNet(heads=1, key_dim=32, value_dim=32), num_memories=4, top_k=2)
-    return standard(with_attention(zoology(mixer, 64)))
+    mixer = MoM(memory=GatedDeltaNet(num_heads=1, head_k_dim=32, head_v_dim=32), num_memories=4, top_k=2)
+    return mqar_standard(with_attention_blocks(zoology(mixer, 64)))
 
 
 def get_tiny() -> RunConfig:
-    mixer = MoM(memory=GatedDeltaNet(heads=2, key_dim=4, value_dim=6), num_memories=3, top_k=2)
-    return standard_tiny(with_attention(zoology(mixer, 16), window=5))
+    mixer = MoM(memory=GatedDeltaNet(num_heads=2, head_k_dim=4, head_v_dim=6), num_memories=3, top_k=2)
+    return mqar_standard_tiny(with_attention_blocks(zoology(mixer, 16), window=5))

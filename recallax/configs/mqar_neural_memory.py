@@ -7,17 +7,25 @@ convolution. Expected: no published number (the paper has no MQAR). Cost: minute
     recallax train mqar_neural_memory --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1
 """
 
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import NeuralMemory
-from recallax.models.zoology import with_attention, zoology
-from recallax.pallas_kernels.neural_memory.learner import Learner, MLPNet
-from recallax.train.run import RunConfig
+from recallax.models.zoology_lm import with_attention_blocks, zoology
+from recallax.pallas_kernels.neural_memory.inner_optimizer import InnerOptimizer, MLPNet
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return standard(with_attention(zoology(NeuralMemory(heads=1, learner=Learner(network=MLPNet(expansion=2))), 64)))
+    return mqar_standard(
+        with_attention_blocks(
+            zoology(NeuralMemory(num_heads=1, inner_optimizer=InnerOptimizer(network=MLPNet(expansion=2))), 64)
+        )
+    )
 
 
 def get_tiny() -> RunConfig:
-    mixer = NeuralMemory(heads=2, learner=Learner(network=MLPNet(expansion=2), chunk=2, reset=6), persistent=4)
-    return standard_tiny(with_attention(zoology(mixer, 16), window=5))
+    mixer = NeuralMemory(
+        num_heads=2,
+        inner_optimizer=InnerOptimizer(network=MLPNet(expansion=2), chunk_size=2, reset_interval=6),
+        num_persistent_tokens=4,
+    )
+    return mqar_standard_tiny(with_attention_blocks(zoology(mixer, 16), window=5))

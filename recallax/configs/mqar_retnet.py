@@ -8,15 +8,17 @@ Cost: minutes on one H100.
     recallax train mqar_retnet --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1
 """
 
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import RetNet
-from recallax.models.zoology import with_attention, zoology
-from recallax.train.run import RunConfig
+from recallax.models.zoology_lm import with_attention_blocks, zoology
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return standard(with_attention(zoology(RetNet(heads=2, value_dim=32), 64)))
+    return mqar_standard(with_attention_blocks(zoology(RetNet(num_heads=2, head_v_dim=32), 64)))
 
 
 def get_tiny() -> RunConfig:
-    return standard_tiny(with_attention(zoology(RetNet(heads=2, key_dim=4, value_dim=8), 16), window=5))
+    return mqar_standard_tiny(
+        with_attention_blocks(zoology(RetNet(num_heads=2, head_k_dim=4, head_v_dim=8), 16), window=5)
+    )

@@ -8,15 +8,15 @@ Cost: minutes on one H100.
     recallax train mqar_rg_lru --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1
 """
 
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import RGLRU
-from recallax.models.zoology import with_attention, zoology
-from recallax.train.run import RunConfig
+from recallax.models.zoology_lm import with_attention_blocks, zoology
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return standard(with_attention(zoology(RGLRU(heads=4, width=128), 64)))
+    return mqar_standard(with_attention_blocks(zoology(RGLRU(num_heads=4, lru_width=128), 64)))
 
 
 def get_tiny() -> RunConfig:
-    return standard_tiny(with_attention(zoology(RGLRU(heads=2), 16), window=5))
+    return mqar_standard_tiny(with_attention_blocks(zoology(RGLRU(num_heads=2), 16), window=5))

@@ -11,25 +11,25 @@ published number (the paper has no MQAR). Cost: minutes on one H100.
 from dataclasses import replace
 
 from recallax.configs import mqar_neural_memory
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import Identity, MemoryAsContext, MixerConfig, NeuralMemory, SlidingWindow
 from recallax.models import Block, LMConfig
-from recallax.models.titans import joined
-from recallax.models.zoology import zoology
-from recallax.pallas_kernels.neural_memory.learner import Learner, LinearNet
-from recallax.train.run import RunConfig
+from recallax.models.titans_lm import titans_blocks
+from recallax.models.zoology_lm import zoology
+from recallax.pallas_kernels.neural_memory.inner_optimizer import InnerOptimizer, LinearNet
+from recallax.train.run_config import RunConfig
 
 
-def every_join(memory: MixerConfig, window: SlidingWindow, segment: int, retrieved: int, d_model: int) -> LMConfig:
+def titans_variants(memory: MixerConfig, window: SlidingWindow, segment: int, retrieved: int, d_model: int) -> LMConfig:
     """`conv mac`, with a block for each other way of joining."""
     blocks = {}
     for join in ("mac", "mag", "mal"):
-        blocks |= joined(join, memory, window, Identity(), 1, segment)[0]
+        blocks |= titans_blocks(join, memory, window, Identity(), 1, segment)[0]
     mac = blocks["mac"].mixer
     assert isinstance(mac, MemoryAsContext)
     asking = {
-        "mac_previous": replace(mac, query="previous", retrieved=retrieved),
-        "mac_learned": replace(mac, query="learned", retrieved=retrieved),
+        "mac_previous": replace(mac, query_source="previous", num_retrieved_tokens=retrieved),
+        "mac_learned": replace(mac, query_source="learned", num_retrieved_tokens=retrieved),
     }
     blocks |= {name: Block(mixer=mixer, channel=Identity()) for name, mixer in asking.items()}
     model = zoology(memory, d_model)
@@ -38,11 +38,13 @@ def every_join(memory: MixerConfig, window: SlidingWindow, segment: int, retriev
 
 def get_config() -> RunConfig:
     memory = mqar_neural_memory.get_config().model.blocks["mixer"].mixer
-    return standard(every_join(memory, SlidingWindow(window=16, persistent=4), segment=16, retrieved=8, d_model=64))
+    return mqar_standard(
+        titans_variants(memory, SlidingWindow(window=16, num_persistent_tokens=4), segment=16, retrieved=8, d_model=64)
+    )
 
 
 def get_tiny() -> RunConfig:
-    window = SlidingWindow(window=5, heads=2, persistent=3)
-    memory = NeuralMemory(heads=2, learner=Learner(network=LinearNet(), chunk=2))
-    model = every_join(memory, window, segment=4, retrieved=2, d_model=16)
-    return standard_tiny(model)
+    window = SlidingWindow(window=5, num_heads=2, num_persistent_tokens=3)
+    memory = NeuralMemory(num_heads=2, inner_optimizer=InnerOptimizer(network=LinearNet(), chunk_size=2))
+    model = titans_variants(memory, window, segment=4, retrieved=2, d_model=16)
+    return mqar_standard_tiny(model)

@@ -6,15 +6,15 @@ queries whose value is in reach, so this checks generator and window at once. Co
     recallax train mqar_window
 """
 
-from recallax.configs.mqar_based import standard, standard_tiny
+from recallax.configs.mqar_based import mqar_standard, mqar_standard_tiny
 from recallax.layers import SlidingWindow
-from recallax.models.zoology import zoology
-from recallax.train.run import RunConfig
+from recallax.models.zoology_lm import zoology
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    return standard(zoology(SlidingWindow(window=64, rotary_base=None), 128))
+    return mqar_standard(zoology(SlidingWindow(window=64, rope_theta=None), 128))
 
 
 def get_tiny() -> RunConfig:
-    return standard_tiny(zoology(SlidingWindow(window=5, rotary_base=None), 16))
+    return mqar_standard_tiny(zoology(SlidingWindow(window=5, rope_theta=None), 16))

@@ -10,7 +10,7 @@ version reaches beside other memories. Cost: minutes on one H100.
 
 from recallax.configs import mqar_neural_memory
 from recallax.tasks import OverwriteRecall
-from recallax.train.run import AdamW, Evaluate, RunConfig, Train, tiny
+from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train, tiny_run
 
 
 def get_config() -> RunConfig:
@@ -24,5 +24,7 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    task = OverwriteRecall.stretched(length=24, keys=2, writes=6, times=(1, 2), vocab_size=32, noise_vocab=8)
-    return tiny(get_config(), task=task, model=mqar_neural_memory.get_tiny().model)
+    task = OverwriteRecall.length_extrapolation(
+        length=24, num_keys=2, num_writes=6, length_factors=(1, 2), vocab_size=32, noise_vocab_size=8
+    )
+    return tiny_run(get_config(), task=task, model=mqar_neural_memory.get_tiny().model)

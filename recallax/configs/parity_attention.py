@@ -7,11 +7,11 @@ takes a transition with negative eigenvalues (Grazzi et al. 2024, arXiv 2411.125
 """
 
 from recallax.layers import Attention
-from recallax.models.hybrid import hybrid
+from recallax.models.hybrid_lm import hybrid
 from recallax.tasks import StateTracking
-from recallax.train.run import AdamW, RunConfig, Train, tiny
+from recallax.train.run_config import AdamW, RunConfig, Train, tiny_run
 
-MIXER = Attention(heads=4)
+MIXER = Attention(num_heads=4)
 
 
 def get_config() -> RunConfig:
@@ -24,6 +24,6 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    return tiny(
+    return tiny_run(
         get_config(), task=StateTracking(group="parity", length=8, test_lengths=(8, 12)), model=hybrid(MIXER, 16)
     )

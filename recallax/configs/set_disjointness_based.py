@@ -7,11 +7,11 @@ The published sizes (Arora et al. 2024, JRT, arXiv 2407.05483, section 3). Expec
 """
 
 from recallax.layers import Based
-from recallax.models.hybrid import hybrid
+from recallax.models.hybrid_lm import hybrid
 from recallax.tasks import SetDisjointness
-from recallax.train.run import AdamW, RunConfig, Train, tiny
+from recallax.train.run_config import AdamW, RunConfig, Train, tiny_run
 
-MIXER = Based(feature_dim=4, heads=2)
+MIXER = Based(feature_dim=4, num_heads=2)
 
 
 def get_config() -> RunConfig:
@@ -24,8 +24,8 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    return tiny(
+    return tiny_run(
         get_config(),
-        task=SetDisjointness(vocab_size=32, pairs=((2, 6),), test_pairs=((2, 6),)),
+        task=SetDisjointness(vocab_size=32, set_sizes=((2, 6),), test_set_sizes=((2, 6),)),
         model=hybrid(MIXER, 16),
     )

@@ -12,7 +12,7 @@ from recallax.configs import demo_based
 from recallax.layers import Based, GatedConv, MixerConfig, SlidingWindow, SwiGLU
 from recallax.models import Block, LMConfig
 from recallax.tasks import Text
-from recallax.train.run import AdamW, Evaluate, RunConfig, Train, tiny
+from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train, tiny_run
 
 
 def small_based(width: int, heads: int, window: int) -> LMConfig:
@@ -25,16 +25,16 @@ def small_based(width: int, heads: int, window: int) -> LMConfig:
         d_model=width,
         pattern="conv based window conv",
         blocks={
-            "conv": block(GatedConv(width=3)),
-            "based": block(Based(feature_dim=8, heads=heads)),
-            "window": block(SlidingWindow(window=window, heads=heads)),
+            "conv": block(GatedConv(conv_size=3)),
+            "based": block(Based(feature_dim=8, num_heads=heads)),
+            "window": block(SlidingWindow(window=window, num_heads=heads)),
         },
     )
 
 
 def get_config() -> RunConfig:
     return RunConfig(
-        task=Text(length=256, ngram=6, frequent=50),
+        task=Text(length=256, ngram_size=6, max_ngram_count=50),
         model=small_based(128, 4, 32),
         optim=AdamW(lr=4e-3),
         train=Train(steps=600, batch_size=16),
@@ -43,8 +43,8 @@ def get_config() -> RunConfig:
 
 
 def tiny_text(length: int) -> Text:
-    return Text(length=length, ngram=3, frequent=1250)
+    return Text(length=length, ngram_size=3, max_ngram_count=1250)
 
 
 def get_tiny() -> RunConfig:
-    return tiny(get_config(), task=tiny_text(16), model=demo_based.get_tiny().model)
+    return tiny_run(get_config(), task=tiny_text(16), model=demo_based.get_tiny().model)

@@ -11,12 +11,12 @@ from dataclasses import replace
 from recallax.configs import text_based
 from recallax.tasks import Text
 from recallax.tasks.text import TextFiles
-from recallax.train.run import RunConfig
+from recallax.train.run_config import RunConfig
 
 
 def get_config() -> RunConfig:
-    source = TextFiles(paths=("*.txt",), documents="paragraph")
-    return replace(text_based.get_config(), task=Text(source=source, length=256, ngram=6, frequent=50))
+    source = TextFiles(paths=("*.txt",), document_unit="paragraph")
+    return replace(text_based.get_config(), task=Text(source=source, length=256, ngram_size=6, max_ngram_count=50))
 
 
 def get_tiny() -> RunConfig:

@@ -12,27 +12,27 @@ text: LAMBADA perplexity 28.72 against 30.94 for Gated DeltaNet). Cost: hours on
 from dataclasses import replace
 
 from recallax.configs import mqar_neural_memory
-from recallax.configs.based_360m import language_model_size, tiny_stack
+from recallax.configs.based_360m import mqar_at_pretraining_size, mqar_at_pretraining_size_tiny
 from recallax.layers import SlidingWindow, SwiGLU
 from recallax.models import LMConfig
-from recallax.models.titans import joined, titans
-from recallax.train.run import RunConfig
+from recallax.models.titans_lm import titans, titans_blocks
+from recallax.train.run_config import RunConfig
 
 
-def with_the_others(config: LMConfig) -> LMConfig:
+def add_titans_variants(config: LMConfig) -> LMConfig:
     """The model, with the blocks of the other ways of joining."""
     others = {name: block for join in ("mac", "mal", "lmm") for name, block in titans("340m", join).blocks.items()}
     return replace(config, blocks=others | config.blocks)
 
 
 def get_config() -> RunConfig:
-    return language_model_size(with_the_others(titans("340m", "mag")))
+    return mqar_at_pretraining_size(add_titans_variants(titans("340m", "mag")))
 
 
 def get_tiny() -> RunConfig:
     memory = mqar_neural_memory.get_tiny().model.blocks["mixer"].mixer
-    window = SlidingWindow(window=5, heads=2, persistent=3)
-    blocks, pattern = joined("mag", memory, window, SwiGLU(expand=2.0), 1)
-    more, layers = joined("mal", memory, window, SwiGLU(expand=2.0), 1)
+    window = SlidingWindow(window=5, num_heads=2, num_persistent_tokens=3)
+    blocks, pattern = titans_blocks("mag", memory, window, SwiGLU(expand=2.0), 1)
+    more, layers = titans_blocks("mal", memory, window, SwiGLU(expand=2.0), 1)
     model = LMConfig(d_model=16, pattern=f"{pattern} {layers}", blocks=blocks | more)
-    return tiny_stack(get_config(), model)
+    return mqar_at_pretraining_size_tiny(get_config(), model)

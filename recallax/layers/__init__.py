@@ -1,7 +1,7 @@
 """Sequence and channel mixers, one file each: a config, a state and a module."""
 
 from recallax.layers.attention import Attention
-from recallax.layers.base import MixerConfig, RecurrentMixer, SequenceMixer, Site
+from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer, SequenceMixer
 from recallax.layers.base_conv import BaseConv
 from recallax.layers.based import Based
 from recallax.layers.chunk_experts import ChunkExperts
@@ -24,14 +24,14 @@ from recallax.layers.memory_as_context import MemoryAsContext
 from recallax.layers.memory_as_gate import MemoryAsGate
 from recallax.layers.mom import MoM
 from recallax.layers.neural_memory import NeuralMemory
-from recallax.layers.nothing import Nothing
+from recallax.layers.no_channel_mixer import NoChannelMixer
 from recallax.layers.parallel import Parallel
-from recallax.layers.prefix import Prefix
+from recallax.layers.prefix_linear import PrefixLinear
 from recallax.layers.product_keys import ProductKeys
 from recallax.layers.relu_squared import ReLUSquared
 from recallax.layers.retnet import RetNet
 from recallax.layers.rg_lru import RGLRU
-from recallax.layers.selection import AskedTokens, KeyScore, TokenScore
+from recallax.layers.selection import KeyScore, QueryDependentSelector, TokenScore
 from recallax.layers.sliding_window import SlidingWindow
 from recallax.layers.sparse_global_attention import SparseGlobalAttention
 from recallax.layers.swiglu import SwiGLU
@@ -42,7 +42,6 @@ __all__ = [
     "HGRN2",
     "KDA",
     "RGLRU",
-    "AskedTokens",
     "Attention",
     "BaseConv",
     "Based",
@@ -55,6 +54,7 @@ __all__ = [
     "Identity",
     "KeyScore",
     "Landmark",
+    "LayerInfo",
     "LinearAttention",
     "LongMamba",
     "Mamba",
@@ -65,15 +65,15 @@ __all__ = [
     "MixerConfig",
     "MoM",
     "NeuralMemory",
-    "Nothing",
+    "NoChannelMixer",
     "Parallel",
-    "Prefix",
+    "PrefixLinear",
     "ProductKeys",
+    "QueryDependentSelector",
     "ReLUSquared",
     "RecurrentMixer",
     "RetNet",
     "SequenceMixer",
-    "Site",
     "SlidingWindow",
     "SparseGlobalAttention",
     "SwiGLU",

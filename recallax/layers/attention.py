@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from flax import nnx
 
-from recallax.config import added
-from recallax.layers.base import MixerConfig, Site
-from recallax.layers.softmax import SoftmaxMixer
+from recallax.config import added_field
+from recallax.layers.base import LayerInfo, MixerConfig
+from recallax.layers.softmax_attention import SoftmaxAttentionMixer
 from recallax.types import Precision
 
 
@@ -18,26 +18,26 @@ from recallax.types import Precision
 class Attention(MixerConfig):
     """Causal softmax attention."""
 
-    heads: int = 1
-    kv_heads: int | None = None
+    num_heads: int = 1
+    num_kv_heads: int | None = None
     """Key/value heads shared by groups of query heads; None is one per query head."""
-    head_dim: int | None = added(None)
+    head_dim: int | None = added_field(None)
     """Width of a head; None is d_model / heads."""
-    rotary_base: float | None = 10_000.0
+    rope_theta: float | None = 10_000.0
     """Base of the rotary embedding; None leaves positions out."""
-    persistent: int = added(0)
+    num_persistent_tokens: int = added_field(0)
     """Learned tokens without a position that every token sees besides (Titans, arXiv 2501.00663, section 3.3)."""
 
-    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> SoftmaxMixer:
-        return SoftmaxMixer(
+    def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> SoftmaxAttentionMixer:
+        return SoftmaxAttentionMixer(
             d_model,
-            heads=self.heads,
-            kv_heads=self.kv_heads or self.heads,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads or self.num_heads,
             head_dim=self.head_dim,
             window=None,
-            rotary_base=self.rotary_base,
-            persistent=self.persistent,
-            depth=site.depth,
+            rope_theta=self.rope_theta,
+            num_persistent_tokens=self.num_persistent_tokens,
+            num_layers=layer.num_layers,
             precision=precision,
             rngs=rngs,
         )

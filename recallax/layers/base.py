@@ -14,12 +14,12 @@ type State = Any
 """A NamedTuple of arrays with a leading batch axis; `()` for modules that remember nothing."""
 
 
-class Site(NamedTuple):
+class LayerInfo(NamedTuple):
     """Where a mixer stands in the model."""
 
-    index: int | Int[Array, ""]
+    layer_idx: int | Int[Array, ""]
     """Absolute layer number from 0; an array inside a stack of repeated blocks."""
-    depth: int
+    num_layers: int
     """Number of layers in the model."""
 
 
@@ -52,15 +52,15 @@ class RecurrentMixer(SequenceMixer):
         """One further token of each active row; position 0 starts afresh, inactive rows keep their state."""
 
 
-class RecallMixer(RecurrentMixer):
+class QueryableMixer(RecurrentMixer):
     """A mixer whose memory can be asked without telling it anything."""
 
     @abc.abstractmethod
-    def held(self, state: State) -> State:
+    def read_state(self, state: State) -> State:
         """The part of a state that an answer depends on."""
 
     @abc.abstractmethod
-    def recall(self, x: Float[Array, "B N D"], held: State) -> Float[Array, "B N D"]:
+    def retrieve(self, x: Float[Array, "B N D"], read_state: State) -> Float[Array, "B N D"]:
         """What each row's memory answers to N questions, which need not be tokens of a sequence."""
 
 
@@ -73,10 +73,10 @@ class MixerConfig(Config, abc.ABC):
         return 1
 
     @property
-    def landmarks(self) -> int | None:
+    def landmark_interval(self) -> int | None:
         """Tokens of a document between the landmarks that the language model inserts for it; None is no landmarks."""
         return None
 
     @abc.abstractmethod
-    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> SequenceMixer:
+    def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> SequenceMixer:
         """The module for width `d_model`; raises ConfigError where the sizes do not fit."""

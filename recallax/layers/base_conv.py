@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from recallax.layers.base import MixerConfig, RecurrentMixer, Site
-from recallax.layers.continuation import continued, started
+from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer
 from recallax.layers.dense import Linear, parameter
+from recallax.layers.state_reset import reset_for_prefill, reset_for_step
 from recallax.pallas_kernels.short_conv import short_conv, short_conv_step
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
@@ -24,46 +24,50 @@ from recallax.types import Aux, Precision, SeqInfo, StepInfo
 class BaseConv(MixerConfig):
     """Zoology's short gated convolution."""
 
-    width: int = 3
+    conv_size: int = 3
     """Taps, the token itself included."""
 
-    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "BaseConvMixer":
-        return BaseConvMixer(self, d_model, site, precision=precision, rngs=rngs)
+    def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "BaseConvMixer":
+        return BaseConvMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
-class ConvState(NamedTuple):
+class BaseConvState(NamedTuple):
     """The last inputs of the convolution."""
 
-    past: Float[Array, "B W-1 D"]
+    conv_state: Float[Array, "B W-1 D"]
 
 
 class BaseConvMixer(RecurrentMixer):
     """See the head of the file."""
 
-    def __init__(self, config: BaseConv, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
-        bound = config.width**-0.5  # PyTorch's default for a depthwise Conv1d, which the published runs start from
-        uniform = jax.random.uniform(rngs.params(), (config.width + 1, d_model), precision.param, -bound, bound)
+    def __init__(self, config: BaseConv, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
+        bound = config.conv_size**-0.5  # PyTorch's default for a depthwise Conv1d, which the published runs start from
+        uniform = jax.random.uniform(rngs.params(), (config.conv_size + 1, d_model), precision.param, -bound, bound)
         self.taps = parameter(uniform[:-1], (None, "embed"))
-        self.bias = parameter(uniform[-1], ("embed",), decay=False)
+        self.bias = parameter(uniform[-1], ("embed",), weight_decay=False)
         self.gate = Linear(d_model, d_model, precision=precision, rngs=rngs, bias=True, axes=("embed", None))
         self.dtype = precision.compute
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
-        y, _ = short_conv(x, self.taps[...], bias=self.bias[...], segments=jnp.asarray(seq.segments))
+        y, _ = short_conv(x, self.taps[...], bias=self.bias[...], segment_ids=jnp.asarray(seq.segment_ids))
         return y * self.gate(x) + x, {}
 
-    def init_state(self, batch: int, max_len: int) -> ConvState:
+    def init_state(self, batch: int, max_len: int) -> BaseConvState:
         width, d_model = self.taps[...].shape
-        return ConvState(jnp.zeros((batch, width - 1, d_model), self.dtype))
+        return BaseConvState(jnp.zeros((batch, width - 1, d_model), self.dtype))
 
     def prefill(
-        self, x: Float[Array, "B T D"], seq: SeqInfo, state: ConvState
-    ) -> tuple[Float[Array, "B T D"], ConvState, Aux]:
-        past = continued(state, seq).past
-        y, past = short_conv(x, self.taps[...], bias=self.bias[...], state=past, segments=jnp.asarray(seq.segments))
-        return y * self.gate(x) + x, ConvState(past), {}
+        self, x: Float[Array, "B T D"], seq: SeqInfo, state: BaseConvState
+    ) -> tuple[Float[Array, "B T D"], BaseConvState, Aux]:
+        past = reset_for_prefill(state, seq).conv_state
+        y, past = short_conv(
+            x, self.taps[...], bias=self.bias[...], state=past, segment_ids=jnp.asarray(seq.segment_ids)
+        )
+        return y * self.gate(x) + x, BaseConvState(past), {}
 
-    def step(self, x: Float[Array, "B D"], info: StepInfo, state: ConvState) -> tuple[Float[Array, "B D"], ConvState]:
-        active, past = jnp.asarray(info.active), started(state, info).past
+    def step(
+        self, x: Float[Array, "B D"], info: StepInfo, state: BaseConvState
+    ) -> tuple[Float[Array, "B D"], BaseConvState]:
+        active, past = jnp.asarray(info.active), reset_for_step(state, info).conv_state
         y, past = short_conv_step(x, self.taps[...], past, active, bias=self.bias[...])
-        return jnp.where(active[:, None], y * self.gate(x) + x, 0), ConvState(past)
+        return jnp.where(active[:, None], y * self.gate(x) + x, 0), BaseConvState(past)

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.layers.base import Site
-from recallax.layers.continuation import divide_heads
-from recallax.layers.dense import Linear, Streams
-from recallax.layers.gates import heads_of
-from recallax.layers.memory import Cell, MemoryConfig, Sizes
-from recallax.layers.readout import Readout
+from recallax.layers.base import LayerInfo
+from recallax.layers.dense import Linear, Projections
+from recallax.layers.memory import HeadDims, MemoryConfig, RecurrentCell
+from recallax.layers.output_projection import OutputProjection
+from recallax.layers.recurrence_gates import split_heads
+from recallax.layers.state_reset import head_dim_of
 from recallax.pallas_kernels.taylor_attention import (
-    Features,
+    TaylorFeatures,
     TaylorState,
-    state_width,
+    num_features,
     taylor_attention,
     taylor_attention_step,
 )
@@ -36,52 +36,56 @@ class Based(MemoryConfig):
 
     feature_dim: int = 16
     """Width d' of queries and keys per head."""
-    heads: int = 1
-    features: Features = "symmetric"
+    num_heads: int = 1
+    features: TaylorFeatures = "symmetric"
     """Features that the state holds; the outputs do not depend on it."""
 
-    def sizes(self, d_model: int) -> Sizes:
-        return Sizes(self.heads, self.heads, self.feature_dim, divide_heads("based", d_model, self.heads))
+    def head_dims(self, d_model: int) -> HeadDims:
+        return HeadDims(self.num_heads, self.num_heads, self.feature_dim, head_dim_of("based", d_model, self.num_heads))
 
-    def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        return Streams(
+    def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
+        return Projections(
             {
-                "k": Linear(d_model, self.heads * self.feature_dim, precision=precision, rngs=rngs),
+                "k": Linear(d_model, self.num_heads * self.feature_dim, precision=precision, rngs=rngs),
                 "v": Linear(d_model, d_model, precision=precision, rngs=rngs),
             }
         )
 
-    def cell(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "TaylorCell":
-        return TaylorCell(self.sizes(d_model), self.features)
+    def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "BasedCell":
+        return BasedCell(self.head_dims(d_model), self.features)
 
-    def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
-        return Readout(d_model, d_model, site, groups=1, gate=None, order="no norm", precision=precision, rngs=rngs)
+    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
+        return OutputProjection(
+            d_model, d_model, layer, num_groups=1, gate=None, order="no_norm", precision=precision, rngs=rngs
+        )
 
 
-class TaylorCell(Cell):
+class BasedCell(RecurrentCell):
     """See the head of the file."""
 
-    def __init__(self, sizes: Sizes, features: Features):
-        self.sizes = sizes
-        self.features: Features = features
+    def __init__(self, head_dims: HeadDims, features: TaylorFeatures):
+        self.head_dims = head_dims
+        self.features: TaylorFeatures = features
 
     def init_state(self, batch: int) -> TaylorState:
-        shape = (batch, self.sizes.heads, state_width(self.sizes.keys, self.features))
-        return TaylorState(jnp.zeros((*shape, self.sizes.values), jnp.float32), jnp.zeros(shape, jnp.float32))
+        shape = (batch, self.head_dims.num_v_heads, num_features(self.head_dims.head_k_dim, self.features))
+        return TaylorState(jnp.zeros((*shape, self.head_dims.head_v_dim), jnp.float32), jnp.zeros(shape, jnp.float32))
 
     def run(
         self,
-        streams: Mapping[str, Float[Array, "B T W"]],
+        projections: Mapping[str, Float[Array, "B T W"]],
         positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
         state: TaylorState | None,
-        stretches: Int[Array, "B T"] | None = None,
+        conv_segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T H V"], TaylorState]:
-        q, k, v = (heads_of(streams[name], self.sizes.heads) for name in ("q", "k", "v"))
-        return taylor_attention(q, k, v, state=state, segments=segments, features=self.features)
+        q, k, v = (split_heads(projections[name], self.head_dims.num_v_heads) for name in ("q", "k", "v"))
+        return taylor_attention(q, k, v, state=state, segment_ids=segment_ids, features=self.features)
 
     def step(
-        self, streams: Mapping[str, Float[Array, "B W"]], info: StepInfo, state: TaylorState
+        self, projections: Mapping[str, Float[Array, "B W"]], info: StepInfo, state: TaylorState
     ) -> tuple[Float[Array, "B H V"], TaylorState]:
-        q, k, v = (heads_of(streams[name][:, None], self.sizes.heads)[:, 0] for name in ("q", "k", "v"))
+        q, k, v = (
+            split_heads(projections[name][:, None], self.head_dims.num_v_heads)[:, 0] for name in ("q", "k", "v")
+        )
         return taylor_attention_step(q, k, v, state, jnp.asarray(info.active), features=self.features)

@@ -5,7 +5,7 @@
     y_t = W_o rms_head(o_t)
 
 State: K V float32 per head and the last 3 inputs of the convolution.
-Source: Yang et al. 2024 (arXiv 2406.06484), sections 2.2 and 3.3; negative eigenvalues (max_beta 2) Grazzi et al. 2024
+Source: Yang et al. 2024 (arXiv 2406.06484), sections 2.2 and 3.3; negative eigenvalues (beta up to 2) Grazzi et al. 2024
 (arXiv 2411.12537).
 """
 
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.config import added
-from recallax.layers.base import Site
-from recallax.layers.continuation import divide_heads
-from recallax.layers.dense import Linear, Streams
-from recallax.layers.gates import heads_of, strength
-from recallax.layers.matrix_memory import MatrixCell, Recurrence
-from recallax.layers.memory import MemoryConfig, Sizes
-from recallax.layers.norm import unit
-from recallax.layers.readout import Readout
+from recallax.config import added_field
+from recallax.layers.base import LayerInfo
+from recallax.layers.dense import Linear, Projections
+from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
+from recallax.layers.memory import HeadDims, MemoryConfig
+from recallax.layers.norm import l2_normalize
+from recallax.layers.output_projection import OutputProjection
+from recallax.layers.recurrence_gates import beta_gate, split_heads
 from recallax.layers.short_convolution import ShortConvolution
+from recallax.layers.state_reset import head_dim_of
 from recallax.types import Precision
 
 
@@ -32,47 +32,53 @@ from recallax.types import Precision
 class DeltaNet(MemoryConfig):
     """The delta rule without a decay."""
 
-    heads: int = 4
-    key_dim: int | None = None
+    num_heads: int = 4
+    head_k_dim: int | None = None
     """Width of queries and keys per head; None is d_model / heads."""
-    value_dim: int | None = None
+    head_v_dim: int | None = None
     """Width of values per head; None is the keys'."""
-    max_beta: float = 1.0
-    """Largest strength; 2 allows negative eigenvalues, with which a memory can count modulo 2."""
-    conv: int = 4
+    allow_neg_eigval: bool = False
+    """Double the beta gate, to the range (0, 2), which gives the transition negative eigenvalues (Grazzi et al. 2024)."""
+    conv_size: int = 4
     """Taps of the short convolution; 0 leaves it out."""
-    eps: float = added(1e-5)
+    norm_eps: float = added_field(1e-5)
     """Of the output norm."""
 
-    def sizes(self, d_model: int) -> Sizes:
-        keys = self.key_dim or divide_heads("delta_net", d_model, self.heads)
-        return Sizes(self.heads, self.heads, keys, self.value_dim or keys)
+    def head_dims(self, d_model: int) -> HeadDims:
+        keys = self.head_k_dim or head_dim_of("delta_net", d_model, self.num_heads)
+        return HeadDims(self.num_heads, self.num_heads, keys, self.head_v_dim or keys)
 
-    def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        _, heads, keys, values = self.sizes(d_model)
+    def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
+        _, heads, keys, values = self.head_dims(d_model)
         widths = {"k": heads * keys, "v": heads * values, "beta": heads}
-        return Streams({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
+        return Projections({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
 
-    def cell(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "DeltaNetCell":
-        _, heads, keys, values = sizes = self.sizes(d_model)
+    def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "DeltaNetCell":
+        _, heads, keys, values = sizes = self.head_dims(d_model)
         width = heads * (2 * keys + values)
-        conv = ShortConvolution(width, self.conv, precision=precision, rngs=rngs) if self.conv else None
-        return DeltaNetCell(sizes, conv, self.max_beta)
+        conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
+        return DeltaNetCell(sizes, conv, self.allow_neg_eigval)
 
-    def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
-        _, heads, _, values = self.sizes(d_model)
+    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
+        _, heads, _, values = self.head_dims(d_model)
         inner = heads * values
-        return Readout(inner, d_model, site, groups=heads, gate=None, eps=self.eps, precision=precision, rngs=rngs)
+        return OutputProjection(
+            inner, d_model, layer, num_groups=heads, gate=None, norm_eps=self.norm_eps, precision=precision, rngs=rngs
+        )
 
 
 class DeltaNetCell(MatrixCell):
     """See the head of the file."""
 
-    def __init__(self, sizes: Sizes, conv: ShortConvolution | None, max_beta: float):
-        super().__init__(sizes, conv)
-        self.max_beta = max_beta
+    def __init__(self, head_dims: HeadDims, conv: ShortConvolution | None, allow_neg_eigval: bool):
+        super().__init__(head_dims, conv)
+        self.allow_neg_eigval = allow_neg_eigval
 
-    def recurrence(self, streams: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]) -> Recurrence:
-        q, k, v = (heads_of(streams[name], self.sizes.heads) for name in ("q", "k", "v"))
-        beta = strength(streams["beta"], self.max_beta)
-        return Recurrence(unit(q) * self.sizes.keys**-0.5, unit(k), v, erase=beta, write=beta)
+    def recurrence_inputs(
+        self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
+    ) -> RecurrenceInputs:
+        q, k, v = (split_heads(projections[name], self.head_dims.num_v_heads) for name in ("q", "k", "v"))
+        beta = beta_gate(projections["beta"], self.allow_neg_eigval)
+        return RecurrenceInputs(
+            l2_normalize(q) * self.head_dims.head_k_dim**-0.5, l2_normalize(k), v, erase=beta, write=beta
+        )

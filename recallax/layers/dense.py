@@ -15,10 +15,10 @@ def parameter(
     value: Array,
     axes: tuple[str | None, ...],
     *,
-    decay: bool = True,
-    lr: float = 1.0,
+    weight_decay: bool = True,
+    lr_multiplier: float = 1.0,
     sparse: bool = False,
-    active: float = 1.0,
+    active_fraction: float = 1.0,
 ) -> nnx.Param[Array]:
     """A trainable array with what the optimizer and the mesh need to know about it.
 
@@ -29,7 +29,7 @@ def parameter(
     """
     if len(axes) != value.ndim:
         raise ValueError(f"a parameter of shape {value.shape} has axes {axes}; it needs one per axis")
-    return nnx.Param(value, axes=axes, decay=decay, lr=lr, sparse=sparse, active=active)
+    return nnx.Param(value, axes=axes, decay=weight_decay, lr=lr_multiplier, sparse=sparse, active=active_fraction)
 
 
 class Linear(nnx.Module):
@@ -37,8 +37,8 @@ class Linear(nnx.Module):
 
     def __init__(
         self,
-        inputs: int,
-        outputs: int,
+        in_features: int,
+        out_features: int,
         *,
         precision: Precision,
         rngs: nnx.Rngs,
@@ -46,9 +46,9 @@ class Linear(nnx.Module):
         bias: bool = False,
         axes: tuple[str | None, str | None] = ("embed", "heads"),
     ):
-        kernel = std * jax.random.normal(rngs.params(), (inputs, outputs), precision.param)
+        kernel = std * jax.random.normal(rngs.params(), (in_features, out_features), precision.param)
         self.kernel = parameter(kernel, axes)
-        self.bias = parameter(jnp.zeros(outputs, precision.param), axes[1:], decay=False) if bias else None
+        self.bias = parameter(jnp.zeros(out_features, precision.param), axes[1:], weight_decay=False) if bias else None
         self.dtype = precision.compute
 
     def __call__(self, x: Float[Array, "*batch I"]) -> Float[Array, "*batch O"]:
@@ -57,7 +57,7 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...].astype(self.dtype), y.shape)
 
 
-type Project = Callable[[Linear, Array], Array]
+type ApplyLinear = Callable[[Linear, Array], Array]
 """How a projection is applied; `Linear.__call__` unless a caller groups tokens by which weights they take."""
 
 
@@ -65,36 +65,45 @@ class LowRank(nnx.Module):
     """y = x A B (+ b) with A [inputs, rank] and B [rank, outputs]; nothing between the two."""
 
     def __init__(
-        self, inputs: int, rank: int, outputs: int, *, precision: Precision, rngs: nnx.Rngs, bias: bool = False
+        self,
+        in_features: int,
+        rank: int,
+        out_features: int,
+        *,
+        precision: Precision,
+        rngs: nnx.Rngs,
+        bias: bool = False,
     ):
-        self.down = Linear(inputs, rank, precision=precision, rngs=rngs, axes=("embed", None))
-        self.up = Linear(rank, outputs, precision=precision, rngs=rngs, bias=bias, axes=(None, "heads"))
+        self.down = Linear(in_features, rank, precision=precision, rngs=rngs, axes=("embed", None))
+        self.up = Linear(rank, out_features, precision=precision, rngs=rngs, bias=bias, axes=(None, "heads"))
 
-    def __call__(self, x: Float[Array, "*batch I"], project: Project = Linear.__call__) -> Float[Array, "*batch O"]:
-        return project(self.up, project(self.down, x))
+    def __call__(
+        self, x: Float[Array, "*batch I"], apply_linear: ApplyLinear = Linear.__call__
+    ) -> Float[Array, "*batch O"]:
+        return apply_linear(self.up, apply_linear(self.down, x))
 
 
-class Streams(nnx.Module):
+class Projections(nnx.Module):
     """Several named projections of one input."""
 
     def __init__(self, parts: Mapping[str, Linear | LowRank]):
         self.parts = nnx.Dict(parts)
 
     def __call__(
-        self, x: Float[Array, "*batch D"], project: Project = Linear.__call__
+        self, x: Float[Array, "*batch D"], apply_linear: ApplyLinear = Linear.__call__
     ) -> dict[str, Float[Array, "*batch O"]]:
         """Every stream; they differ in width."""
         return {
-            name: part(x, project) if isinstance(part, LowRank) else project(part, x)
+            name: part(x, apply_linear) if isinstance(part, LowRank) else apply_linear(part, x)
             for name, part in self.parts.items()
         }
 
 
-def torch_std(inputs: int) -> float:
+def torch_linear_std(in_features: int) -> float:
     """Deviation of PyTorch's default initialisation of a linear layer, which some published models keep."""
-    return (3 * inputs) ** -0.5
+    return (3 * in_features) ** -0.5
 
 
-def residual_std(depth: int) -> float:
+def residual_std(num_layers: int) -> float:
     """Initial deviation of projections into the residual stream: 0.02 / sqrt(2 depth), as in GPT-2."""
-    return 0.02 / math.sqrt(2 * depth)
+    return 0.02 / math.sqrt(2 * num_layers)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from recallax.layers.base import MixerConfig, RecurrentMixer, Site
-from recallax.layers.continuation import continued, started
+from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer
 from recallax.layers.dense import Linear, parameter, residual_std
+from recallax.layers.state_reset import reset_for_prefill, reset_for_step
 from recallax.pallas_kernels.short_conv import short_conv, short_conv_step
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
@@ -24,27 +24,27 @@ from recallax.types import Aux, Precision, SeqInfo, StepInfo
 class GatedConv(MixerConfig):
     """The short gated convolution of the BASED language models."""
 
-    width: int = 3
+    conv_size: int = 3
     """Taps, the token itself included."""
     expand: int = 2
 
-    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "GatedConvMixer":
-        return GatedConvMixer(self, d_model, site, precision=precision, rngs=rngs)
+    def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "GatedConvMixer":
+        return GatedConvMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class GatedConvState(NamedTuple):
     """The last inputs of the convolution."""
 
-    past: Float[Array, "B W-1 E"]
+    conv_state: Float[Array, "B W-1 E"]
 
 
 class GatedConvMixer(RecurrentMixer):
     """See the head of the file."""
 
-    def __init__(self, config: GatedConv, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
-        inner, bound = config.expand * d_model, config.width**-0.5
+    def __init__(self, config: GatedConv, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
+        inner, bound = config.expand * d_model, config.conv_size**-0.5
         self.input = Linear(d_model, 2 * inner, precision=precision, rngs=rngs, bias=True, axes=("embed", "mlp"))
-        taps = jax.random.uniform(rngs.params(), (config.width, inner), precision.param, -bound, bound)
+        taps = jax.random.uniform(rngs.params(), (config.conv_size, inner), precision.param, -bound, bound)
         self.taps = parameter(taps, (None, "mlp"))
         self.out = Linear(
             inner,
@@ -52,14 +52,14 @@ class GatedConvMixer(RecurrentMixer):
             precision=precision,
             rngs=rngs,
             bias=True,
-            std=residual_std(site.depth),
+            std=residual_std(layer.num_layers),
             axes=("mlp", "embed"),
         )
         self.dtype = precision.compute
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
         u, gate = jnp.split(self.input(x), 2, axis=-1)
-        y, _ = short_conv(u, self.taps[...], segments=jnp.asarray(seq.segments))
+        y, _ = short_conv(u, self.taps[...], segment_ids=jnp.asarray(seq.segment_ids))
         return self.out(jax.nn.silu(y) * gate), {}
 
     def init_state(self, batch: int, max_len: int) -> GatedConvState:
@@ -70,8 +70,8 @@ class GatedConvMixer(RecurrentMixer):
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: GatedConvState
     ) -> tuple[Float[Array, "B T D"], GatedConvState, Aux]:
         u, gate = jnp.split(self.input(x), 2, axis=-1)
-        past = continued(state, seq).past
-        y, past = short_conv(u, self.taps[...], state=past, segments=jnp.asarray(seq.segments))
+        past = reset_for_prefill(state, seq).conv_state
+        y, past = short_conv(u, self.taps[...], state=past, segment_ids=jnp.asarray(seq.segment_ids))
         return self.out(jax.nn.silu(y) * gate), GatedConvState(past), {}
 
     def step(
@@ -79,5 +79,5 @@ class GatedConvMixer(RecurrentMixer):
     ) -> tuple[Float[Array, "B D"], GatedConvState]:
         active = jnp.asarray(info.active)
         u, gate = jnp.split(self.input(x), 2, axis=-1)
-        y, past = short_conv_step(u, self.taps[...], started(state, info).past, active)
+        y, past = short_conv_step(u, self.taps[...], reset_for_step(state, info).conv_state, active)
         return jnp.where(active[:, None], self.out(jax.nn.silu(y) * gate), 0), GatedConvState(past)

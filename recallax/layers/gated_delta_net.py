@@ -1,7 +1,7 @@
 """Gated DeltaNet: the delta rule with a decay per token and value head; queries and keys may serve several value heads.
 
     S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
-    alpha_t = exp(-exp(a) softplus(x_t W_a + b)),   beta_t = max_beta sigmoid(x_t W_b),   q, k = unit(silu(conv(x W)))
+    alpha_t = exp(-exp(a) softplus(x_t W_a + b)),   beta_t = sigmoid(x_t W_b),   q, k = unit(silu(conv(x W)))
     y_t = W_o [ rms_head(o_t) * silu(x_t W_g) ]
 
 State: K V float32 per value head and the last 3 inputs of the convolution.
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.layers.base import Site
-from recallax.layers.continuation import divide_heads
-from recallax.layers.dense import Linear, Streams
-from recallax.layers.gates import DecayGate, heads_of, strength
-from recallax.layers.matrix_memory import MatrixCell, Recurrence
-from recallax.layers.memory import MemoryConfig, Sizes
-from recallax.layers.norm import unit
-from recallax.layers.readout import Readout
+from recallax.layers.base import LayerInfo
+from recallax.layers.dense import Linear, Projections
+from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
+from recallax.layers.memory import HeadDims, MemoryConfig
+from recallax.layers.norm import l2_normalize
+from recallax.layers.output_projection import OutputProjection
+from recallax.layers.recurrence_gates import DecayGate, beta_gate, split_heads
 from recallax.layers.short_convolution import ShortConvolution
+from recallax.layers.state_reset import head_dim_of
 from recallax.types import Precision
 
 
@@ -30,57 +30,61 @@ from recallax.types import Precision
 class GatedDeltaNet(MemoryConfig):
     """The delta rule with a scalar decay."""
 
-    heads: int = 4
+    num_heads: int = 4
     """Heads of queries and keys."""
-    value_heads: int | None = None
-    """A multiple of `heads`; None is the same number."""
-    key_dim: int | None = None
+    num_v_heads: int | None = None
+    """A multiple of `num_heads`; None is the same number."""
+    head_k_dim: int | None = None
     """Width of queries and keys per head; None is 3/4 of d_model / heads, as published."""
-    value_dim: int | None = None
+    head_v_dim: int | None = None
     """Width of values per value head; None is twice the keys'."""
-    max_beta: float = 1.0
-    """Largest strength; 2 allows negative eigenvalues."""
-    conv: int = 4
+    allow_neg_eigval: bool = False
+    """Double the beta gate, to the range (0, 2), which gives the transition negative eigenvalues (Grazzi et al. 2024)."""
+    conv_size: int = 4
     """Taps of the short convolution; 0 leaves it out."""
-    eps: float = 1e-5
+    norm_eps: float = 1e-5
     """Of the output norm."""
 
-    def sizes(self, d_model: int) -> Sizes:
-        heads = self.value_heads or self.heads
-        divide_heads("gated_delta_net's value heads over key heads", heads, self.heads)
-        keys = self.key_dim or max(1, 3 * divide_heads("gated_delta_net", d_model, self.heads) // 4)
-        return Sizes(self.heads, heads, keys, self.value_dim or 2 * keys)
+    def head_dims(self, d_model: int) -> HeadDims:
+        heads = self.num_v_heads or self.num_heads
+        head_dim_of("gated_delta_net's value heads over key heads", heads, self.num_heads)
+        keys = self.head_k_dim or max(1, 3 * head_dim_of("gated_delta_net", d_model, self.num_heads) // 4)
+        return HeadDims(self.num_heads, heads, keys, self.head_v_dim or 2 * keys)
 
-    def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        groups, heads, keys, values = self.sizes(d_model)
+    def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
+        groups, heads, keys, values = self.head_dims(d_model)
         widths = {"k": groups * keys, "v": heads * values, "beta": heads, "decay": heads}
-        return Streams({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
+        return Projections({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
 
-    def cell(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "GatedDeltaNetCell":
-        groups, heads, keys, values = sizes = self.sizes(d_model)
+    def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "GatedDeltaNetCell":
+        groups, heads, keys, values = sizes = self.head_dims(d_model)
         width = 2 * groups * keys + heads * values
-        conv = ShortConvolution(width, self.conv, precision=precision, rngs=rngs) if self.conv else None
+        conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
         gate = DecayGate(heads, heads, precision=precision, rngs=rngs)
-        return GatedDeltaNetCell(sizes, conv, gate, self.max_beta)
+        return GatedDeltaNetCell(sizes, conv, gate, self.allow_neg_eigval)
 
-    def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
-        _, heads, _, values = self.sizes(d_model)
+    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
+        _, heads, _, values = self.head_dims(d_model)
         inner = heads * values
         gate = Linear(d_model, inner, precision=precision, rngs=rngs)
-        return Readout(inner, d_model, site, groups=heads, gate=gate, eps=self.eps, precision=precision, rngs=rngs)
+        return OutputProjection(
+            inner, d_model, layer, num_groups=heads, gate=gate, norm_eps=self.norm_eps, precision=precision, rngs=rngs
+        )
 
 
 class GatedDeltaNetCell(MatrixCell):
     """See the head of the file."""
 
-    def __init__(self, sizes: Sizes, conv: ShortConvolution | None, gate: DecayGate, max_beta: float):
-        super().__init__(sizes, conv)
+    def __init__(self, head_dims: HeadDims, conv: ShortConvolution | None, gate: DecayGate, allow_neg_eigval: bool):
+        super().__init__(head_dims, conv)
         self.gate = gate
-        self.max_beta = max_beta
+        self.allow_neg_eigval = allow_neg_eigval
 
-    def recurrence(self, streams: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]) -> Recurrence:
-        groups, heads, keys, _ = self.sizes
-        q, k, v = (heads_of(streams[name], n) for name, n in (("q", groups), ("k", groups), ("v", heads)))
-        beta = strength(streams["beta"], self.max_beta)
-        log_decay = self.gate(self.gate.dt(streams["decay"]))
-        return Recurrence(unit(q) * keys**-0.5, unit(k), v, log_decay, beta, beta)
+    def recurrence_inputs(
+        self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
+    ) -> RecurrenceInputs:
+        groups, heads, keys, _ = self.head_dims
+        q, k, v = (split_heads(projections[name], n) for name, n in (("q", groups), ("k", groups), ("v", heads)))
+        beta = beta_gate(projections["beta"], self.allow_neg_eigval)
+        log_decay = self.gate(self.gate.dt(projections["decay"]))
+        return RecurrenceInputs(l2_normalize(q) * keys**-0.5, l2_normalize(k), v, log_decay, beta, beta)

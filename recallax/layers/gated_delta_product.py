@@ -15,16 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.config import ConfigError, added
-from recallax.layers.base import Site
-from recallax.layers.continuation import divide_heads
-from recallax.layers.dense import Linear, Streams
-from recallax.layers.gates import DecayGate, strength
-from recallax.layers.matrix_memory import MatrixCell, Recurrence
-from recallax.layers.memory import MemoryConfig, Sizes
-from recallax.layers.norm import unit
-from recallax.layers.readout import Readout
+from recallax.config import ConfigError, added_field
+from recallax.layers.base import LayerInfo
+from recallax.layers.dense import Linear, Projections
+from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
+from recallax.layers.memory import HeadDims, MemoryConfig
+from recallax.layers.norm import l2_normalize
+from recallax.layers.output_projection import OutputProjection
+from recallax.layers.recurrence_gates import DecayGate, beta_gate
 from recallax.layers.short_convolution import ShortConvolution
+from recallax.layers.state_reset import head_dim_of
 from recallax.types import Precision
 
 
@@ -32,66 +32,79 @@ from recallax.types import Precision
 class GatedDeltaProduct(MemoryConfig):
     """Several delta-rule steps per token."""
 
-    steps: int = 2
+    num_householder: int = 2
     """Delta-rule steps per token; 1 is Gated DeltaNet."""
-    heads: int = 4
-    key_dim: int | None = None
+    num_heads: int = 4
+    head_k_dim: int | None = None
     """Width of queries and keys per head; None is 3/4 of d_model / heads."""
-    value_dim: int | None = None
+    head_v_dim: int | None = None
     """Width of values per head; None is twice the keys'."""
-    max_beta: float = 2.0
-    """Largest strength; above 1 the transition has negative eigenvalues."""
-    conv: int = 4
+    allow_neg_eigval: bool = True
+    """Double the beta gate, to the range (0, 2), which gives the transition negative eigenvalues (Grazzi et al. 2024)."""
+    conv_size: int = 4
     """Taps of the short convolution; 0 leaves it out."""
-    eps: float = added(1e-5)
+    norm_eps: float = added_field(1e-5)
     """Of the output norm."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}; gated_delta_product needs at least 1 step per token")
+        if self.num_householder < 1:
+            raise ConfigError(
+                f"num_householder is {self.num_householder}; gated_delta_product needs at least 1 step per token"
+            )
 
-    def sizes(self, d_model: int) -> Sizes:
-        keys = self.key_dim or max(1, 3 * divide_heads("gated_delta_product", d_model, self.heads) // 4)
-        return Sizes(self.heads, self.heads, keys, self.value_dim or 2 * keys)
+    def head_dims(self, d_model: int) -> HeadDims:
+        keys = self.head_k_dim or max(1, 3 * head_dim_of("gated_delta_product", d_model, self.num_heads) // 4)
+        return HeadDims(self.num_heads, self.num_heads, keys, self.head_v_dim or 2 * keys)
 
-    def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        _, heads, keys, values = self.sizes(d_model)
-        each = self.steps * heads
+    def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
+        _, heads, keys, values = self.head_dims(d_model)
+        each = self.num_householder * heads
         widths = {"k": each * keys, "v": each * values, "beta": each, "decay": heads}
-        return Streams({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
+        return Projections({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
 
-    def cell(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "GatedDeltaProductCell":
-        _, heads, keys, values = sizes = self.sizes(d_model)
-        width = heads * (keys + self.steps * (keys + values))
-        conv = ShortConvolution(width, self.conv, precision=precision, rngs=rngs) if self.conv else None
+    def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "GatedDeltaProductCell":
+        _, heads, keys, values = sizes = self.head_dims(d_model)
+        width = heads * (keys + self.num_householder * (keys + values))
+        conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
         gate = DecayGate(heads, heads, precision=precision, rngs=rngs)
-        return GatedDeltaProductCell(sizes, conv, gate, self.max_beta, self.steps)
+        return GatedDeltaProductCell(sizes, conv, gate, self.allow_neg_eigval, self.num_householder)
 
-    def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
-        _, heads, _, values = self.sizes(d_model)
+    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
+        _, heads, _, values = self.head_dims(d_model)
         gate = Linear(d_model, heads * values, precision=precision, rngs=rngs)
         inner = heads * values
-        return Readout(inner, d_model, site, groups=heads, gate=gate, eps=self.eps, precision=precision, rngs=rngs)
+        return OutputProjection(
+            inner, d_model, layer, num_groups=heads, gate=gate, norm_eps=self.norm_eps, precision=precision, rngs=rngs
+        )
 
 
 class GatedDeltaProductCell(MatrixCell):
     """See the head of the file."""
 
-    def __init__(self, sizes: Sizes, conv: ShortConvolution | None, gate: DecayGate, max_beta: float, steps: int):
-        super().__init__(sizes, conv)
+    def __init__(
+        self,
+        head_dims: HeadDims,
+        conv: ShortConvolution | None,
+        gate: DecayGate,
+        allow_neg_eigval: bool,
+        num_householder: int,
+    ):
+        super().__init__(head_dims, conv)
         self.gate = gate
-        self.max_beta = max_beta
-        self.micro = steps
+        self.allow_neg_eigval = allow_neg_eigval
+        self.num_householder = num_householder
 
-    def recurrence(self, streams: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]) -> Recurrence:
-        heads, steps = self.sizes.heads, self.micro
+    def recurrence_inputs(
+        self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
+    ) -> RecurrenceInputs:
+        heads, steps = self.head_dims.num_v_heads, self.num_householder
         batch, length = positions.shape
         k, v, beta = (
-            streams[name].reshape(batch, length * steps, heads, -1) for name in ("k", "v", "beta")
+            projections[name].reshape(batch, length * steps, heads, -1) for name in ("k", "v", "beta")
         )  # channels are laid out step by step
-        q = unit(streams["q"].reshape(batch, length, heads, -1)) * self.sizes.keys**-0.5
-        decay = self.gate(self.gate.dt(streams["decay"]))
+        q = l2_normalize(projections["q"].reshape(batch, length, heads, -1)) * self.head_dims.head_k_dim**-0.5
+        decay = self.gate(self.gate.dt(projections["decay"]))
         log_decay = jnp.zeros((batch, length, steps, heads), decay.dtype).at[:, :, 0].set(decay)
-        strengths = strength(beta[..., 0], self.max_beta)
+        strengths = beta_gate(beta[..., 0], self.allow_neg_eigval)
         q = jnp.repeat(q, steps, axis=1)  # read after every step; the last reading counts
-        return Recurrence(q, unit(k), v, log_decay.reshape(batch, -1, heads), strengths, strengths)
+        return RecurrenceInputs(q, l2_normalize(k), v, log_decay.reshape(batch, -1, heads), strengths, strengths)

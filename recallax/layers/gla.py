@@ -15,15 +15,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.config import added
-from recallax.layers.base import Site
-from recallax.layers.continuation import divide_heads
-from recallax.layers.dense import Linear, LowRank, Streams
-from recallax.layers.gates import heads_of
-from recallax.layers.matrix_memory import MatrixCell, Recurrence
-from recallax.layers.memory import MemoryConfig, Sizes
-from recallax.layers.readout import Readout
+from recallax.config import added_field
+from recallax.layers.base import LayerInfo
+from recallax.layers.dense import Linear, LowRank, Projections
+from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
+from recallax.layers.memory import HeadDims, MemoryConfig
+from recallax.layers.output_projection import OutputProjection
+from recallax.layers.recurrence_gates import split_heads
 from recallax.layers.short_convolution import ShortConvolution
+from recallax.layers.state_reset import head_dim_of
 from recallax.types import Precision
 
 
@@ -31,54 +31,62 @@ from recallax.types import Precision
 class GLA(MemoryConfig):
     """Gated linear attention."""
 
-    heads: int = 4
-    key_dim: int | None = None
+    num_heads: int = 4
+    head_k_dim: int | None = None
     """Width of queries and keys per head; None is d_model / heads / 2."""
-    value_dim: int | None = None
+    head_v_dim: int | None = None
     """Width of values per head; None is d_model / heads."""
-    gate_rank: int = 16
-    gate_power: float = 16.0
+    gate_low_rank_dim: int = 16
+    gate_logit_normalizer: float = 16.0
     """The gate is the sigmoid to the power 1 / this: larger forgets more slowly."""
-    conv: int = 0
+    conv_size: int = 0
     """Taps of the short convolution on queries, keys and values; 0 leaves it out, as published."""
-    eps: float = added(1e-5)
+    norm_eps: float = added_field(1e-5)
     """Of the output norm."""
 
-    def sizes(self, d_model: int) -> Sizes:
-        values = self.value_dim or divide_heads("gla", d_model, self.heads)
-        return Sizes(self.heads, self.heads, self.key_dim or max(1, values // 2), values)
+    def head_dims(self, d_model: int) -> HeadDims:
+        values = self.head_v_dim or head_dim_of("gla", d_model, self.num_heads)
+        return HeadDims(self.num_heads, self.num_heads, self.head_k_dim or max(1, values // 2), values)
 
-    def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        _, heads, keys, values = self.sizes(d_model)
-        return Streams(
+    def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
+        _, heads, keys, values = self.head_dims(d_model)
+        return Projections(
             {
                 "k": Linear(d_model, heads * keys, precision=precision, rngs=rngs),
                 "v": Linear(d_model, heads * values, precision=precision, rngs=rngs),
-                "decay": LowRank(d_model, self.gate_rank, heads * keys, precision=precision, rngs=rngs, bias=True),
+                "decay": LowRank(
+                    d_model, self.gate_low_rank_dim, heads * keys, precision=precision, rngs=rngs, bias=True
+                ),
             }
         )
 
-    def cell(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "GLACell":
-        _, heads, keys, values = sizes = self.sizes(d_model)
+    def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "GLACell":
+        _, heads, keys, values = sizes = self.head_dims(d_model)
         width = heads * (2 * keys + values)
-        conv = ShortConvolution(width, self.conv, precision=precision, rngs=rngs) if self.conv else None
-        return GLACell(sizes, conv, self.gate_power)
+        conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
+        return GLACell(sizes, conv, self.gate_logit_normalizer)
 
-    def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
-        _, heads, _, values = self.sizes(d_model)
+    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
+        _, heads, _, values = self.head_dims(d_model)
         gate = Linear(d_model, heads * values, precision=precision, rngs=rngs)
         inner = heads * values
-        return Readout(inner, d_model, site, groups=heads, gate=gate, eps=self.eps, precision=precision, rngs=rngs)
+        return OutputProjection(
+            inner, d_model, layer, num_groups=heads, gate=gate, norm_eps=self.norm_eps, precision=precision, rngs=rngs
+        )
 
 
 class GLACell(MatrixCell):
     """See the head of the file."""
 
-    def __init__(self, sizes: Sizes, conv: ShortConvolution | None, power: float):
-        super().__init__(sizes, conv)
-        self.power = power
+    def __init__(self, head_dims: HeadDims, conv: ShortConvolution | None, gate_logit_normalizer: float):
+        super().__init__(head_dims, conv)
+        self.gate_logit_normalizer = gate_logit_normalizer
 
-    def recurrence(self, streams: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]) -> Recurrence:
-        q, k, v, decay = (heads_of(streams[name], self.sizes.heads) for name in ("q", "k", "v", "decay"))
-        log_decay = jax.nn.log_sigmoid(decay.astype(jnp.float32)) / self.power
-        return Recurrence(q * self.sizes.keys**-0.5, k, v, log_decay=log_decay)
+    def recurrence_inputs(
+        self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
+    ) -> RecurrenceInputs:
+        q, k, v, decay = (
+            split_heads(projections[name], self.head_dims.num_v_heads) for name in ("q", "k", "v", "decay")
+        )
+        log_decay = jax.nn.log_sigmoid(decay.astype(jnp.float32)) / self.gate_logit_normalizer
+        return RecurrenceInputs(q * self.head_dims.head_k_dim**-0.5, k, v, log_decay=log_decay)

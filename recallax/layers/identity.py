@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flax import nnx
 from jaxtyping import Array, Float
 
-from recallax.layers.base import MixerConfig, Site
+from recallax.layers.base import LayerInfo, MixerConfig
 from recallax.layers.stateless import StatelessMixer
 from recallax.types import Precision
 
@@ -18,7 +18,7 @@ from recallax.types import Precision
 class Identity(MixerConfig):
     """Returns its input."""
 
-    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "IdentityMixer":
+    def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "IdentityMixer":
         return IdentityMixer()
 
 

@@ -19,16 +19,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.config import ConfigError, added
-from recallax.layers.base import Site
-from recallax.layers.continuation import divide_heads
-from recallax.layers.dense import Linear, LowRank, Streams, parameter
-from recallax.layers.gates import DecayGate, heads_of, start_of_dt, strength
-from recallax.layers.matrix_memory import MatrixCell, Recurrence
-from recallax.layers.memory import MemoryConfig, Sizes
-from recallax.layers.norm import unit
-from recallax.layers.readout import Readout
+from recallax.config import ConfigError, added_field
+from recallax.layers.base import LayerInfo
+from recallax.layers.dense import Linear, LowRank, Projections, parameter
+from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
+from recallax.layers.memory import HeadDims, MemoryConfig
+from recallax.layers.norm import l2_normalize
+from recallax.layers.output_projection import OutputProjection
+from recallax.layers.recurrence_gates import DecayGate, beta_gate, init_dt_bias, split_heads
 from recallax.layers.short_convolution import ShortConvolution
+from recallax.layers.state_reset import head_dim_of
 from recallax.types import Precision
 
 
@@ -36,89 +36,99 @@ from recallax.types import Precision
 class KDA(MemoryConfig):
     """Kimi Delta Attention."""
 
-    heads: int = 4
-    key_dim: int | None = None
+    num_heads: int = 4
+    head_k_dim: int | None = None
     """Width of queries and keys per head; None is d_model / heads."""
-    value_dim: int | None = None
+    head_v_dim: int | None = None
     """Width of values per head; None is the keys'."""
-    gate: Literal["bounded", "softplus"] = "bounded"
-    floor: float = -5.0
+    decay_gate: Literal["bounded", "softplus"] = "bounded"
+    lower_bound: float = -5.0
     """Smallest log-decay of a step with the bounded gate; below 0."""
-    max_beta: float = 1.0
-    """Largest strength; 2 allows negative eigenvalues."""
-    conv: int = 4
+    allow_neg_eigval: bool = False
+    """Double the beta gate, to the range (0, 2), which gives the transition negative eigenvalues (Grazzi et al. 2024)."""
+    conv_size: int = 4
     """Taps of the short convolution; 0 leaves it out."""
-    eps: float = 1e-5
+    norm_eps: float = 1e-5
     """Of the output norm."""
-    gate_bias: bool = added(False)
+    output_gate_bias: bool = added_field(False)
     """Of the output gate: absent in the paper and its models, present in flash-linear-attention's."""
 
     def __post_init__(self) -> None:
-        if self.floor >= 0:
-            raise ConfigError(f"floor is {self.floor}; kda's smallest log-decay must be below 0")
+        if self.lower_bound >= 0:
+            raise ConfigError(f"lower_bound is {self.lower_bound}; kda's smallest log-decay must be below 0")
 
-    def sizes(self, d_model: int) -> Sizes:
-        keys = self.key_dim or divide_heads("kda", d_model, self.heads)
-        return Sizes(self.heads, self.heads, keys, self.value_dim or keys)
+    def head_dims(self, d_model: int) -> HeadDims:
+        keys = self.head_k_dim or head_dim_of("kda", d_model, self.num_heads)
+        return HeadDims(self.num_heads, self.num_heads, keys, self.head_v_dim or keys)
 
-    def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        _, heads, keys, values = self.sizes(d_model)
+    def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
+        _, heads, keys, values = self.head_dims(d_model)
         widths = {"k": heads * keys, "v": heads * values, "beta": heads}
         parts = {name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()}
-        return Streams(parts | {"decay": LowRank(d_model, values, heads * keys, precision=precision, rngs=rngs)})
+        return Projections(parts | {"decay": LowRank(d_model, values, heads * keys, precision=precision, rngs=rngs)})
 
-    def cell(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "KDACell":
-        _, heads, keys, values = sizes = self.sizes(d_model)
+    def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "KDACell":
+        _, heads, keys, values = sizes = self.head_dims(d_model)
         width = heads * (2 * keys + values)
-        conv = ShortConvolution(width, self.conv, precision=precision, rngs=rngs) if self.conv else None
-        if self.gate == "softplus":
+        conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
+        if self.decay_gate == "softplus":
             gate = DecayGate(heads, heads * keys, precision=precision, rngs=rngs)
         else:
-            gate = BoundedGate(heads, heads * keys, self.floor, precision=precision, rngs=rngs)
-        return KDACell(sizes, conv, gate, self.max_beta)
+            gate = BoundedDecayGate(heads, heads * keys, self.lower_bound, precision=precision, rngs=rngs)
+        return KDACell(sizes, conv, gate, self.allow_neg_eigval)
 
-    def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
-        _, heads, _, values = self.sizes(d_model)
-        return Readout(
+    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
+        _, heads, _, values = self.head_dims(d_model)
+        return OutputProjection(
             heads * values,
             d_model,
-            site,
-            groups=heads,
-            gate=LowRank(d_model, values, heads * values, precision=precision, rngs=rngs, bias=self.gate_bias),
+            layer,
+            num_groups=heads,
+            gate=LowRank(d_model, values, heads * values, precision=precision, rngs=rngs, bias=self.output_gate_bias),
             activation="sigmoid",
-            eps=self.eps,
+            norm_eps=self.norm_eps,
             precision=precision,
             rngs=rngs,
         )
 
 
-class BoundedGate(nnx.Module):
+class BoundedDecayGate(nnx.Module):
     """g = floor * sigmoid(exp(a_log) (x + dt_bias)): between the floor and 0, so that exponents stay small."""
 
-    def __init__(self, heads: int, channels: int, floor: float, *, precision: Precision, rngs: nnx.Rngs):
-        self.a_log = parameter(jnp.zeros(heads, precision.param), (None,), decay=False)
-        self.dt_bias = parameter(start_of_dt(channels, precision, rngs), (None,), decay=False)
-        self.floor = floor
+    def __init__(self, num_heads: int, channels: int, lower_bound: float, *, precision: Precision, rngs: nnx.Rngs):
+        self.a_log = parameter(jnp.zeros(num_heads, precision.param), (None,), weight_decay=False)
+        self.dt_bias = parameter(init_dt_bias(channels, precision, rngs), (None,), weight_decay=False)
+        self.lower_bound = lower_bound
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T H K"]:
-        shifted = heads_of(x.astype(jnp.float32) + self.dt_bias[...][None, None], self.a_log.shape[0])
-        return self.floor * jax.nn.sigmoid(jnp.exp(self.a_log[...])[None, None, :, None] * shifted)
+        shifted = split_heads(x.astype(jnp.float32) + self.dt_bias[...][None, None], self.a_log.shape[0])
+        return self.lower_bound * jax.nn.sigmoid(jnp.exp(self.a_log[...])[None, None, :, None] * shifted)
 
 
 class KDACell(MatrixCell):
     """See the head of the file."""
 
-    def __init__(self, sizes: Sizes, conv: ShortConvolution | None, gate: BoundedGate | DecayGate, max_beta: float):
-        super().__init__(sizes, conv)
+    def __init__(
+        self,
+        head_dims: HeadDims,
+        conv: ShortConvolution | None,
+        gate: BoundedDecayGate | DecayGate,
+        allow_neg_eigval: bool,
+    ):
+        super().__init__(head_dims, conv)
         self.gate = gate
-        self.max_beta = max_beta
+        self.allow_neg_eigval = allow_neg_eigval
 
-    def recurrence(self, streams: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]) -> Recurrence:
-        _, heads, keys, _ = self.sizes
-        q, k, v = (heads_of(streams[name], heads) for name in ("q", "k", "v"))
-        beta = strength(streams["beta"], self.max_beta)
-        raw = streams["decay"]
+    def recurrence_inputs(
+        self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
+    ) -> RecurrenceInputs:
+        _, heads, keys, _ = self.head_dims
+        q, k, v = (split_heads(projections[name], heads) for name in ("q", "k", "v"))
+        beta = beta_gate(projections["beta"], self.allow_neg_eigval)
+        raw = projections["decay"]
         log_decay = (
-            self.gate(raw) if isinstance(self.gate, BoundedGate) else self.gate(heads_of(self.gate.dt(raw), heads))
+            self.gate(raw)
+            if isinstance(self.gate, BoundedDecayGate)
+            else self.gate(split_heads(self.gate.dt(raw), heads))
         )
-        return Recurrence(unit(q) * keys**-0.5, unit(k), v, log_decay, beta, beta)
+        return RecurrenceInputs(l2_normalize(q) * keys**-0.5, l2_normalize(k), v, log_decay, beta, beta)

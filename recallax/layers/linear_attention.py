@@ -18,19 +18,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.config import added
-from recallax.layers.base import Site
-from recallax.layers.continuation import divide_heads
-from recallax.layers.dense import Linear, Streams
-from recallax.layers.gates import heads_of
-from recallax.layers.matrix_memory import MatrixCell, Recurrence
-from recallax.layers.memory import MemoryConfig, Sizes
-from recallax.layers.readout import Readout
+from recallax.config import added_field
+from recallax.layers.base import LayerInfo
+from recallax.layers.dense import Linear, Projections
+from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
+from recallax.layers.memory import HeadDims, MemoryConfig
+from recallax.layers.output_projection import OutputProjection
+from recallax.layers.recurrence_gates import split_heads
+from recallax.layers.state_reset import head_dim_of
 from recallax.pallas_kernels import feature_maps
 from recallax.types import Precision
 
 type FeatureMap = Literal["identity", "elu", "relu", "taylor"]
-MAPS = {
+FEATURE_MAPS = {
     "identity": feature_maps.identity,
     "elu": feature_maps.elu,
     "relu": feature_maps.relu,
@@ -44,77 +44,85 @@ EPS = 1e-6
 class LinearAttention(MemoryConfig):
     """Causal linear attention."""
 
-    heads: int = 1
+    num_heads: int = 1
     feature_dim: int | None = None
     """Width of queries and keys per head before the feature map; None is that of the values."""
     feature_map: FeatureMap = "elu"
-    eps: float = added(1e-5)
+    norm_eps: float = added_field(1e-5)
     """Of the output norm, which the identity map has."""
 
-    def sizes(self, d_model: int) -> Sizes:
-        values = divide_heads("linear attention", d_model, self.heads)
-        return Sizes(self.heads, self.heads, self.feature_dim or values, values)
+    def head_dims(self, d_model: int) -> HeadDims:
+        values = head_dim_of("linear attention", d_model, self.num_heads)
+        return HeadDims(self.num_heads, self.num_heads, self.feature_dim or values, values)
 
-    def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        _, heads, keys, _ = self.sizes(d_model)
-        return Streams(
+    def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
+        _, heads, keys, _ = self.head_dims(d_model)
+        return Projections(
             {
                 "k": Linear(d_model, heads * keys, precision=precision, rngs=rngs),
                 "v": Linear(d_model, d_model, precision=precision, rngs=rngs),
             }
         )
 
-    def cell(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "LinearCell":
-        kind = NormalisedCell if self.normalised else LinearCell
-        return kind(self.sizes(d_model), self.feature_map, precision)
+    def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "LinearAttentionCell":
+        kind = NormalizedLinearAttentionCell if self.normalized else LinearAttentionCell
+        return kind(self.head_dims(d_model), self.feature_map, precision)
 
-    def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
-        order = "no norm" if self.normalised else "gate last"
-        return Readout(
+    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
+        order = "no_norm" if self.normalized else "gate_last"
+        return OutputProjection(
             d_model,
             d_model,
-            site,
-            groups=self.heads,
+            layer,
+            num_groups=self.num_heads,
             gate=None,
             order=order,
-            eps=self.eps,
+            norm_eps=self.norm_eps,
             precision=precision,
             rngs=rngs,
         )
 
     @property
-    def normalised(self) -> bool:
+    def normalized(self) -> bool:
         """What is read is divided by the sum of its weights."""
         return self.feature_map != "identity"
 
 
-class LinearCell(MatrixCell):
+class LinearAttentionCell(MatrixCell):
     """phi(q_t) S_t, without its denominator."""
 
-    def __init__(self, sizes: Sizes, feature_map: FeatureMap, precision: Precision):
-        width = jax.eval_shape(MAPS[feature_map], jax.ShapeDtypeStruct((sizes.keys,), jnp.float32)).shape[0]
-        super().__init__(sizes._replace(keys=width))
-        self.name, self.dtype = feature_map, precision.compute
-        self.size = sizes.keys**-0.25 if feature_map in ("identity", "taylor") else 1.0
+    def __init__(self, head_dims: HeadDims, feature_map: FeatureMap, precision: Precision):
+        width = jax.eval_shape(
+            FEATURE_MAPS[feature_map], jax.ShapeDtypeStruct((head_dims.head_k_dim,), jnp.float32)
+        ).shape[0]
+        super().__init__(head_dims._replace(head_k_dim=width))
+        self.feature_map, self.dtype = feature_map, precision.compute
+        self.input_scale = head_dims.head_k_dim**-0.25 if feature_map in ("identity", "taylor") else 1.0
 
-    def recurrence(self, streams: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]) -> Recurrence:
-        q, k, v = (heads_of(streams[name], self.sizes.heads) for name in ("q", "k", "v"))
-        return Recurrence(self._features(q), self._features(k), v)
+    def recurrence_inputs(
+        self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
+    ) -> RecurrenceInputs:
+        q, k, v = (split_heads(projections[name], self.head_dims.num_v_heads) for name in ("q", "k", "v"))
+        return RecurrenceInputs(self._features(q), self._features(k), v)
 
     def _features(self, x: Float[Array, "B T H K"]) -> Float[Array, "B T H F"]:
-        return MAPS[self.name](x.astype(jnp.float32) * self.size).astype(self.dtype)
+        return FEATURE_MAPS[self.feature_map](x.astype(jnp.float32) * self.input_scale).astype(self.dtype)
 
 
-class NormalisedCell(LinearCell):
+class NormalizedLinearAttentionCell(LinearAttentionCell):
     """The same with its denominator, as one more column of values, all ones."""
 
-    def __init__(self, sizes: Sizes, feature_map: FeatureMap, precision: Precision):
-        super().__init__(sizes._replace(values=sizes.values + 1), feature_map, precision)
+    def __init__(self, head_dims: HeadDims, feature_map: FeatureMap, precision: Precision):
+        super().__init__(head_dims._replace(head_v_dim=head_dims.head_v_dim + 1), feature_map, precision)
 
-    def recurrence(self, streams: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]) -> Recurrence:
-        plain = super().recurrence(streams, positions)
+    def recurrence_inputs(
+        self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
+    ) -> RecurrenceInputs:
+        plain = super().recurrence_inputs(projections, positions)
         return plain._replace(v=jnp.concatenate([plain.v, jnp.ones_like(plain.v[..., :1])], axis=-1))
 
-    def read(self, y: Float[Array, "B T H V"], streams: Mapping[str, Float[Array, "B T W"]]) -> Float[Array, "B T H U"]:
+    def cell_output(
+        self, y: Float[Array, "B T H V"], projections: Mapping[str, Float[Array, "B T W"]]
+    ) -> Float[Array, "B T H U"]:
         sums = y.astype(jnp.float32)
         return (sums[..., :-1] / (sums[..., -1:] + EPS)).astype(self.dtype)

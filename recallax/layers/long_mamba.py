@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from flax import nnx
 
 from recallax.config import ConfigError
-from recallax.layers.base import MixerConfig, SequenceMixer, Site
-from recallax.layers.step_filter import Filtered, StepFilter
+from recallax.layers.base import LayerInfo, MixerConfig, SequenceMixer
+from recallax.layers.step_filter import StepFilter, StepFilteredModule
 from recallax.types import Precision
 
 
@@ -28,16 +28,18 @@ class LongMamba(MixerConfig):
 
     mixer: MixerConfig
     """A state-space model whose step sizes both decay and write: Mamba2 or DiagonalSSM."""
-    trained: int = 2000
+    training_length: int = 2000
     """Tokens that it was trained on."""
-    context: int = 16_000
+    context_length: int = 16_000
     """Tokens that it is to read."""
     threshold: float = 0.0
     """Step size below which nothing happens, before a calibration says it for each channel."""
 
     def __post_init__(self) -> None:
-        if min(self.trained, self.context) < 1:
-            raise ConfigError(f"trained is {self.trained} and context {self.context}; both must be at least 1 token")
+        if min(self.training_length, self.context_length) < 1:
+            raise ConfigError(
+                f"training_length is {self.training_length} and context {self.context_length}; both must be at least 1 token"
+            )
         if self.threshold < 0:
             raise ConfigError(f"threshold is {self.threshold}; it must be at least 0")
 
@@ -45,12 +47,12 @@ class LongMamba(MixerConfig):
     def grid(self) -> int:
         return self.mixer.grid
 
-    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> SequenceMixer:
-        mixer = self.mixer.build(d_model, site, precision=precision, rngs=rngs)
-        parts = [node for _, node in nnx.iter_graph(mixer) if isinstance(node, Filtered)]
+    def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> SequenceMixer:
+        mixer = self.mixer.build(d_model, layer, precision=precision, rngs=rngs)
+        parts = [node for _, node in nnx.iter_graph(mixer) if isinstance(node, StepFilteredModule)]
         if not parts:
             raise ConfigError(f"{type(self.mixer).__name__} has no step sizes to filter; use Mamba2 or DiagonalSSM")
-        if self.context > self.trained:
+        if self.context_length > self.training_length:
             for part in parts:
-                part.filter = StepFilter(part.rates().shape[0], self.threshold)
+                part.filter = StepFilter(part.decay_rates().shape[0], self.threshold)
         return mixer

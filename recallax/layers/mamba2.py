@@ -17,15 +17,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from recallax.config import ConfigError
-from recallax.layers.base import Site
-from recallax.layers.continuation import divide_heads
-from recallax.layers.dense import Linear, Streams, parameter, torch_std
-from recallax.layers.gates import DecayGate, heads_of
-from recallax.layers.matrix_memory import MatrixCell, Recurrence
-from recallax.layers.memory import MemoryConfig, Sizes
-from recallax.layers.readout import Order, Readout
+from recallax.layers.base import LayerInfo
+from recallax.layers.dense import Linear, Projections, parameter, torch_linear_std
+from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
+from recallax.layers.memory import HeadDims, MemoryConfig
+from recallax.layers.output_projection import NormGateOrder, OutputProjection
+from recallax.layers.recurrence_gates import DecayGate, split_heads
 from recallax.layers.short_convolution import ShortConvolution
-from recallax.layers.step_filter import Filtered
+from recallax.layers.state_reset import head_dim_of
+from recallax.layers.step_filter import StepFilteredModule
 from recallax.types import Precision
 
 
@@ -37,88 +37,92 @@ class Mamba2(MemoryConfig):
     """N: width of B and C."""
     head_dim: int = 64
     """P: width of a head; the heads are inner / P in number."""
-    groups: int = 1
+    num_groups: int = 1
     """Groups of heads that share B and C, and of channels that are normalised together."""
     expand: int = 2
-    inner: int | None = None
+    intermediate_size: int | None = None
     """Width of all heads together; None is expand * d_model."""
-    conv: int = 4
-    order: Order = "gate first"
+    conv_size: int = 4
+    order: NormGateOrder = "gate_first"
     dt_limit: tuple[float, float | None] = (0.0, None)
     """Step sizes are clipped to this range; None is no upper limit."""
-    eps: float = 1e-5
+    norm_eps: float = 1e-5
     """Of the output norm."""
 
     def __post_init__(self) -> None:
-        if self.conv < 1:
-            raise ConfigError(f"conv is {self.conv}; mamba2 needs at least 1 tap")
+        if self.conv_size < 1:
+            raise ConfigError(f"conv_size is {self.conv_size}; mamba2 needs at least 1 tap")
         low, high = self.dt_limit
         if low < 0 or (high is not None and high <= low):
             raise ConfigError(f"dt_limit is {self.dt_limit}; it must be a range of step sizes from 0 up")
 
-    def sizes(self, d_model: int) -> Sizes:
-        inner = self.inner or self.expand * d_model
+    def head_dims(self, d_model: int) -> HeadDims:
+        inner = self.intermediate_size or self.expand * d_model
         if inner % self.head_dim:
             raise ConfigError(f"head_dim is {self.head_dim}; it must divide mamba2's inner width {inner}")
         heads = inner // self.head_dim
-        divide_heads("mamba2's heads over groups", heads, self.groups)
-        return Sizes(self.groups, heads, self.state_dim, self.head_dim)
+        head_dim_of("mamba2's heads over groups", heads, self.num_groups)
+        return HeadDims(self.num_groups, heads, self.state_dim, self.head_dim)
 
-    def query(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        width, std = self.groups * self.state_dim, torch_std(d_model)
-        return Streams({"q": Linear(d_model, width, std=std, precision=precision, rngs=rngs)})
+    def q_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
+        width, std = self.num_groups * self.state_dim, torch_linear_std(d_model)
+        return Projections({"q": Linear(d_model, width, std=std, precision=precision, rngs=rngs)})
 
-    def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        groups, heads, keys, values = self.sizes(d_model)
+    def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
+        groups, heads, keys, values = self.head_dims(d_model)
         widths = {"k": groups * keys, "v": heads * values, "dt": heads}
-        std = torch_std(d_model)
+        std = torch_linear_std(d_model)
         parts = {name: Linear(d_model, w, std=std, precision=precision, rngs=rngs) for name, w in widths.items()}
-        return Streams(parts)
+        return Projections(parts)
 
-    def cell(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "Mamba2Cell":
-        groups, heads, keys, values = sizes = self.sizes(d_model)
+    def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "Mamba2Cell":
+        groups, heads, keys, values = sizes = self.head_dims(d_model)
         width = 2 * groups * keys + heads * values
-        conv = ShortConvolution(width, self.conv, precision=precision, rngs=rngs, bias=True)
+        conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs, bias=True)
         low, high = self.dt_limit
         limit = (float(low), float("inf" if high is None else high))
-        gate = DecayGate(heads, heads, precision=precision, rngs=rngs, limit=limit)
+        gate = DecayGate(heads, heads, precision=precision, rngs=rngs, dt_limit=limit)
         return Mamba2Cell(sizes, conv, gate, precision)
 
-    def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
-        _, heads, _, values = self.sizes(d_model)
-        return Readout(
+    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
+        _, heads, _, values = self.head_dims(d_model)
+        return OutputProjection(
             heads * values,
             d_model,
-            site,
-            groups=self.groups,
-            gate=Linear(d_model, heads * values, std=torch_std(d_model), precision=precision, rngs=rngs),
+            layer,
+            num_groups=self.num_groups,
+            gate=Linear(d_model, heads * values, std=torch_linear_std(d_model), precision=precision, rngs=rngs),
             order=self.order,
             shared_scale=False,
-            eps=self.eps,
+            norm_eps=self.norm_eps,
             precision=precision,
             rngs=rngs,
         )
 
 
-class Mamba2Cell(MatrixCell, Filtered):
+class Mamba2Cell(MatrixCell, StepFilteredModule):
     """See the head of the file."""
 
-    def __init__(self, sizes: Sizes, conv: ShortConvolution, gate: DecayGate, precision: Precision):
-        super().__init__(sizes, conv)
+    def __init__(self, head_dims: HeadDims, conv: ShortConvolution, gate: DecayGate, precision: Precision):
+        super().__init__(head_dims, conv)
         self.gate = gate
-        self.d = parameter(jnp.ones(sizes.heads, precision.param), (None,), decay=False)
+        self.d = parameter(jnp.ones(head_dims.num_v_heads, precision.param), (None,), weight_decay=False)
 
-    def recurrence(self, streams: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]) -> Recurrence:
-        groups, heads, _, _ = self.sizes
-        q, k = (heads_of(streams[name], groups) for name in ("q", "k"))
-        x = heads_of(streams["v"], heads)
-        dt = self.filtered(self.gate.dt(streams["dt"]))
+    def recurrence_inputs(
+        self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
+    ) -> RecurrenceInputs:
+        groups, heads, _, _ = self.head_dims
+        q, k = (split_heads(projections[name], groups) for name in ("q", "k"))
+        x = split_heads(projections["v"], heads)
+        dt = self.filter_steps(self.gate.dt(projections["dt"]))
         v = (x.astype(jnp.float32) * dt[..., None]).astype(x.dtype)
-        return Recurrence(q, k, v, log_decay=self.gate(dt))
+        return RecurrenceInputs(q, k, v, log_decay=self.gate(dt))
 
-    def rates(self) -> Float[Array, " H"]:
+    def decay_rates(self) -> Float[Array, " H"]:
         return jnp.exp(self.gate.a_log[...].astype(jnp.float32))
 
-    def read(self, y: Float[Array, "B T H V"], streams: Mapping[str, Float[Array, "B T W"]]) -> Float[Array, "B T H V"]:
-        x = heads_of(streams["v"], self.sizes.heads).astype(jnp.float32)
+    def cell_output(
+        self, y: Float[Array, "B T H V"], projections: Mapping[str, Float[Array, "B T W"]]
+    ) -> Float[Array, "B T H V"]:
+        x = split_heads(projections["v"], self.head_dims.num_v_heads).astype(jnp.float32)
         return (y.astype(jnp.float32) + self.d[...][None, None, :, None] * x).astype(y.dtype)

@@ -3,7 +3,7 @@
     q = x W_q,  streams = x W_s (keys, values, gates)   ->   o_t, by the cell   ->   y_t = readout(o_t, x_t)
 
 A member of the family is a config that says how each of four parts is made: the query projection, the writer (what a
-token writes; `MoM` owns one per memory, `Prefix` a second one), the cell (convolution, gates, recurrence; shared by the
+token writes; `MoM` owns one per memory, `PrefixLinear` a second one), the cell (convolution, gates, recurrence; shared by the
 memories) and the readout (norm, gate, output projection).
 """
 
@@ -15,26 +15,26 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.layers.base import MixerConfig, RecurrentMixer, Site, State
-from recallax.layers.continuation import continued, started
-from recallax.layers.dense import Linear, Streams
-from recallax.layers.readout import Readout
+from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer, State
+from recallax.layers.dense import Linear, Projections
+from recallax.layers.output_projection import OutputProjection
+from recallax.layers.state_reset import reset_for_prefill, reset_for_step
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
 
-class Sizes(NamedTuple):
+class HeadDims(NamedTuple):
     """Heads of queries and keys, heads of values, and their widths."""
 
-    groups: int
-    heads: int
-    keys: int
-    values: int
+    num_heads: int
+    num_v_heads: int
+    head_k_dim: int
+    head_v_dim: int
 
 
-class Cell(nnx.Module, abc.ABC):
+class RecurrentCell(nnx.Module, abc.ABC):
     """One memory, from raw projections to what is read from it."""
 
-    sizes: Sizes
+    head_dims: HeadDims
 
     @abc.abstractmethod
     def init_state(self, batch: int) -> State:
@@ -43,11 +43,11 @@ class Cell(nnx.Module, abc.ABC):
     @abc.abstractmethod
     def run(
         self,
-        streams: Mapping[str, Float[Array, "B T W"]],
+        projections: Mapping[str, Float[Array, "B T W"]],
         positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
         state: State,
-        stretches: Int[Array, "B T"] | None = None,
+        conv_segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T H V"], State]:
         """What each token reads, and the final state; `state` belongs to the row's first document, None is empty.
 
@@ -56,7 +56,7 @@ class Cell(nnx.Module, abc.ABC):
 
     @abc.abstractmethod
     def step(
-        self, streams: Mapping[str, Float[Array, "B W"]], info: StepInfo, state: State
+        self, projections: Mapping[str, Float[Array, "B W"]], info: StepInfo, state: State
     ) -> tuple[Float[Array, "B H V"], State]:
         """One token of each active row."""
 
@@ -65,38 +65,38 @@ class MemoryConfig(MixerConfig, abc.ABC):
     """A member of the family: how its four parts are made. Each is called once per module, with its own keys."""
 
     @abc.abstractmethod
-    def sizes(self, d_model: int) -> Sizes:
+    def head_dims(self, d_model: int) -> HeadDims:
         """Heads and widths; raises ConfigError where they do not fit."""
 
-    def query(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
+    def q_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
         """What every memory is read with."""
-        groups, _, keys, _ = self.sizes(d_model)
-        return Streams({"q": Linear(d_model, groups * keys, precision=precision, rngs=rngs)})
+        groups, _, keys, _ = self.head_dims(d_model)
+        return Projections({"q": Linear(d_model, groups * keys, precision=precision, rngs=rngs)})
 
     @abc.abstractmethod
-    def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
+    def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
         """What one memory is written with: keys, values, gates."""
 
     @abc.abstractmethod
-    def cell(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Cell:
+    def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> RecurrentCell:
         """Convolution, gates and recurrence."""
 
     @abc.abstractmethod
-    def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
+    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
         """Norm, gate and output projection."""
 
-    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "MemoryMixer":
-        return MemoryMixer(self, d_model, site, precision=precision, rngs=rngs)
+    def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "MemoryMixer":
+        return MemoryMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class MemoryMixer(RecurrentMixer):
     """One memory that every token writes to."""
 
-    def __init__(self, config: MemoryConfig, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
-        self.query = config.query(d_model, precision=precision, rngs=rngs)
-        self.writer = config.writer(d_model, precision=precision, rngs=rngs)
-        self.cell = config.cell(d_model, site, precision=precision, rngs=rngs)
-        self.readout = config.readout(d_model, site, precision=precision, rngs=rngs)
+    def __init__(self, config: MemoryConfig, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
+        self.query = config.q_proj(d_model, precision=precision, rngs=rngs)
+        self.writer = config.kv_proj(d_model, precision=precision, rngs=rngs)
+        self.cell = config.cell(d_model, layer, precision=precision, rngs=rngs)
+        self.readout = config.output_proj(d_model, layer, precision=precision, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
         y, _ = self.run(x, seq, None)
@@ -106,14 +106,14 @@ class MemoryMixer(RecurrentMixer):
         return self.cell.init_state(batch)
 
     def prefill(self, x: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
-        y, state = self.run(x, seq, continued(state, seq))
+        y, state = self.run(x, seq, reset_for_prefill(state, seq))
         return self.readout(y, x), state, {}
 
     def step(self, x: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
-        y, state = self.cell.step(self.query(x) | self.writer(x), info, started(state, info))
+        y, state = self.cell.step(self.query(x) | self.writer(x), info, reset_for_step(state, info))
         return jnp.where(jnp.asarray(info.active)[:, None], self.readout(y, x), 0), state
 
     def run(self, x: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T H V"], State]:
         """What the tokens read from the memory that they write to, and what it holds at the end."""
         streams = self.query(x) | self.writer(x)
-        return self.cell.run(streams, jnp.asarray(seq.positions), jnp.asarray(seq.segments), state)
+        return self.cell.run(streams, jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids), state)

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from recallax.config import ConfigError
-from recallax.layers.base import MixerConfig, RecurrentMixer, Site, State
+from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer, State
 from recallax.layers.norm import RMSNorm
 from recallax.types import Aux, Precision, SeqInfo, StepInfo, add_aux
 
@@ -33,8 +33,8 @@ class MemoryAsGate(MixerConfig):
     def grid(self) -> int:
         return math.lcm(self.attention.grid, self.memory.grid)
 
-    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "MemoryAsGateMixer":
-        return MemoryAsGateMixer(self, d_model, site, precision=precision, rngs=rngs)
+    def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "MemoryAsGateMixer":
+        return MemoryAsGateMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class MemoryAsGateState(NamedTuple):
@@ -47,9 +47,9 @@ class MemoryAsGateState(NamedTuple):
 class MemoryAsGateMixer(RecurrentMixer):
     """See the head of the file."""
 
-    def __init__(self, config: MemoryAsGate, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
+    def __init__(self, config: MemoryAsGate, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
         self.attention, self.memory = (
-            _recurrent(part.build(d_model, site, precision=precision, rngs=rngs))
+            _require_recurrent(part.build(d_model, layer, precision=precision, rngs=rngs))
             for part in (config.attention, config.memory)
         )
         self.attention_norm = RMSNorm(d_model, precision=precision)
@@ -57,7 +57,7 @@ class MemoryAsGateMixer(RecurrentMixer):
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
         (near, aux), (held, more) = self.attention(x, seq), self.memory(x, seq)
-        return self._gated(near, held), add_aux(aux, more)
+        return self._gate_output(near, held), add_aux(aux, more)
 
     def init_state(self, batch: int, max_len: int) -> MemoryAsGateState:
         return MemoryAsGateState(self.attention.init_state(batch, max_len), self.memory.init_state(batch, max_len))
@@ -67,21 +67,23 @@ class MemoryAsGateMixer(RecurrentMixer):
     ) -> tuple[Float[Array, "B T D"], MemoryAsGateState, Aux]:
         near, attention, aux = self.attention.prefill(x, seq, state.attention)
         held, memory, more = self.memory.prefill(x, seq, state.memory)
-        return self._gated(near, held), MemoryAsGateState(attention, memory), add_aux(aux, more)
+        return self._gate_output(near, held), MemoryAsGateState(attention, memory), add_aux(aux, more)
 
     def step(
         self, x: Float[Array, "B D"], info: StepInfo, state: MemoryAsGateState
     ) -> tuple[Float[Array, "B D"], MemoryAsGateState]:
         near, attention = self.attention.step(x, info, state.attention)
         held, memory = self.memory.step(x, info, state.memory)
-        return self._gated(near, held), MemoryAsGateState(attention, memory)
+        return self._gate_output(near, held), MemoryAsGateState(attention, memory)
 
-    def _gated(self, near: Float[Array, "*batch D"], held: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        gate = jax.nn.silu(self.memory_norm(held).astype(jnp.float32))
-        return (self.attention_norm(near).astype(jnp.float32) * gate).astype(near.dtype)
+    def _gate_output(
+        self, attended: Float[Array, "*batch D"], retrieved: Float[Array, "*batch D"]
+    ) -> Float[Array, "*batch D"]:
+        gate = jax.nn.silu(self.memory_norm(retrieved).astype(jnp.float32))
+        return (self.attention_norm(attended).astype(jnp.float32) * gate).astype(attended.dtype)
 
 
-def _recurrent(mixer: nnx.Module) -> RecurrentMixer:
+def _require_recurrent(mixer: nnx.Module) -> RecurrentMixer:
     if not isinstance(mixer, RecurrentMixer):
         raise ConfigError(f"{type(mixer).__name__} has no state; both branches of MemoryAsGate need one")
     return mixer

@@ -9,14 +9,14 @@ from recallax.layers.dense import parameter
 from recallax.types import DType, Precision
 
 
-def rms(x: Float[Array, "... D"], scale: Array, eps: float, dtype: DType) -> Float[Array, "... D"]:
+def rms_norm(x: Float[Array, "... D"], scale: Array, eps: float, dtype: DType) -> Float[Array, "... D"]:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis; in float32, returned in `dtype`."""
     wide = x.astype(jnp.float32)
     wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(dtype)
 
 
-def unit(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """x / sqrt(sum(x^2) + 1e-6) over the last axis, in float32, returned in x's dtype.
 
     The constant stands inside the root, so that a zero vector has a gradient.
@@ -32,9 +32,9 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, width: int, *, precision: Precision, eps: float = 1e-5):
-        self.scale = parameter(jnp.ones(width, precision.param), (None,), decay=False)
+        self.scale = parameter(jnp.ones(width, precision.param), (None,), weight_decay=False)
         self.dtype = precision.compute
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return rms(x, self.scale[...], self.eps, self.dtype)
+        return rms_norm(x, self.scale[...], self.eps, self.dtype)

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.config import added
-from recallax.layers.base import Site
-from recallax.layers.continuation import divide_heads
-from recallax.layers.dense import Linear, Streams
-from recallax.layers.gates import heads_of
-from recallax.layers.matrix_memory import MatrixCell, Recurrence
-from recallax.layers.memory import MemoryConfig, Sizes
-from recallax.layers.readout import Readout
+from recallax.config import added_field
+from recallax.layers.base import LayerInfo
+from recallax.layers.dense import Linear, Projections
+from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
+from recallax.layers.memory import HeadDims, MemoryConfig
+from recallax.layers.output_projection import OutputProjection
+from recallax.layers.recurrence_gates import split_heads
 from recallax.layers.rotary import rotary
+from recallax.layers.state_reset import head_dim_of
 from recallax.types import Precision
 
 
@@ -30,43 +30,47 @@ from recallax.types import Precision
 class RetNet(MemoryConfig):
     """Retention with a decay per head."""
 
-    heads: int = 8
-    key_dim: int | None = None
+    num_heads: int = 8
+    head_k_dim: int | None = None
     """Width of queries and keys per head, an even number; None is d_model / heads."""
-    value_dim: int | None = None
+    head_v_dim: int | None = None
     """Width of values per head; None is twice the keys'."""
-    rotary_base: float = 10_000.0
-    eps: float = added(1e-5)
+    rope_theta: float = 10_000.0
+    norm_eps: float = added_field(1e-5)
     """Of the output norm."""
 
-    def sizes(self, d_model: int) -> Sizes:
-        keys = self.key_dim or divide_heads("retnet", d_model, self.heads)
-        return Sizes(self.heads, self.heads, keys, self.value_dim or 2 * keys)
+    def head_dims(self, d_model: int) -> HeadDims:
+        keys = self.head_k_dim or head_dim_of("retnet", d_model, self.num_heads)
+        return HeadDims(self.num_heads, self.num_heads, keys, self.head_v_dim or 2 * keys)
 
-    def writer(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Streams:
-        _, heads, keys, values = self.sizes(d_model)
+    def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
+        _, heads, keys, values = self.head_dims(d_model)
         widths = {"k": heads * keys, "v": heads * values}
-        return Streams({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
+        return Projections({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
 
-    def cell(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "RetNetCell":
-        return RetNetCell(self.sizes(d_model), self.rotary_base)
+    def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "RetNetCell":
+        return RetNetCell(self.head_dims(d_model), self.rope_theta)
 
-    def readout(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> Readout:
-        _, heads, _, values = self.sizes(d_model)
+    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
+        _, heads, _, values = self.head_dims(d_model)
         gate = Linear(d_model, heads * values, precision=precision, rngs=rngs)
         inner = heads * values
-        return Readout(inner, d_model, site, groups=heads, gate=gate, eps=self.eps, precision=precision, rngs=rngs)
+        return OutputProjection(
+            inner, d_model, layer, num_groups=heads, gate=gate, norm_eps=self.norm_eps, precision=precision, rngs=rngs
+        )
 
 
 class RetNetCell(MatrixCell):
     """See the head of the file."""
 
-    def __init__(self, sizes: Sizes, base: float):
-        super().__init__(sizes)
-        self.base = base
+    def __init__(self, head_dims: HeadDims, rope_theta: float):
+        super().__init__(head_dims)
+        self.rope_theta = rope_theta
 
-    def recurrence(self, streams: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]) -> Recurrence:
-        heads, keys = self.sizes.heads, self.sizes.keys
-        q, k = (rotary(heads_of(streams[name], heads), positions, self.base) for name in ("q", "k"))
+    def recurrence_inputs(
+        self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
+    ) -> RecurrenceInputs:
+        heads, keys = self.head_dims.num_v_heads, self.head_dims.head_k_dim
+        q, k = (rotary(split_heads(projections[name], heads), positions, self.rope_theta) for name in ("q", "k"))
         gamma = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads, dtype=jnp.float32))))
-        return Recurrence(q * keys**-0.5, k, heads_of(streams["v"], heads), log_decay=gamma)
+        return RecurrenceInputs(q * keys**-0.5, k, split_heads(projections["v"], heads), log_decay=gamma)

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.layers.base import MixerConfig, RecurrentMixer, Site
-from recallax.layers.continuation import continued, divide_heads, started
+from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer
 from recallax.layers.dense import Linear, parameter, residual_std
 from recallax.layers.short_convolution import ShortConvolution
+from recallax.layers.state_reset import head_dim_of, reset_for_prefill, reset_for_step
 from recallax.pallas_kernels.selective_scan import selective_scan, selective_scan_step
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
@@ -30,46 +30,48 @@ SHARPNESS = 8.0
 class RGLRU(MixerConfig):
     """Griffin's recurrent block."""
 
-    heads: int = 4
+    num_heads: int = 4
     """Blocks of the two gates' projections."""
-    width: int | None = None
+    lru_width: int | None = None
     """Channels of the recurrence; None is d_model."""
-    conv: int = 4
+    conv_size: int = 4
 
-    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "RGLRUMixer":
-        return RGLRUMixer(self, d_model, site, precision=precision, rngs=rngs)
+    def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "RGLRUMixer":
+        return RGLRUMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class RGLRUState(NamedTuple):
     """The channels and the last inputs of the convolution."""
 
-    h: Float[Array, "B E 1"]
-    past: Float[Array, "B W-1 E"]
+    recurrent_state: Float[Array, "B E 1"]
+    conv_state: Float[Array, "B W-1 E"]
 
 
 class RGLRUMixer(RecurrentMixer):
     """See the head of the file."""
 
-    def __init__(self, config: RGLRU, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
-        inner = config.width or d_model
-        block = divide_heads("rg_lru", inner, config.heads)
+    def __init__(self, config: RGLRU, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
+        inner = config.lru_width or d_model
+        block = head_dim_of("rg_lru", inner, config.num_heads)
         self.dtype = precision.compute
         self.input = Linear(d_model, inner, precision=precision, rngs=rngs, bias=True)
         self.gate = Linear(d_model, inner, precision=precision, rngs=rngs, bias=True)
-        self.conv = ShortConvolution(inner, config.conv, precision=precision, rngs=rngs, bias=True, activation="none")
-        shape = (config.heads, block, 2 * block)
+        self.conv = ShortConvolution(
+            inner, config.conv_size, precision=precision, rngs=rngs, bias=True, activation="none"
+        )
+        shape = (config.num_heads, block, 2 * block)
         gates = block**-0.5 * jax.random.normal(rngs.params(), shape, precision.param)
         self.gates = parameter(gates, ("heads", None, None))
-        self.gates_bias = parameter(jnp.zeros(shape[::2], precision.param), ("heads", None), decay=False)
+        self.gates_bias = parameter(jnp.zeros(shape[::2], precision.param), ("heads", None), weight_decay=False)
         kept = jax.random.uniform(rngs.params(), (inner,), precision.param, 0.9, 0.999)
-        self.rate = parameter(jnp.log(jnp.expm1(-jnp.log(kept) / SHARPNESS)), ("heads",), decay=False)
+        self.rate = parameter(jnp.log(jnp.expm1(-jnp.log(kept) / SHARPNESS)), ("heads",), weight_decay=False)
         self.out = Linear(
             inner,
             d_model,
             precision=precision,
             rngs=rngs,
             bias=True,
-            std=residual_std(site.depth),
+            std=residual_std(layer.num_layers),
             axes=("heads", "embed"),
         )
 
@@ -83,27 +85,27 @@ class RGLRUMixer(RecurrentMixer):
     def prefill(
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: RGLRUState
     ) -> tuple[Float[Array, "B T D"], RGLRUState, Aux]:
-        y, state = self._run(x, seq, continued(state, seq))
+        y, state = self._run(x, seq, reset_for_prefill(state, seq))
         return y, state, {}
 
     def step(self, x: Float[Array, "B D"], info: StepInfo, state: RGLRUState) -> tuple[Float[Array, "B D"], RGLRUState]:
-        active, (h, past) = jnp.asarray(info.active), started(state, info)
+        active, (h, past) = jnp.asarray(info.active), reset_for_step(state, info)
         u, past = self.conv.step(self.input(x), info, past)
-        fed, log_decay = self._gated(u, jnp.asarray(info.position))
+        fed, log_decay = self._scan_inputs(u, jnp.asarray(info.position))
         y, h = selective_scan_step(fed, log_decay, h, active)
-        return jnp.where(active[:, None], self._read(y, x), 0), RGLRUState(h, past)
+        return jnp.where(active[:, None], self._output(y, x), 0), RGLRUState(h, past)
 
     def _run(
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: RGLRUState | None
     ) -> tuple[Float[Array, "B T D"], RGLRUState]:
-        segments = jnp.asarray(seq.segments)
+        segments = jnp.asarray(seq.segment_ids)
         h, past = (None, None) if state is None else state
         u, past = self.conv(self.input(x), segments, past)
-        fed, log_decay = self._gated(u, jnp.asarray(seq.positions))
-        y, h = selective_scan(fed, log_decay, state=h, segments=segments)
-        return self._read(y, x), RGLRUState(h, past)
+        fed, log_decay = self._scan_inputs(u, jnp.asarray(seq.positions))
+        y, h = selective_scan(fed, log_decay, state=h, segment_ids=segments)
+        return self._output(y, x), RGLRUState(h, past)
 
-    def _gated(self, u: Float[Array, "*batch E"], positions: Int[Array, "*batch"]) -> tuple[Array, Array]:
+    def _scan_inputs(self, u: Float[Array, "*batch E"], positions: Int[Array, "*batch"]) -> tuple[Array, Array]:
         """What is fed and the log-decay, in float32."""
         heads = self.gates.shape[0]
         blocks = u.reshape(*u.shape[:-1], heads, -1)
@@ -117,6 +119,6 @@ class RGLRUMixer(RecurrentMixer):
         scale = jnp.where((positions == 0)[..., None], 1, scale)
         return scale * i * u.astype(jnp.float32), log_decay
 
-    def _read(self, y: Float[Array, "*batch E"], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    def _output(self, y: Float[Array, "*batch E"], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         gate = jax.nn.gelu(self.gate(x).astype(jnp.float32), approximate=True)
         return self.out((y * gate).astype(self.dtype))

@@ -5,7 +5,7 @@
     KeyScore       score_j = f([k_j ; m_j / |m_j|]),  m_j = sum_{i<=j} q_i  gradient: of a ranking loss alone
 
 A score of `TokenScore` and `KeyScore` depends on the token and what lies before it, so what leaves the best never comes
-back; `AskedTokens` chooses per block and needs every token at hand.
+back; `QueryDependentSelector` chooses per block and needs every token at hand.
 
 `KeyScore` is the key selection of HAX: f a ReLU perceptron of three layers on detached keys and queries, trained to put
 keys in the order of how much later queries want them, by a pairwise logistic loss over 64 keys. Its sum of sigmoids
@@ -27,30 +27,30 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from recallax.config import Config, ConfigError
+from recallax.config import Config, ConfigError, require_at_least
 from recallax.layers.base import State
 from recallax.layers.dense import Linear
-from recallax.layers.norm import unit
-from recallax.pallas_kernels.chunking import documents
+from recallax.layers.norm import l2_normalize
+from recallax.pallas_kernels.chunking import index_documents
 from recallax.pallas_kernels.selective_scan import selective_scan
 from recallax.types import Aux, Mean, Precision, SeqInfo
 
 
-class Wanted(NamedTuple):
+class SelectionScores(NamedTuple):
     """What `sparse_global_attention` chooses by."""
 
-    offer: Float[Array, "B T R"]
-    ask: Float[Array, "B T R"] | None
+    key: Float[Array, "B T R"]
+    query: Float[Array, "B T R"] | None
 
 
 class Selector(nnx.Module, abc.ABC):
     """Scores of tokens, in float32."""
 
-    offers: int
+    score_dim: int
     """R."""
-    asks: bool
+    query_dependent: bool
     """Whether scores depend on who asks."""
-    weighed: bool
+    bias_logits: bool
     """Whether log sigmoid(score) is added to the attention's logits."""
 
     def init_state(self, batch: int) -> State:
@@ -65,7 +65,7 @@ class Selector(nnx.Module, abc.ABC):
         k: Float[Array, "B T G K"],
         seq: SeqInfo,
         state: State,
-    ) -> tuple[Wanted, State, Aux]:
+    ) -> tuple[SelectionScores, State, Aux]:
         """Scores of T further tokens; queries and keys without positions."""
 
 
@@ -73,15 +73,15 @@ class SelectorConfig(Config, abc.ABC):
     """A config that is the constructor of its selector."""
 
     @abc.abstractmethod
-    def build(self, d_model: int, queries: int, keys: int, *, precision: Precision, rngs: nnx.Rngs) -> Selector:
-        """The module; `queries` and `keys` are the widths of all heads together."""
+    def build(self, d_model: int, query_dim: int, key_dim: int, *, precision: Precision, rngs: nnx.Rngs) -> Selector:
+        """The module; `query_dim` and `key_dim` are the widths of all heads together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScore(SelectorConfig):
     """One score per token, linear in its input."""
 
-    def build(self, d_model: int, queries: int, keys: int, *, precision: Precision, rngs: nnx.Rngs) -> Selector:
+    def build(self, d_model: int, query_dim: int, key_dim: int, *, precision: Precision, rngs: nnx.Rngs) -> Selector:
         return TokenScorer(d_model, precision=precision, rngs=rngs)
 
 
@@ -91,7 +91,7 @@ class TokenScorer(Selector):
     offers, asks, weighed = 1, False, True
 
     def __init__(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs):
-        self.score = Linear(d_model, 1, precision=_exact(precision), rngs=rngs, axes=("embed", None))
+        self.score = Linear(d_model, 1, precision=_float32_compute(precision), rngs=rngs, axes=("embed", None))
 
     def __call__(
         self,
@@ -100,34 +100,35 @@ class TokenScorer(Selector):
         k: Float[Array, "B T G K"],
         seq: SeqInfo,
         state: State,
-    ) -> tuple[Wanted, State, Aux]:
-        return Wanted(self.score(x), None), state, {}
+    ) -> tuple[SelectionScores, State, Aux]:
+        return SelectionScores(self.score(x), None), state, {}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskedTokens(SelectorConfig):
+class QueryDependentSelector(SelectorConfig):
     """A score per block and token."""
 
-    width: int = 64
+    score_dim: int = 64
     """R: width of what a block asks with and a token offers."""
 
     def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ConfigError(f"width is {self.width}; what blocks ask with must be at least 1 wide")
+        if self.score_dim < 1:
+            raise ConfigError(f"score_dim is {self.score_dim}; what blocks ask with must be at least 1 wide")
 
-    def build(self, d_model: int, queries: int, keys: int, *, precision: Precision, rngs: nnx.Rngs) -> Selector:
-        return Asker(d_model, self.width, precision=precision, rngs=rngs)
+    def build(self, d_model: int, query_dim: int, key_dim: int, *, precision: Precision, rngs: nnx.Rngs) -> Selector:
+        return QueryDependentScorer(d_model, self.score_dim, precision=precision, rngs=rngs)
 
 
-class Asker(Selector):
+class QueryDependentScorer(Selector):
     """See the head of the file."""
 
     asks, weighed = True, True
 
-    def __init__(self, d_model: int, width: int, *, precision: Precision, rngs: nnx.Rngs):
-        self.offers = width
+    def __init__(self, d_model: int, score_dim: int, *, precision: Precision, rngs: nnx.Rngs):
+        self.score_dim = score_dim
         self.offer, self.ask = (
-            Linear(d_model, width, precision=_exact(precision), rngs=rngs, axes=("embed", None)) for _ in range(2)
+            Linear(d_model, score_dim, precision=_float32_compute(precision), rngs=rngs, axes=("embed", None))
+            for _ in range(2)
         )
 
     def __call__(
@@ -137,28 +138,26 @@ class Asker(Selector):
         k: Float[Array, "B T G K"],
         seq: SeqInfo,
         state: State,
-    ) -> tuple[Wanted, State, Aux]:
-        return Wanted(self.offer(x), self.ask(x) * self.offers**-0.5), state, {}
+    ) -> tuple[SelectionScores, State, Aux]:
+        return SelectionScores(self.offer(x), self.ask(x) * self.score_dim**-0.5), state, {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class KeyScore(SelectorConfig):
     """The key selection of HAX."""
 
-    hidden: int = 64
+    hidden_size: int = 64
     """Width of the perceptron's two inner layers."""
-    sampled: int = 64
+    num_sampled_keys: int = 64
     """Keys that the ranking loss puts in order."""
-    weight: float = 0.1
+    ranking_loss_weight: float = 0.1
     """Coefficient of the ranking loss, which enters the loss as `key_ranking` with this factor in it."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "sampled"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_at_least(1, hidden_size=self.hidden_size, num_sampled_keys=self.num_sampled_keys)
 
-    def build(self, d_model: int, queries: int, keys: int, *, precision: Precision, rngs: nnx.Rngs) -> Selector:
-        return KeyScorer(self, queries, keys, precision=precision, rngs=rngs)
+    def build(self, d_model: int, query_dim: int, key_dim: int, *, precision: Precision, rngs: nnx.Rngs) -> Selector:
+        return KeyScorer(self, query_dim, key_dim, precision=precision, rngs=rngs)
 
 
 class KeyScorer(Selector):
@@ -166,16 +165,20 @@ class KeyScorer(Selector):
 
     offers, asks, weighed = 1, False, False
 
-    def __init__(self, config: KeyScore, queries: int, keys: int, *, precision: Precision, rngs: nnx.Rngs):
-        self.queries, self.sampled, self.weight = queries, config.sampled, config.weight
-        widths = (queries + keys, config.hidden, config.hidden, 1)
+    def __init__(self, config: KeyScore, query_dim: int, key_dim: int, *, precision: Precision, rngs: nnx.Rngs):
+        self.query_dim, self.num_sampled_keys, self.ranking_loss_weight = (
+            query_dim,
+            config.num_sampled_keys,
+            config.ranking_loss_weight,
+        )
+        widths = (query_dim + key_dim, config.hidden_size, config.hidden_size, 1)
         self.layers = nnx.List(
-            Linear(a, b, precision=_exact(precision), rngs=rngs, std=a**-0.5, bias=True, axes=(None, None))
+            Linear(a, b, precision=_float32_compute(precision), rngs=rngs, std=a**-0.5, bias=True, axes=(None, None))
             for a, b in itertools.pairwise(widths)
         )
 
     def init_state(self, batch: int) -> State:
-        return jnp.zeros((batch, self.queries, 1), jnp.float32)
+        return jnp.zeros((batch, self.query_dim, 1), jnp.float32)
 
     def __call__(
         self,
@@ -184,27 +187,37 @@ class KeyScorer(Selector):
         k: Float[Array, "B T G K"],
         seq: SeqInfo,
         state: State,
-    ) -> tuple[Wanted, State, Aux]:
+    ) -> tuple[SelectionScores, State, Aux]:
         q, k = (jax.lax.stop_gradient(part.astype(jnp.float32)) for part in (q, k))
         flat_q, flat_k = (part.reshape(*part.shape[:2], -1) for part in (q, k))
-        total, state = selective_scan(flat_q, jnp.zeros_like(flat_q), state=state, segments=jnp.asarray(seq.segments))
-        h = jnp.concatenate([flat_k, unit(total)], axis=-1)
+        total, state = selective_scan(
+            flat_q, jnp.zeros_like(flat_q), state=state, segment_ids=jnp.asarray(seq.segment_ids)
+        )
+        h = jnp.concatenate([flat_k, l2_normalize(total)], axis=-1)
         for layer in self.layers[:-1]:
             h = jax.nn.relu(layer(h))
         score = self.layers[-1](h)
-        loss = ranking(score[..., 0], q, k, seq, self.sampled)
-        return Wanted(score, None), state, {"key_ranking": Mean(self.weight * loss.total, loss.weight)}
+        loss = ranking_loss(score[..., 0], q, k, seq, self.num_sampled_keys)
+        return (
+            SelectionScores(score, None),
+            state,
+            {"key_ranking": Mean(self.ranking_loss_weight * loss.total, loss.weight)},
+        )
 
 
-def ranking(
-    score: Float[Array, "B T"], q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], seq: SeqInfo, sampled: int
+def ranking_loss(
+    score: Float[Array, "B T"],
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    seq: SeqInfo,
+    num_sampled_keys: int,
 ) -> Mean:
     """How badly scores order keys: over pairs of one document's keys, -log sigmoid(better score - worse score).
 
     A key is as good as the mean of sigmoid(q.k / sqrt(K)) over heads and the queries from it to its document's end.
     """
-    docs, length = documents(jnp.asarray(seq.segments)), q.shape[1]
-    at = jnp.arange(0, length, -(-length // sampled))
+    docs, length = index_documents(jnp.asarray(seq.segment_ids)), q.shape[1]
+    at = jnp.arange(0, length, -(-length // num_sampled_keys))
     groups, document = k.shape[2], jnp.where(docs.valid, docs.index, -1)
     k = jnp.repeat(k[:, at], q.shape[2] // groups, axis=2)
     wanted = jax.nn.sigmoid(jnp.einsum("bthk,bnhk->btnh", q, k) * q.shape[-1] ** -0.5).mean(axis=-1)
@@ -217,6 +230,6 @@ def ranking(
     return Mean(jnp.sum(jnp.where(pairs, loss, 0)), jnp.sum(pairs, dtype=jnp.float32))
 
 
-def _exact(precision: Precision) -> Precision:
+def _float32_compute(precision: Precision) -> Precision:
     """Scores are float32: rounding would choose other tokens."""
     return precision._replace(compute=jnp.float32)

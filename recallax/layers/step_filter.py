@@ -22,15 +22,15 @@ class StepFilter(nnx.Module):
         return jnp.where(dt < jnp.broadcast_to(self.threshold[...], dt.shape), 0, dt)
 
 
-class Filtered(nnx.Module, abc.ABC):
-    """A module whose states decay and are written by step sizes, all of which pass `filtered`."""
+class StepFilteredModule(nnx.Module, abc.ABC):
+    """A module whose states decay and are written by step sizes, all of which pass `filter_steps`."""
 
     filter: StepFilter | None = None
 
     @abc.abstractmethod
-    def rates(self) -> Float[Array, " C"]:
+    def decay_rates(self) -> Float[Array, " C"]:
         """How much log-decay a step of size 1 is in each channel; positive."""
 
-    def filtered(self, dt: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
+    def filter_steps(self, dt: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
         """The step sizes that pass, 0 in place of the others."""
         return dt if self.filter is None else self.filter(dt)

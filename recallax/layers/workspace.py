@@ -21,57 +21,55 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from recallax.config import ConfigError
-from recallax.layers.base import MixerConfig, RecurrentMixer, Site
+from recallax.config import require_at_least
+from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer
 from recallax.layers.dense import Linear, parameter
 from recallax.layers.norm import RMSNorm
-from recallax.pallas_kernels.grid import cut, joined, off_grid, pieces
-from recallax.pallas_kernels.product import product
+from recallax.pallas_kernels.einsum_f32 import einsum_f32
+from recallax.pallas_kernels.grid import grid_blocks, merge_grid_blocks, misaligned_rows, split_grid_blocks
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
-NEVER = -1e30
+MASK_VALUE = -1e30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace(MixerConfig):
     """See the head of the file."""
 
-    slots: int = 64
-    rank: int = 128
+    num_slots: int = 64
+    slot_dim: int = 128
     """r: width of a slot."""
-    chunk: int = 64
+    chunk_size: int = 64
     """Tokens between two writes."""
 
     def __post_init__(self) -> None:
-        for name in ("slots", "rank", "chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        require_at_least(1, num_slots=self.num_slots, slot_dim=self.slot_dim, chunk_size=self.chunk_size)
 
     @property
     def grid(self) -> int:
-        return self.chunk
+        return self.chunk_size
 
-    def build(self, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs) -> "WorkspaceMixer":
-        return WorkspaceMixer(self, d_model, site, precision=precision, rngs=rngs)
+    def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "WorkspaceMixer":
+        return WorkspaceMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class WorkspaceState(NamedTuple):
     """The slots, and what the unfinished chunk is about to write."""
 
     slots: Float[Array, "B S R"]
-    largest: Float[Array, "B S"]
+    max_score: Float[Array, "B S"]
     """Of the chunk's scores; 0 where it has no token."""
-    weight: Float[Array, "B S"]
+    softmax_denominator: Float[Array, "B S"]
     """Sum of exp(score - largest)."""
-    total: Float[Array, "B S R"]
+    softmax_numerator: Float[Array, "B S R"]
     """The same sum over what is to be written."""
 
 
 class WorkspaceMixer(RecurrentMixer):
     """See the head of the file."""
 
-    def __init__(self, config: Workspace, d_model: int, site: Site, *, precision: Precision, rngs: nnx.Rngs):
-        rank, self.rank, self.chunk = config.rank, config.rank, config.chunk
+    def __init__(self, config: Workspace, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
+        rank, self.slot_dim, self.chunk_size = config.slot_dim, config.slot_dim, config.chunk_size
         self.dtype = precision.compute
         inner = precision._replace(compute=jnp.float32)  # slots are sums over time
 
@@ -83,7 +81,9 @@ class WorkspaceMixer(RecurrentMixer):
             return Linear(inputs, rank, precision=inner, rngs=rngs, std=std, bias=bias, axes=(None, None))
 
         self.start = parameter(
-            jax.random.normal(rngs.params(), (config.slots, rank), precision.param), (None, None), decay=False
+            jax.random.normal(rngs.params(), (config.num_slots, rank), precision.param),
+            (None, None),
+            weight_decay=False,
         )
         self.query, self.write_key, self.write_value = tokens(), tokens(), tokens()
         self.key, self.value, self.write_query = slots(rank), slots(rank), slots(rank)
@@ -92,7 +92,7 @@ class WorkspaceMixer(RecurrentMixer):
         self.out = Linear(rank, d_model, precision=precision, rngs=rngs, std=0.0, axes=(None, "embed"))
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
-        y, _ = self._pieces(x, seq, None)
+        y, _ = self._scan_chunks(x, seq, None)
         return y, {}
 
     def init_state(self, batch: int, max_len: int) -> WorkspaceState:
@@ -103,7 +103,7 @@ class WorkspaceMixer(RecurrentMixer):
     def prefill(
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: WorkspaceState
     ) -> tuple[Float[Array, "B T D"], WorkspaceState, Aux]:
-        return *self._pieces(x, seq, state), {}
+        return *self._scan_chunks(x, seq, state), {}
 
     def step(
         self, x: Float[Array, "B D"], info: StepInfo, state: WorkspaceState
@@ -113,51 +113,55 @@ class WorkspaceMixer(RecurrentMixer):
         y, state, _ = self.prefill(x[:, None], seq, state)
         return jnp.where(active[:, None], y[:, 0], 0), state
 
-    def _pieces(
+    def _scan_chunks(
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: WorkspaceState | None
     ) -> tuple[Float[Array, "B T D"], WorkspaceState]:
         """Chunk after chunk: each one's questions to the slots need what the one before wrote."""
-        positions, segments = jnp.asarray(seq.positions), jnp.asarray(seq.segments)
+        positions, segments = jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids)
         rows, length = positions.shape
-        begun = None if state is None else positions[:, 0] % self.chunk
-        parts = pieces(length, self.chunk, begun, rows)
-        streams = (cut(part(x), parts) for part in (self.query, self.write_key, self.write_value))
-        at, valid = cut(positions, parts), (cut(segments, parts) > 0) & parts.inside
+        begun = None if state is None else positions[:, 0] % self.chunk_size
+        parts = grid_blocks(length, self.chunk_size, begun, rows)
+        streams = (split_grid_blocks(part(x), parts) for part in (self.query, self.write_key, self.write_value))
+        at, valid = split_grid_blocks(positions, parts), (split_grid_blocks(segments, parts) > 0) & parts.mask
         start = self.init_state(rows, length) if state is None else state
-        state, read = jax.lax.scan(jax.checkpoint(self._piece), start, (*streams, at, valid))
-        y = self.out(joined(read, length, self.chunk, begun))
-        wrong = off_grid(positions, segments, parts, self.chunk)
+        state, read = jax.lax.scan(jax.checkpoint(self._chunk_step), start, (*streams, at, valid))
+        y = self.out(merge_grid_blocks(read, length, self.chunk_size, begun))
+        wrong = misaligned_rows(positions, segments, parts, self.chunk_size)
         return jnp.where(wrong[:, None, None], jnp.full_like(y, jnp.nan), y), state
 
-    def _piece(self, state: WorkspaceState, part: tuple[Array, ...]) -> tuple[WorkspaceState, Float[Array, "B C R"]]:
+    def _chunk_step(
+        self, state: WorkspaceState, part: tuple[Array, ...]
+    ) -> tuple[WorkspaceState, Float[Array, "B C R"]]:
         """Tokens of one chunk: what they read, and the slots after them."""
         query, key, value, at, valid = part
         fresh = self.init_state(at.shape[0], 1)
-        state = _where(valid[:, 0] & (at[:, 0] == 0), fresh, state)
+        state = _where_rows(valid[:, 0] & (at[:, 0] == 0), fresh, state)
         slots = self.slot_norm(state.slots)
-        scale = self.rank**-0.5
-        scores = product("bcr,bsr->bcs", query.astype(jnp.float32) * scale, self.key(slots))
-        read = product("bcs,bsr->bcr", jax.nn.softmax(scores, axis=-1), self.value(slots)).astype(self.dtype)
+        scale = self.slot_dim**-0.5
+        scores = einsum_f32("bcr,bsr->bcs", query.astype(jnp.float32) * scale, self.key(slots))
+        read = einsum_f32("bcs,bsr->bcr", jax.nn.softmax(scores, axis=-1), self.value(slots)).astype(self.dtype)
 
-        wanted = product("bsr,bcr->bsc", self.write_query(slots) * scale, key.astype(jnp.float32))
-        begun = state.weight > 0
-        wanted = jnp.where(valid[:, None], wanted, NEVER)
-        before = jnp.where(begun, state.largest, NEVER)
+        wanted = einsum_f32("bsr,bcr->bsc", self.write_query(slots) * scale, key.astype(jnp.float32))
+        begun = state.softmax_denominator > 0
+        wanted = jnp.where(valid[:, None], wanted, MASK_VALUE)
+        before = jnp.where(begun, state.max_score, MASK_VALUE)
         largest = jax.lax.stop_gradient(jnp.maximum(before, wanted.max(axis=-1)))
         kept = jnp.where(begun, jnp.exp(before - largest), 0)
         weights = jnp.where(valid[:, None], jnp.exp(wanted - largest[..., None]), 0)
-        weight = kept * state.weight + weights.sum(axis=-1)
-        total = kept[..., None] * state.total + product("bsc,bcr->bsr", weights, value.astype(jnp.float32))
+        weight = kept * state.softmax_denominator + weights.sum(axis=-1)
+        total = kept[..., None] * state.softmax_numerator + einsum_f32(
+            "bsc,bcr->bsr", weights, value.astype(jnp.float32)
+        )
         unfinished = WorkspaceState(state.slots, largest, weight, total)
 
         new = total / jnp.maximum(weight, 1e-30)[..., None]
         beta = jax.nn.sigmoid(self.gate(jnp.concatenate([slots, self.write_norm(new)], axis=-1)))
         written = state.slots + beta * (new - state.slots)
         none = jnp.zeros_like(weight)
-        full = (valid & (at % self.chunk == self.chunk - 1)).any(axis=1)
-        after = _where(full, WorkspaceState(written, none, none, jnp.zeros_like(total)), unfinished)
-        return _where(valid.any(axis=1), after, state), read
+        full = (valid & (at % self.chunk_size == self.chunk_size - 1)).any(axis=1)
+        after = _where_rows(full, WorkspaceState(written, none, none, jnp.zeros_like(total)), unfinished)
+        return _where_rows(valid.any(axis=1), after, state), read
 
 
-def _where(rows: Bool[Array, " B"], a: WorkspaceState, b: WorkspaceState) -> WorkspaceState:
+def _where_rows(rows: Bool[Array, " B"], a: WorkspaceState, b: WorkspaceState) -> WorkspaceState:
     return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y), a, b)

@@ -2,6 +2,6 @@
 
 from recallax.models.block import Block
 from recallax.models.lm import LM, LMConfig
-from recallax.models.readout import Autoencode, Tied, Untied
+from recallax.models.lm_head import Autoencoder, Tied, Untied
 
-__all__ = ["LM", "Autoencode", "Block", "LMConfig", "Tied", "Untied"]
+__all__ = ["LM", "Autoencoder", "Block", "LMConfig", "Tied", "Untied"]

@@ -2,7 +2,7 @@
 
     r <- r + mixer(norm(r));   r <- r + channel(norm(r))
 
-A block whose channel mixer is `Nothing` has one sublayer, and one norm.
+A block whose channel mixer is `NoChannelMixer` has one sublayer, and one norm.
 The residual stream is float32; mixers work in the compute dtype.
 """
 
@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from recallax.config import Config
-from recallax.layers import MixerConfig, Nothing, RecurrentMixer, SequenceMixer, Site, SwiGLU
+from recallax.layers import LayerInfo, MixerConfig, NoChannelMixer, RecurrentMixer, SequenceMixer, SwiGLU
 from recallax.layers.base import State
 from recallax.layers.norm import RMSNorm
 from recallax.types import Aux, Precision, SeqInfo, StepInfo, add_aux
@@ -35,54 +35,54 @@ class BlockModule(nnx.Module):
         self,
         config: Block,
         d_model: int,
-        site: Site,
+        layer: LayerInfo,
         *,
         dropout: float,
         norm_eps: float,
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        self.mixer = config.mixer.build(d_model, site, precision=precision, rngs=rngs)
-        self.channel = config.channel.build(d_model, site, precision=precision, rngs=rngs)
+        self.mixer = config.mixer.build(d_model, layer, precision=precision, rngs=rngs)
+        self.channel = config.channel.build(d_model, layer, precision=precision, rngs=rngs)
         self.mixer_norm = RMSNorm(d_model, precision=precision, eps=norm_eps)
-        second = not isinstance(config.channel, Nothing)
-        self.channel_norm = RMSNorm(d_model, precision=precision, eps=norm_eps) if second else _as_it_is
+        second = not isinstance(config.channel, NoChannelMixer)
+        self.channel_norm = RMSNorm(d_model, precision=precision, eps=norm_eps) if second else _identity
         self.dropout = dropout
 
     def __call__(self, r: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
         keys = None if seq.key is None else jax.random.split(seq.key, 4)
         y, aux = self.mixer(self.mixer_norm(r), _with_key(seq, keys, 0))
-        r = r + self._drop(y, keys, 1)
+        r = r + self._apply_dropout(y, keys, 1)
         y, more = self.channel(self.channel_norm(r), _with_key(seq, keys, 2))
-        return r + self._drop(y, keys, 3), add_aux(aux, more)
+        return r + self._apply_dropout(y, keys, 3), add_aux(aux, more)
 
     def init_state(self, batch: int, max_len: int) -> State:
-        return tuple(_recurrent(m).init_state(batch, max_len) for m in (self.mixer, self.channel))
+        return tuple(_require_recurrent(m).init_state(batch, max_len) for m in (self.mixer, self.channel))
 
     def prefill(self, r: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
-        y, mixer, aux = _recurrent(self.mixer).prefill(self.mixer_norm(r), seq, state[0])
+        y, mixer, aux = _require_recurrent(self.mixer).prefill(self.mixer_norm(r), seq, state[0])
         r = r + y.astype(r.dtype)
-        y, channel, more = _recurrent(self.channel).prefill(self.channel_norm(r), seq, state[1])
+        y, channel, more = _require_recurrent(self.channel).prefill(self.channel_norm(r), seq, state[1])
         return r + y.astype(r.dtype), (mixer, channel), add_aux(aux, more)
 
     def step(self, r: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
-        y, mixer = _recurrent(self.mixer).step(self.mixer_norm(r), info, state[0])
+        y, mixer = _require_recurrent(self.mixer).step(self.mixer_norm(r), info, state[0])
         r = r + y.astype(r.dtype)
-        y, channel = _recurrent(self.channel).step(self.channel_norm(r), info, state[1])
+        y, channel = _require_recurrent(self.channel).step(self.channel_norm(r), info, state[1])
         return r + y.astype(r.dtype), (mixer, channel)
 
-    def _drop(self, y: Float[Array, "B T D"], keys: Array | None, which: int) -> Float[Array, "B T D"]:
-        return drop(y.astype(jnp.float32), self.dropout, None if keys is None else keys[which])
+    def _apply_dropout(self, y: Float[Array, "B T D"], keys: Array | None, which: int) -> Float[Array, "B T D"]:
+        return dropout(y.astype(jnp.float32), self.dropout, None if keys is None else keys[which])
 
 
-def drop(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
+def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
     """Dropout: zero each element with probability `rate` and scale the rest up; the identity without a key."""
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
 
 
-def _as_it_is(r: Float[Array, "... D"]) -> Float[Array, "... D"]:
+def _identity(r: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return r
 
 
@@ -90,7 +90,7 @@ def _with_key(seq: SeqInfo, keys: Array | None, which: int) -> SeqInfo:
     return seq if keys is None else seq._replace(key=keys[which])
 
 
-def _recurrent(mixer: SequenceMixer) -> RecurrentMixer:
+def _require_recurrent(mixer: SequenceMixer) -> RecurrentMixer:
     if not isinstance(mixer, RecurrentMixer):
         raise TypeError(f"{type(mixer).__name__} has no state, so a model that holds it cannot prefill or decode")
     return mixer

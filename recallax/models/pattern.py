@@ -9,7 +9,7 @@ one scan over stacked parameters; every occurrence of a name owns its weights.
 import re
 from typing import NamedTuple
 
-from recallax.config import ConfigError, nearest
+from recallax.config import ConfigError, suggest_name
 
 
 class Term(NamedTuple):
@@ -21,47 +21,47 @@ class Term(NamedTuple):
     @property
     def period(self) -> int:
         """Layers in one repetition."""
-        return 1 if isinstance(self.body, str) else sum(term.layers for term in self.body)
+        return 1 if isinstance(self.body, str) else sum(term.num_layers for term in self.body)
 
     @property
-    def layers(self) -> int:
+    def num_layers(self) -> int:
         """Layers in all repetitions."""
         return self.period * self.repeat
 
 
-def parse(pattern: str, names: list[str]) -> tuple[Term, ...]:
-    """The terms of a pattern. Raises ConfigError for an empty pattern, bad syntax, or a name not among `names`."""
+def parse_pattern(pattern: str, block_names: list[str]) -> tuple[Term, ...]:
+    """The terms of a pattern. Raises ConfigError for an empty pattern, bad syntax, or a name not among `block_names`."""
     tokens = re.findall(r"[A-Za-z_]\w*|\d+|\S", pattern)
-    terms, rest = _terms(tokens, names, pattern)
+    terms, rest = _parse_terms(tokens, block_names, pattern)
     if rest:
         raise ConfigError(f"pattern {pattern!r} has an unexpected {rest[0]!r}")
     return terms
 
 
-def flatten(terms: tuple[Term, ...]) -> list[str]:
+def flatten_pattern(terms: tuple[Term, ...]) -> list[str]:
     """The block names layer by layer."""
     return [
         name
         for term in terms
         for _ in range(term.repeat)
-        for name in ([term.body] if isinstance(term.body, str) else flatten(term.body))
+        for name in ([term.body] if isinstance(term.body, str) else flatten_pattern(term.body))
     ]
 
 
-def _terms(tokens: list[str], names: list[str], pattern: str) -> tuple[tuple[Term, ...], list[str]]:
+def _parse_terms(tokens: list[str], block_names: list[str], pattern: str) -> tuple[tuple[Term, ...], list[str]]:
     terms: list[Term] = []
     while tokens and tokens[0] != ")":
         head, tokens = tokens[0], tokens[1:]
         if head == "(":
-            body, tokens = _terms(tokens, names, pattern)
+            body, tokens = _parse_terms(tokens, block_names, pattern)
             if not tokens:
                 raise ConfigError(f"pattern {pattern!r} has a '(' that is never closed")
             tokens = tokens[1:]
-        elif head in names:
+        elif head in block_names:
             body = head
         elif re.fullmatch(r"[A-Za-z_]\w*", head):
             raise ConfigError(
-                f"pattern {pattern!r} names the block {head!r}, which does not exist{nearest(head, names)}"
+                f"pattern {pattern!r} names the block {head!r}, which does not exist{suggest_name(head, block_names)}"
             )
         else:
             raise ConfigError(f"pattern {pattern!r} has an unexpected {head!r}; a term is a name or '(' pattern ')'")
@@ -72,5 +72,5 @@ def _terms(tokens: list[str], names: list[str], pattern: str) -> tuple[tuple[Ter
             repeat, tokens = int(tokens[1]), tokens[2:]
         terms.append(Term(body, repeat))
     if not terms:
-        raise ConfigError(f"pattern {pattern!r} has an empty part; name at least one block of {', '.join(names)}")
+        raise ConfigError(f"pattern {pattern!r} has an empty part; name at least one block of {', '.join(block_names)}")
     return tuple(terms), tokens

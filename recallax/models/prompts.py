@@ -6,9 +6,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from recallax.types import AnyArray, SeqInfo, check
+from recallax.types import AnyArray, SeqInfo, check_shapes
 
-type Side = Literal["left", "right"]
+type PaddingSide = Literal["left", "right"]
 type TokenIds = Sequence[int] | Int[np.ndarray, " _"]
 
 
@@ -25,7 +25,7 @@ class Prompts(NamedTuple):
     @property
     def valid(self) -> Bool[np.ndarray, "B T"]:
         """Where there are tokens."""
-        return np.asarray(self.seq.segments) > 0
+        return np.asarray(self.seq.segment_ids) > 0
 
     @property
     def lengths(self) -> Int[np.ndarray, " B"]:
@@ -33,16 +33,16 @@ class Prompts(NamedTuple):
         return self.valid.sum(axis=1)
 
     @property
-    def prefixes(self) -> Int[np.ndarray, " B"]:
+    def prefix_lengths(self) -> Int[np.ndarray, " B"]:
         """Tokens of each prompt's prefix."""
         return (np.asarray(self.seq.prefix) & self.valid).sum(axis=1)
 
 
-def padded(
+def pad_prompts(
     prompts: Sequence[TokenIds],
     *,
-    side: Side = "right",
-    prefix: int | Sequence[int] = 0,
+    padding_side: PaddingSide = "right",
+    prefix_lengths: int | Sequence[int] = 0,
     length: int | None = None,
 ) -> Prompts:
     """Token ids of B prompts as rows of `length` (None: of the longest) tokens.
@@ -56,14 +56,14 @@ def padded(
     room = max(int(sizes.max()), 1) if length is None else length
     if sizes.max() > room:
         raise PromptError(f"prompt {sizes.argmax()} has {sizes.max()} tokens; rows of {room} have no room for it")
-    prefixes = np.broadcast_to(np.asarray(prefix), sizes.shape)
+    prefixes = np.broadcast_to(np.asarray(prefix_lengths), sizes.shape)
     for row, (size, some) in enumerate(zip(sizes.tolist(), prefixes.tolist(), strict=True)):
         if not 0 <= some <= size:
             raise PromptError(f"the prefix of prompt {row} is {some} tokens; it must be from 0 to the prompt's {size}")
-    first = room - sizes if side == "left" else np.zeros_like(sizes)
+    first = room - sizes if padding_side == "left" else np.zeros_like(sizes)
     tokens = np.zeros((len(prompts), room), np.int32)
     for row, prompt in enumerate(prompts):
-        tokens[row, first[row] : first[row] + len(prompt)] = _ids(row, prompt)
+        tokens[row, first[row] : first[row] + len(prompt)] = _token_ids(row, prompt)
     place = np.arange(room)[None] - first[:, None]
     valid = (place >= 0) & (place < sizes[:, None])
     seq = SeqInfo(
@@ -72,21 +72,21 @@ def padded(
     return Prompts(tokens, seq)
 
 
-def unpacked(tokens: Int[AnyArray, "B T"], seq: SeqInfo) -> Prompts:
+def unpack_documents(tokens: Int[AnyArray, "B T"], seq: SeqInfo) -> Prompts:
     """One row per document of packed rows, in their order, padded on the right: a state belongs to one document."""
-    check(seq)
-    tokens, segments, prefix = (np.asarray(part) for part in (tokens, seq.segments, seq.prefix))
+    check_shapes(seq)
+    tokens, segments, prefix = (np.asarray(part) for part in (tokens, seq.segment_ids, seq.prefix))
     found, prefixes = [], []
     for row, marks, ahead in zip(tokens, segments, prefix, strict=True):
         for number in dict.fromkeys(marks[marks > 0].tolist()):  # in the order of the row
             found.append(row[marks == number])
             prefixes.append(int(ahead[marks == number].sum()))
-    return padded(found, prefix=prefixes or 0)
+    return pad_prompts(found, prefix_lengths=prefixes or 0)
 
 
-def checked(prompts: Prompts, vocab: int) -> Prompts:
+def validate_prompts(prompts: Prompts, vocab_size: int) -> Prompts:
     """The same. Raises PromptError where a row is not one document of token ids from its beginning."""
-    check(prompts.seq)
+    check_shapes(prompts.seq)
     tokens, valid = prompts.tokens, prompts.valid
     if tokens.shape != valid.shape:
         raise PromptError(f"tokens have shape {tokens.shape}, their information {valid.shape}; the two must agree")
@@ -102,13 +102,13 @@ def checked(prompts: Prompts, vocab: int) -> Prompts:
             raise PromptError(f"row {row} is not the positions 0 to {count - 1} in one piece; `padded` makes such rows")
         if not np.array_equal(prefix[row][here], np.arange(count) < prefix[row][here].sum()):
             raise PromptError(f"the prefix of prompt {row} is not how it begins")
-        wrong = tokens[row][here & ((tokens[row] < 0) | (tokens[row] >= vocab))]
+        wrong = tokens[row][here & ((tokens[row] < 0) | (tokens[row] >= vocab_size))]
         if wrong.size:
-            raise PromptError(f"prompt {row} has the token {wrong[0]}; ids of this model are 0 to {vocab - 1}")
+            raise PromptError(f"prompt {row} has the token {wrong[0]}; ids of this model are 0 to {vocab_size - 1}")
     return prompts
 
 
-def _ids(row: int, prompt: TokenIds) -> Int[np.ndarray, " _"]:
+def _token_ids(row: int, prompt: TokenIds) -> Int[np.ndarray, " _"]:
     ids = np.asarray(prompt, dtype=None if len(prompt) else np.int32)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise PromptError(f"prompt {row} has shape {ids.shape} and dtype {ids.dtype}; it must be a list of token ids")

@@ -19,7 +19,7 @@ class Sampling(Config, abc.ABC):
     """A rule that turns logits into token ids."""
 
     @abc.abstractmethod
-    def choose(self, logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
+    def sample(self, logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
         """One id per row; `keys` is one key per row."""
 
 
@@ -27,12 +27,12 @@ class Sampling(Config, abc.ABC):
 class Greedy(Sampling):
     """The likeliest token, the lowest id of equals."""
 
-    def choose(self, logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
+    def sample(self, logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampled(Sampling):
+class MultinomialSampling(Sampling):
     """A draw from softmax(logits / temperature), cut to the `top_k` likeliest ids and then, of what is left, to the
     fewest likeliest ids whose probabilities reach `top_p` together.
 
@@ -56,14 +56,14 @@ class Sampled(Sampling):
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1, or None for all ids")
 
-    def choose(self, logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
+    def sample(self, logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
         scores = logits.astype(jnp.float32) / self.temperature
         if self.top_k is None and self.top_p is None:
             return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
         size = scores.shape[-1]
         best, ids = jax.lax.top_k(scores, min(self.top_k or size, size))
         if self.top_p is not None:
-            best = jnp.where(_nucleus(best, self.top_p), best, -jnp.inf)
+            best = jnp.where(_nucleus_mask(best, self.top_p), best, -jnp.inf)
         drawn = jax.vmap(jax.random.categorical)(keys, best)
         return jnp.take_along_axis(ids, drawn[:, None], axis=1)[:, 0].astype(jnp.int32)
 
@@ -73,7 +73,7 @@ def row_keys(key: PRNGKeyArray, rows: Int[Array, " B"], positions: Int[Array, " 
     return jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(rows, positions)
 
 
-def _nucleus(descending: Float[Array, "B V"], top_p: float) -> Bool[Array, "B V"]:
+def _nucleus_mask(descending: Float[Array, "B V"], top_p: float) -> Bool[Array, "B V"]:
     """Ids before which less than `top_p` is reached; the first always."""
     share = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(share, axis=-1) - share

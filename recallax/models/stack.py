@@ -15,22 +15,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from recallax.layers import Site
+from recallax.layers import LayerInfo
 from recallax.layers.base import State, Statistic
 from recallax.models.block import Block, BlockModule
 from recallax.models.pattern import Term
 from recallax.types import Aux, Mean, Precision, SeqInfo, StepInfo, add_aux
 
 type Remat = Literal["none", "block"]
-type Index = int | Int[Array, ""]
+type LayerIndex = int | Int[Array, ""]
 
 
-class Plan(NamedTuple):
+class StackSpec(NamedTuple):
     """What every block of a model is built with."""
 
     blocks: Mapping[str, Block]
     d_model: int
-    depth: int
+    num_layers: int
     dropout: float
     norm_eps: float
     remat: Remat
@@ -39,29 +39,31 @@ class Plan(NamedTuple):
 
 
 class Stack(nnx.Module):
-    """Terms in a row. `start` is the absolute number of the first layer, at construction as in every call."""
+    """Terms in a row. `first_layer` is the absolute number of the first layer, at construction as in every call."""
 
-    def __init__(self, terms: tuple[Term, ...], plan: Plan, start: Index):
+    def __init__(self, terms: tuple[Term, ...], spec: StackSpec, first_layer: LayerIndex):
         self.parts = nnx.List()
-        self.offsets: tuple[int, ...] = ()
+        self.layer_offsets: tuple[int, ...] = ()
         offset = 0
         for term in terms:
-            self.parts.append(_part(term, plan, start + offset))
-            self.offsets += (offset,)
-            offset += term.layers
-        self.remat = plan.remat
+            self.parts.append(_build_term(term, spec, first_layer + offset))
+            self.layer_offsets += (offset,)
+            offset += term.num_layers
+        self.remat = spec.remat
 
-    def __call__(self, r: Float[Array, "B T D"], seq: SeqInfo, start: Index) -> tuple[Float[Array, "B T D"], Aux]:
+    def __call__(
+        self, r: Float[Array, "B T D"], seq: SeqInfo, first_layer: LayerIndex
+    ) -> tuple[Float[Array, "B T D"], Aux]:
         aux: Aux = {}
-        for part, offset in zip(self.parts, self.offsets, strict=True):
+        for part, offset in zip(self.parts, self.layer_offsets, strict=True):
             if isinstance(part, Repeat):
-                r, more = part(r, seq, start + offset)
+                r, more = part(r, seq, first_layer + offset)
             else:
-                r, more = self._block(part, r, _seq_of_layer(seq, start + offset))
+                r, more = self._run_block(part, r, _with_layer_key(seq, first_layer + offset))
             aux = add_aux(aux, more)
         return r, aux
 
-    def _block(self, block: BlockModule, r: Array, seq: SeqInfo) -> tuple[Array, Aux]:
+    def _run_block(self, block: BlockModule, r: Array, seq: SeqInfo) -> tuple[Array, Aux]:
         if self.remat == "none":
             return block(r, seq)
         graph, params, statistics = nnx.split(block, nnx.Param, Statistic)
@@ -99,14 +101,16 @@ class Stack(nnx.Module):
 class Repeat(nnx.Module):
     """The same stack `count` times over parameters with a leading axis of that length."""
 
-    def __init__(self, term: Term, plan: Plan, start: Index):
+    def __init__(self, term: Term, spec: StackSpec, first_layer: LayerIndex):
         self.count, self.period = term.repeat, term.period
         terms = (Term(term.body, 1),) if isinstance(term.body, str) else term.body
-        starts = start + self.period * jnp.arange(self.count)
-        graph, _ = nnx.split(nnx.eval_shape(lambda: Stack(terms, plan, 0)))
-        self.body = nnx.merge(graph, jax.vmap(lambda s: nnx.split(Stack(terms, plan, s))[1])(starts))
+        starts = first_layer + self.period * jnp.arange(self.count)
+        graph, _ = nnx.split(nnx.eval_shape(lambda: Stack(terms, spec, 0)))
+        self.body = nnx.merge(graph, jax.vmap(lambda s: nnx.split(Stack(terms, spec, s))[1])(starts))
 
-    def __call__(self, r: Float[Array, "B T D"], seq: SeqInfo, start: Index) -> tuple[Float[Array, "B T D"], Aux]:
+    def __call__(
+        self, r: Float[Array, "B T D"], seq: SeqInfo, first_layer: LayerIndex
+    ) -> tuple[Float[Array, "B T D"], Aux]:
         graph, params, statistics = nnx.split(self.body, nnx.Param, Statistic)
 
         def body(r: Array, part: tuple[nnx.State, nnx.State, Array]) -> tuple[Array, tuple[Aux, nnx.State]]:
@@ -115,13 +119,13 @@ class Repeat(nnx.Module):
             r, aux = stack(r, seq, first)
             return r, (aux, nnx.state(stack, Statistic))
 
-        starts = start + self.period * jnp.arange(self.count)
+        starts = first_layer + self.period * jnp.arange(self.count)
         r, (aux, statistics) = jax.lax.scan(body, r, (params, statistics, starts))
         nnx.update(self.body, statistics)
-        return r, _pool(aux)
+        return r, _sum_over_layers(aux)
 
     def init_state(self, batch: int, max_len: int) -> State:
-        return tuple(stack.init_state(batch, max_len) for stack in self._each())
+        return tuple(stack.init_state(batch, max_len) for stack in self._unstacked())
 
     def prefill(self, r: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
         graph, weights = nnx.split(self.body)
@@ -132,42 +136,42 @@ class Repeat(nnx.Module):
 
         together = jax.tree.map(lambda *parts: jnp.stack(parts), *state)
         r, (together, aux) = jax.lax.scan(body, r, (weights, together))
-        return r, tuple(jax.tree.map(lambda x, i=i: x[i], together) for i in range(self.count)), _pool(aux)
+        return r, tuple(jax.tree.map(lambda x, i=i: x[i], together) for i in range(self.count)), _sum_over_layers(aux)
 
     def step(self, r: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
         # One after another: a scan would copy every state once on the way in and once on the way out.
         states = []
-        for stack, old in zip(self._each(), state, strict=True):
+        for stack, old in zip(self._unstacked(), state, strict=True):
             r, new = stack.step(r, info, old)
             states.append(new)
         return r, tuple(states)
 
-    def _each(self) -> Iterator[Stack]:
+    def _unstacked(self) -> Iterator[Stack]:
         """The stacks themselves, without the leading axis."""
         graph, weights = nnx.split(self.body)
         return (nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], weights)) for i in range(self.count))
 
 
-def _part(term: Term, plan: Plan, start: Index) -> BlockModule | Repeat:
+def _build_term(term: Term, spec: StackSpec, first_layer: LayerIndex) -> BlockModule | Repeat:
     if term.repeat > 1 or not isinstance(term.body, str):
-        return Repeat(term, plan, start)
-    rngs = nnx.Rngs(jax.random.fold_in(plan.key, start))
-    site = Site(start, plan.depth)
-    block = plan.blocks[term.body]
+        return Repeat(term, spec, first_layer)
+    rngs = nnx.Rngs(jax.random.fold_in(spec.key, first_layer))
+    site = LayerInfo(first_layer, spec.num_layers)
+    block = spec.blocks[term.body]
     return BlockModule(
         block,
-        plan.d_model,
+        spec.d_model,
         site,
-        dropout=plan.dropout,
-        norm_eps=plan.norm_eps,
-        precision=plan.precision,
+        dropout=spec.dropout,
+        norm_eps=spec.norm_eps,
+        precision=spec.precision,
         rngs=rngs,
     )
 
 
-def _seq_of_layer(seq: SeqInfo, layer: Index) -> SeqInfo:
+def _with_layer_key(seq: SeqInfo, layer: LayerIndex) -> SeqInfo:
     return seq if seq.key is None else seq._replace(key=jax.random.fold_in(seq.key, layer))
 
 
-def _pool(aux: Aux) -> Aux:
+def _sum_over_layers(aux: Aux) -> Aux:
     return {name: Mean(mean.total.sum(0), mean.weight.sum(0)) for name, mean in aux.items()}

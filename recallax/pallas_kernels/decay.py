@@ -3,7 +3,7 @@
 A factorised exp(L_i) exp(-L_j) overflows for gates without a bound, so only sums of log-decays (never positive) are
 exponentiated. The scores are built by halves: a block of 2b tokens consists of its two halves' own blocks and of the
 second half's queries against the first half's keys, where both sides decay to the boundary between the halves and
-nothing can overflow. Blocks of `PAIRWISE` tokens are computed pair by pair. Sums are taken from the boundary outwards
+nothing can overflow. Blocks of `PAIRWISE_BLOCK` tokens are computed pair by pair. Sums are taken from the boundary outwards
 rather than as differences of one cumulative sum, so that no digits cancel and no rounding reaches tokens that do not
 lie between query and key. With one decay per token the same tree builds the matrix of decays, faster than
 exponentiating all C x C differences.
@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from recallax.pallas_kernels.dispatch import require
-from recallax.pallas_kernels.product import product
+from recallax.pallas_kernels.einsum_f32 import einsum_f32
 
-PAIRWISE = 4
+PAIRWISE_BLOCK = 4
 
 
 def broadcast_decay(
@@ -36,23 +36,23 @@ def broadcast_decay(
     return jnp.broadcast_to(log_decay, shape[:3])[..., None]
 
 
-def step_decay(log_decay: Float[Array, "..."], state: Float[Array, "B H K V"]) -> Float[Array, "B H W 1"]:
+def step_decay_factor(log_decay: Float[Array, "..."], state: Float[Array, "B H K V"]) -> Float[Array, "B H W 1"]:
     """The factor of one step on the state, for a decay [H], [B, H] or [B, H, K]."""
     factor = jnp.exp(log_decay.astype(state.dtype))
     return factor[..., None] if factor.ndim == 3 else jnp.broadcast_to(factor, state.shape[:2])[..., None, None]
 
 
-def since_start(log_decay: Float[Array, "B C H W"]) -> Float[Array, "B C H W"]:
+def log_decay_from_start(log_decay: Float[Array, "B C H W"]) -> Float[Array, "B C H W"]:
     """Log-decay from the chunk's start to each token, the token's own included."""
     return jnp.cumsum(log_decay, axis=1)
 
 
-def until_end(log_decay: Float[Array, "B C H W"]) -> Float[Array, "B C H W"]:
+def log_decay_to_end(log_decay: Float[Array, "B C H W"]) -> Float[Array, "B C H W"]:
     """Log-decay from each token to the chunk's end, the token's own left out."""
-    return _after(log_decay, axis=1)
+    return _exclusive_suffix_sum(log_decay, axis=1)
 
 
-def _after(x: Array, axis: int) -> Array:
+def _exclusive_suffix_sum(x: Array, axis: int) -> Array:
     """Sums over what follows each entry along an axis."""
     later = jnp.flip(jax.lax.slice_in_dim(x, 1, None, axis=axis), axis)
     sums = jnp.flip(jnp.cumsum(later, axis=axis), axis)
@@ -64,7 +64,7 @@ def decayed_scores(
     y: Float[Array, "B C H K"],
     log_decay: Float[Array, "B C H W"] | None,
     visible: Bool[Array, "B C C"],
-    score: Callable[[Array], Array] = lambda s: s,
+    score_fn: Callable[[Array], Array] = lambda s: s,
 ) -> Float[Array, "B H C C"]:
     """Float32 scores of queries x and keys y, 0 where not `visible`.
 
@@ -72,18 +72,18 @@ def decayed_scores(
     score: applied to the scores before the decay; per-channel decay has no such hook.
     """
     if log_decay is not None and log_decay.shape[-1] > 1:
-        return jnp.where(visible[:, None], _by_halves(x, y, log_decay), 0)
-    scores = jnp.where(visible[:, None], score(product("bihk,bjhk->bhij", x, y)), 0)
+        return jnp.where(visible[:, None], _hierarchical_scores(x, y, log_decay), 0)
+    scores = jnp.where(visible[:, None], score_fn(einsum_f32("bihk,bjhk->bhij", x, y)), 0)
     if log_decay is None:
         return scores
     ones = jnp.ones_like(log_decay)
-    return scores * _by_halves(ones, ones, log_decay)
+    return scores * _hierarchical_scores(ones, ones, log_decay)
 
 
-def _by_halves(
+def _hierarchical_scores(
     x: Float[Array, "B C H K"], y: Float[Array, "B C H K"], log_decay: Float[Array, "B C H K"]
 ) -> Float[Array, "B H C C"]:
-    length, size = x.shape[1], PAIRWISE
+    length, size = x.shape[1], PAIRWISE_BLOCK
     whole = size
     while whole < length:
         whole *= 2
@@ -102,8 +102,8 @@ def _by_halves(
         a, b, own = (blocks(part, 2 * size) for part in (x, y, log_decay))
         # The boundary is the end of the first half: queries decay since then, keys until then.
         queries = a[..., size:, :] * jnp.exp(jnp.cumsum(own[..., size:, :], axis=-2)).astype(x.dtype)
-        keys = b[..., :size, :] * jnp.exp(_after(own[..., :size, :], axis=3)).astype(x.dtype)
-        across = product("bhnik,bhnjk->bhnij", queries, keys)
+        keys = b[..., :size, :] * jnp.exp(_exclusive_suffix_sum(own[..., :size, :], axis=3)).astype(x.dtype)
+        across = einsum_f32("bhnik,bhnjk->bhnij", queries, keys)
         first, second = (scores.reshape(*scores.shape[:2], -1, 2, size, size)[..., half, :, :] for half in (0, 1))
         upper = jnp.concatenate([first, jnp.zeros_like(across)], axis=-1)
         scores = jnp.concatenate([upper, jnp.concatenate([across, second], axis=-1)], axis=-2)

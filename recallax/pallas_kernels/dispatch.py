@@ -14,49 +14,57 @@ from typing import Any, Literal
 
 import jax
 
-from recallax.config import nearest
+from recallax.config import suggest_name
 
 type Platform = Literal["cpu", "gpu", "tpu"]
 
-ORDER: dict[Platform, tuple[str, ...]] = {
+IMPLEMENTATION_ORDER: dict[Platform, tuple[str, ...]] = {
     "cpu": ("xla",),
     "gpu": ("mosaic_gpu", "cudnn", "xla"),
     "tpu": ("mosaic_tpu", "splash", "xla"),
 }
-"""What `implementation=None` tries. A kernel is tried for the ops in `PROVEN` only; until then it runs by name."""
+"""What `implementation=None` tries. A kernel is tried for the ops in `VERIFIED` only; until then it runs by name."""
 
-PROVEN: frozenset[tuple[str, str]] = frozenset()
+VERIFIED: frozenset[tuple[str, str]] = frozenset()
 """(op, form) with a checked-in row that shows it agrees with the reference and is faster there than the XLA form."""
 
-_portable = contextvars.ContextVar("portable", default=False)
-_interpreting = contextvars.ContextVar("interpreting", default=False)
+_xla_only = contextvars.ContextVar("portable", default=False)
+_interpret_kernels = contextvars.ContextVar("interpreting", default=False)
 
 
 class Unsupported(NotImplementedError):
     """Why a form declines its arguments or the device."""
 
 
-def call(op: str, forms: Mapping[str, Callable[..., Any]], implementation: str | None, *arguments: Any) -> Any:
+def call_implementation(
+    op: str, implementations: Mapping[str, Callable[..., Any]], implementation: str | None, *arguments: Any
+) -> Any:
     """The result of the form that `implementation` names, or of the first that takes the arguments.
 
     Raises ValueError for a name the op does not have, and Unsupported with the reasons of all that were tried.
     """
-    if implementation is not None and implementation not in forms:
-        raise ValueError(f"{op} has no implementation {implementation!r}{nearest(implementation, list(forms))}")
+    if implementation is not None and implementation not in implementations:
+        raise ValueError(
+            f"{op} has no implementation {implementation!r}{suggest_name(implementation, list(implementations))}"
+        )
     reasons = []
-    for name in candidates(op, forms) if implementation is None else (implementation,):
+    for name in candidate_implementations(op, implementations) if implementation is None else (implementation,):
         try:
-            return forms[name](*arguments)
+            return implementations[name](*arguments)
         except Unsupported as reason:
             reasons.append(f"{name}: {reason}")
     raise Unsupported(f"{op} cannot run: {'; '.join(reasons)}")
 
 
-def candidates(op: str, forms: Mapping[str, Callable[..., Any]]) -> list[str]:
+def candidate_implementations(op: str, implementations: Mapping[str, Callable[..., Any]]) -> list[str]:
     """What `implementation=None` tries for the platform at hand, in order."""
-    if _portable.get():
+    if _xla_only.get():
         return ["xla"]
-    return [name for name in ORDER[platform()] if name in forms and (name == "xla" or (op, name) in PROVEN)]
+    return [
+        name
+        for name in IMPLEMENTATION_ORDER[platform()]
+        if name in implementations and (name == "xla" or (op, name) in VERIFIED)
+    ]
 
 
 def platform() -> Platform:
@@ -67,35 +75,37 @@ def platform() -> Platform:
 
 
 @contextlib.contextmanager
-def portable() -> Iterator[None]:
+def xla_only() -> Iterator[None]:
     """Within it `implementation=None` takes the XLA form: for programs that are traced here and run anywhere."""
-    token = _portable.set(True)
+    token = _xla_only.set(True)
     try:
         yield
     finally:
-        _portable.reset(token)
+        _xla_only.reset(token)
 
 
 @contextlib.contextmanager
-def interpreted() -> Iterator[None]:
+def interpret_kernels() -> Iterator[None]:
     """Within it Pallas' interpreters run the kernels on any machine: slow, for tests and to look inside."""
-    token = _interpreting.set(True)
+    token = _interpret_kernels.set(True)
     try:
         yield
     finally:
-        _interpreting.reset(token)
+        _interpret_kernels.reset(token)
 
 
-def interpreting(kernel: Platform) -> bool:
+def use_interpreter(kernel_platform: Platform) -> bool:
     """Whether a kernel for that platform is to be interpreted. Raises Unsupported where it can run in no way."""
-    if _interpreting.get():
+    if _interpret_kernels.get():
         return True
-    if platform() != kernel:
-        raise Unsupported(f"it is for a {kernel.upper()} and this is a {platform().upper()}; `interpreted()` runs it")
+    if platform() != kernel_platform:
+        raise Unsupported(
+            f"it is for a {kernel_platform.upper()} and this is a {platform().upper()}; `interpreted()` runs it"
+        )
     return False
 
 
-def kernel(module: str, name: str) -> Callable[..., Any]:
+def lazy_kernel(module: str, name: str) -> Callable[..., Any]:
     """The function `name` of a kernel's module, imported when it is first called: Pallas takes long to load."""
 
     def form(*arguments: Any) -> Any:
@@ -104,7 +114,7 @@ def kernel(module: str, name: str) -> Callable[..., Any]:
     return form
 
 
-def require(op: str, condition: bool, what: str) -> None:
+def require(op: str, condition: bool, message: str) -> None:
     """Raise ValueError `op: what` unless the condition holds."""
     if not condition:
-        raise ValueError(f"{op}: {what}")
+        raise ValueError(f"{op}: {message}")

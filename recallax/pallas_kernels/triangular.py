@@ -11,39 +11,39 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.product import product
+from recallax.pallas_kernels.einsum_f32 import einsum_f32
 
-ROWS = 16
+DIAGONAL_BLOCK_ROWS = 16
 
 
 @jax.custom_vjp
 def unit_lower_inverse(a: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
     """(I + a)^{-1} in float32; entries of `a` on and above the diagonal are not read."""
     length = a.shape[-1]
-    whole = ROWS
+    whole = DIAGONAL_BLOCK_ROWS
     while whole < length:
         whole *= 2
     batch = a.shape[:-2]
     a = jnp.pad(jnp.tril(a, -1), [(0, 0)] * len(batch) + [(0, whole - length)] * 2).reshape(-1, whole, whole)
-    inverse, size = _substitute(_diagonal(a, ROWS)), ROWS
+    inverse, size = _forward_substitution(_diagonal_blocks(a, DIAGONAL_BLOCK_ROWS)), DIAGONAL_BLOCK_ROWS
     while size < whole:
         first, second = (inverse.reshape(a.shape[0], -1, 2, size, size)[:, :, half] for half in (0, 1))
-        across = _diagonal(a, 2 * size)[..., size:, :size]
-        corner = -product("bnij,bnjk->bnik", product("bnij,bnjk->bnik", second, across), first)
+        across = _diagonal_blocks(a, 2 * size)[..., size:, :size]
+        corner = -einsum_f32("bnij,bnjk->bnik", einsum_f32("bnij,bnjk->bnik", second, across), first)
         upper = jnp.concatenate([first, jnp.zeros_like(corner)], axis=-1)
         inverse = jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
         size *= 2
     return inverse[:, 0, :length, :length].reshape(*batch, length, length)
 
 
-def _diagonal(a: Float[Array, "N C C"], size: int) -> Float[Array, "N M S S"]:
+def _diagonal_blocks(a: Float[Array, "N C C"], size: int) -> Float[Array, "N M S S"]:
     """The blocks of `size` rows along the diagonal."""
     count = a.shape[-1] // size
     blocks = a.reshape(-1, count, size, count, size)
     return jnp.stack([blocks[:, i, :, i] for i in range(count)], axis=1)
 
 
-def _substitute(a: Float[Array, "N M R R"]) -> Float[Array, "N M R R"]:
+def _forward_substitution(a: Float[Array, "N M R R"]) -> Float[Array, "N M R R"]:
     """Row i of the inverse is e_i minus row i of `a` times the rows above."""
     size = a.shape[-1]
 
@@ -61,10 +61,10 @@ def _forward(a: Array) -> tuple[Array, Array]:
     return inverse, inverse
 
 
-def _backward(inverse: Array, slope: Array) -> tuple[Array]:
+def _backward(inverse: Array, grad: Array) -> tuple[Array]:
     """d(I + A)^{-1} = -T dA T, so A's slope is -T^T slope T^T below the diagonal."""
-    left = product("...ji,...jk->...ik", inverse, slope)
-    return (jnp.tril(-product("...ij,...kj->...ik", left, inverse), -1),)
+    left = einsum_f32("...ji,...jk->...ik", inverse, grad)
+    return (jnp.tril(-einsum_f32("...ij,...kj->...ik", left, inverse), -1),)
 
 
 unit_lower_inverse.defvjp(_forward, _backward)

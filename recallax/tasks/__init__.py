@@ -11,9 +11,9 @@ from recallax.tasks.key_retrieval import KeyRetrieval
 from recallax.tasks.mad import Compression, Memorization, SelectiveCopying
 from recallax.tasks.mad_recall import FuzzyRecall, InContextRecall, NoisyRecall
 from recallax.tasks.masked_prefix import MaskedPrefix
-from recallax.tasks.mqar import MQAR, ZOOLOGY_MIX, ZOOLOGY_TEST, Segment
-from recallax.tasks.overwrites import OverwriteRecall, Writes
-from recallax.tasks.reread import Filled, Repeated, Rereading
+from recallax.tasks.mqar import MQAR, ZOOLOGY_MIX, ZOOLOGY_TEST, MixtureSlice
+from recallax.tasks.overwrites import OverwriteRecall, OverwriteSlice
+from recallax.tasks.repeated_context import ContextRepetition, JRTPrompt, PrefixFill
 from recallax.tasks.set_disjointness import SetDisjointness
 from recallax.tasks.state_tracking import StateTracking
 from recallax.tasks.text import Text
@@ -24,24 +24,24 @@ __all__ = [
     "ZOOLOGY_MIX",
     "ZOOLOGY_TEST",
     "Compression",
+    "ContextRepetition",
     "Copying",
-    "Filled",
     "FuzzyRecall",
     "InContextRecall",
     "InductionHeads",
+    "JRTPrompt",
     "KeyRetrieval",
     "MaskedPrefix",
     "Memorization",
+    "MixtureSlice",
     "NoisyRecall",
     "OverwriteRecall",
-    "Repeated",
-    "Rereading",
-    "Segment",
+    "OverwriteSlice",
+    "PrefixFill",
     "SelectiveCopying",
     "SetDisjointness",
     "Split",
     "StateTracking",
     "Task",
     "Text",
-    "Writes",
 ]

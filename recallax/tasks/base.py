@@ -43,7 +43,7 @@ class Task(Config, abc.ABC):
     def max_targets(self, split: Split, length: int) -> int:
         """Most positions with a weight in any row of that length: logits are computed only there."""
 
-    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
+    def prefix_lengths(self, split: Split, length: int) -> tuple[int, ...]:
         """Every size, ascending, of the context that rows of that length begin with, which `SeqInfo.prefix` marks.
 
         It is what is read before anything is asked; (0,) where questions stand among what they ask for.
@@ -63,11 +63,11 @@ class Task(Config, abc.ABC):
         """Between text and token ids, where a task has text."""
         return None
 
-    def data(self) -> str:
+    def data_digest(self) -> str:
         """A digest of what batches are made of besides the config; "" where that is nothing. May raise ConfigError."""
         return ""
 
-    def measures(
+    def metrics(
         self, split: Split, loss: Float[np.ndarray, " groups"], weight: Float[np.ndarray, " groups"]
     ) -> Mapping[str, float]:
         """What the task reports besides loss and accuracy, from its groups' sums of weight x loss (nats) and weight."""
@@ -78,18 +78,18 @@ class Task(Config, abc.ABC):
         """Accuracy of the best guess that ignores which answer belongs to which question, in [0, 1]."""
 
 
-def stream(seed: int, split: Split, index: int, task: str) -> np.random.Generator:
+def batch_rng(seed: int, split: Split, index: int, task_name: str) -> np.random.Generator:
     """The random stream of one batch: counter-based (Philox), so distinct arguments never share numbers.
 
-    `task` is a name that keeps different tasks with one seed apart.
+    `task_name` is a name that keeps different tasks with one seed apart.
     """
     if seed < 0 or index < 0:
         raise ValueError(f"seed is {seed} and index is {index}; both must be at least 0")
-    domain = int.from_bytes(task.encode()[:6].ljust(6, b"\0"), "little") << 2 | SPLITS.index(split)
+    domain = int.from_bytes(task_name.encode()[:6].ljust(6, b"\0"), "little") << 2 | SPLITS.index(split)
     return np.random.Generator(np.random.Philox(key=[seed, domain], counter=[0, 0, 0, index]))
 
 
-def commonest_token(task: Task, first: int, last: int) -> float:
+def most_frequent_token_accuracy(task: Task, first: int, last: int) -> float:
     """Accuracy of answering each row, everywhere, with its commonest token among ids first..last.
 
     What a guess scores that sees which answers a row may ask for but not where; measured on 60 test batches, so to

@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Int
 
 from recallax.config import ConfigError
-from recallax.tasks.base import Split, Task, commonest_token, stream
-from recallax.types import Batch, whole_rows
+from recallax.tasks.base import Split, Task, batch_rng, most_frequent_token_accuracy
+from recallax.types import Batch, unpacked_seq_info
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class Copying(Task):
     One string per row; the release packs several into 220 tokens.
     """
 
-    alphabet: int = 26
+    alphabet_size: int = 26
     train_lengths: tuple[int, int] = (5, 20)
     """Shortest and longest string in train."""
     test_lengths: tuple[int, ...] = (20, 40, 80, 160)
@@ -35,37 +35,37 @@ class Copying(Task):
                 f"Copying.train_lengths is {self.train_lengths} and test_lengths {self.test_lengths}; they must be "
                 "(shortest, longest) and a list, with lengths of at least 1"
             )
-        if self.alphabet < 2:
-            raise ConfigError(f"Copying.alphabet is {self.alphabet}; it must be at least 2")
+        if self.alphabet_size < 2:
+            raise ConfigError(f"Copying.alphabet_size is {self.alphabet_size}; it must be at least 2")
 
     @property
     def vocab_size(self) -> int:
-        return self.alphabet + 3
+        return self.alphabet_size + 3
 
     @property
     def groups(self) -> tuple[str, ...]:
         """Buckets of string lengths: "n20" holds what has at most 20 letters and fits no smaller bucket."""
-        return tuple(f"n{n}" for n in self._buckets)
+        return tuple(f"n{n}" for n in self._length_buckets)
 
     def lengths(self, split: Split) -> tuple[int, ...]:
-        return tuple(sorted({2 * n + 2 for n in self._longest(split)}))
+        return tuple(sorted({2 * n + 2 for n in self._max_string_lengths(split)}))
 
     def max_targets(self, split: Split, length: int) -> int:
         return length // 2
 
-    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
+    def prefix_lengths(self, split: Split, length: int) -> tuple[int, ...]:
         longest = length // 2 - 1
         return tuple(n + 1 for n in range(self.train_lengths[0] if split == "train" else longest, longest + 1))
 
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
-        rng = stream(seed, split, index, "copy")
-        longest = self._longest(split)[index % len(self._longest(split))]
+        rng = batch_rng(seed, split, index, "copy")
+        longest = self._max_string_lengths(split)[index % len(self._max_string_lengths(split))]
         shortest = self.train_lengths[0] if split == "train" else longest
         n = rng.integers(shortest, longest + 1, size=(size, 1))
-        letters = rng.integers(self.alphabet, size=(size, longest))
+        letters = rng.integers(self.alphabet_size, size=(size, longest))
         length = 2 * longest + 2
 
-        start, bar, stop = self.alphabet + np.arange(3)
+        start, bar, stop = self.alphabet_size + np.arange(3)
         t = np.broadcast_to(np.arange(length), (size, length))
         again = (t > n + 1) & (t < 2 * n + 2)
         letter = np.take_along_axis(letters, np.clip(np.where(again, t - n - 2, t - 1), 0, longest - 1), axis=1)
@@ -77,25 +77,25 @@ class Copying(Task):
         targets = np.zeros((size, length), np.int32)
         targets[:, :-1], targets[:, -1] = tokens[:, 1:], stop
         weights = np.where(asked, 1 / (n + 1), 0).astype(np.float32)
-        group = np.broadcast_to(np.searchsorted(self._buckets, n), (size, length)).astype(np.int32)
-        seq = whole_rows(size, length)._replace(segments=(t < 2 * n + 2).astype(np.int32), prefix=t <= n)
+        group = np.broadcast_to(np.searchsorted(self._length_buckets, n), (size, length)).astype(np.int32)
+        seq = unpacked_seq_info(size, length)._replace(segment_ids=(t < 2 * n + 2).astype(np.int32), prefix=t <= n)
         return Batch(tokens.astype(np.int32), targets * asked, weights, np.zeros_like(group), group, seq)
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """The string between `$` and `|`, then `.`, from `|` on."""
         answers = np.zeros_like(tokens)
         for row, answer in zip(tokens.tolist(), answers, strict=True):
-            n = row.index(self.alphabet + 1) - 1
-            answer[n + 1 : 2 * n + 2] = [*row[1 : n + 1], self.alphabet + 2]
+            n = row.index(self.alphabet_size + 1) - 1
+            answer[n + 1 : 2 * n + 2] = [*row[1 : n + 1], self.alphabet_size + 2]
         return answers
 
     def chance(self) -> float:
         """The commonest letter of the string."""
-        return commonest_token(self, 0, self.alphabet - 1)
+        return most_frequent_token_accuracy(self, 0, self.alphabet_size - 1)
 
     @property
-    def _buckets(self) -> tuple[int, ...]:
+    def _length_buckets(self) -> tuple[int, ...]:
         return tuple(sorted({self.train_lengths[1], *self.test_lengths}))
 
-    def _longest(self, split: Split) -> tuple[int, ...]:
+    def _max_string_lengths(self, split: Split) -> tuple[int, ...]:
         return (self.train_lengths[1],) if split == "train" else self.test_lengths

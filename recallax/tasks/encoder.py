@@ -10,16 +10,16 @@ from jaxtyping import Int
 class Encoder(abc.ABC):
     """A tokenizer that is ready for use."""
 
-    begin: int
+    bos_id: int
     """The id that every document begins with, so that its first token is predicted too."""
-    end: int
+    eos_id: int
     """The id that every document ends with."""
     digest: str
     """Equal where the same text becomes the same ids."""
 
     @abc.abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Int[np.ndarray, " _"]]:
-        """The ids of each text alone, int64; no text becomes `begin` or `end`, whatever it says."""
+        """The ids of each text alone, int64; no text becomes `bos_id` or `eos_id`, whatever it says."""
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:

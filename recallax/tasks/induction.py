@@ -6,20 +6,20 @@ import numpy as np
 from jaxtyping import Int
 
 from recallax.config import ConfigError
-from recallax.tasks.base import Split, Task, stream
-from recallax.types import Batch, whole_rows
+from recallax.tasks.base import Split, Task, batch_rng
+from recallax.types import Batch, unpacked_seq_info
 
 
 @dataclass(frozen=True, kw_only=True)
 class InductionHeads(Task):
     """Recall the token that followed the cue, when the cue comes back at the end.
 
-    Rows are uniform tokens below `symbols`; the cue, id `symbols`, stands at one uniform place 0..L - 3 and at the
+    Rows are uniform tokens below `num_symbols`; the cue, id `num_symbols`, stands at one uniform place 0..L - 3 and at the
     last position, the only labelled one, whose target is the token behind the first cue. Tests extend the length:
     what has to be remembered stays one token.
     """
 
-    symbols: int = 16
+    num_symbols: int = 16
     length: int = 256
     """Length of the train rows."""
     test_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
@@ -31,12 +31,12 @@ class InductionHeads(Task):
                 f"InductionHeads.length is {self.length} and test_lengths {self.test_lengths}; there must be a test "
                 "length and each must be at least 3 (cue, token, cue)"
             )
-        if self.symbols < 2:
-            raise ConfigError(f"InductionHeads.symbols is {self.symbols}; it must be at least 2")
+        if self.num_symbols < 2:
+            raise ConfigError(f"InductionHeads.num_symbols is {self.num_symbols}; it must be at least 2")
 
     @property
     def vocab_size(self) -> int:
-        return self.symbols + 1
+        return self.num_symbols + 1
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -48,31 +48,31 @@ class InductionHeads(Task):
     def max_targets(self, split: Split, length: int) -> int:
         return 1
 
-    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
+    def prefix_lengths(self, split: Split, length: int) -> tuple[int, ...]:
         return (length - 1,)
 
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
-        rng = stream(seed, split, index, "induct")
+        rng = batch_rng(seed, split, index, "induct")
         length = self.length if split == "train" else self.test_lengths[index % len(self.test_lengths)]
-        tokens = rng.integers(self.symbols, size=(size, length), dtype=np.int32)
+        tokens = rng.integers(self.num_symbols, size=(size, length), dtype=np.int32)
         row, cue = np.arange(size), rng.integers(length - 2, size=size)
-        tokens[row, cue] = tokens[:, -1] = self.symbols
+        tokens[row, cue] = tokens[:, -1] = self.num_symbols
         targets, weights = np.zeros((size, length), np.int32), np.zeros((size, length), np.float32)
         targets[:, -1], weights[:, -1] = tokens[row, cue + 1], 1
         group = np.full((size, length), self._all_lengths.index(length), np.int32)
-        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length, length - 1))
+        return Batch(tokens, targets, weights, np.zeros_like(group), group, unpacked_seq_info(size, length, length - 1))
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """The token behind the first cue, at the last position."""
         answers = np.zeros_like(tokens)
-        first = (tokens == self.symbols).argmax(axis=1)
+        first = (tokens == self.num_symbols).argmax(axis=1)
         answers[:, -1] = tokens[np.arange(len(tokens)), first + 1]
         return answers
 
     def chance(self) -> float:
         """The commonest token of the row, which is likelier to have followed the cue; 1 / symbols in long rows."""
-        rng = stream(0, "test", 0, "share")
-        even = [1 / self.symbols] * self.symbols
+        rng = batch_rng(0, "test", 0, "share")
+        even = [1 / self.num_symbols] * self.num_symbols
         return float(np.mean([rng.multinomial(n - 2, even, 2000).max(axis=1) / (n - 2) for n in self.test_lengths]))
 
     @property

@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Int
 
 from recallax.config import ConfigError
-from recallax.tasks.base import Split, Task, stream
-from recallax.tasks.distinct import distinct
-from recallax.types import Batch, whole_rows
+from recallax.tasks.base import Split, Task, batch_rng
+from recallax.tasks.random_ids import sample_without_replacement
+from recallax.types import Batch, unpacked_seq_info
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,31 +20,34 @@ class KeyRetrieval(Task):
     """Recall the word that a name was given, wherever that happened.
 
     A row of L tokens is a haystack of L - 2 Q uniform words, in which K facts `mark name word` stand at uniform places
-    without overlap, and Q questions `ask name`, which ask for every fact `asked` times in random order (once in valid
+    without overlap, and Q questions `ask name`, which ask for every fact `queries_per_fact` times in random order (once in valid
     and test). The target is the name's word, at the name in the question; answers never stand in the row. Names are
     distinct, words are words of the haystack. The weights of a row sum to 1.
     """
 
-    words: int = 64
-    names: int = 32
-    train: tuple[tuple[int, int], ...] = ((64, 4), (256, 8))
+    num_words: int = 64
+    num_names: int = 32
+    train_slices: tuple[tuple[int, int], ...] = ((64, 4), (256, 8))
     """(length, facts) of train batches, drawn evenly: what short rows teach soon, long ones teach late."""
-    asked: int = 4
+    queries_per_fact: int = 4
     """Times that a train row asks for each fact: more of them are learned from sooner."""
-    test: tuple[tuple[int, int], ...] = ((256, 1), (256, 8), (1024, 1), (1024, 8), (4096, 1), (4096, 8))
+    test_slices: tuple[tuple[int, int], ...] = ((256, 1), (256, 8), (1024, 1), (1024, 8), (4096, 1), (4096, 8))
     """(length, facts) of valid and test, taken in turn."""
 
     def __post_init__(self) -> None:
-        if not self.train or not self.test:
+        if not self.train_slices or not self.test_slices:
             raise ConfigError("KeyRetrieval.train and KeyRetrieval.test must each hold at least one (length, facts)")
-        if self.words < 2:
-            raise ConfigError(f"KeyRetrieval.words is {self.words}; it must be at least 2")
-        if self.asked < 1:
-            raise ConfigError(f"KeyRetrieval.asked is {self.asked}; it must be at least 1")
-        rows = [*((*slice, self.asked) for slice in self.train), *((*slice, 1) for slice in self.test)]
+        if self.num_words < 2:
+            raise ConfigError(f"KeyRetrieval.num_words is {self.num_words}; it must be at least 2")
+        if self.queries_per_fact < 1:
+            raise ConfigError(f"KeyRetrieval.queries_per_fact is {self.queries_per_fact}; it must be at least 1")
+        rows = [
+            *((*slice, self.queries_per_fact) for slice in self.train_slices),
+            *((*slice, 1) for slice in self.test_slices),
+        ]
         for length, keys, asked in rows:
-            if not 1 <= keys <= self.names:
-                raise ConfigError(f"a row has {keys} facts; there must be 1 to {self.names}, one per name")
+            if not 1 <= keys <= self.num_names:
+                raise ConfigError(f"a row has {keys} facts; there must be 1 to {self.num_names}, one per name")
             needed = (3 + 2 * asked) * keys
             if length < needed:
                 raise ConfigError(
@@ -53,12 +56,12 @@ class KeyRetrieval(Task):
 
     @property
     def vocab_size(self) -> int:
-        return self.words + self.names + 2
+        return self.num_words + self.num_names + 2
 
     @property
     def slices(self) -> tuple[tuple[int, int], ...]:
         """Every (length, facts) that occurs in any split, ascending."""
-        return tuple(sorted({*self.train, *self.test}))
+        return tuple(sorted({*self.train_slices, *self.test_slices}))
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -69,24 +72,24 @@ class KeyRetrieval(Task):
 
     def max_targets(self, split: Split, length: int) -> int:
         most = max(keys for n, keys in self._slices(split) if n == length)
-        return most * self.asked if split == "train" else most
+        return most * self.queries_per_fact if split == "train" else most
 
-    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
-        times = self.asked if split == "train" else 1
+    def prefix_lengths(self, split: Split, length: int) -> tuple[int, ...]:
+        times = self.queries_per_fact if split == "train" else 1
         return tuple(sorted({n - 2 * keys * times for n, keys in self._slices(split) if n == length}))
 
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
-        rng = stream(seed, split, index, "keyret")
+        rng = batch_rng(seed, split, index, "keyret")
         slices = self._slices(split)
         length, keys = slices[rng.integers(len(slices)) if split == "train" else index % len(slices)]
-        mark, ask = self.words + self.names, self.words + self.names + 1
-        times = self.asked if split == "train" else 1
+        mark, ask = self.num_words + self.num_names, self.num_words + self.num_names + 1
+        times = self.queries_per_fact if split == "train" else 1
         haystack = length - 2 * keys * times
-        names = self.words + distinct(rng, size, keys, self.names)
-        words = rng.integers(self.words, size=(size, keys))
+        names = self.num_words + sample_without_replacement(rng, size, keys, self.num_names)
+        words = rng.integers(self.num_words, size=(size, keys))
         # Sorted draws among the places that are left when each fact takes one are starts of facts that take three.
-        starts = np.sort(distinct(rng, size, keys, haystack - 2 * keys), axis=1) + 2 * np.arange(keys)
-        tokens = rng.integers(self.words, size=(size, length)).astype(np.int32)
+        starts = np.sort(sample_without_replacement(rng, size, keys, haystack - 2 * keys), axis=1) + 2 * np.arange(keys)
+        tokens = rng.integers(self.num_words, size=(size, length)).astype(np.int32)
         for offset, part in enumerate((np.full_like(names, mark), names, words)):
             np.put_along_axis(tokens, starts + offset, part.astype(np.int32), axis=1)
         order = rng.permuted(np.tile(np.arange(keys), (size, times)), axis=1)
@@ -95,11 +98,11 @@ class KeyRetrieval(Task):
         targets, weights = np.zeros((size, length), np.int32), np.zeros((size, length), np.float32)
         targets[:, haystack + 1 :: 2], weights[:, haystack + 1 :: 2] = answers, 1 / (keys * times)
         group = np.full((size, length), self.slices.index((length, keys)), np.int32)
-        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length, haystack))
+        return Batch(tokens, targets, weights, np.zeros_like(group), group, unpacked_seq_info(size, length, haystack))
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """The word behind the name behind the mark."""
-        mark, answers = self.words + self.names, np.zeros_like(tokens)
+        mark, answers = self.num_words + self.num_names, np.zeros_like(tokens)
         for row, answer in zip(tokens, answers, strict=True):
             facts = np.flatnonzero(row == mark)
             known = dict(zip(row[facts + 1].tolist(), row[facts + 2].tolist(), strict=True))
@@ -109,7 +112,7 @@ class KeyRetrieval(Task):
 
     def chance(self) -> float:
         """One of the K marked words at random, or any word where one is marked: the mean over the test slices."""
-        return float(np.mean([1 / keys if keys > 1 else 1 / self.words for _, keys in self.test]))
+        return float(np.mean([1 / keys if keys > 1 else 1 / self.num_words for _, keys in self.test_slices]))
 
     def _slices(self, split: Split) -> tuple[tuple[int, int], ...]:
-        return self.train if split == "train" else self.test
+        return self.train_slices if split == "train" else self.test_slices

@@ -12,15 +12,15 @@ import numpy as np
 from jaxtyping import Int
 
 from recallax.config import ConfigError
-from recallax.tasks.base import Split, Task, commonest_token, stream
-from recallax.types import Batch, whole_rows
+from recallax.tasks.base import Split, Task, batch_rng, most_frequent_token_accuracy
+from recallax.types import Batch, unpacked_seq_info
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectiveCopying(Task):
-    """Repeat in order the `content` tokens that are scattered among blanks.
+    """Repeat in order the `num_tokens_to_copy` tokens that are scattered among blanks.
 
-    A row is a body of content tokens and blanks (id V - 2), the copy token (id V - 1), and `content` blanks, at
+    A row is a body of content tokens and blanks (id V - 2), the copy token (id V - 1), and `num_tokens_to_copy` blanks, at
     which the content tokens are the targets. Only these carry weight, in every split.
 
     Each blank of the body falls into one of the content + 1 gaps with equal chance. The release leaves out the gap
@@ -30,13 +30,13 @@ class SelectiveCopying(Task):
 
     vocab_size: int = 16
     length: int = 256
-    content: int = 16
+    num_tokens_to_copy: int = 16
 
     def __post_init__(self) -> None:
-        if self.content < 1 or self.length < 2 * self.content + 1:
+        if self.num_tokens_to_copy < 1 or self.length < 2 * self.num_tokens_to_copy + 1:
             raise ConfigError(
-                f"SelectiveCopying.length is {self.length} with {self.content} content tokens; it must be at least "
-                f"2 content + 1 = {2 * self.content + 1}"
+                f"SelectiveCopying.length is {self.length} with {self.num_tokens_to_copy} content tokens; it must be at least "
+                f"2 content + 1 = {2 * self.num_tokens_to_copy + 1}"
             )
         if self.vocab_size < 3:
             raise ConfigError(f"SelectiveCopying.vocab_size is {self.vocab_size}; it must be at least 3 (blank, copy)")
@@ -49,40 +49,45 @@ class SelectiveCopying(Task):
         return (self.length,)
 
     def max_targets(self, split: Split, length: int) -> int:
-        return self.content
+        return self.num_tokens_to_copy
 
-    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
-        return (self._body,)
+    def prefix_lengths(self, split: Split, length: int) -> tuple[int, ...]:
+        return (self._body_length,)
 
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
-        rng = stream(seed, split, index, "selcpy")
-        content = rng.integers(self.vocab_size - 2, size=(size, self.content))
-        gaps = self.content + 1
-        blanks = rng.integers(gaps, size=(size, self._body - self.content)) + gaps * np.arange(size)[:, None]
+        rng = batch_rng(seed, split, index, "selcpy")
+        content = rng.integers(self.vocab_size - 2, size=(size, self.num_tokens_to_copy))
+        gaps = self.num_tokens_to_copy + 1
+        blanks = (
+            rng.integers(gaps, size=(size, self._body_length - self.num_tokens_to_copy))
+            + gaps * np.arange(size)[:, None]
+        )
         per_gap = np.bincount(blanks.ravel(), minlength=size * gaps).reshape(size, gaps)
-        at = np.arange(self.content) + np.cumsum(per_gap, axis=1)[:, :-1]
+        at = np.arange(self.num_tokens_to_copy) + np.cumsum(per_gap, axis=1)[:, :-1]
 
         tokens = np.full((size, self.length), self.vocab_size - 2, np.int32)
         np.put_along_axis(tokens, at, content.astype(np.int32), axis=1)
-        tokens[:, -self.content - 1] = self.vocab_size - 1
+        tokens[:, -self.num_tokens_to_copy - 1] = self.vocab_size - 1
         targets, weights = np.zeros((size, self.length), np.int32), np.zeros((size, self.length), np.float32)
-        targets[:, -self.content :], weights[:, -self.content :] = content, 1
-        seq = whole_rows(size, self.length, self._body)
+        targets[:, -self.num_tokens_to_copy :], weights[:, -self.num_tokens_to_copy :] = content, 1
+        seq = unpacked_seq_info(size, self.length, self._body_length)
         return Batch(tokens, targets, weights, np.zeros_like(targets), np.zeros_like(targets), seq)
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """What is neither blank nor the copy token, in order, at the end."""
         answers = np.zeros_like(tokens)
-        answers[:, -self.content :] = tokens[tokens < self.vocab_size - 2].reshape(len(tokens), self.content)
+        answers[:, -self.num_tokens_to_copy :] = tokens[tokens < self.vocab_size - 2].reshape(
+            len(tokens), self.num_tokens_to_copy
+        )
         return answers
 
     def chance(self) -> float:
         """The commonest content token of the row."""
-        return commonest_token(self, 0, self.vocab_size - 3)
+        return most_frequent_token_accuracy(self, 0, self.vocab_size - 3)
 
     @property
-    def _body(self) -> int:
-        return self.length - self.content - 1
+    def _body_length(self) -> int:
+        return self.length - self.num_tokens_to_copy - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +123,18 @@ class Compression(Task):
         return length - 1
 
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
-        rng = stream(seed, split, index, "compr")
+        rng = batch_rng(seed, split, index, "compr")
         tokens = rng.integers(self.vocab_size - 1, size=(size, self.length)).astype(np.int32)
         tokens[:, -1] = self.vocab_size - 1
         weights = np.ones((size, self.length), np.float32)
         weights[:, -1] = 0
         return Batch(
-            tokens, tokens.copy(), weights, np.zeros_like(tokens), np.zeros_like(tokens), whole_rows(size, self.length)
+            tokens,
+            tokens.copy(),
+            weights,
+            np.zeros_like(tokens),
+            np.zeros_like(tokens),
+            unpacked_seq_info(size, self.length),
         )
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
@@ -133,7 +143,7 @@ class Compression(Task):
 
     def chance(self) -> float:
         """The commonest token of the row."""
-        return commonest_token(self, 0, self.vocab_size - 2)
+        return most_frequent_token_accuracy(self, 0, self.vocab_size - 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +176,7 @@ class Memorization(Task):
         """The value of each key."""
         num_keys = (self.vocab_size - 1) // 2
         values = np.arange(num_keys, self.vocab_size - 1)
-        return stream(self.table_seed, "train", 0, "table").permutation(values)[:num_keys]
+        return batch_rng(self.table_seed, "train", 0, "table").permutation(values)[:num_keys]
 
     def lengths(self, split: Split) -> tuple[int, ...]:
         return (self.length,)
@@ -175,13 +185,18 @@ class Memorization(Task):
         return length // 2
 
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
-        keys = stream(seed, split, index, "memor").integers(len(self.table), size=(size, self.length // 2))
+        keys = batch_rng(seed, split, index, "memor").integers(len(self.table), size=(size, self.length // 2))
         tokens = np.full((size, self.length), self.vocab_size - 1, np.int32)
         tokens[:, ::2] = keys
         targets, weights = np.zeros((size, self.length), np.int32), np.zeros((size, self.length), np.float32)
         targets[:, 1::2], weights[:, 1::2] = self.table[keys], 1
         return Batch(
-            tokens, targets, weights, np.zeros_like(targets), np.zeros_like(targets), whole_rows(size, self.length)
+            tokens,
+            targets,
+            weights,
+            np.zeros_like(targets),
+            np.zeros_like(targets),
+            unpacked_seq_info(size, self.length),
         )
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:

@@ -6,41 +6,41 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Int
 
-from recallax.config import Config, ConfigError, nearest
-from recallax.tasks.base import Split, Task, stream
-from recallax.tasks.distinct import distinct
-from recallax.types import Batch, whole_rows
+from recallax.config import Config, ConfigError, suggest_name
+from recallax.tasks.base import Split, Task, batch_rng
+from recallax.tasks.random_ids import sample_without_replacement
+from recallax.types import Batch, unpacked_seq_info
 
 Filler = Literal["disjoint", "zoology", "zero"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment(Config):
-    """One slice of a mixture: rows of `length` tokens that hold `pairs` key/value pairs."""
+class MixtureSlice(Config):
+    """One slice of a mixture: rows of `length` tokens that hold `num_kv_pairs` key/value pairs."""
 
     length: int
-    pairs: int
-    rows: int = 1
+    num_kv_pairs: int
+    num_examples: int = 1
     """Relative weight of the slice among the train batches; without effect in valid and test."""
 
 
 ZOOLOGY_MIX = (
-    Segment(length=64, pairs=4, rows=100_000),
-    Segment(length=128, pairs=8, rows=20_000),
-    Segment(length=256, pairs=16, rows=20_000),
-    Segment(length=256, pairs=32, rows=20_000),
-    Segment(length=256, pairs=64, rows=20_000),
+    MixtureSlice(length=64, num_kv_pairs=4, num_examples=100_000),
+    MixtureSlice(length=128, num_kv_pairs=8, num_examples=20_000),
+    MixtureSlice(length=256, num_kv_pairs=16, num_examples=20_000),
+    MixtureSlice(length=256, num_kv_pairs=32, num_examples=20_000),
+    MixtureSlice(length=256, num_kv_pairs=64, num_examples=20_000),
 )
 """Train mixture of Based's figure 2 and of most later papers."""
 
 ZOOLOGY_TEST = (
-    Segment(length=64, pairs=4),
-    Segment(length=64, pairs=8),
-    Segment(length=64, pairs=16),
-    Segment(length=128, pairs=32),
-    Segment(length=256, pairs=64),
-    Segment(length=512, pairs=128),
-    Segment(length=1024, pairs=256),
+    MixtureSlice(length=64, num_kv_pairs=4),
+    MixtureSlice(length=64, num_kv_pairs=8),
+    MixtureSlice(length=64, num_kv_pairs=16),
+    MixtureSlice(length=128, num_kv_pairs=32),
+    MixtureSlice(length=256, num_kv_pairs=64),
+    MixtureSlice(length=512, num_kv_pairs=128),
+    MixtureSlice(length=1024, num_kv_pairs=256),
 )
 """Its test slices: the last two are 2 and 4 times longer than anything in `ZOOLOGY_MIX`."""
 
@@ -49,13 +49,13 @@ ZOOLOGY_TEST = (
 class MQAR(Task):
     """Recall the value of each key that was bound earlier in the row.
 
-    A row is `k_1 v_1 ... k_K v_K`, repeated `passes` times, and then S = (L - 2 K passes) / 2 slots of two tokens.
+    A row is `k_1 v_1 ... k_K v_K`, repeated `num_passes` times, and then S = (L - 2 K passes) / 2 slots of two tokens.
     Keys are distinct ids of [1, V/2), values distinct ids of [V/2, V). Key j stands first in slot s_j, where
     s_1, ..., s_K are drawn in this order without replacement with p(s) ∝ s^(power - 1), s = 1..S; the other tokens
     there are filler. The target at a query is its value, at the query's own position: nothing needs shifting.
 
     The weights of a row sum to 1, so a weighted mean is the mean over rows of each row's accuracy, as published.
-    A train batch is all of one slice, drawn in proportion to `rows`: the published easy-to-hard order within an
+    A train batch is all of one slice, drawn in proportion to `num_examples`: the published easy-to-hard order within an
     epoch is not kept. Valid and test take the slices in turn, so a multiple of their number weighs them equally.
 
     The published filler is uniform over all ids, hence may repeat a key of the row beside a random token, a false
@@ -63,50 +63,50 @@ class MQAR(Task):
     """
 
     vocab_size: int = 8192
-    mixture: tuple[Segment, ...] = ZOOLOGY_MIX
-    test_mixture: tuple[Segment, ...] = ZOOLOGY_TEST
+    mixture: tuple[MixtureSlice, ...] = ZOOLOGY_MIX
+    test_mixture: tuple[MixtureSlice, ...] = ZOOLOGY_TEST
     """Slices of the valid and test splits."""
-    power: float = 0.01
+    power_a: float = 0.01
     """Exponent of the slot distribution: near 0 queries crowd behind the context (about 1/s), 1 spreads them evenly."""
     filler: Filler = "disjoint"
     """What stands in every place that is neither pair nor query; "zero" (id 0) is the setting of Zoology's figure 2."""
-    passes: int = 1
+    num_passes: int = 1
     """Times that the context is read before the queries; 2 is the form of JRT's repeated context."""
 
     def __post_init__(self) -> None:
         if not self.mixture or not self.test_mixture:
             raise ConfigError("MQAR.mixture and MQAR.test_mixture must each hold at least one segment")
         if self.filler not in get_args(Filler):
-            raise ConfigError(f"MQAR.filler is {self.filler!r}{nearest(self.filler, list(get_args(Filler)))}")
-        if self.power <= 0:
-            raise ConfigError(f"MQAR.power is {self.power}; it must be above 0 (1 is uniform)")
-        if self.passes < 1:
-            raise ConfigError(f"MQAR.passes is {self.passes}; it must be at least 1")
+            raise ConfigError(f"MQAR.filler is {self.filler!r}{suggest_name(self.filler, list(get_args(Filler)))}")
+        if self.power_a <= 0:
+            raise ConfigError(f"MQAR.power_a is {self.power_a}; it must be above 0 (1 is uniform)")
+        if self.num_passes < 1:
+            raise ConfigError(f"MQAR.num_passes is {self.num_passes}; it must be at least 1")
         for segment in (*self.mixture, *self.test_mixture):
-            self._check(segment)
+            self._check_slice(segment)
 
     @classmethod
     def single(
         cls,
         *,
         length: int,
-        pairs: int,
-        test: tuple[tuple[int, int], ...] = (),
+        num_kv_pairs: int,
+        test_slices: tuple[tuple[int, int], ...] = (),
         vocab_size: int = 8192,
         filler: Filler = "disjoint",
     ) -> "MQAR":
-        """One train slice; `test` lists (length, pairs) slices, the train slice itself if empty.
+        """One train slice; `test_slices` lists (length, pairs) slices, the train slice itself if empty.
 
         Zoology's figure 2 is `filler="zero"` at (64, 4), (128, 8), (256, 16) or (512, 64), one model each.
         """
-        slices = tuple(Segment(length=n, pairs=k) for n, k in test or ((length, pairs),))
-        mixture = (Segment(length=length, pairs=pairs),)
+        slices = tuple(MixtureSlice(length=n, num_kv_pairs=k) for n, k in test_slices or ((length, num_kv_pairs),))
+        mixture = (MixtureSlice(length=length, num_kv_pairs=num_kv_pairs),)
         return cls(vocab_size=vocab_size, mixture=mixture, test_mixture=slices, filler=filler)
 
     @property
     def slices(self) -> tuple[tuple[int, int], ...]:
         """Every (length, pairs) that occurs in any split, ascending."""
-        return tuple(sorted({(s.length, s.pairs) for s in (*self.mixture, *self.test_mixture)}))
+        return tuple(sorted({(s.length, s.num_kv_pairs) for s in (*self.mixture, *self.test_mixture)}))
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -116,26 +116,28 @@ class MQAR(Task):
         return tuple(sorted({s.length for s in self._mixture(split)}))
 
     def max_targets(self, split: Split, length: int) -> int:
-        pairs = [s.pairs for s in self._mixture(split) if s.length == length]
+        pairs = [s.num_kv_pairs for s in self._mixture(split) if s.length == length]
         if not pairs:
             raise ValueError(f"length {length} does not occur in {split}; its lengths are {self.lengths(split)}")
         return max(pairs)
 
-    def prefixes(self, split: Split, length: int) -> tuple[int, ...]:
-        return tuple(sorted({self._context(s) for s in self._mixture(split) if s.length == length}))
+    def prefix_lengths(self, split: Split, length: int) -> tuple[int, ...]:
+        return tuple(sorted({self._context_length(s) for s in self._mixture(split) if s.length == length}))
 
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
-        rng = stream(seed, split, index, "mqar")
-        segment = self._segment(rng, split, index)
-        length, pairs = segment.length, segment.pairs
-        keys = 1 + distinct(rng, size, pairs, self.vocab_size // 2 - 1)
-        values = self.vocab_size // 2 + distinct(rng, size, pairs, self.vocab_size - self.vocab_size // 2)
+        rng = batch_rng(seed, split, index, "mqar")
+        segment = self._choose_slice(rng, split, index)
+        length, pairs = segment.length, segment.num_kv_pairs
+        keys = 1 + sample_without_replacement(rng, size, pairs, self.vocab_size // 2 - 1)
+        values = self.vocab_size // 2 + sample_without_replacement(
+            rng, size, pairs, self.vocab_size - self.vocab_size // 2
+        )
         context = np.stack((keys, values), axis=2).reshape(size, 2 * pairs)
-        start = self._context(segment)
-        at = start + 2 * slot_order(rng, size, pairs, (length - start) // 2, self.power)
+        start = self._context_length(segment)
+        at = start + 2 * sample_query_slots(rng, size, pairs, (length - start) // 2, self.power_a)
 
         tokens = np.empty((size, length), np.int32)
-        tokens[:, :start] = np.tile(context, (1, self.passes))
+        tokens[:, :start] = np.tile(context, (1, self.num_passes))
         tokens[:, start:] = self._filler(rng, keys, length - start)
         np.put_along_axis(tokens, at, keys.astype(np.int32), axis=1)
         targets = np.zeros((size, length), np.int32)
@@ -143,7 +145,7 @@ class MQAR(Task):
         weights = np.zeros((size, length), np.float32)
         np.put_along_axis(weights, at, np.float32(1 / pairs), axis=1)
         group = np.full((size, length), self.slices.index((length, pairs)), np.int32)
-        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length, start))
+        return Batch(tokens, targets, weights, np.zeros_like(group), group, unpacked_seq_info(size, length, start))
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """The token after the first occurrence: whatever the filler repeats, the context came before it."""
@@ -156,18 +158,18 @@ class MQAR(Task):
 
     def chance(self) -> float:
         """One of the K values of the context at random: the mean of 1/K over the test slices."""
-        return float(np.mean([1 / s.pairs for s in self.test_mixture]))
+        return float(np.mean([1 / s.num_kv_pairs for s in self.test_mixture]))
 
-    def _context(self, segment: Segment) -> int:
-        return 2 * segment.pairs * self.passes
+    def _context_length(self, segment: MixtureSlice) -> int:
+        return 2 * segment.num_kv_pairs * self.num_passes
 
-    def _mixture(self, split: Split) -> tuple[Segment, ...]:
+    def _mixture(self, split: Split) -> tuple[MixtureSlice, ...]:
         return self.mixture if split == "train" else self.test_mixture
 
-    def _segment(self, rng: np.random.Generator, split: Split, index: int) -> Segment:
+    def _choose_slice(self, rng: np.random.Generator, split: Split, index: int) -> MixtureSlice:
         if split != "train":
             return self.test_mixture[index % len(self.test_mixture)]
-        ends = np.cumsum([s.rows for s in self.mixture])
+        ends = np.cumsum([s.num_examples for s in self.mixture])
         return self.mixture[int(np.searchsorted(ends, rng.integers(ends[-1]), side="right"))]
 
     def _filler(self, rng: np.random.Generator, keys: Int[np.ndarray, "B K"], count: int) -> Int[np.ndarray, "B N"]:
@@ -183,14 +185,14 @@ class MQAR(Task):
         skipped = np.searchsorted(gaps.ravel(), (drawn + offset).ravel(), side="right").reshape(rows, count)
         return drawn + skipped - np.arange(rows)[:, None] * pairs
 
-    def _check(self, segment: Segment) -> None:
-        length, pairs = segment.length, segment.pairs
-        if length % 2 or pairs < 1 or segment.rows < 1:
+    def _check_slice(self, segment: MixtureSlice) -> None:
+        length, pairs = segment.length, segment.num_kv_pairs
+        if length % 2 or pairs < 1 or segment.num_examples < 1:
             raise ConfigError(f"{segment} must have an even length, pairs >= 1 and rows >= 1")
-        needed = 2 * pairs * self.passes + 2 * pairs
+        needed = 2 * pairs * self.num_passes + 2 * pairs
         if needed > length:
             raise ConfigError(
-                f"length {length} cannot hold {pairs} pairs read {self.passes} times and {pairs} queries; "
+                f"length {length} cannot hold {pairs} pairs read {self.num_passes} times and {pairs} queries; "
                 f"2 K passes + 2 K = {needed} must be at most the length: lengthen it or lower pairs or passes"
             )
         if pairs > self.vocab_size // 2 - 1:
@@ -200,7 +202,9 @@ class MQAR(Task):
             )
 
 
-def slot_order(rng: np.random.Generator, rows: int, count: int, slots: int, power: float) -> Int[np.ndarray, "B K"]:
+def sample_query_slots(
+    rng: np.random.Generator, rows: int, count: int, slots: int, power: float
+) -> Int[np.ndarray, "B K"]:
     """[rows, count] of range(slots): successive draws without replacement with p(s) ∝ (s + 1)^(power - 1).
 
     An exponential race: slot s arrives after an exponential time of rate p(s), and the first to arrive are, in their

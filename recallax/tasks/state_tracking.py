@@ -8,11 +8,11 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Int
 
-from recallax.config import ConfigError, nearest
-from recallax.tasks.base import Split, Task, stream
-from recallax.types import Batch, whole_rows
+from recallax.config import ConfigError, suggest_name
+from recallax.tasks.base import Split, Task, batch_rng
+from recallax.types import Batch, unpacked_seq_info
 
-Group = Literal["parity", "S3", "A5", "Z60", "S5"]
+FiniteGroup = Literal["parity", "S3", "A5", "Z60", "S5"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,15 +28,17 @@ class StateTracking(Task):
     A row's weights sum to 1. S5 and A5 are the groups that a fixed depth of diagonal recurrences cannot track.
     """
 
-    group: Group = "S5"
+    group: FiniteGroup = "S5"
     length: int = 32
     """Length of the train rows."""
     test_lengths: tuple[int, ...] = (32, 64, 128, 256)
     """Lengths in valid and test, taken in turn."""
 
     def __post_init__(self) -> None:
-        if self.group not in get_args(Group):
-            raise ConfigError(f"StateTracking.group is {self.group!r}{nearest(self.group, list(get_args(Group)))}")
+        if self.group not in get_args(FiniteGroup):
+            raise ConfigError(
+                f"StateTracking.group is {self.group!r}{suggest_name(self.group, list(get_args(FiniteGroup)))}"
+            )
         if not self.test_lengths or min(self.length, *self.test_lengths) < 1:
             raise ConfigError(
                 f"StateTracking.length is {self.length} and test_lengths {self.test_lengths}; there must be a test "
@@ -45,11 +47,11 @@ class StateTracking(Task):
 
     @property
     def vocab_size(self) -> int:
-        return len(elements(self.group))
+        return len(group_elements(self.group))
 
     @property
     def groups(self) -> tuple[str, ...]:
-        return tuple(f"t{a + 1}_{b}" for a, b in itertools.pairwise((0, *self._edges)))
+        return tuple(f"t{a + 1}_{b}" for a, b in itertools.pairwise((0, *self._position_bucket_ends)))
 
     def lengths(self, split: Split) -> tuple[int, ...]:
         return (self.length,) if split == "train" else tuple(sorted(set(self.test_lengths)))
@@ -58,20 +60,20 @@ class StateTracking(Task):
         return length
 
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
-        rng = stream(seed, split, index, "state")
+        rng = batch_rng(seed, split, index, "state")
         length = self.length if split == "train" else self.test_lengths[index % len(self.test_lengths)]
         tokens = rng.integers(self.vocab_size, size=(size, length), dtype=np.int32)
-        table, targets = products(self.group), tokens.copy()
+        table, targets = cayley_table(self.group), tokens.copy()
         for t in range(1, length):
             targets[:, t] = table[targets[:, t - 1], tokens[:, t]]
         weights = np.full((size, length), 1 / length, np.float32)
-        bucket = np.searchsorted(self._edges, np.arange(1, length + 1))
+        bucket = np.searchsorted(self._position_bucket_ends, np.arange(1, length + 1))
         group = np.broadcast_to(bucket, (size, length)).astype(np.int32)
-        return Batch(tokens, targets, weights, np.zeros_like(group), group, whole_rows(size, length))
+        return Batch(tokens, targets, weights, np.zeros_like(group), group, unpacked_seq_info(size, length))
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
         """Moves the points themselves, without the multiplication table."""
-        permutations = elements(self.group)
+        permutations = group_elements(self.group)
         number = {tuple(p): i for i, p in enumerate(permutations.tolist())}
         answers = np.zeros_like(tokens)
         for row, answer in zip(tokens, answers, strict=True):
@@ -86,12 +88,12 @@ class StateTracking(Task):
         return 1 / self.vocab_size
 
     @property
-    def _edges(self) -> tuple[int, ...]:
+    def _position_bucket_ends(self) -> tuple[int, ...]:
         return tuple(sorted({self.length, *self.test_lengths}))
 
 
 @cache
-def elements(group: Group) -> Int[np.ndarray, "G N"]:
+def group_elements(group: FiniteGroup) -> Int[np.ndarray, "G N"]:
     """The group's permutations p (point i goes to p[i]) in lexicographic order."""
     degree = int(group[1:]) if group != "parity" else 2
     if group in ("parity", "Z60"):
@@ -105,9 +107,9 @@ def elements(group: Group) -> Int[np.ndarray, "G N"]:
 
 
 @cache
-def products(group: Group) -> Int[np.ndarray, "G G"]:
+def cayley_table(group: FiniteGroup) -> Int[np.ndarray, "G G"]:
     """The multiplication table: entry [a, b] is "a, then b"."""
-    permutations = elements(group)
+    permutations = group_elements(group)
     number = {p.tobytes(): i for i, p in enumerate(permutations)}
     size = len(permutations)
     return np.array([number[b[a].tobytes()] for a in permutations for b in permutations], np.int32).reshape(size, size)

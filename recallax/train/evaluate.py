@@ -12,12 +12,12 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from recallax.tasks.base import Split, Task
-from recallax.train.mesh import place
-from recallax.train.step import labelled, predict, score
+from recallax.train.mesh import shard_batch
+from recallax.train.step import predict, score, select_labelled
 from recallax.types import Batch
 
 
-class Sums(NamedTuple):
+class GroupSums(NamedTuple):
     """Weighted sums over one batch, per group."""
 
     loss: Float[Array, " groups"]
@@ -25,20 +25,20 @@ class Sums(NamedTuple):
     weight: Float[Array, " groups"]
 
 
-type Evaluator = Callable[[dict, dict, Batch], Sums]
+type Evaluator = Callable[[dict, dict, Batch], GroupSums]
 
 
-def make_evaluator(graph: nnx.GraphDef, task: Task, split: Split, whole: NamedSharding) -> Evaluator:
+def make_evaluator(graphdef: nnx.GraphDef, task: Task, split: Split, replicated: NamedSharding) -> Evaluator:
     """The compiled sums of a batch, whole on every device; one compilation per length."""
 
-    @partial(jax.jit, out_shardings=whole)
-    def sums(params: dict, statistics: dict, batch: Batch) -> Sums:
-        at, targets, weights, _, group = labelled(task, split, batch)
-        projection, _, _ = predict(graph, params, statistics, batch, at, None)
+    @partial(jax.jit, out_shardings=replicated)
+    def sums(params: dict, statistics: dict, batch: Batch) -> GroupSums:
+        at, targets, weights, _, group = select_labelled(task, split, batch)
+        projection, _, _ = predict(graphdef, params, statistics, batch, at, None)
         scores = score(projection, targets, weights)
-        loss, correct = weights * scores.loss, jnp.where(scores.right, weights, 0)
+        loss, correct = weights * scores.loss, jnp.where(scores.correct, weights, 0)
         per_group = [jnp.zeros(len(task.groups)).at[group.ravel()].add(x.ravel()) for x in (loss, correct, weights)]
-        return Sums(*per_group)
+        return GroupSums(*per_group)
 
     return sums
 
@@ -59,9 +59,9 @@ def evaluate(
     a split; sums are float64.
     """
     total = np.zeros((3, len(task.groups)))
-    pending: list[Sums] = []
+    pending: list[GroupSums] = []
     for index in range(batches):
-        batch = place(task.batch(seed, split, index, batch_size), sharding)
+        batch = shard_batch(task.batch(seed, split, index, batch_size), sharding)
         pending.append(evaluator(params, statistics, batch))
     for sums in jax.device_get(pending):
         total += np.array(sums, np.float64)
@@ -70,6 +70,6 @@ def evaluate(
     return {
         "loss": float(loss.sum() / weight.sum()),
         "accuracy": float(correct.sum() / weight.sum()),
-        **{f"measure/{name}": value for name, value in task.measures(split, loss, weight).items()},
+        **{f"measure/{name}": value for name, value in task.metrics(split, loss, weight).items()},
         **{f"group/{name}": float(value) for name, value in seen.items()},
     }

@@ -21,9 +21,9 @@ from typing import Any, Literal
 from recallax import __version__
 from recallax.train.run_folder import write_atomic
 
-type Kind = Literal["run", "train", "eval", "event"]
-type Row = dict[str, Any]
-RESERVED = ("kind", "step", "fingerprint", "seconds")
+type RowKind = Literal["run", "train", "eval", "event"]
+type LogRow = dict[str, Any]
+RESERVED_KEYS = ("kind", "step", "fingerprint", "seconds")
 
 
 class LogError(RuntimeError):
@@ -42,31 +42,31 @@ class RunLog:
         self.path = path
         self._fingerprint = fingerprint
         self._tensorboard = tensorboard
-        self._writer: Any = None
+        self._summary_writer: Any = None
         self._purge_step: int | None = None
-        self._writes = process_index == 0
+        self._is_writer = process_index == 0
         self._start = time.monotonic()
-        if self._writes and path.exists():
-            self._replace(read_log(path))
+        if self._is_writer and path.exists():
+            self._rewrite(read_log(path))
 
-    def start(self, step: int, values: Mapping[str, Any]) -> None:
+    def write_run_row(self, step: int, values: Mapping[str, Any]) -> None:
         """Write the "run" row: where the run starts or goes on, `environment()`, the commit, and `values`."""
-        if self._writes:
-            self.write("run", step, {**environment(), "commit": commit(), **values})
+        if self._is_writer:
+            self.write("run", step, {**environment(), "commit": git_commit(), **values})
 
-    def write(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
+    def write(self, kind: RowKind, step: int, values: Mapping[str, Any]) -> None:
         """Append one row. Values are numbers (0-d arrays too), strings, booleans or None.
 
         Numbers of "train" and "eval" rows go to TensorBoard as `train/<name>` and `<split>/<name>`.
         Raises ValueError for a value named like one of the row's own fields.
         """
-        if not self._writes:
+        if not self._is_writer:
             return
-        if taken := [name for name in RESERVED if name in values]:
+        if taken := [name for name in RESERVED_KEYS if name in values]:
             raise ValueError(f"a row has its own {', '.join(taken)}; rename these values")
         seconds = round(time.monotonic() - self._start, 3)
         row = {"kind": kind, "step": step, "fingerprint": self._fingerprint, "seconds": seconds}
-        row |= {name: _plain(value) for name, value in values.items()}
+        row |= {name: _to_json_scalar(value) for name, value in values.items()}
         self._append((json.dumps(row, allow_nan=False) + "\n").encode())
         if self._tensorboard is not None and kind in ("train", "eval"):
             self._write_tensorboard(str(values.get("split", kind)), step, row)
@@ -76,15 +76,15 @@ class RunLog:
 
         TensorBoard's files cannot be cut; its reader is told to forget the same steps.
         """
-        if self._writes and self.path.exists():
-            self._replace([row for row in read_log(self.path) if row["step"] <= step])
+        if self._is_writer and self.path.exists():
+            self._rewrite([row for row in read_log(self.path) if row["step"] <= step])
             self._purge_step = step + 1
 
     def close(self) -> None:
         """Flush TensorBoard; the rows are already written. Closing twice does nothing."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._summary_writer is not None:
+            self._summary_writer.close()
+            self._summary_writer = None
 
     def __enter__(self) -> "RunLog":
         return self
@@ -103,24 +103,24 @@ class RunLog:
         if written != len(line):
             raise LogError(f"{self.path} took {written} of {len(line)} bytes of a row; the disk is probably full")
 
-    def _replace(self, rows: list[Row]) -> None:
+    def _rewrite(self, rows: list[LogRow]) -> None:
         try:
             write_atomic(self.path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         except OSError as error:
             raise LogError(f"{self.path} cannot be written: {error}") from error
         self._start = time.monotonic() - (float(rows[-1]["seconds"]) if rows else 0.0)
 
-    def _write_tensorboard(self, prefix: str, step: int, row: Row) -> None:
-        if self._writer is None:
+    def _write_tensorboard(self, prefix: str, step: int, row: LogRow) -> None:
+        if self._summary_writer is None:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._tensorboard), purge_step=self._purge_step)
+            self._summary_writer = SummaryWriter(str(self._tensorboard), purge_step=self._purge_step)
         for name, value in row.items():
-            if name not in RESERVED and isinstance(value, int | float):
-                self._writer.add_scalar(f"{prefix}/{name}", value, step)
+            if name not in RESERVED_KEYS and isinstance(value, int | float):
+                self._summary_writer.add_scalar(f"{prefix}/{name}", value, step)
 
 
-def read_log(path: Path) -> list[Row]:
+def read_log(path: Path) -> list[LogRow]:
     """The rows of a log, oldest first. A torn last line, which a kill may leave, is skipped.
 
     Raises LogError if the file cannot be read or any other line is not a row, naming the line.
@@ -131,9 +131,9 @@ def read_log(path: Path) -> list[Row]:
         raise LogError(f"{path} cannot be read: {error}") from error
     while lines and not lines[-1]:
         lines.pop()
-    rows: list[Row] = []
+    rows: list[LogRow] = []
     for number, line in enumerate(lines, 1):
-        row = _parse(line)
+        row = _parse_row(line)
         if row is not None:
             rows.append(row)
         elif number < len(lines):
@@ -149,7 +149,7 @@ def environment() -> dict[str, str | int]:
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "processes": jax.process_count(),
-        "cpus": cores(),
+        "cpus": available_cores(),
         "jax": jax.__version__,
         "jaxlib": importlib.metadata.version("jaxlib"),
         "recallax": __version__,
@@ -158,7 +158,7 @@ def environment() -> dict[str, str | int]:
     }
 
 
-def commit() -> str | None:
+def git_commit() -> str | None:
     """Git commit of recallax's source, with "+dirty" if tracked files differ; None outside git.
 
     Rows of results (*.jsonl) are no source: a measurement that appends them stays what the commit measures.
@@ -179,7 +179,7 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
 
 
-def cores() -> int:
+def available_cores() -> int:
     """Cores this process may use: pinning a run to fewer changes its bits, though the machine has more."""
     try:
         return len(os.sched_getaffinity(0))
@@ -187,7 +187,7 @@ def cores() -> int:
         return os.cpu_count() or 1
 
 
-def _plain(value: Any) -> str | int | float | bool | None:
+def _to_json_scalar(value: Any) -> str | int | float | bool | None:
     if value is None or isinstance(value, str | bool):
         return value
     try:
@@ -197,11 +197,11 @@ def _plain(value: Any) -> str | int | float | bool | None:
     return number if math.isfinite(number) else str(number)
 
 
-def _parse(line: bytes) -> Row | None:
+def _parse_row(line: bytes) -> LogRow | None:
     try:
         row = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(row, dict) or any(name not in row for name in RESERVED):
+    if not isinstance(row, dict) or any(name not in row for name in RESERVED_KEYS):
         return None
     return row if type(row["step"]) is int and isinstance(row["seconds"], int | float) else None

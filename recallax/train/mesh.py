@@ -11,22 +11,22 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from recallax.config import ConfigError
-from recallax.train.run import RunConfig
+from recallax.train.run_config import RunConfig
 from recallax.types import Batch
 
 
 def make_mesh(config: RunConfig) -> Mesh:
     """The mesh that a config asks for. Raises ConfigError where devices or rows cannot be divided so."""
     train, available = config.train, jax.device_count()
-    data = train.data or available // train.fsdp
+    data = train.data_parallel or available // train.fsdp
     used = data * train.fsdp
     if not 1 <= used <= available or (jax.process_count() > 1 and used != available):
         raise ConfigError(
-            f"train.data {train.data} x train.fsdp {train.fsdp} does not fit {available} devices; "
+            f"train.data_parallel {train.data_parallel} x train.fsdp {train.fsdp} does not fit {available} devices; "
             f"data = 0 takes what fsdp leaves, and several processes use all devices"
         )
     rows = {
-        "train.batch_size / train.accumulate": train.batch_size // train.accumulate,
+        "train.batch_size / train.gradient_accumulation_steps": train.batch_size // train.gradient_accumulation_steps,
         "evaluate.batch_size": config.evaluate.batch_size,
     }
     for name, count in rows.items():
@@ -43,7 +43,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def place(batch: Batch, sharding: NamedSharding) -> Batch:
+def shard_batch(batch: Batch, sharding: NamedSharding) -> Batch:
     """A numpy batch on the devices; each process contributes its own rows of what all of them generate."""
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)

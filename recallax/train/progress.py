@@ -1,6 +1,6 @@
 """How far a run is: a live bar on a terminal, plain lines elsewhere.
 
-Both show the same; choose with `progress`. Text that came from a config or an error is shown without control
+Both show the same; choose with `make_progress`. Text that came from a config or an error is shown without control
 characters, so a name cannot move the cursor or retitle the window.
 """
 
@@ -20,7 +20,7 @@ class Progress(abc.ABC):
     """A display of one run; a context manager."""
 
     @abc.abstractmethod
-    def compiling(self, what: str) -> None:
+    def show_compiling(self, what: str) -> None:
         """Say that something is being compiled; the next `update` ends it."""
 
     @abc.abstractmethod
@@ -44,7 +44,7 @@ class Progress(abc.ABC):
         self.close()
 
 
-def progress(steps: int) -> Progress:
+def make_progress(steps: int) -> Progress:
     """The display that suits standard output: live on a terminal, lines elsewhere."""
     if not sys.stdout.isatty():
         return PlainProgress(steps)
@@ -57,14 +57,16 @@ class PlainProgress(Progress):
     """One line per call."""
 
     def __init__(self, steps: int) -> None:
-        self._clock = _Clock(steps)
+        self._remaining_time = _RemainingTime(steps)
 
-    def compiling(self, what: str) -> None:
+    def show_compiling(self, what: str) -> None:
         self.note(f"compiling {what}")
 
     def update(self, step: int, metrics: Mapping[str, int | float], tokens_per_second: int | float) -> None:
-        left = self._clock.left(step)
-        self.note(f"step {step}/{self._clock.steps}  {_numbers(metrics, tokens_per_second)}  {left} left")
+        left = self._remaining_time.remaining(step)
+        self.note(
+            f"step {step}/{self._remaining_time.steps}  {_format_metrics(metrics, tokens_per_second)}  {left} left"
+        )
 
     def note(self, text: str) -> None:
         print(printable(text), flush=True)
@@ -84,14 +86,17 @@ class LiveProgress(Progress):
         text = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("status", "left")]
         self._bar = RichProgress(BarColumn(20), MofNCompleteColumn(), *text, console=console)
         self._task = self._bar.add_task("", total=steps, status="starting", left="")
-        self._clock = _Clock(steps)
+        self._remaining_time = _RemainingTime(steps)
         self._bar.start()
 
-    def compiling(self, what: str) -> None:
+    def show_compiling(self, what: str) -> None:
         self._bar.update(self._task, status=printable(f"compiling {what}"), refresh=True)
 
     def update(self, step: int, metrics: Mapping[str, int | float], tokens_per_second: int | float) -> None:
-        status, left = printable(_numbers(metrics, tokens_per_second)), f"{self._clock.left(step)} left"
+        status, left = (
+            printable(_format_metrics(metrics, tokens_per_second)),
+            f"{self._remaining_time.remaining(step)} left",
+        )
         self._bar.update(self._task, completed=step, status=status, left=left, refresh=True)
 
     def note(self, text: str) -> None:
@@ -101,21 +106,21 @@ class LiveProgress(Progress):
         self._bar.stop()
 
 
-class _Clock:
+class _RemainingTime:
     """Time left, from the steps since the first update: compilation and the steps before a resume do not count."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self._first: tuple[int, float] | None = None
+        self._first_update: tuple[int, float] | None = None
 
-    def left(self, step: int) -> str:
+    def remaining(self, step: int) -> str:
         now = time.monotonic()
-        first_step, first_time = self._first = self._first or (step, now)
+        first_step, first_time = self._first_update = self._first_update or (step, now)
         if step >= self.steps:
             return "0:00"
         if step == first_step:
             return "?"
-        return _duration((now - first_time) / (step - first_step) * (self.steps - step))
+        return _format_duration((now - first_time) / (step - first_step) * (self.steps - step))
 
 
 def printable(text: str) -> str:
@@ -123,12 +128,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in text)
 
 
-def _numbers(metrics: Mapping[str, int | float], tokens_per_second: int | float) -> str:
+def _format_metrics(metrics: Mapping[str, int | float], tokens_per_second: int | float) -> str:
     shown = [f"{name} {float(value):.4g}" for name, value in metrics.items()]
-    return "  ".join([*shown, f"{_short(tokens_per_second)} tokens/s"])
+    return "  ".join([*shown, f"{_format_number(tokens_per_second)} tokens/s"])
 
 
-def _short(number: int | float) -> str:
+def _format_number(number: int | float) -> str:
     """Three digits and a suffix: 1.23k, 45.6M."""
     if not math.isfinite(number) or number < 1000:
         return f"{number:.3g}"
@@ -136,7 +141,7 @@ def _short(number: int | float) -> str:
     return f"{number / 1000**power:.3g}{' kMGT'[power]}"
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

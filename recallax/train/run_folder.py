@@ -28,7 +28,7 @@ class RunFolderWarning(UserWarning):
     """A run goes on in its folder, but something there deserves a look."""
 
 
-def folder_name(name: str, config: Config) -> str:
+def run_folder_name(name: str, config: Config) -> str:
     """`<name>-<fingerprint>`: equal configs share a folder, different ones never do.
 
     Raises RunFolderError for a name that could leave the parent folder or confuse a terminal.
@@ -87,13 +87,13 @@ class RunFolder:
 
     def _open(self, config: Config) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        if not self.config_file.exists() and any(not _ours(name) for name in os.listdir(self.path)):
+        if not self.config_file.exists() and any(not _is_run_file(name) for name in os.listdir(self.path)):
             raise RunFolderError(
                 f"{self.path} is not empty and holds no config.json, so it is not a run; choose a new folder"
             )
-        self._lock = _take_lock(self.path / "lock")
+        self._lock = _acquire_lock(self.path / "lock")
         if self.config_file.exists():
-            _refuse_other_config(self.config_file, config)
+            _check_same_config(self.config_file, config)
         else:
             write_atomic(self.config_file, json.dumps(to_json(config), indent=1, allow_nan=False) + "\n")
         self.checkpoints.mkdir(exist_ok=True)
@@ -131,12 +131,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
-def _ours(name: str) -> bool:
+def _is_run_file(name: str) -> bool:
     """Whether an interrupted first opening may have left this file."""
     return name == "lock" or (name.startswith(".config.json.") and name.endswith(".tmp"))
 
 
-def _refuse_other_config(path: Path, config: Config) -> None:
+def _check_same_config(path: Path, config: Config) -> None:
     data = read_config(path.parent)
     if data == json.loads(json.dumps(to_json(config))):
         return
@@ -151,7 +151,7 @@ def _refuse_other_config(path: Path, config: Config) -> None:
     )
 
 
-def _take_lock(path: Path) -> int:
+def _acquire_lock(path: Path) -> int:
     """Lock the file and write who holds it; returns the descriptor that holds the lock.
 
     The kernel's lock decides, because it dies with its process: what the file says is only for the message. A
@@ -161,7 +161,7 @@ def _take_lock(path: Path) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        holder = _holder(descriptor)
+        holder = _lock_holder(descriptor)
         os.close(descriptor)
         raise RunFolderError(
             f"{path.parent} is in use by {holder or 'another job'}; wait for it, stop it, or choose another folder"
@@ -170,7 +170,7 @@ def _take_lock(path: Path) -> int:
         os.close(descriptor)
         raise
     here = socket.gethostname()
-    holder = _holder(descriptor)
+    holder = _lock_holder(descriptor)
     if holder and not holder.endswith(f" on {here}"):
         warnings.warn(
             f"took over {path.parent} from {holder}, which did not close it; if it still runs, stop one of the two",
@@ -182,7 +182,7 @@ def _take_lock(path: Path) -> int:
     return descriptor
 
 
-def _holder(descriptor: int) -> str:
+def _lock_holder(descriptor: int) -> str:
     """Who the lock file names, as printable text (another program may have written anything there)."""
     text = os.pread(descriptor, 300, 0).decode("utf-8", "replace")
     return "".join(c for c in text if c.isprintable())

@@ -13,16 +13,16 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from recallax.config import ConfigError, nearest
+from recallax.config import ConfigError, suggest_name
 from recallax.layers.base import Statistic
-from recallax.models.readout import Projection
-from recallax.pallas_kernels.linear_cross_entropy import Scores, linear_cross_entropy
+from recallax.models.lm_head import LogitProjection
+from recallax.pallas_kernels.linear_cross_entropy import LinearCrossEntropyOutput, linear_cross_entropy
 from recallax.tasks.base import Split, Task
-from recallax.train.run import RunConfig
-from recallax.train.stages import Part
-from recallax.types import DIAGNOSTIC, Batch, Mean
+from recallax.train.curriculum.parameter_masks import ParameterMask
+from recallax.train.run_config import RunConfig
+from recallax.types import DIAGNOSTIC_PREFIX, Batch, Mean
 
-MAX_STREAK = 10
+MAX_NONFINITE_STREAK = 10
 """Non-finite steps in a row after which the state freezes; the loop then stops the run."""
 
 
@@ -42,7 +42,7 @@ class TrainState(NamedTuple):
     """Skipped steps in a row."""
 
 
-class StepReport(NamedTuple):
+class StepMetrics(NamedTuple):
     """What a step tells about itself."""
 
     loss: Float[Array, ""]
@@ -53,39 +53,44 @@ class StepReport(NamedTuple):
     """Per leaf, in `jax.tree` order, whether gradient and update are; then the loss, then the gradient's norm."""
 
 
-class Labelled(NamedTuple):
+class LabelledTokens(NamedTuple):
     """The positions of a batch that carry weight, N per row."""
 
-    at: Int[Array, "B N"] | None
+    indices: Int[Array, "B N"] | None
     targets: Int[Array, "B N"]
     weights: Float[Array, "B N"]
     term: Int[Array, "B N"]
     group: Int[Array, "B N"]
 
 
-def labelled(task: Task, split: Split, batch: Batch) -> Labelled:
+def select_labelled(task: Task, split: Split, batch: Batch) -> LabelledTokens:
     """Pick the labelled positions where a row has few of them, so that logits are computed only there."""
     length = batch.tokens.shape[1]
     most = task.max_targets(split, length)
     fields = [jnp.asarray(x) for x in (batch.targets, batch.weights, batch.term, batch.group)]
     if most >= length:
-        return Labelled(None, *fields)
+        return LabelledTokens(None, *fields)
     _, at = jax.lax.top_k((fields[1] > 0).astype(jnp.int32), most)  # ties keep their order
-    return Labelled(at, *(jnp.take_along_axis(x, at, axis=1) for x in fields))
+    return LabelledTokens(at, *(jnp.take_along_axis(x, at, axis=1) for x in fields))
 
 
 def predict(
-    graph: nnx.GraphDef, params: dict, statistics: dict, batch: Batch, at: Array | None, key: PRNGKeyArray | None
-) -> tuple[Projection, dict[str, Mean], dict]:
+    graphdef: nnx.GraphDef,
+    params: dict,
+    statistics: dict,
+    batch: Batch,
+    indices: Array | None,
+    key: PRNGKeyArray | None,
+) -> tuple[LogitProjection, dict[str, Mean], dict]:
     """The readout at the asked positions, auxiliary means, and the statistics after this batch."""
-    model = nnx.merge(graph, params, statistics)
-    projection, aux = model.project(batch.tokens, batch.seq._replace(key=key), at)
+    model = nnx.merge(graphdef, params, statistics)
+    projection, aux = model.project(batch.tokens, batch.seq._replace(key=key), indices)
     return projection, aux, nnx.to_pure_dict(nnx.state(model, Statistic))
 
 
 def score(
-    projection: Projection, targets: Int[Array, "B N"], scale: Float[Array, "B N"], z_loss: float = 0.0
-) -> Scores:
+    projection: LogitProjection, targets: Int[Array, "B N"], scale: Float[Array, "B N"], z_loss: float = 0.0
+) -> LinearCrossEntropyOutput:
     """Loss and correctness, [B, N] each, and their sum under the weights `scale`; logits are never held whole."""
     features, weight, bias, soft_cap = projection
     total, loss, right = linear_cross_entropy(
@@ -97,35 +102,38 @@ def score(
         soft_cap=soft_cap,
         z_loss=z_loss,
     )
-    return Scores(total, loss.reshape(targets.shape), right.reshape(targets.shape))
+    return LinearCrossEntropyOutput(total, loss.reshape(targets.shape), right.reshape(targets.shape))
 
 
 def make_step(
-    config: RunConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, part: Part | None = None
-) -> Callable[..., tuple[TrainState, StepReport]]:
+    config: RunConfig,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    mask: ParameterMask | None = None,
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The step function of a state and a batch, to be compiled with its state donated.
 
     part: what trains in a stage of a curriculum; the step at which the stage began is then a third argument.
     """
-    task, parts = config.task, config.train.accumulate
+    task, parts = config.task, config.train.gradient_accumulation_steps
 
     def objective(params: dict, statistics: dict, batch: Batch, key: PRNGKeyArray, totals: dict[str, Array]):
-        params = params if part is None else part.differentiated(params)
-        at, targets, weights, term, _ = labelled(task, "train", batch)
-        projection, aux, statistics = predict(graph, params, statistics, batch, at, key)
+        params = params if mask is None else mask.stop_frozen_gradients(params)
+        at, targets, weights, term, _ = select_labelled(task, "train", batch)
+        projection, aux, statistics = predict(graphdef, params, statistics, batch, at, key)
         coefficients = config.train.loss_weights
         for name in coefficients.keys() - totals.keys() - aux.keys():
-            raise ConfigError(f"train.loss_weights names the term {name!r}{nearest(name, [*totals, *aux])}")
+            raise ConfigError(f"train.loss_weights names the term {name!r}{suggest_name(name, [*totals, *aux])}")
         per_term = jnp.stack([coefficients.get(name, 1.0) / totals[name] for name in task.terms])
         scores = score(projection, targets, weights * per_term[term], config.train.z_loss)
         loss = weights * scores.loss
         means = {name: Mean(jnp.sum(jnp.where(term == i, loss, 0)), totals[name]) for i, name in enumerate(task.terms)}
         # A module's mean is taken per microbatch: its weight may depend on the parameters.
         extra = {name: mean.total / jnp.maximum(mean.weight, 1e-9) / parts for name, mean in aux.items()}
-        losses = {name: mean for name, mean in extra.items() if not name.startswith(DIAGNOSTIC)}
+        losses = {name: mean for name, mean in extra.items() if not name.startswith(DIAGNOSTIC_PREFIX)}
         scalar = scores.total + sum(coefficients.get(name, 1.0) * mean for name, mean in losses.items())
         means |= {name: Mean(mean, jnp.ones(())) for name, mean in extra.items()}
-        correct = jnp.sum(jnp.where(scores.right, weights, 0))
+        correct = jnp.sum(jnp.where(scores.correct, weights, 0))
         return scalar, (means, Mean(correct, jnp.sum(weights)), statistics)
 
     def gradient(state: TrainState, batch: Batch):
@@ -158,24 +166,24 @@ def make_step(
         loss, terms, accuracy, grads = sums
         return loss, {n: Mean(t, weights[n][0]) for n, t in terms.items()}, accuracy, statistics, grads
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         return taken(state, state.params, batch)
 
-    def staged(state: TrainState, batch: Batch, begin: Int[Array, ""]) -> tuple[TrainState, StepReport]:
-        assert part is not None
-        return taken(state, part.ramped(state.params, state.step - begin), batch)
+    def staged(state: TrainState, batch: Batch, begin: Int[Array, ""]) -> tuple[TrainState, StepMetrics]:
+        assert mask is not None
+        return taken(state, mask.apply_ramps(state.params, state.step - begin), batch)
 
-    def taken(state: TrainState, held: dict, batch: Batch) -> tuple[TrainState, StepReport]:
+    def taken(state: TrainState, held: dict, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """The state after a step that is taken from the parameters `held`."""
         loss, terms, accuracy, statistics, grads = gradient(state._replace(params=held), batch)
         updates, moments = optimizer.update(grads, state.optimizer, held)
         params = optax.apply_updates(held, updates)
-        params = params if part is None else part.chosen(params, held)
+        params = params if mask is None else mask.select(params, held)
         norm = optax.tree.norm(grads)
         pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(params), strict=True)
         leaves = [jnp.isfinite(grad).all() & jnp.isfinite(leaf).all() for grad, leaf in pairs]
         finite = jnp.stack([*leaves, jnp.isfinite(loss), jnp.isfinite(norm)])
-        accept = finite.all() & (state.streak < MAX_STREAK)
+        accept = finite.all() & (state.streak < MAX_NONFINITE_STREAK)
         # Selected, never multiplied: zero times NaN is NaN.
         new, old = (params, statistics, moments), (state.params, state.statistics, state.optimizer)
         params, statistics, moments = jax.tree.map(lambda a, b: jnp.where(accept, a, b), new, old)
@@ -188,6 +196,6 @@ def make_step(
             skipped=state.skipped + ~accept,
             streak=jnp.where(accept, 0, state.streak + 1),
         )
-        return after, StepReport(loss, terms, accuracy, norm, finite)
+        return after, StepMetrics(loss, terms, accuracy, norm, finite)
 
-    return step if part is None else staged
+    return step if mask is None else staged

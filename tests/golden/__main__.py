@@ -13,7 +13,7 @@ import optax
 
 from recallax.__main__ import config_names
 from recallax.train.program import Program
-from recallax.train.run import RunConfig
+from recallax.train.run_config import RunConfig
 
 FILE = Path(__file__).with_name("first_step.json")
 REWRITE = "python -m tests.golden"
@@ -25,7 +25,7 @@ def tiny_config(name: str) -> RunConfig:
 
 def tolerance(name: str) -> float:
     """Relative. In bfloat16 the order of a sum, which is no change of the model, shows in the fifth digit."""
-    return 1e-5 if tiny_config(name).model.compute == "float32" else 2e-4
+    return 1e-5 if tiny_config(name).model.compute_dtype == "float32" else 2e-4
 
 
 def first_step(name: str) -> dict[str, float]:
@@ -35,7 +35,7 @@ def first_step(name: str) -> dict[str, float]:
     """
     jax.config.update("jax_disable_most_optimizations", True)  # XLA's, which would take longer than they save
     program = Program(tiny_config(name))
-    state = program.initial()
+    state = program.init_state()
     state, report = program.step(state, program.batch(0))
     norm = float(optax.tree.norm(state.params))
     state, _ = program.step(state, program.batch(1))

@@ -13,16 +13,16 @@ prints the sign of the inverse wrongly; KDA (Kimi Linear, arXiv 2510.26692), sec
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.pallas_kernels.chunking import documents
-from recallax.pallas_kernels.decay import broadcast_decay, step_decay
+from recallax.pallas_kernels.chunking import index_documents
+from recallax.pallas_kernels.decay import broadcast_decay, step_decay_factor
 from recallax.pallas_kernels.delta_rule import reference, xla
-from recallax.pallas_kernels.dispatch import call, kernel, require
+from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
 
-FORMS = {
+IMPLEMENTATIONS = {
     "reference": reference.delta_rule,
     "xla": xla.delta_rule,
-    "mosaic_gpu": kernel("recallax.pallas_kernels.delta_rule.mosaic_gpu", "delta_rule"),
-    "mosaic_tpu": kernel("recallax.pallas_kernels.delta_rule.mosaic_tpu", "delta_rule"),
+    "mosaic_gpu": lazy_kernel("recallax.pallas_kernels.delta_rule.mosaic_gpu", "delta_rule"),
+    "mosaic_tpu": lazy_kernel("recallax.pallas_kernels.delta_rule.mosaic_tpu", "delta_rule"),
 }
 
 
@@ -35,7 +35,7 @@ def delta_rule(
     write: Float[Array, "B T H"],
     log_decay: Float[Array, " H"] | Float[Array, "B T H"] | Float[Array, "B T H K"] | None = None,
     state: Float[Array, "B H K V"] | None = None,
-    segments: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
@@ -61,10 +61,12 @@ def delta_rule(
     if state is None:
         state = jnp.zeros(wanted, jnp.float32)
     require(op, state.shape == wanted, f"state has shape {state.shape}; it must be {wanted}")
-    docs = None if segments is None else documents(segments)
+    docs = None if segment_ids is None else index_documents(segment_ids)
     erase = erase if erase.shape == channels else erase[..., None]
     scale = width**-0.5 if scale is None else scale
-    return call(op, FORMS, implementation, q, k, v, erase, write[..., None], log_decay, state, docs, scale)
+    return call_implementation(
+        op, IMPLEMENTATIONS, implementation, q, k, v, erase, write[..., None], log_decay, state, docs, scale
+    )
 
 
 def delta_rule_step(
@@ -84,7 +86,7 @@ def delta_rule_step(
     wide = state.dtype
     q, k = (jnp.repeat(x.astype(wide), share, axis=1) for x in (q, k))
     erase = k * (erase if erase.ndim == 3 else erase[..., None]).astype(wide)
-    decayed = state if log_decay is None else step_decay(log_decay, state) * state
+    decayed = state if log_decay is None else step_decay_factor(log_decay, state) * state
     held = jnp.einsum("bhk,bhkv->bhv", erase, decayed)
     new = v.astype(wide) * write[..., None].astype(wide) - held
     state = jnp.where(active[:, None, None, None], decayed + k[..., None] * new[..., None, :], state)

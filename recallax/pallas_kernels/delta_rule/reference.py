@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import Documents, accumulator, one_document
-from recallax.pallas_kernels.heads import per_value_head
+from recallax.pallas_kernels.chunking import DocumentIds, accumulator_dtype, single_document
+from recallax.pallas_kernels.repeat_heads import repeat_heads
 
 
 def delta_rule(
@@ -16,7 +16,7 @@ def delta_rule(
     write: Float[Array, "B T H 1"],
     log_decay: Float[Array, "B T H W2"] | None,
     state: Float[Array, "B H K V"],
-    docs: Documents | None,
+    document_ids: DocumentIds | None,
     scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """S_t = (I - k_t e_t^T) Diag(exp(g_t)) S_{t-1} + k_t (w_t v_t)^T; zeroed where a document starts."""
@@ -31,12 +31,12 @@ def delta_rule(
         state = jnp.where(valid[:, None, None, None], new, kept)
         return (state, index), jnp.einsum("bhk,bhkv->bhv", q, state)
 
-    wide = accumulator(q.dtype)
-    docs = one_document(*q.shape[:2]) if docs is None else docs
-    q, k = per_value_head(q.astype(wide), k, v.shape[2], scale)
+    wide = accumulator_dtype(q.dtype)
+    document_ids = single_document(*q.shape[:2]) if document_ids is None else document_ids
+    q, k = repeat_heads(q.astype(wide), k, v.shape[2], scale)
     log_decay = jnp.zeros((*q.shape[:3], 1), wide) if log_decay is None else log_decay
     tokens = tuple(jnp.moveaxis(x.astype(wide), 1, 0) for x in (q, k, v, erase, write, log_decay))
-    tokens += tuple(jnp.moveaxis(x, 1, 0) for x in docs)
-    first = (state.astype(wide), jnp.zeros_like(docs.index[:, 0]))
+    tokens += tuple(jnp.moveaxis(x, 1, 0) for x in document_ids)
+    first = (state.astype(wide), jnp.zeros_like(document_ids.index[:, 0]))
     (state, _), out = jax.lax.scan(step, first, tokens)
     return jnp.moveaxis(out, 0, 1).astype(v.dtype), state

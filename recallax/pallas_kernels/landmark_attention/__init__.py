@@ -10,51 +10,57 @@ Source: Mohtashami & Jaggi 2023 (arXiv 2305.16300), section 3.1.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from recallax.pallas_kernels.dispatch import call, kernel, require
+from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
 from recallax.pallas_kernels.landmark_attention import xla
-from recallax.pallas_kernels.landmark_attention.blocks import LandmarkCache
-from recallax.pallas_kernels.landmark_attention.cache import begin, continued_blocks, empty_cache, extended, finish
-from recallax.pallas_kernels.landmark_attention.retrieval import (
-    Distances,
-    Per,
-    Retrieval,
-    Taken,
-    Turn,
-    look,
-    read,
-    read_all,
-    retrieve,
-    retrieve_step,
-    turned_home,
+from recallax.pallas_kernels.landmark_attention.block_retrieval import (
+    BlockRetrieval,
+    GatheredBlocks,
+    PositionMode,
+    Rotate,
+    SelectionScope,
+    attend_all_blocks,
+    attend_selected_blocks,
+    retrieval_attention,
+    retrieval_attention_step,
+    rotate_cache_to_true_positions,
+    select_cached_blocks,
+)
+from recallax.pallas_kernels.landmark_attention.landmark_blocks import LandmarkCache
+from recallax.pallas_kernels.landmark_attention.landmark_cache import (
+    append_to_partial_block,
+    cached_and_new_blocks,
+    close_partial_block,
+    init_landmark_cache,
+    update_cache_and_log_probs,
 )
 
 __all__ = [
-    "FORMS",
-    "Distances",
+    "IMPLEMENTATIONS",
+    "BlockRetrieval",
+    "GatheredBlocks",
     "LandmarkCache",
-    "Per",
-    "Retrieval",
-    "Taken",
-    "Turn",
-    "begin",
-    "continued_blocks",
-    "empty_cache",
-    "extended",
-    "finish",
+    "PositionMode",
+    "Rotate",
+    "SelectionScope",
+    "append_to_partial_block",
+    "attend_all_blocks",
+    "attend_selected_blocks",
+    "cached_and_new_blocks",
+    "close_partial_block",
+    "init_landmark_cache",
     "landmark_attention",
-    "look",
-    "read",
-    "read_all",
-    "retrieve",
-    "retrieve_step",
-    "turned_home",
+    "retrieval_attention",
+    "retrieval_attention_step",
+    "rotate_cache_to_true_positions",
+    "select_cached_blocks",
+    "update_cache_and_log_probs",
 ]
 
-FORMS = {
+IMPLEMENTATIONS = {
     "reference": xla.dense,
     "xla": xla.blockwise,
-    "mosaic_gpu": kernel("recallax.pallas_kernels.landmark_attention.mosaic_gpu", "landmark_attention"),
-    "mosaic_tpu": kernel("recallax.pallas_kernels.landmark_attention.mosaic_tpu", "landmark_attention"),
+    "mosaic_gpu": lazy_kernel("recallax.pallas_kernels.landmark_attention.mosaic_gpu", "landmark_attention"),
+    "mosaic_tpu": lazy_kernel("recallax.pallas_kernels.landmark_attention.mosaic_tpu", "landmark_attention"),
 }
 
 
@@ -63,16 +69,16 @@ def landmark_attention(
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
     *,
-    real: int,
+    block_size: int,
     positions: Int[Array, "B T"],
-    segments: Int[Array, "B T"] | None = None,
-    past: LandmarkCache | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    cache: LandmarkCache | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H V"]:
     """Output in v's dtype, also at landmarks.
 
-    real: tokens of a block besides its landmark, which is every token whose position leaves `real` modulo real + 1.
+    real: tokens of a block besides its landmark, which is every token whose position leaves `block_size` modulo real + 1.
     positions: within the document, one after another. segments: document ids, 0 is padding. past: blocks that the row's
     first document has already, with keys as these queries meet them (rotated where the new ones are); its first
     position counts their tokens. scale: K**-0.5 by default. Raises ValueError where shapes disagree.
@@ -84,9 +90,15 @@ def landmark_attention(
     require(op, k.shape == (b, t, g, width), f"k has shape {k.shape}; it must be {(b, t, 'G', width)}")
     require(op, v.shape[:3] == (b, t, g), f"v has shape {v.shape}; it must begin with {(b, t, g)}")
     require(op, h % g == 0, f"{h} query heads cannot share {g} key/value heads; use a divisor of {h}")
-    require(op, real >= 1, f"real is {real}; a block needs at least 1 token besides its landmark")
-    if past is not None:
-        shape = past.k.shape
-        require(op, shape[2:] == (real, g, width), f"past.k has shape {shape}; it must end in {(real, g, width)}")
+    require(op, block_size >= 1, f"block_size is {block_size}; a block needs at least 1 token besides its landmark")
+    if cache is not None:
+        shape = cache.k.shape
+        require(
+            op,
+            shape[2:] == (block_size, g, width),
+            f"past.k has shape {shape}; it must end in {(block_size, g, width)}",
+        )
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
-    return call(op, FORMS, implementation, q, k, v, segments, positions, real, past).astype(v.dtype)
+    return call_implementation(
+        op, IMPLEMENTATIONS, implementation, q, k, v, segment_ids, positions, block_size, cache
+    ).astype(v.dtype)

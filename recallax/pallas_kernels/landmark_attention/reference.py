@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.pallas_kernels.chunking import accumulator
+from recallax.pallas_kernels.chunking import accumulator_dtype
 
 
-class Tokens(NamedTuple):
+class TokenPositions(NamedTuple):
     """Where tokens stand."""
 
-    document: Int[Array, "B S"]
+    document_index: Int[Array, "B S"]
     """Below 0 for what nobody sees."""
     position: Int[Array, "B S"]
 
@@ -21,26 +21,26 @@ def attend(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B S G K"],
     v: Float[Array, "B S G V"],
-    queries: Tokens,
-    keys: Tokens,
-    real: int,
+    queries: TokenPositions,
+    keys: TokenPositions,
+    block_size: int,
 ) -> Float[Array, "B T H V"]:
     """y_i = sum_j w_ij v_j; 0 where nothing is visible. Head h reads group h // (H/G).
 
     w_ij = p_ij in i's own block, p_i,lm(b) r_ij in an earlier block b and 0 at landmarks: p is the softmax over the
     own block's tokens and all earlier landmarks, r over the tokens of the block of j.
     """
-    wide, size = accumulator(q.dtype), real + 1
+    wide, size = accumulator_dtype(q.dtype), block_size + 1
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x.astype(wide), groups, axis=2) for x in (k, v))
-    block, landmark = keys.position // size, keys.position % size == real
-    same = (keys.document[:, :, None] == keys.document[:, None]) & (block[:, :, None] == block[:, None])
+    block, landmark = keys.position // size, keys.position % size == block_size
+    same = (keys.document_index[:, :, None] == keys.document_index[:, None]) & (block[:, :, None] == block[:, None])
     siblings, marks = (same & kind[:, None] for kind in (~landmark, landmark))  # of j: the block's tokens, its landmark
 
     def one(query: tuple[Array, Array, Array]) -> Float[Array, "B H V"]:
         q, document, position = query
         scores = jnp.einsum("bhk,bshk->bhs", q.astype(wide), k)
-        seen = (keys.document == document[:, None]) & (keys.position <= position[:, None])
+        seen = (keys.document_index == document[:, None]) & (keys.position <= position[:, None])
         earlier = block < position[:, None] // size
         p = _softmax(scores, seen & (earlier == landmark))
         r = _softmax(scores[:, :, None], siblings)  # of every j, within its block

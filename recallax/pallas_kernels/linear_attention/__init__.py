@@ -10,16 +10,16 @@ in GLA (arXiv 2312.06635), section 4.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.pallas_kernels.chunking import documents
-from recallax.pallas_kernels.decay import broadcast_decay, step_decay
-from recallax.pallas_kernels.dispatch import call, kernel, require
+from recallax.pallas_kernels.chunking import index_documents
+from recallax.pallas_kernels.decay import broadcast_decay, step_decay_factor
+from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
 from recallax.pallas_kernels.linear_attention import reference, xla
 
-FORMS = {
+IMPLEMENTATIONS = {
     "reference": reference.linear_attention,
     "xla": xla.linear_attention,
-    "mosaic_gpu": kernel("recallax.pallas_kernels.linear_attention.mosaic_gpu", "linear_attention"),
-    "mosaic_tpu": kernel("recallax.pallas_kernels.linear_attention.mosaic_tpu", "linear_attention"),
+    "mosaic_gpu": lazy_kernel("recallax.pallas_kernels.linear_attention.mosaic_gpu", "linear_attention"),
+    "mosaic_tpu": lazy_kernel("recallax.pallas_kernels.linear_attention.mosaic_tpu", "linear_attention"),
 }
 
 
@@ -30,7 +30,7 @@ def linear_attention(
     *,
     log_decay: Float[Array, " H"] | Float[Array, "B T H"] | Float[Array, "B T H K"] | None = None,
     state: Float[Array, "B H K V"] | None = None,
-    segments: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
@@ -52,9 +52,11 @@ def linear_attention(
     wanted = (b, h, width, v.shape[-1])
     if state is not None:
         require("linear_attention", state.shape == wanted, f"state has shape {state.shape}; it must be {wanted}")
-    docs = None if segments is None else documents(segments)
+    docs = None if segment_ids is None else index_documents(segment_ids)
     scale = width**-0.5 if scale is None else scale
-    return call("linear_attention", FORMS, implementation, q, k, v, log_decay, state, docs, scale)
+    return call_implementation(
+        "linear_attention", IMPLEMENTATIONS, implementation, q, k, v, log_decay, state, docs, scale
+    )
 
 
 def linear_attention_step(
@@ -71,7 +73,7 @@ def linear_attention_step(
     share = v.shape[1] // q.shape[1]
     q, k = (jnp.repeat(x.astype(state.dtype), share, axis=1) for x in (q, k))
     wide = v.astype(state.dtype)
-    decayed = state if log_decay is None else step_decay(log_decay, state) * state
+    decayed = state if log_decay is None else step_decay_factor(log_decay, state) * state
     state = jnp.where(active[:, None, None, None], decayed + k[..., None] * wide[..., None, :], state)
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
     out = jnp.einsum("bhk,bhkv->bhv", q, state)

@@ -13,20 +13,20 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.pallas_kernels.chunking import accumulator
-from recallax.pallas_kernels.dispatch import call, require
+from recallax.pallas_kernels.chunking import accumulator_dtype
+from recallax.pallas_kernels.dispatch import call_implementation, require
 from recallax.pallas_kernels.linear_cross_entropy import reference, xla
 
-FORMS = {"reference": reference.linear_cross_entropy, "xla": xla.linear_cross_entropy}
+IMPLEMENTATIONS = {"reference": reference.linear_cross_entropy, "xla": xla.linear_cross_entropy}
 
 
-class Scores(NamedTuple):
+class LinearCrossEntropyOutput(NamedTuple):
     """What the readout makes of each row; gradients flow through `total` alone."""
 
     total: Float[Array, ""]
     loss: Float[Array, " M"]
     """l, in nats, whatever the row's weight."""
-    right: Bool[Array, " M"]
+    correct: Bool[Array, " M"]
     """No other token has a logit as large as the target's."""
 
 
@@ -34,13 +34,13 @@ def linear_cross_entropy(
     hidden: Float[Array, "M D"],
     weight: Float[Array, "V D"],
     targets: Int[Array, " M"],
-    scale: Float[Array, " M"],
+    loss_weights: Float[Array, " M"],
     *,
     bias: Float[Array, " V"] | None = None,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
     implementation: str | None = None,
-) -> Scores:
+) -> LinearCrossEntropyOutput:
     """Float32 scores of M rows. Products are taken in hidden's dtype with float32 sums.
 
     scale: s, the weight of each row in `total`; a row of weight 0 gives no gradient, whatever its target.
@@ -50,10 +50,14 @@ def linear_cross_entropy(
     rows, width = hidden.shape
     require(op, rows >= 1, f"hidden has {rows} rows; it needs at least 1")
     require(op, weight.shape[1:] == (width,), f"weight has shape {weight.shape}; it must be [V, {width}]")
-    for name, part in (("targets", targets), ("scale", scale)):
+    for name, part in (("targets", targets), ("scale", loss_weights)):
         require(op, part.shape == (rows,), f"{name} has shape {part.shape}; it must be {(rows,)}")
     vocab = weight.shape[:1]
     require(op, bias is None or bias.shape == vocab, f"bias is not {vocab}, one number per row of weight")
     require(op, soft_cap is None or soft_cap > 0, f"soft_cap is {soft_cap}; it must be above 0")
-    scale = scale.astype(accumulator(hidden.dtype))
-    return Scores(*call(op, FORMS, implementation, hidden, weight, bias, targets, scale, soft_cap, z_loss))
+    loss_weights = loss_weights.astype(accumulator_dtype(hidden.dtype))
+    return LinearCrossEntropyOutput(
+        *call_implementation(
+            op, IMPLEMENTATIONS, implementation, hidden, weight, bias, targets, loss_weights, soft_cap, z_loss
+        )
+    )

@@ -1,7 +1,7 @@
 """The cross-entropy of a linear readout in chunks of rows, with its gradient taken in the forward pass.
 
 Each chunk's logits turn into its losses and into the gradients of hidden, weight and bias before the next chunk begins,
-so at most `LOGITS` of them exist, which on a CPU stay in its cache. Chunk p holds the rows p, p + P, p + 2P, ...:
+so at most `MAX_LOGITS` of them exist, which on a CPU stay in its cache. Chunk p holds the rows p, p + P, p + 2P, ...:
 where rows are spread over devices, each then keeps its share of every chunk.
 """
 
@@ -13,30 +13,30 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.dispatch import platform
-from recallax.pallas_kernels.product import product
+from recallax.pallas_kernels.einsum_f32 import einsum_f32
 
-LOGITS = {"cpu": 2**20, "gpu": 2**28, "tpu": 2**28}
+MAX_LOGITS = {"cpu": 2**20, "gpu": 2**28, "tpu": 2**28}
 """Most logits at a time, by platform: on a CPU what its cache holds, elsewhere a gigabyte."""
-LEAST = 64
+MIN_CHUNK_ROWS = 64
 """Rows of a chunk however large the vocabulary: fewer leave the product idle."""
 
 
-class _Head(NamedTuple):
+class _HeadParams(NamedTuple):
     weight: Float[Array, "V D"]
     bias: Float[Array, " V"] | None
 
 
-class _Rows(NamedTuple):
+class _TokenRows(NamedTuple):
     hidden: Float[Array, "R D"]
     targets: Int[Array, " R"]
-    scale: Float[Array, " R"]
+    loss_weights: Float[Array, " R"]
 
 
-class _Losses(NamedTuple):
+class _RowLosses(NamedTuple):
     objective: Float[Array, " R"]
     """Loss and z-loss, before the row's weight."""
     loss: Float[Array, " R"]
-    right: Bool[Array, " R"]
+    correct: Bool[Array, " R"]
 
 
 def linear_cross_entropy(
@@ -44,53 +44,59 @@ def linear_cross_entropy(
     weight: Float[Array, "V D"],
     bias: Float[Array, " V"] | None,
     targets: Int[Array, " M"],
-    scale: Float[Array, " M"],
+    loss_weights: Float[Array, " M"],
     soft_cap: float | None,
     z_loss: float,
 ) -> tuple[Float[Array, ""], Float[Array, " M"], Bool[Array, " M"]]:
     """The op's XLA form."""
-    return _scores(soft_cap, z_loss, _Head(weight, bias), _Rows(hidden, targets, scale))
+    return _loss_and_accuracy(soft_cap, z_loss, _HeadParams(weight, bias), _TokenRows(hidden, targets, loss_weights))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scores(soft_cap: float | None, z_loss: float, head: _Head, rows: _Rows) -> tuple[Array, Array, Array]:
-    def body(_: None, part: _Rows) -> tuple[None, _Losses]:
-        return None, _losses(soft_cap, z_loss, head, part)[0]
+def _loss_and_accuracy(
+    soft_cap: float | None, z_loss: float, head: _HeadParams, rows: _TokenRows
+) -> tuple[Array, Array, Array]:
+    def body(_: None, part: _TokenRows) -> tuple[None, _RowLosses]:
+        return None, _row_losses(soft_cap, z_loss, head, part)[0]
 
-    _, losses = _walk(body, None, head.weight.shape[0], rows)
+    _, losses = _scan_row_chunks(body, None, head.weight.shape[0], rows)
     return _outputs(rows, losses)
 
 
-def _forward(soft_cap: float | None, z_loss: float, head: _Head, rows: _Rows):
-    def body(sums: tuple[Array, Array], part: _Rows) -> tuple[tuple[Array, Array], tuple[_Losses, Array]]:
-        losses, slope = _losses(soft_cap, z_loss, head, part)
-        slope *= part.scale[:, None]
+def _forward(soft_cap: float | None, z_loss: float, head: _HeadParams, rows: _TokenRows):
+    def body(sums: tuple[Array, Array], part: _TokenRows) -> tuple[tuple[Array, Array], tuple[_RowLosses, Array]]:
+        losses, slope = _row_losses(soft_cap, z_loss, head, part)
+        slope *= part.loss_weights[:, None]
         narrow = slope.astype(part.hidden.dtype)
-        hidden = product("rv,vd->rd", narrow, head.weight.astype(narrow.dtype)).astype(part.hidden.dtype)
+        hidden = einsum_f32("rv,vd->rd", narrow, head.weight.astype(narrow.dtype)).astype(part.hidden.dtype)
         # Summed as [D, V]: XLA's CPU backend takes a third of the time of [V, D] for it.
-        sums = (sums[0] + product("rd,rv->dv", part.hidden, narrow), sums[1] + jnp.sum(slope, axis=0))
+        sums = (sums[0] + einsum_f32("rd,rv->dv", part.hidden, narrow), sums[1] + jnp.sum(slope, axis=0))
         return sums, (losses, hidden)
 
     vocab, width = head.weight.shape
     zeros = (jnp.zeros((width, vocab), jnp.float32), jnp.zeros(vocab, jnp.float32))
-    (weight, bias), (losses, hidden) = _walk(body, zeros, vocab, rows)
-    slopes = _Head(weight.T.astype(head.weight.dtype), None if head.bias is None else bias.astype(head.bias.dtype))
+    (weight, bias), (losses, hidden) = _scan_row_chunks(body, zeros, vocab, rows)
+    slopes = _HeadParams(
+        weight.T.astype(head.weight.dtype), None if head.bias is None else bias.astype(head.bias.dtype)
+    )
     return _outputs(rows, losses), (slopes, hidden, losses.objective)
 
 
-def _backward(soft_cap: float | None, z_loss: float, saved: tuple[_Head, Array, Array], slopes: tuple):
-    head, hidden, objective = saved
-    factor = slopes[0]
+def _backward(soft_cap: float | None, z_loss: float, residuals: tuple[_HeadParams, Array, Array], grads: tuple):
+    head, hidden, objective = residuals
+    factor = grads[0]
     head = jax.tree.map(lambda x: factor.astype(x.dtype) * x, head)
-    return head, _Rows(factor.astype(hidden.dtype) * hidden, None, factor * objective)  # pyright: ignore
+    return head, _TokenRows(factor.astype(hidden.dtype) * hidden, None, factor * objective)  # pyright: ignore
 
 
-_scores.defvjp(_forward, _backward)
+_loss_and_accuracy.defvjp(_forward, _backward)
 
 
-def _losses(soft_cap: float | None, z_loss: float, head: _Head, part: _Rows) -> tuple[_Losses, Float[Array, "R V"]]:
+def _row_losses(
+    soft_cap: float | None, z_loss: float, head: _HeadParams, part: _TokenRows
+) -> tuple[_RowLosses, Float[Array, "R V"]]:
     """A chunk's losses, and the gradient of each row's objective in its raw logits."""
-    raw = product("rd,vd->rv", part.hidden, head.weight.astype(part.hidden.dtype))
+    raw = einsum_f32("rd,vd->rv", part.hidden, head.weight.astype(part.hidden.dtype))
     raw = raw if head.bias is None else raw + head.bias.astype(jnp.float32)[None]
     bent = None if soft_cap is None else jnp.tanh(raw / soft_cap)
     logits = raw if bent is None or soft_cap is None else soft_cap * bent
@@ -104,30 +110,30 @@ def _losses(soft_cap: float | None, z_loss: float, head: _Head, part: _Rows) -> 
     right = jnp.sum(logits >= target[:, None], axis=1) == 1
     slope = powers * ((1 + 2 * z_loss * size[:, None]) / total) - is_target.astype(jnp.float32)
     slope = slope if bent is None else slope * (1 - bent * bent)
-    return _Losses(loss + z_loss * size**2, loss, right), slope
+    return _RowLosses(loss + z_loss * size**2, loss, right), slope
 
 
-def _outputs(rows: _Rows, losses: _Losses) -> tuple[Array, Array, Array]:
-    return jnp.sum(rows.scale * losses.objective), losses.loss, losses.right
+def _outputs(rows: _TokenRows, losses: _RowLosses) -> tuple[Array, Array, Array]:
+    return jnp.sum(rows.loss_weights * losses.objective), losses.loss, losses.correct
 
 
-def _walk(body, carry, vocab: int, rows: _Rows):
+def _scan_row_chunks(body, carry, vocab: int, rows: _TokenRows):
     """`scan` over chunks of rows; what it stacks comes back as rows."""
     count = rows.targets.shape[0]
-    parts = _parts(count, max(LEAST, LOGITS[platform()] // vocab))
+    parts = _num_chunks(count, max(MIN_CHUNK_ROWS, MAX_LOGITS[platform()] // vocab))
     if parts == 1:
         return body(carry, rows)
-    carry, out = jax.lax.scan(body, carry, jax.tree.map(lambda x: _deal(x, parts), rows))
+    carry, out = jax.lax.scan(body, carry, jax.tree.map(lambda x: _interleave_rows(x, parts), rows))
     return carry, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])[:count], out)
 
 
-def _parts(rows: int, chunk: int) -> int:
+def _num_chunks(rows: int, chunk: int) -> int:
     """How many chunks: a divisor of `rows`, where there is one at most twice as large as needed."""
     least = -(-rows // chunk)
     return next((n for n in range(least, 2 * least) if rows % n == 0), least)
 
 
-def _deal(x: Array, parts: int) -> Array:
+def _interleave_rows(x: Array, num_chunks: int) -> Array:
     """[M, ...] -> [P, M / P, ...], rows dealt out in turn; what is missing at the end is zero."""
-    x = jnp.pad(x, [(0, -x.shape[0] % parts)] + [(0, 0)] * (x.ndim - 1))
-    return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+    x = jnp.pad(x, [(0, -x.shape[0] % num_chunks)] + [(0, 0)] * (x.ndim - 1))
+    return jnp.swapaxes(x.reshape(-1, num_chunks, *x.shape[1:]), 0, 1)

@@ -6,75 +6,94 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import Documents, accumulator
-from recallax.pallas_kernels.neural_memory.boundary import settled
-from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens, beginning
-from recallax.pallas_kernels.neural_memory.learner import LOSSES, Learner
+from recallax.pallas_kernels.chunking import DocumentIds, accumulator_dtype
+from recallax.pallas_kernels.neural_memory.apply_boundary import apply_boundary
+from recallax.pallas_kernels.neural_memory.inner_optimizer import LOSSES, InnerOptimizer
+from recallax.pallas_kernels.neural_memory.update_coefficients import (
+    FastWeights,
+    MemoryInputs,
+    OuterParams,
+    initial_memory,
+)
 
 
 def neural_memory(
-    learner: Learner, fixed: Fixed, tokens: Tokens, docs: Documents, memory: Memory
-) -> tuple[Float[Array, "B M H D"], Memory]:
+    inner_optimizer: InnerOptimizer,
+    outer_params: OuterParams,
+    tokens: MemoryInputs,
+    document_ids: DocumentIds,
+    fast_weights: FastWeights,
+) -> tuple[Float[Array, "B M H D"], FastWeights]:
     """As `xla.neural_memory`. Per token: learn from it (at the weights that `gradient` names), then read."""
-    wide = accumulator(tokens.q.dtype)
-    tokens, fixed, memory = jax.tree.map(lambda x: x.astype(wide), (tokens, fixed, memory))
-    per_head = jax.vmap(partial(_head, learner), in_axes=(0, 1, None, 0), out_axes=(1, 0))
-    return jax.vmap(per_head, in_axes=(None, 0, 0, 0))(fixed, tokens, docs, memory)
+    wide = accumulator_dtype(tokens.q.dtype)
+    tokens, outer_params, fast_weights = jax.tree.map(lambda x: x.astype(wide), (tokens, outer_params, fast_weights))
+    per_head = jax.vmap(partial(_one_head, inner_optimizer), in_axes=(0, 1, None, 0), out_axes=(1, 0))
+    return jax.vmap(per_head, in_axes=(None, 0, 0, 0))(outer_params, tokens, document_ids, fast_weights)
 
 
-def _head(
-    learner: Learner, fixed: Fixed, tokens: Tokens, docs: Documents, memory: Memory
-) -> tuple[Float[Array, "M D"], Memory]:
-    loss, network = LOSSES[learner.loss], learner.network
-    origin = {name: fixed.weights[name] for name in memory.change}
-    blank, nothing = beginning(fixed, memory), jax.tree.map(jnp.zeros_like, memory.change)
+def _one_head(
+    inner_optimizer: InnerOptimizer,
+    outer_params: OuterParams,
+    tokens: MemoryInputs,
+    document_ids: DocumentIds,
+    fast_weights: FastWeights,
+) -> tuple[Float[Array, "M D"], FastWeights]:
+    loss, network = LOSSES[inner_optimizer.loss], inner_optimizer.network
+    origin = {name: outer_params.initial_weights[name] for name in fast_weights.delta}
+    blank, nothing = initial_memory(outer_params, fast_weights), jax.tree.map(jnp.zeros_like, fast_weights.delta)
 
     def net(change, x):
-        everything = fixed.weights | {name: origin[name] + x for name, x in change.items()}
-        return network.apply(lambda name, x: x @ everything[name], x[None], fixed.gain, fixed.offset)[0]
+        everything = outer_params.initial_weights | {name: origin[name] + x for name, x in change.items()}
+        return network.apply(
+            lambda name, x: x @ everything[name], x[None], outer_params.norm_scale, outer_params.norm_bias
+        )[0]
 
     def step(carry, token):
         memory, chunk, total, written, document = carry
         (q, k, v, *gates), index, valid, place = token
         lr, momentum, keep = gates[0], jnp.exp(gates[1]), jnp.exp(gates[2])
         # A chunk ends, and what it changed is settled, if all of its tokens were there.
-        after = settled(learner, fixed, chunk, memory)
-        memory = _pick(place == 0, _pick(written == learner.chunk, after, chunk), memory)
-        memory = _pick(index != document, blank, memory)
+        after = apply_boundary(inner_optimizer, outer_params, chunk, memory)
+        memory = _select(place == 0, _select(written == inner_optimizer.chunk_size, after, chunk), memory)
+        memory = _select(index != document, blank, memory)
         begins = (place == 0) | (index != document)
-        chunk, written = _pick(begins, memory, chunk), jnp.where(begins, 0, written)
-        total = _pick(begins, (memory.change, nothing), total)
+        chunk, written = _select(begins, memory, chunk), jnp.where(begins, 0, written)
+        total = _select(begins, (memory.delta, nothing), total)
 
         def decayed(change):
-            away = {n: origin[n] if learner.decay_to == "zero" else 0 for n in change}  # from where forgetting ends
+            away = {
+                n: origin[n] if inner_optimizer.decay_to == "zero" else 0 for n in change
+            }  # from where forgetting ends
             return {n: keep[i] * (x + away[n]) - away[n] for i, (n, x) in enumerate(change.items())}
 
-        at = {"chunk_start": chunk.change, "token": memory.change, "token_decayed": decayed(memory.change)}
-        slopes = jax.grad(lambda w: loss(net(w, k), v))(at[learner.gradient])
+        at = {"chunk_start": chunk.delta, "token": memory.delta, "token_decayed": decayed(memory.delta)}
+        slopes = jax.grad(lambda w: loss(net(w, k), v))(at[inner_optimizer.gradient])
         held = {n: momentum[i] * s for i, (n, s) in enumerate(memory.momentum.items())}
-        surprise = {n: held.get(n, 0) - lr[i] * slopes[n] for i, n in enumerate(memory.change)}
-        change = {n: x + surprise[n] for n, x in decayed(memory.change).items()}
+        surprise = {n: held.get(n, 0) - lr[i] * slopes[n] for i, n in enumerate(memory.delta)}
+        change = {n: x + surprise[n] for n, x in decayed(memory.delta).items()}
         # What the chunk began with, decayed, and the decayed sum of the chunk's steps.
         left = decayed(total[0])
         sums = {n: keep[i] * x + surprise[n] for i, (n, x) in enumerate(total[1].items())}
-        total = _pick(valid, (left, sums), total)
-        if learner.step == "mean":
+        total = _select(valid, (left, sums), total)
+        if inner_optimizer.gradient_reduction == "mean":
             change = {n: left[n] + sums[n] / (written + 1).astype(sums[n].dtype) for n in change}
-        memory = _pick(valid, Memory(change, surprise if learner.momentum else {}), memory)
-        read = net(memory.change if learner.readout == "dual" else chunk.change, q)
+        memory = _select(valid, FastWeights(change, surprise if inner_optimizer.momentum else {}), memory)
+        read = net(memory.delta if inner_optimizer.readout == "dual" else chunk.delta, q)
         return (memory, chunk, total, written + valid.astype(jnp.int32), index), read
 
-    length = docs.index.shape[0]
-    place = jnp.arange(length, dtype=jnp.int32) % learner.chunk
-    if learner.gradient != "chunk_start":
+    length = document_ids.index.shape[0]
+    place = jnp.arange(length, dtype=jnp.int32) % inner_optimizer.chunk_size
+    if inner_optimizer.gradient != "chunk_start":
         place = jnp.ones_like(place)  # without chunks
     zero = jnp.zeros((), jnp.int32)
-    first = (memory, memory, (memory.change, nothing), zero, zero)
-    (memory, chunk, _, written, _), out = jax.lax.scan(step, first, (tuple(tokens), *docs, place))
-    if learner.gradient != "chunk_start":
-        return out, memory
-    return out, _pick(written == learner.chunk, settled(learner, fixed, chunk, memory), chunk)
+    first = (fast_weights, fast_weights, (fast_weights.delta, nothing), zero, zero)
+    (fast_weights, chunk, _, written, _), out = jax.lax.scan(step, first, (tuple(tokens), *document_ids, place))
+    if inner_optimizer.gradient != "chunk_start":
+        return out, fast_weights
+    return out, _select(
+        written == inner_optimizer.chunk_size, apply_boundary(inner_optimizer, outer_params, chunk, fast_weights), chunk
+    )
 
 
-def _pick(condition, new, old):
+def _select(condition, new, old):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

@@ -16,68 +16,92 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.pallas_kernels.chunking import Documents, masks_of
-from recallax.pallas_kernels.neural_memory.boundary import settled
-from recallax.pallas_kernels.neural_memory.exact import before_tokens
-from recallax.pallas_kernels.neural_memory.inner import Fixed, Memory, Tokens, Weighing, beginning, weigh
-from recallax.pallas_kernels.neural_memory.learner import LOSSES, Learner, Weights
-from recallax.pallas_kernels.product import product
+from recallax.pallas_kernels.chunking import DocumentIds, chunk_masks
+from recallax.pallas_kernels.einsum_f32 import einsum_f32
+from recallax.pallas_kernels.neural_memory.apply_boundary import apply_boundary
+from recallax.pallas_kernels.neural_memory.inner_optimizer import LOSSES, InnerOptimizer, Weights
+from recallax.pallas_kernels.neural_memory.sequential_memory import shifted_coefficients
+from recallax.pallas_kernels.neural_memory.update_coefficients import (
+    FastWeights,
+    MemoryInputs,
+    OuterParams,
+    UpdateCoefficients,
+    initial_memory,
+    update_coefficients,
+)
 from recallax.pallas_kernels.triangular import unit_lower_inverse
 
 
 def neural_memory(
-    learner: Learner, fixed: Fixed, tokens: Tokens, docs: Documents, memory: Memory
-) -> tuple[Float[Array, "B M H D"], Memory]:
+    inner_optimizer: InnerOptimizer,
+    outer_params: OuterParams,
+    tokens: MemoryInputs,
+    document_ids: DocumentIds,
+    fast_weights: FastWeights,
+) -> tuple[Float[Array, "B M H D"], FastWeights]:
     """Tokens of whole chunks; the outputs, and the memory of the last document after its last whole chunk.
 
     Under per-token gradients, the memory after its last token.
     """
-    b, length = docs.index.shape
-    chunk = learner.chunk
+    b, length = document_ids.index.shape
+    chunk = inner_optimizer.chunk_size
 
     def cut(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(b, length // chunk, chunk, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint  # keep the weights between chunks for the backward, not what is computed within one
-    def body(carry: tuple[Memory, Array], part: tuple[Tokens, Documents]) -> tuple[tuple[Memory, Array], Array]:
+    def body(
+        carry: tuple[FastWeights, Array], part: tuple[MemoryInputs, DocumentIds]
+    ) -> tuple[tuple[FastWeights, Array], Array]:
         memory, document = carry
         tokens, docs = part
-        walk = _chunk if learner.gradient == "chunk_start" else _exact_chunk
-        memory, out = walk(learner, fixed, memory, document, tokens, docs)
+        walk = _chunk if inner_optimizer.gradient == "chunk_start" else _sequential_chunk
+        memory, out = walk(inner_optimizer, outer_params, memory, document, tokens, docs)
         return (memory, docs.index[:, -1]), out
 
-    parts = jax.tree.map(cut, (tokens, docs))
-    (memory, _), out = jax.lax.scan(body, (memory, jnp.zeros_like(docs.index[:, 0])), parts)
-    return jnp.moveaxis(out, 0, 1).reshape(b, length, *out.shape[3:]), memory
+    parts = jax.tree.map(cut, (tokens, document_ids))
+    (fast_weights, _), out = jax.lax.scan(body, (fast_weights, jnp.zeros_like(document_ids.index[:, 0])), parts)
+    return jnp.moveaxis(out, 0, 1).reshape(b, length, *out.shape[3:]), fast_weights
 
 
 def _chunk(
-    learner: Learner, fixed: Fixed, memory: Memory, document: Int[Array, " B"], tokens: Tokens, docs: Documents
-) -> tuple[Memory, Float[Array, "B C H D"]]:
+    inner_optimizer: InnerOptimizer,
+    outer_params: OuterParams,
+    fast_weights: FastWeights,
+    state_document: Int[Array, " B"],
+    tokens: MemoryInputs,
+    document_ids: DocumentIds,
+) -> tuple[FastWeights, Float[Array, "B C H D"]]:
     """Gradients at the chunk's first weights. Documents begin where chunks do; a chunk with a gap writes nothing."""
-    fresh = docs.index[:, 0] != document
-    memory = _where(fresh, beginning(fixed, memory), memory)
-    weighing = weigh(learner, tokens, masks_of(docs, docs.index[:, 0]).visible)
-    one_head = partial(_learn, learner)
+    fresh = document_ids.index[:, 0] != state_document
+    fast_weights = _where_rows(fresh, initial_memory(outer_params, fast_weights), fast_weights)
+    weighing = update_coefficients(inner_optimizer, tokens, chunk_masks(document_ids, document_ids.index[:, 0]).visible)
+    one_head = partial(_update_one_head, inner_optimizer)
     per_head = jax.vmap(one_head, in_axes=(0, 0, 1, 0), out_axes=(0, 1))
-    new, out = jax.vmap(per_head, in_axes=(None, 0, 0, 0))(fixed, memory, tokens, weighing)
-    new = jax.vmap(jax.vmap(partial(settled, learner)), in_axes=(None, 0, 0))(fixed, memory, new)
-    return _where(docs.valid.all(axis=1), new, memory), out
+    new, out = jax.vmap(per_head, in_axes=(None, 0, 0, 0))(outer_params, fast_weights, tokens, weighing)
+    new = jax.vmap(jax.vmap(partial(apply_boundary, inner_optimizer)), in_axes=(None, 0, 0))(
+        outer_params, fast_weights, new
+    )
+    return _where_rows(document_ids.valid.all(axis=1), new, fast_weights), out
 
 
-def _learn(
-    learner: Learner, fixed: Fixed, memory: Memory, tokens: Tokens, weighing: Weighing
-) -> tuple[Memory, Float[Array, "C D"]]:
+def _update_one_head(
+    inner_optimizer: InnerOptimizer,
+    outer_params: OuterParams,
+    fast_weights: FastWeights,
+    tokens: MemoryInputs,
+    coefficients: UpdateCoefficients,
+) -> tuple[FastWeights, Float[Array, "C D"]]:
     """One chunk of one head."""
     q, k, v = tokens[:3]
-    dtype, apply, loss = q.dtype, learner.network.apply, LOSSES[learner.loss]
-    gain, offset = fixed.gain.astype(jnp.float32), fixed.offset.astype(jnp.float32)
-    origin = {name: x.astype(jnp.float32) for name, x in fixed.weights.items()}
-    start = origin | {name: origin[name] + x for name, x in memory.change.items()}
-    index = {name: i for i, name in enumerate(memory.change)}
+    dtype, apply, loss = q.dtype, inner_optimizer.network.apply, LOSSES[inner_optimizer.loss]
+    gain, offset = outer_params.norm_scale.astype(jnp.float32), outer_params.norm_bias.astype(jnp.float32)
+    origin = {name: x.astype(jnp.float32) for name, x in outer_params.initial_weights.items()}
+    start = origin | {name: origin[name] + x for name, x in fast_weights.delta.items()}
+    index = {name: i for i, name in enumerate(fast_weights.delta)}
 
     def times(x: Array, weight: Array) -> Array:
-        return product("ci,io->co", x.astype(dtype), weight.astype(dtype))
+        return einsum_f32("ci,io->co", x.astype(dtype), weight.astype(dtype))
 
     def losses(shifts: Weights) -> tuple[Array, Weights]:
         inputs: Weights = {}
@@ -90,86 +114,91 @@ def _learn(
         predictions = apply(through, k.astype(jnp.float32), gain, offset)
         return jnp.sum(jax.vmap(loss)(predictions, v.astype(jnp.float32))), inputs
 
-    shifts = {name: jnp.zeros((k.shape[0], w.shape[1]), jnp.float32) for name, w in memory.change.items()}
+    shifts = {name: jnp.zeros((k.shape[0], w.shape[1]), jnp.float32) for name, w in fast_weights.delta.items()}
     slopes, inputs = jax.grad(losses, has_aux=True)(shifts)
 
     def at_token(name: str, x: Array) -> Array:
         if name not in index:
             return times(x, start[name])
-        beta, f, g = (part[index[name]] for part in weighing[:3])
-        read = beta[:, None] * times(x, memory.change[name])
-        if learner.momentum:
-            read += f[:, None] * times(x, memory.momentum[name])
-        read += times(x, origin[name]) * (beta[:, None] if learner.decay_to == "zero" else 1)
-        alike = product("ti,si->ts", x.astype(dtype), inputs[name].astype(dtype)) * g
-        return read - product("ts,so->to", alike.astype(dtype), slopes[name].astype(dtype))
+        beta, f, g = (part[index[name]] for part in coefficients[:3])
+        read = beta[:, None] * times(x, fast_weights.delta[name])
+        if inner_optimizer.momentum:
+            read += f[:, None] * times(x, fast_weights.momentum[name])
+        read += times(x, origin[name]) * (beta[:, None] if inner_optimizer.decay_to == "zero" else 1)
+        alike = einsum_f32("ti,si->ts", x.astype(dtype), inputs[name].astype(dtype)) * g
+        return read - einsum_f32("ts,so->to", alike.astype(dtype), slopes[name].astype(dtype))
 
     new: tuple[Weights, Weights] = {}, {}
     for name, i in index.items():
         x, u = inputs[name].astype(dtype), slopes[name]
         # Weighing the smaller side: gradients at the outputs, one number per token.
-        write = product("si,so->io", x, (weighing.gradients[i, -1][:, None] * u).astype(dtype))
-        beta = weighing.carried[i, -1]
-        kept = beta * memory.change[name]
-        kept = kept - (1 - beta) * origin[name] if learner.decay_to == "zero" else kept
-        if learner.momentum:
-            kept += weighing.momentum[i, -1] * memory.momentum[name]
-            push = product("si,so->io", x, (weighing.last_gradients[i][:, None] * u).astype(dtype))
-            new[1][name] = weighing.last_momentum[i] * memory.momentum[name] - push
+        write = einsum_f32("si,so->io", x, (coefficients.gradients[i, -1][:, None] * u).astype(dtype))
+        beta = coefficients.initial_weights[i, -1]
+        kept = beta * fast_weights.delta[name]
+        kept = kept - (1 - beta) * origin[name] if inner_optimizer.decay_to == "zero" else kept
+        if inner_optimizer.momentum:
+            kept += coefficients.initial_momentum[i, -1] * fast_weights.momentum[name]
+            push = einsum_f32("si,so->io", x, (coefficients.final_gradients[i][:, None] * u).astype(dtype))
+            new[1][name] = coefficients.final_momentum[i] * fast_weights.momentum[name] - push
         new[0][name] = kept - write
-    reads = at_token if learner.readout == "dual" else lambda name, x: times(x, start[name])
-    return Memory(*new), apply(reads, q.astype(jnp.float32), gain, offset).astype(dtype)
+    reads = at_token if inner_optimizer.readout == "dual" else lambda name, x: times(x, start[name])
+    return FastWeights(*new), apply(reads, q.astype(jnp.float32), gain, offset).astype(dtype)
 
 
-def _exact_chunk(
-    learner: Learner, fixed: Fixed, memory: Memory, document: Int[Array, " B"], tokens: Tokens, docs: Documents
-) -> tuple[Memory, Float[Array, "B C H D"]]:
+def _sequential_chunk(
+    inner_optimizer: InnerOptimizer,
+    outer_params: OuterParams,
+    fast_weights: FastWeights,
+    state_document: Int[Array, " B"],
+    tokens: MemoryInputs,
+    document_ids: DocumentIds,
+) -> tuple[FastWeights, Float[Array, "B C H D"]]:
     """The linear memory with per-token gradients; documents may begin anywhere."""
-    masks = masks_of(docs, document)
-    weighing = jax.tree.map(lambda x: x[:, :, 0], weigh(learner, tokens, masks.visible))
+    masks = chunk_masks(document_ids, state_document)
+    weighing = jax.tree.map(lambda x: x[:, :, 0], update_coefficients(inner_optimizer, tokens, masks.visible))
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in tokens[:3])
-    dtype, (name,) = q.dtype, memory.change
-    origin, to_zero = fixed.weights[name].astype(jnp.float32), learner.decay_to == "zero"
-    own = masks.own[:, None, :, None]
-    beta, f = weighing.carried[..., None], weighing.momentum[..., None]
+    dtype, (name,) = q.dtype, fast_weights.delta
+    origin, to_zero = outer_params.initial_weights[name].astype(jnp.float32), inner_optimizer.decay_to == "zero"
+    own = masks.in_state_document[:, None, :, None]
+    beta, f = weighing.initial_weights[..., None], weighing.initial_momentum[..., None]
 
     def found(x: Array, carried: Weights, begun: Weights | None) -> Array:
         """x times what a token's document found: the carried matrix, or what a document begins with."""
-        first = 0.0 if begun is None else product("bhci,hio->bhco", x, begun[name].astype(dtype))
-        return jnp.where(own, product("bhci,bhio->bhco", x, carried[name].astype(dtype)), first)
+        first = 0.0 if begun is None else einsum_f32("bhci,hio->bhco", x, begun[name].astype(dtype))
+        return jnp.where(own, einsum_f32("bhci,bhio->bhco", x, carried[name].astype(dtype)), first)
 
-    start = (None, None) if fixed.start is None else fixed.start
+    start = (None, None) if outer_params.initial_fast_weights is None else outer_params.initial_fast_weights
 
     def carried(x: Array, beta: Array, f: Array) -> Array:
         """x times what a token's weights hold of the found and the initial ones."""
-        new = product("bhci,hio->bhco", x, origin.astype(dtype)) * (beta if to_zero else 1)
-        new += beta * found(x, memory.change, start[0])
-        return new + f * found(x, memory.momentum, start[1]) if learner.momentum else new
+        new = einsum_f32("bhci,hio->bhco", x, origin.astype(dtype)) * (beta if to_zero else 1)
+        new += beta * found(x, fast_weights.delta, start[0])
+        return new + f * found(x, fast_weights.momentum, start[1]) if inner_optimizer.momentum else new
 
-    beta_before, f_before, g = before_tokens(learner, tokens, weighing, masks.visible)
+    beta_before, f_before, g = shifted_coefficients(inner_optimizer, tokens, weighing, masks.visible)
     beta_before, f_before = beta_before[..., None], f_before[..., None]
-    alike = product("bhti,bhsi->bhts", k, k)
+    alike = einsum_f32("bhti,bhsi->bhts", k, k)
     inverse = unit_lower_inverse(g * alike)
     rest = carried(k, beta_before, f_before) - v.astype(jnp.float32)
-    slopes = product("bhts,bhso->bhto", inverse, rest).astype(dtype)
-    scores = product("bhti,bhsi->bhts", q, k) * weighing.gradients
-    out = carried(q, beta, f) - product("bhts,bhso->bhto", scores.astype(dtype), slopes)
-    last = _where(masks.stays, memory, beginning(fixed, memory))
+    slopes = einsum_f32("bhts,bhso->bhto", inverse, rest).astype(dtype)
+    scores = einsum_f32("bhti,bhsi->bhts", q, k) * weighing.gradients
+    out = carried(q, beta, f) - einsum_f32("bhts,bhso->bhto", scores.astype(dtype), slopes)
+    last = _where_rows(masks.keeps_state, fast_weights, initial_memory(outer_params, fast_weights))
     last_beta, last_f = beta[:, :, -1:], f[:, :, -1:]
-    kept = last_beta * last.change[name]
+    kept = last_beta * last.delta[name]
     kept = kept - (1 - last_beta) * origin[None] if to_zero else kept
     pushed: Weights = {}
-    if learner.momentum:
+    if inner_optimizer.momentum:
         kept += last_f * last.momentum[name]
-        push = product("bhsi,bhso->bhio", _scaled(k, weighing.last_gradients), slopes)
-        pushed = {name: weighing.last_momentum[..., None, None] * last.momentum[name] - push}
-    write = product("bhsi,bhso->bhio", _scaled(k, weighing.gradients[..., -1, :]), slopes)
-    return Memory({name: kept - write}, pushed), jnp.moveaxis(out, 1, 2).astype(dtype)
+        push = einsum_f32("bhsi,bhso->bhio", _scale_tokens(k, weighing.final_gradients), slopes)
+        pushed = {name: weighing.final_momentum[..., None, None] * last.momentum[name] - push}
+    write = einsum_f32("bhsi,bhso->bhio", _scale_tokens(k, weighing.gradients[..., -1, :]), slopes)
+    return FastWeights({name: kept - write}, pushed), jnp.moveaxis(out, 1, 2).astype(dtype)
 
 
-def _scaled(x: Float[Array, "B H C I"], weight: Float[Array, "B H C"]) -> Array:
+def _scale_tokens(x: Float[Array, "B H C I"], weight: Float[Array, "B H C"]) -> Array:
     return (x.astype(jnp.float32) * weight[..., None]).astype(x.dtype)
 
 
-def _where(rows: Bool[Array, " B"], new: Memory, old: Memory) -> Memory:
+def _where_rows(rows: Bool[Array, " B"], new: FastWeights, old: FastWeights) -> FastWeights:
     return jax.tree.map(lambda a, b: jnp.where(rows[:, None, None, None], a, b), new, old)

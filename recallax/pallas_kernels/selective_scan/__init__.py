@@ -10,15 +10,15 @@ State: D x N float32. Source: Gu & Dao 2023 (Mamba, arXiv 2312.00752), section 3
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.pallas_kernels.chunking import documents
-from recallax.pallas_kernels.dispatch import call, kernel, require
+from recallax.pallas_kernels.chunking import index_documents
+from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
 from recallax.pallas_kernels.selective_scan import reference, xla
 
-FORMS = {
+IMPLEMENTATIONS = {
     "reference": reference.selective_scan,
     "xla": xla.selective_scan,
-    "mosaic_gpu": kernel("recallax.pallas_kernels.selective_scan.mosaic_gpu", "selective_scan"),
-    "mosaic_tpu": kernel("recallax.pallas_kernels.selective_scan.mosaic_tpu", "selective_scan"),
+    "mosaic_gpu": lazy_kernel("recallax.pallas_kernels.selective_scan.mosaic_gpu", "selective_scan"),
+    "mosaic_tpu": lazy_kernel("recallax.pallas_kernels.selective_scan.mosaic_tpu", "selective_scan"),
 }
 
 
@@ -30,7 +30,7 @@ def selective_scan(
     b: Float[Array, "B T N"] | None = None,
     c: Float[Array, "B T N"] | None = None,
     state: Float[Array, "B D N"] | None = None,
-    segments: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """Output in x's dtype and final state in float32.
@@ -56,8 +56,8 @@ def selective_scan(
     if state is None:
         state = jnp.zeros(wanted, jnp.float32)
     require(op, state.shape == wanted, f"state has shape {state.shape}; it must be {wanted}")
-    docs = None if segments is None else documents(segments)
-    return call(op, FORMS, implementation, x, rate, a, b, c, state, docs)
+    docs = None if segment_ids is None else index_documents(segment_ids)
+    return call_implementation(op, IMPLEMENTATIONS, implementation, x, rate, a, b, c, state, docs)
 
 
 def selective_scan_step(

@@ -12,25 +12,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import Documents
-from recallax.pallas_kernels.dispatch import interpreting
-from recallax.pallas_kernels.mosaic_tpu import (
-    Chunks,
-    Lanes,
+from recallax.pallas_kernels.chunking import DocumentIds
+from recallax.pallas_kernels.dispatch import use_interpreter
+from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
+    ChannelOperand,
+    ChunkGrid,
+    ChunkOperand,
     Matrices,
-    Operand,
-    PerHead,
-    Steps,
-    Tokens,
-    keeping,
-    require_dtypes,
-    shaped,
-    walk,
-    whole_chunks,
+    PerChunkOperand,
+    PerHeadOperand,
+    TokenOperand,
+    chunk_scan,
+    chunk_size_and_count,
+    output_shape,
+    require_uniform_dtype,
+    save_states,
 )
 
 CHUNK = 64
-LANES = 512
+MAX_LANES = 512
 """Channels of a grid step at most: independent recurrences, which hide each other's latency."""
 
 
@@ -41,22 +41,24 @@ def selective_scan(
     b: Float[Array, "B T N"],
     c: Float[Array, "B T N"],
     state: Float[Array, "B D N"],
-    docs: Documents | None,
+    document_ids: DocumentIds | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """The op's form for TPUs; x is float32 or bfloat16."""
-    interpret = interpreting("tpu")
-    require_dtypes(x=x)
+    interpret = use_interpreter("tpu")
+    require_uniform_dtype(x=x)
     rows, length, channels = x.shape
-    lanes = min(LANES, -(-channels // 128) * 128)
+    lanes = min(MAX_LANES, -(-channels // 128) * 128)
     heads = -(-channels // lanes)
-    steps = Steps(rows, heads, 1, *whole_chunks(CHUNK, length), interpret)
+    steps = ChunkGrid(rows, heads, 1, *chunk_size_and_count(CHUNK, length), interpret)
     mix = jnp.concatenate([b.astype(jnp.float32), c.astype(jnp.float32)], axis=-1)
-    if docs is not None:  # padding keeps its state and does not write; a document's first token drops what was before
-        valid = docs.valid[..., None]
+    if (
+        document_ids is not None
+    ):  # padding keeps its state and does not write; a document's first token drops what was before
+        valid = document_ids.valid[..., None]
         x, rate = (jnp.where(valid, part, jnp.zeros((), part.dtype)) for part in (x, rate))
-        before = jnp.pad(docs.index[:, :-1], ((0, 0), (1, 0)))
-        mix = jnp.concatenate([mix, (docs.index != before).astype(jnp.float32)[..., None]], axis=-1)
-    wide = ((0, 0), (0, steps.length - length), (0, heads * lanes - channels))
+        before = jnp.pad(document_ids.index[:, :-1], ((0, 0), (1, 0)))
+        mix = jnp.concatenate([mix, (document_ids.index != before).astype(jnp.float32)[..., None]], axis=-1)
+    wide = ((0, 0), (0, steps.padded_length - length), (0, heads * lanes - channels))
     x, rate = jnp.pad(x, wide), jnp.pad(rate.astype(jnp.float32), wide)
     mix = jnp.pad(mix, (*wide[:2], (0, 0)))
 
@@ -64,32 +66,32 @@ def selective_scan(
         padded = jnp.pad(part.astype(jnp.float32), ((0, 0), (0, wide[2][1]), (0, 0)))
         return jnp.moveaxis(padded.reshape(part.shape[0], heads, lanes, -1), 2, 3)
 
-    out, final = _core(steps, _Inputs(by_block(a[None])[0], x, rate, mix[:, None]), by_block(state))
+    out, final = _core(steps, _SelectiveScanOperands(by_block(a[None])[0], x, rate, mix[:, None]), by_block(state))
     final = jnp.moveaxis(final, 3, 2).reshape(rows, heads * lanes, -1)
     return out[:, :length, :channels], final[:, :channels]
 
 
-class _Inputs(NamedTuple):
+class _SelectiveScanOperands(NamedTuple):
     """Of whole chunks and whole blocks of lanes."""
 
     a: Float[Array, "H N L"]
     x: Float[Array, "B T D"]
     rate: Float[Array, "B T D"]
-    mix: Float[Array, "B 1 T W"]
+    packed_bc: Float[Array, "B 1 T W"]
     """b, c and, with documents, 1 where one starts."""
 
-    def operands(self) -> tuple[Operand, ...]:
+    def operands(self) -> tuple[ChunkOperand, ...]:
         a, x, rate, mix = self
         lanes = a.shape[2]
-        return PerHead(a), Lanes(x, lanes), Lanes(rate, lanes), Tokens(mix)
+        return PerHeadOperand(a), ChannelOperand(x, lanes), ChannelOperand(rate, lanes), TokenOperand(mix)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _core(
-    steps: Steps, inputs: _Inputs, state: Float[Array, "B H N L"]
+    chunk_grid: ChunkGrid, inputs: _SelectiveScanOperands, state: Float[Array, "B H N L"]
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B H N L"]]:
     operands = inputs.operands()
-    (final,), (out,) = walk("selective_scan_forward", _chunk, steps, (state,), operands, operands[1:2])
+    (final,), (out,) = chunk_scan("selective_scan_forward", _chunk, chunk_grid, (state,), operands, operands[1:2])
     return out, final
 
 
@@ -116,41 +118,43 @@ def _chunk(
     return (state,), (jnp.concatenate(out),)
 
 
-def _back(states: Matrices, slope: Array, state: Array, *inputs: Array) -> tuple[Matrices, Matrices]:
+def _backward_chunk(states: Matrices, grad: Array, state: Array, *inputs: Array) -> tuple[Matrices, Matrices]:
     """The slopes of the state before a chunk and of a (summed so far), of x, rate and mix; backward in time."""
     late, summed = states
     _, pull = jax.vjp(lambda state, *inputs: _chunk((state,), *inputs), state, *inputs)
-    early, da, dx, drate, dmix = pull(((late,), (slope,)))
+    early, da, dx, drate, dmix = pull(((late,), (grad,)))
     return (early, summed + da), (dx, drate, dmix)
 
 
 def _forward(
-    steps: Steps, inputs: _Inputs, state: Array
-) -> tuple[tuple[Array, Array], tuple[_Inputs, Float[Array, "B H J N L"]]]:
+    chunk_grid: ChunkGrid, inputs: _SelectiveScanOperands, state: Array
+) -> tuple[tuple[Array, Array], tuple[_SelectiveScanOperands, Float[Array, "B H J N L"]]]:
     operands = inputs.operands()
-    kept = Chunks(shaped(*state.shape[:2], steps.chunks, *state.shape[2:]))
-    (final,), (out, states) = walk(
-        "selective_scan_forward", keeping(_chunk), steps, (state,), operands, (*operands[1:2], kept)
+    kept = PerChunkOperand(output_shape(*state.shape[:2], chunk_grid.num_chunks, *state.shape[2:]))
+    (final,), (out, states) = chunk_scan(
+        "selective_scan_forward", save_states(_chunk), chunk_grid, (state,), operands, (*operands[1:2], kept)
     )
     return (out, final), (inputs, states)
 
 
 def _backward(
-    steps: Steps, residuals: tuple[_Inputs, Array], slopes: tuple[Array, Array]
-) -> tuple[_Inputs, Float[Array, "B H N L"]]:
+    chunk_grid: ChunkGrid, residuals: tuple[_SelectiveScanOperands, Array], grads: tuple[Array, Array]
+) -> tuple[_SelectiveScanOperands, Float[Array, "B H N L"]]:
     inputs, states = residuals
-    slope, late = slopes
+    slope, late = grads
     operands = inputs.operands()
-    mix = Tokens(shaped(late.shape[0], late.shape[1], *inputs.mix.shape[2:]))  # one per block of channels
-    (early, da), (dx, drate, dmix) = walk(
+    mix = TokenOperand(
+        output_shape(late.shape[0], late.shape[1], *inputs.packed_bc.shape[2:])
+    )  # one per block of channels
+    (early, da), (dx, drate, dmix) = chunk_scan(
         "selective_scan_backward",
-        _back,
-        steps._replace(reverse=True),
+        _backward_chunk,
+        chunk_grid._replace(reverse=True),
         (late, jnp.zeros_like(late)),
-        (Lanes(slope, inputs.a.shape[2]), Chunks(states), *operands),
+        (ChannelOperand(slope, inputs.a.shape[2]), PerChunkOperand(states), *operands),
         (*operands[1:3], mix),
     )
-    return _Inputs(jnp.sum(da, axis=0), dx, drate, jnp.sum(dmix, axis=1, keepdims=True)), early
+    return _SelectiveScanOperands(jnp.sum(da, axis=0), dx, drate, jnp.sum(dmix, axis=1, keepdims=True)), early
 
 
 _core.defvjp(_forward, _backward)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import Documents, accumulator, one_document
+from recallax.pallas_kernels.chunking import DocumentIds, accumulator_dtype, single_document
 
 
 def selective_scan(
@@ -14,11 +14,11 @@ def selective_scan(
     b: Float[Array, "B T N"],
     c: Float[Array, "B T N"],
     state: Float[Array, "B D N"],
-    docs: Documents | None,
+    document_ids: DocumentIds | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """h_t = exp(r_t A) h_{t-1} + x_t B_t^T,  y_t = h_t C_t; h is zeroed where a document starts, kept at padding."""
-    wide = accumulator(x.dtype)
-    docs = one_document(*x.shape[:2]) if docs is None else docs
+    wide = accumulator_dtype(x.dtype)
+    document_ids = single_document(*x.shape[:2]) if document_ids is None else document_ids
 
     def step(carry, token):
         state, document = carry
@@ -29,7 +29,7 @@ def selective_scan(
         return (state, index), jnp.einsum("bdn,bn->bd", state, c)
 
     tokens = tuple(jnp.moveaxis(part.astype(wide), 1, 0) for part in (x, rate, b, c))
-    tokens += tuple(jnp.moveaxis(part, 1, 0) for part in docs)
-    first = (state.astype(wide), jnp.zeros_like(docs.index[:, 0]))
+    tokens += tuple(jnp.moveaxis(part, 1, 0) for part in document_ids)
+    first = (state.astype(wide), jnp.zeros_like(document_ids.index[:, 0]))
     (state, _), out = jax.lax.scan(step, first, tokens)
     return jnp.moveaxis(out, 0, 1).astype(x.dtype), state

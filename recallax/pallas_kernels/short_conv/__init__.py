@@ -8,11 +8,11 @@ State: the last W - 1 inputs of the document, in the inputs' dtype.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.pallas_kernels.chunking import documents
-from recallax.pallas_kernels.dispatch import call, require
+from recallax.pallas_kernels.chunking import index_documents
+from recallax.pallas_kernels.dispatch import call_implementation, require
 from recallax.pallas_kernels.short_conv import reference, xla
 
-FORMS = {"reference": reference.short_conv, "xla": xla.short_conv}
+IMPLEMENTATIONS = {"reference": reference.short_conv, "xla": xla.short_conv}
 
 
 def short_conv(
@@ -21,7 +21,7 @@ def short_conv(
     *,
     bias: Float[Array, " D"] | None = None,
     state: Float[Array, "B W-1 D"] | None = None,
-    segments: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """Output and the last W - 1 inputs, in x's dtype.
@@ -36,8 +36,8 @@ def short_conv(
     require(op, weight.shape[1:] == (d,), f"weight has shape {weight.shape}; it must be [W, {d}]")
     state = jnp.zeros(wanted, x.dtype) if state is None else state
     require(op, state.shape == wanted, f"state has shape {state.shape}; it must be {wanted}")
-    docs = documents(jnp.ones((b, t), jnp.int32) if segments is None else segments)
-    out, last = call(op, FORMS, implementation, x, weight.astype(x.dtype), state, docs)
+    docs = index_documents(jnp.ones((b, t), jnp.int32) if segment_ids is None else segment_ids)
+    out, last = call_implementation(op, IMPLEMENTATIONS, implementation, x, weight.astype(x.dtype), state, docs)
     return (out if bias is None else out + bias.astype(x.dtype)[None, None]), last
 
 

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import Documents
+from recallax.pallas_kernels.chunking import DocumentIds
 
 
 def short_conv(
-    x: Float[Array, "B T D"], weight: Float[Array, "W D"], state: Float[Array, "B W-1 D"], docs: Documents
+    x: Float[Array, "B T D"], weight: Float[Array, "W D"], state: Float[Array, "B W-1 D"], document_ids: DocumentIds
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """y_t = sum_l weight[W-1-l] x_{t-l}; earlier documents and padding count as 0."""
 
@@ -20,6 +20,6 @@ def short_conv(
         past = jnp.where(valid[:, None, None], window[:, 1:], past)
         return (past, index), jnp.einsum("bwd,wd->bd", window, weight)
 
-    tokens = tuple(jnp.moveaxis(a, 1, 0) for a in (x, *docs))
-    (past, _), out = jax.lax.scan(step, (state, jnp.zeros_like(docs.index[:, 0])), tokens)
+    tokens = tuple(jnp.moveaxis(a, 1, 0) for a in (x, *document_ids))
+    (past, _), out = jax.lax.scan(step, (state, jnp.zeros_like(document_ids.index[:, 0])), tokens)
     return jnp.moveaxis(out, 0, 1), past

@@ -9,22 +9,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from recallax.pallas_kernels.chunking import Documents
-from recallax.pallas_kernels.grid import Pieces, cut, joined, rows_at
-from recallax.pallas_kernels.product import product
-from recallax.pallas_kernels.sparse_global_attention.pool import NEVER, Blocks, Pool, eligible, scores
+from recallax.pallas_kernels.chunking import DocumentIds
+from recallax.pallas_kernels.einsum_f32 import einsum_f32
+from recallax.pallas_kernels.grid import GridBlocks, gather_tokens, merge_grid_blocks, split_grid_blocks
+from recallax.pallas_kernels.sparse_global_attention.selection_candidates import (
+    MASKED_LOGIT,
+    QueryBlocks,
+    SelectionCandidates,
+    candidate_mask,
+    selection_scores,
+)
 
 
-def choose(
-    pool: Pool, blocks: Blocks, chosen: int, size: int, window: int
+def select_tokens(
+    candidates: SelectionCandidates, blocks: QueryBlocks, top_k: int, block_size: int, window: int
 ) -> tuple[Int[Array, "N B C"], Bool[Array, "N B C"]]:
     """Indices of the wanted tokens in order of time, and which of them are any; of equals the earliest."""
 
-    def block(one: Blocks) -> tuple[Array, Array]:
-        wanted = jax.lax.stop_gradient(scores(pool.offer, one.ask[:, None]))
-        candidate = eligible(pool, one.document, one.first, size, window)
-        values, index = jax.lax.top_k(jnp.where(candidate, wanted, NEVER), min(chosen, wanted.shape[1]))
-        index = jnp.sort(jnp.where(values > NEVER, index, wanted.shape[1]), axis=1)
+    def block(one: QueryBlocks) -> tuple[Array, Array]:
+        wanted = jax.lax.stop_gradient(selection_scores(candidates.selection_key, one.selection_query[:, None]))
+        candidate = candidate_mask(candidates, one.document_index, one.start_position, block_size, window)
+        values, index = jax.lax.top_k(jnp.where(candidate, wanted, MASKED_LOGIT), min(top_k, wanted.shape[1]))
+        index = jnp.sort(jnp.where(values > MASKED_LOGIT, index, wanted.shape[1]), axis=1)
         return jnp.minimum(index, wanted.shape[1] - 1), index < wanted.shape[1]
 
     return jax.lax.map(block, blocks)
@@ -32,27 +38,30 @@ def choose(
 
 def blockwise(
     q: Float[Array, "B T H K"],
-    pool: Pool,
+    candidates: SelectionCandidates,
     positions: Int[Array, "B T"],
-    docs: Documents,
-    blocks: Blocks,
+    document_ids: DocumentIds,
+    blocks: QueryBlocks,
     index: Int[Array, "N B C"],
     mask: Bool[Array, "N B C"],
-    parts: Pieces,
-    begun: Int[Array, " B"] | None,
+    grid_parts: GridBlocks,
+    block_offset: Int[Array, " B"] | None,
     window: int,
-    size: int,
-    weighed: bool,
+    block_size: int,
+    score_bias: bool,
 ) -> Float[Array, "B T H V"]:
     """Attention over the chosen tokens and the window's; q is scaled already."""
-    width = parts.source.shape[2]
+    width = grid_parts.token_index.shape[2]
     reach = jnp.arange(window - 1 + width, dtype=jnp.int32) - (window - 1)
-    near = pool.new + parts.source[..., :1] + reach[None, None]
-    within = (near >= 0) & (near < pool.k.shape[1])
-    near = jnp.clip(near, 0, pool.k.shape[1] - 1)
+    near = candidates.first_new + grid_parts.token_index[..., :1] + reach[None, None]
+    within = (near >= 0) & (near < candidates.k.shape[1])
+    near = jnp.clip(near, 0, candidates.k.shape[1] - 1)
     every = jnp.concatenate([index, near], axis=2)
-    k, v, position, document = (_gathered(x, every) for x in (pool.k, pool.v, pool.position, pool.document))
-    offer, count = _gathered(pool.offer, index), index.shape[2]
+    k, v, position, document = (
+        _gather_per_block(x, every)
+        for x in (candidates.k, candidates.v, candidates.position, candidates.document_index)
+    )
+    offer, count = _gather_per_block(candidates.selection_key, index), index.shape[2]
 
     @jax.checkpoint
     def block(part: tuple[Array, ...]) -> Array:
@@ -62,19 +71,27 @@ def blockwise(
         far = mask[:, None] & (distance[..., :count] >= window)
         close = within[:, None] & (distance[..., count:] >= 0) & (distance[..., count:] < window)
         visible = mine & jnp.concatenate([far, close], axis=2)
-        bias = jax.nn.log_sigmoid(scores(offer, ask[:, None])) if weighed else jnp.zeros(mask.shape, jnp.float32)
+        bias = (
+            jax.nn.log_sigmoid(selection_scores(offer, ask[:, None]))
+            if score_bias
+            else jnp.zeros(mask.shape, jnp.float32)
+        )
         bias = jnp.concatenate([bias, jnp.zeros_like(within, bias.dtype)], axis=1)
         return _attend(q, k, v, visible, bias).astype(v.dtype)
 
-    tokens = (cut(q, parts), cut(positions, parts), cut(docs.index, parts))
-    y = jax.lax.map(block, (*tokens, k, v, position, document, offer, blocks.ask, mask, within))
-    return joined(y, q.shape[1], size, begun)
+    tokens = (
+        split_grid_blocks(q, grid_parts),
+        split_grid_blocks(positions, grid_parts),
+        split_grid_blocks(document_ids.index, grid_parts),
+    )
+    y = jax.lax.map(block, (*tokens, k, v, position, document, offer, blocks.selection_query, mask, within))
+    return merge_grid_blocks(y, q.shape[1], block_size, block_offset)
 
 
-def _gathered(x: Shaped[Array, "B P ..."], index: Int[Array, "N B S"]) -> Shaped[Array, "N B S ..."]:
+def _gather_per_block(x: Shaped[Array, "B P ..."], index: Int[Array, "N B S"]) -> Shaped[Array, "N B S ..."]:
     """Each block's entries, in one gather."""
     count, rows, size = index.shape
-    flat = rows_at(x, jnp.moveaxis(index, 0, 1).reshape(rows, -1))
+    flat = gather_tokens(x, jnp.moveaxis(index, 0, 1).reshape(rows, -1))
     return jnp.moveaxis(flat.reshape(rows, count, size, *x.shape[2:]), 1, 0)
 
 
@@ -89,9 +106,9 @@ def _attend(
     b, t, h, width = q.shape
     grouped = q.reshape(b, t, k.shape[2], -1, width)
     seen = visible[:, None, None]
-    logits = product("btgrk,bsgk->bgrts", grouped, k)
-    logits = jnp.where(seen, logits + bias[:, None, None, None], NEVER)
+    logits = einsum_f32("btgrk,bsgk->bgrts", grouped, k)
+    logits = jnp.where(seen, logits + bias[:, None, None, None], MASKED_LOGIT)
     weights = jnp.where(seen, jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))), 0)
     total = jnp.moveaxis(weights.sum(axis=-1), 3, 1)[..., None]
-    out = product("bgrts,bsgv->btgrv", weights.astype(v.dtype), v)
+    out = einsum_f32("bgrts,bsgv->btgrv", weights.astype(v.dtype), v)
     return (out / jnp.where(total > 0, total, 1)).reshape(b, t, h, -1)

@@ -13,23 +13,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels import feature_maps
-from recallax.pallas_kernels.chunking import documents
-from recallax.pallas_kernels.dispatch import call, kernel, require
+from recallax.pallas_kernels.chunking import index_documents
+from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
 from recallax.pallas_kernels.taylor_attention import reference, xla
 
-FORMS = {
+IMPLEMENTATIONS = {
     "reference": reference.taylor_attention,
     "xla": xla.taylor_attention,
-    "mosaic_gpu": kernel("recallax.pallas_kernels.taylor_attention.mosaic_gpu", "taylor_attention"),
-    "mosaic_tpu": kernel("recallax.pallas_kernels.taylor_attention.mosaic_tpu", "taylor_attention"),
+    "mosaic_gpu": lazy_kernel("recallax.pallas_kernels.taylor_attention.mosaic_gpu", "taylor_attention"),
+    "mosaic_tpu": lazy_kernel("recallax.pallas_kernels.taylor_attention.mosaic_tpu", "taylor_attention"),
 }
-STEP_FORMS = {
+STEP_IMPLEMENTATIONS = {
     "xla": xla.add_and_read,
-    "mosaic_gpu": kernel("recallax.pallas_kernels.taylor_attention.mosaic_gpu_step", "add_and_read"),
+    "mosaic_gpu": lazy_kernel("recallax.pallas_kernels.taylor_attention.mosaic_gpu.taylor_step", "add_and_read"),
 }
-FEATURES = {"symmetric": feature_maps.taylor, "full": feature_maps.taylor_full}
+FEATURE_MAPS = {"symmetric": feature_maps.taylor, "full": feature_maps.taylor_full}
 
-type Features = Literal["symmetric", "full"]
+type TaylorFeatures = Literal["symmetric", "full"]
 """Which expansion the state holds: each product once, or the full outer product. The outputs are the same."""
 
 
@@ -40,9 +40,9 @@ class TaylorState(NamedTuple):
     z: Float[Array, "B H F"]
 
 
-def state_width(width: int, features: Features) -> int:
+def num_features(head_dim: int, features: TaylorFeatures) -> int:
     """Number of features F of the state for query and key width K."""
-    return 1 + width + (width * (width + 1) // 2 if features == "symmetric" else width * width)
+    return 1 + head_dim + (head_dim * (head_dim + 1) // 2 if features == "symmetric" else head_dim * head_dim)
 
 
 def taylor_attention(
@@ -51,8 +51,8 @@ def taylor_attention(
     v: Float[Array, "B T H V"],
     *,
     state: TaylorState | None = None,
-    segments: Int[Array, "B T"] | None = None,
-    features: Features = "symmetric",
+    segment_ids: Int[Array, "B T"] | None = None,
+    features: TaylorFeatures = "symmetric",
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], TaylorState]:
     """Normalised output in v's dtype and the final float32 state.
@@ -66,7 +66,7 @@ def taylor_attention(
     require(op, k.shape == q.shape, f"k has shape {k.shape}; it must be q's {q.shape}")
     require(op, v.shape[:3] == (b, t, h), f"v has shape {v.shape}; it must begin with {(b, t, h)}")
     if state is not None:
-        wanted = (b, h, state_width(width, features), v.shape[-1])
+        wanted = (b, h, num_features(width, features), v.shape[-1])
         require(op, state.kv.shape == wanted, f"state.kv has shape {state.kv.shape}; it must be {wanted}")
         require(op, state.z.shape == wanted[:3], f"state.z has shape {state.z.shape}; it must be {wanted[:3]}")
     # With both sides divided by K^(1/4) the features need no scale of their own. A sum with itself in column V + 1,
@@ -74,10 +74,12 @@ def taylor_attention(
     q, k = q * jnp.asarray(width**-0.25, q.dtype), k * jnp.asarray(width**-0.25, k.dtype)
     ones = jnp.ones_like(v[..., :1])
     packed = None if state is None else jnp.concatenate([state.kv, state.z[..., None]], axis=-1)
-    docs = None if segments is None else documents(segments)
+    docs = None if segment_ids is None else index_documents(segment_ids)
     wide = jnp.concatenate([v, ones], axis=-1)
-    sums, packed = call(op, FORMS, implementation, q, k, wide, packed, docs, FEATURES[features])
-    return _normalise(sums).astype(v.dtype), TaylorState(packed[..., :-1], packed[..., -1])
+    sums, packed = call_implementation(
+        op, IMPLEMENTATIONS, implementation, q, k, wide, packed, docs, FEATURE_MAPS[features]
+    )
+    return _normalize(sums).astype(v.dtype), TaylorState(packed[..., :-1], packed[..., -1])
 
 
 def taylor_attention_step(
@@ -87,21 +89,23 @@ def taylor_attention_step(
     state: TaylorState,
     active: Bool[Array, " B"],
     *,
-    features: Features = "symmetric",
+    features: TaylorFeatures = "symmetric",
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B H V"], TaylorState]:
     """One token; inactive rows keep their state and output 0."""
-    scale, expand = q.shape[-1] ** -0.25, FEATURES[features]
+    scale, expand = q.shape[-1] ** -0.25, FEATURE_MAPS[features]
     phi_q, phi_k = expand(q.astype(jnp.float32) * scale), expand(k.astype(jnp.float32) * scale)
     # What is added is 0 in inactive rows.
     phi_k = jnp.where(active[:, None, None], phi_k, 0)
     values = jnp.where(active[:, None, None], v.astype(jnp.float32), 0)
-    sums, kv = call("taylor_attention_step", STEP_FORMS, implementation, phi_q, phi_k, values, state.kv)
+    sums, kv = call_implementation(
+        "taylor_attention_step", STEP_IMPLEMENTATIONS, implementation, phi_q, phi_k, values, state.kv
+    )
     z = state.z + phi_k
     sums = jnp.concatenate([sums, jnp.einsum("bhf,bhf->bh", phi_q, z)[..., None]], axis=-1)
-    return jnp.where(active[:, None, None], _normalise(sums), 0).astype(v.dtype), TaylorState(kv, z)
+    return jnp.where(active[:, None, None], _normalize(sums), 0).astype(v.dtype), TaylorState(kv, z)
 
 
-def _normalise(sums: Float[Array, "... W"]) -> Float[Array, "... V"]:
+def _normalize(sums: Float[Array, "... W"]) -> Float[Array, "... V"]:
     total = sums[..., -1:]
     return sums[..., :-1] / jnp.where(total > 0, total, 1)  # padding that saw no token divides by 1

@@ -15,29 +15,29 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels import mosaic_tpu_decay as decays
-from recallax.pallas_kernels.chunking import Documents
+from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.dispatch import Unsupported
 from recallax.pallas_kernels.feature_maps import taylor, taylor_score
-from recallax.pallas_kernels.mosaic_tpu import (
-    Chunks,
+from recallax.pallas_kernels.mosaic_tpu import token_decay as decays
+from recallax.pallas_kernels.mosaic_tpu.blockwise_channel_decay import chunk_decay
+from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
+    ChunkGrid,
+    ChunkOperand,
     Matrices,
-    Operand,
-    Shared,
-    Steps,
-    Tokens,
+    PerChunkOperand,
+    SharedOperand,
+    TokenOperand,
+    chunk_scan,
+    dot,
+    dot_tn,
     head_major,
-    in_chunks,
-    keeping,
-    mm,
-    require_dtypes,
-    shaped,
-    steps_of,
-    t_mm,
+    make_chunk_grid,
+    output_shape,
+    require_uniform_dtype,
+    save_states,
+    split_chunks,
     time_major,
-    walk,
 )
-from recallax.pallas_kernels.mosaic_tpu_channels import decay_of
 
 CHUNK = 128
 
@@ -47,27 +47,27 @@ def taylor_attention(
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
     state: Float[Array, "B H F V"] | None,
-    docs: Documents | None,
-    features: Callable[[Array], Array],
+    document_ids: DocumentIds | None,
+    feature_map: Callable[[Array], Array],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """The op's form for TPUs, of symmetric features and of float32 or bfloat16 inputs of one dtype."""
     length, width = q.shape[1], q.shape[3]
-    steps = steps_of(CHUNK, length, v, q.shape[2])
-    require_dtypes(q=q, k=k, v=v)
-    if features is not taylor:
+    steps = make_chunk_grid(CHUNK, length, v, q.shape[2])
+    require_uniform_dtype(q=q, k=k, v=v)
+    if feature_map is not taylor:
         raise Unsupported("the features are not symmetric; it holds each product of two channels once")
-    if docs is not None:  # padding does not write; as a key of zeros would, with its constant feature
-        v = jnp.where(docs.valid[..., None, None], v, jnp.zeros((), v.dtype))
-    gate = decays.log_decay_of(None, docs, v.shape[2])
-    gate = None if gate is None else decays.running(in_chunks(head_major(gate, steps)[..., 0], steps))
+    if document_ids is not None:  # padding does not write; as a key of zeros would, with its constant feature
+        v = jnp.where(document_ids.valid[..., None, None], v, jnp.zeros((), v.dtype))
+    gate = decays.document_log_decay(None, document_ids, v.shape[2])
+    gate = None if gate is None else decays.running_sums(split_chunks(head_major(gate, steps)[..., 0], steps))
     if state is None:
-        state = jnp.zeros((v.shape[0], v.shape[2], _factors(width).shape[1] // 2, v.shape[3]), jnp.float32)
+        state = jnp.zeros((v.shape[0], v.shape[2], _feature_factors(width).shape[1] // 2, v.shape[3]), jnp.float32)
     q, k, v = (head_major(x, steps) for x in (q, k, v))
     out, final = _core(steps, q, k, v, gate, state)
     return time_major(out, length), final
 
 
-def _factors(width: int) -> np.ndarray:
+def _feature_factors(width: int) -> np.ndarray:
     """[K + 2, 2 F]: which channel each feature's two factors are, 1 added to it, and (first half) the weight."""
     first, second, weight = [width, *[width] * width], [width, *range(width)], [1.0] * (width + 1)
     for i in range(width):
@@ -83,29 +83,36 @@ def _factors(width: int) -> np.ndarray:
 def _features(x: Float[Array, "C K"], factors: Float[Array, "K2 F2"], dtype: DTypeLike) -> Float[Array, "C F"]:
     width, count = x.shape[1], factors.shape[1] // 2
     first, second = factors[:, :count], factors[:, count:]
-    a = mm(x, first[:width], dtype) + first[width : width + 1]
-    b = mm(x, second[:width], dtype) + second[width : width + 1]
+    a = dot(x, first[:width], dtype) + first[width : width + 1]
+    b = dot(x, second[:width], dtype) + second[width : width + 1]
     return a * b * first[width + 1 :]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _core(
-    steps: Steps,
+    chunk_grid: ChunkGrid,
     q: Float[Array, "B H T K"],
     k: Float[Array, "B H T K"],
     v: Float[Array, "B H T V"],
-    gate: Float[Array, "B H N 2 C"] | None,
+    log_decay: Float[Array, "B H N 2 C"] | None,
     state: Float[Array, "B H F V"],
 ) -> tuple[Float[Array, "B H T V"], Float[Array, "B H F V"]]:
     """Of whole chunks, head-major; the gate holds the borders of documents."""
     body = functools.partial(_chunk, v.dtype)
-    (final,), (out,) = walk("taylor_attention_forward", body, steps, (state,), _operands(q, k, v, gate), (Tokens(v),))
+    (final,), (out,) = chunk_scan(
+        "taylor_attention_forward", body, chunk_grid, (state,), _operands(q, k, v, log_decay), (TokenOperand(v),)
+    )
     return out, final
 
 
-def _operands(q: Array, k: Array, v: Array, gate: Array | None) -> tuple[Operand, ...]:
-    given = (Shared(jnp.asarray(_factors(q.shape[3]))), Tokens(q), Tokens(k), Tokens(v))
-    return given if gate is None else (*given, Chunks(gate))
+def _operands(q: Array, k: Array, v: Array, log_decay: Array | None) -> tuple[ChunkOperand, ...]:
+    given = (
+        SharedOperand(jnp.asarray(_feature_factors(q.shape[3]))),
+        TokenOperand(q),
+        TokenOperand(k),
+        TokenOperand(v),
+    )
+    return given if log_decay is None else (*given, PerChunkOperand(log_decay))
 
 
 def _chunk(
@@ -119,18 +126,18 @@ def _chunk(
 ) -> tuple[Matrices, Matrices]:
     """The state [F, V] after a chunk and the chunk's sums [C, V]."""
     (state,) = states
-    decay = decay_of(gates, q.shape[0], state.shape[0])
+    decay = chunk_decay(gates, q.shape[0], state.shape[0])
     phi_q, phi_k = (_features(x, factors, dtype) for x in (q, k))
-    out = mm(decay.scores(q, k, dtype, taylor_score), v, dtype)
-    out = out + mm(decays.scaled(phi_q, decay.since_start), state, dtype)
-    written = t_mm(decays.scaled(phi_k, decay.until_end), v, dtype)
-    return (decays.scaled(state, decay.total) + written,), (out,)
+    out = dot(decay.scores(q, k, dtype, taylor_score), v, dtype)
+    out = out + dot(decays.scale_by_decay(phi_q, decay.decay_from_start), state, dtype)
+    written = dot_tn(decays.scale_by_decay(phi_k, decay.decay_to_end), v, dtype)
+    return (decays.scale_by_decay(state, decay.total_decay) + written,), (out,)
 
 
-def _back(
+def _backward_chunk(
     dtype: DTypeLike,
     states: Matrices,
-    slope: Array,
+    grad: Array,
     state: Array,
     factors: Array,
     q: Array,
@@ -144,7 +151,7 @@ def _back(
         return _chunk(dtype, (state,), factors, q, k, v, *gates)
 
     _, pull = jax.vjp(forward, state, q, k, v)
-    early, *slopes = pull((states, (slope,)))
+    early, *slopes = pull((states, (grad,)))
     return (early,), tuple(slopes)
 
 
@@ -152,28 +159,30 @@ type TaylorResiduals = tuple[Array, Array, Array, Array | None, Array]
 
 
 def _forward(
-    steps: Steps, q: Array, k: Array, v: Array, gate: Array | None, state: Array
+    chunk_grid: ChunkGrid, q: Array, k: Array, v: Array, log_decay: Array | None, state: Array
 ) -> tuple[tuple[Array, Array], TaylorResiduals]:
-    kept = Chunks(shaped(*state.shape[:2], steps.chunks, *state.shape[2:]))
-    body = keeping(functools.partial(_chunk, v.dtype))
-    (final,), (out, states) = walk(
-        "taylor_attention_forward", body, steps, (state,), _operands(q, k, v, gate), (Tokens(v), kept)
+    kept = PerChunkOperand(output_shape(*state.shape[:2], chunk_grid.num_chunks, *state.shape[2:]))
+    body = save_states(functools.partial(_chunk, v.dtype))
+    (final,), (out, states) = chunk_scan(
+        "taylor_attention_forward", body, chunk_grid, (state,), _operands(q, k, v, log_decay), (TokenOperand(v), kept)
     )
-    return (out, final), (q, k, v, gate, states)
+    return (out, final), (q, k, v, log_decay, states)
 
 
-def _backward(steps: Steps, residuals: TaylorResiduals, slopes: tuple[Array, Array]) -> tuple[Array | None, ...]:
+def _backward(
+    chunk_grid: ChunkGrid, residuals: TaylorResiduals, grads: tuple[Array, Array]
+) -> tuple[Array | None, ...]:
     q, k, v, gate, states = residuals
-    slope, late = slopes
-    inputs = (Tokens(slope), Chunks(states), *_operands(q, k, v, gate))
-    body = functools.partial(_back, v.dtype)
-    (early,), (dq, dk, dv) = walk(
+    slope, late = grads
+    inputs = (TokenOperand(slope), PerChunkOperand(states), *_operands(q, k, v, gate))
+    body = functools.partial(_backward_chunk, v.dtype)
+    (early,), (dq, dk, dv) = chunk_scan(
         "taylor_attention_backward",
         body,
-        steps._replace(reverse=True),
+        chunk_grid._replace(reverse=True),
         (late,),
         inputs,
-        (Tokens(q), Tokens(k), Tokens(v)),
+        (TokenOperand(q), TokenOperand(k), TokenOperand(v)),
     )
     return dq, dk, dv, None if gate is None else jnp.zeros_like(gate), early
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import Documents
+from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.feature_maps import taylor_score
 from recallax.pallas_kernels.linear_attention import xla
 
@@ -18,11 +18,13 @@ def taylor_attention(
     k: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
     state: Float[Array, "B H F V"] | None,
-    docs: Documents | None,
-    features: Callable[[Array], Array],
+    document_ids: DocumentIds | None,
+    feature_map: Callable[[Array], Array],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """Unnormalised sums in v's dtype and the final state in float32."""
-    return xla.chunked(q, k, v, None, state, docs, kernel=xla.Kernel(taylor_score, features), chunk=CHUNK)
+    return xla.chunked_linear_attention(
+        q, k, v, None, state, document_ids, kernel=xla.SimilarityKernel(taylor_score, feature_map), chunk_size=CHUNK
+    )
 
 
 def add_and_read(

@@ -9,25 +9,32 @@ Grouped queries: H query heads share G key/value heads, G dividing H (Ainslie et
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.pallas_kernels.chunking import documents
-from recallax.pallas_kernels.dispatch import call, kernel, require
-from recallax.pallas_kernels.window_attention import xla
-from recallax.pallas_kernels.window_attention.cache import (
+from recallax.pallas_kernels.chunking import index_documents
+from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
+from recallax.pallas_kernels.kv_cache import (
     KVCache,
-    Persistent,
-    extend,
-    held_positions,
-    with_persistent,
-    write,
+    PersistentKV,
+    cached_positions,
+    prepend_persistent,
+    update_kv_cache,
+    update_kv_cache_step,
 )
+from recallax.pallas_kernels.window_attention import xla
 
-__all__ = ["FORMS", "KVCache", "Persistent", "masked_attention", "window_attention", "window_attention_step"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "KVCache",
+    "PersistentKV",
+    "masked_attention",
+    "window_attention",
+    "window_attention_step",
+]
 
-FORMS = {
+IMPLEMENTATIONS = {
     "reference": xla.dense,
     "xla": xla.blockwise,
-    "cudnn": kernel("recallax.pallas_kernels.window_attention.cudnn", "window_attention"),
-    "splash": kernel("recallax.pallas_kernels.window_attention.splash", "window_attention"),
+    "cudnn": lazy_kernel("recallax.pallas_kernels.window_attention.cudnn", "window_attention"),
+    "splash": lazy_kernel("recallax.pallas_kernels.window_attention.splash", "window_attention"),
 }
 
 
@@ -38,9 +45,9 @@ def window_attention(
     *,
     window: int | None = None,
     state: KVCache | None = None,
-    persistent: Persistent | None = None,
+    persistent: PersistentKV | None = None,
     positions: Int[Array, "B T"] | None = None,
-    segments: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], KVCache | None]:
@@ -63,13 +70,17 @@ def window_attention(
     if persistent is not None:
         shape = persistent.k.shape
         require(op, shape[1:] == (g, width), f"persistent keys have shape {shape}; it must be [P, {g}, {width}]")
-    docs = None if segments is None else documents(segments)
+    docs = None if segment_ids is None else index_documents(segment_ids)
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
     cached = (None, None) if state is None else (state, positions)
-    out = call(op, FORMS, implementation, q, k, v, docs, window, persistent, *cached).astype(v.dtype)
+    out = call_implementation(op, IMPLEMENTATIONS, implementation, q, k, v, docs, window, persistent, *cached).astype(
+        v.dtype
+    )
     if state is None or positions is None:
         return out, None
-    return out, extend(state, k, v, positions, jnp.ones((b, t), jnp.int32) if segments is None else segments)
+    return out, update_kv_cache(
+        state, k, v, positions, jnp.ones((b, t), jnp.int32) if segment_ids is None else segment_ids
+    )
 
 
 def window_attention_step(
@@ -81,20 +92,20 @@ def window_attention_step(
     active: Bool[Array, " B"],
     *,
     window: int | None = None,
-    persistent: Persistent | None = None,
+    persistent: PersistentKV | None = None,
     scale: float | None = None,
 ) -> tuple[Float[Array, "B H V"], KVCache]:
     """One token at `position`; inactive rows keep their cache and output 0."""
-    state = write(state, k, v, position, active)
-    held = held_positions(position + 1, state.k.shape[1])
+    state = update_kv_cache_step(state, k, v, position, active)
+    held = cached_positions(position + 1, state.k.shape[1])
     visible = (held >= 0) & active[:, None]
     if window is not None:
         visible &= position[:, None] - held < window
-    parts = [xla.Held(state.k, state.v, visible)]
+    parts = [xla.VisibleKV(state.k, state.v, visible)]
     if persistent is not None:
         always = jnp.ones((1, len(persistent.k)), bool)
-        parts.append(xla.Held(persistent.k[None], persistent.v[None], always))
-    out = xla.attend_once(q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype), parts)
+        parts.append(xla.VisibleKV(persistent.k[None], persistent.v[None], always))
+    out = xla.attend_one_query(q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype), parts)
     return jnp.where(active[:, None, None], out, 0).astype(v.dtype), state
 
 
@@ -104,7 +115,7 @@ def masked_attention(
     v: Float[Array, "B S G V"],
     visible: Bool[Array, "B T S"],
     *,
-    persistent: Persistent | None = None,
+    persistent: PersistentKV | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T H V"]:
     """Softmax attention over the keys that a mask names, all pairs at once: for blocks of a few hundred tokens.
@@ -118,4 +129,4 @@ def masked_attention(
     require(op, h % g == 0, f"{h} query heads cannot share {g} key/value heads; use a divisor of {h}")
     require(op, visible.shape == (b, t, s), f"visible has shape {visible.shape}; it must be {(b, t, s)}")
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
-    return xla.attend(q, *with_persistent(persistent, k, v, visible)).astype(v.dtype)
+    return xla.attend(q, *prepend_persistent(persistent, k, v, visible)).astype(v.dtype)

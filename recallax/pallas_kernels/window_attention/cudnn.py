@@ -6,29 +6,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from recallax.pallas_kernels.chunking import Documents
+from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.dispatch import Unsupported, platform
-from recallax.pallas_kernels.window_attention.cache import KVCache, Persistent
+from recallax.pallas_kernels.kv_cache import KVCache, PersistentKV
 
 LIBRARY: Literal["cudnn", "xla"] = "cudnn"
 """Tests compare the arguments' meaning through "xla", which takes the same ones anywhere."""
-WIDEST = 128
+MAX_HEAD_DIM = 128
 
 
 def window_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
-    docs: Documents | None,
+    document_ids: DocumentIds | None,
     window: int | None,
-    persistent: Persistent | None,
+    persistent: PersistentKV | None,
     cache: KVCache | None,
     positions: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T H V"]:
     """Whole rows of one document each, in bfloat16 or float16; q is scaled already."""
     if LIBRARY == "cudnn" and platform() != "gpu":
         raise Unsupported(f"cuDNN needs a GPU and this is a {platform().upper()}")
-    if docs is not None:
+    if document_ids is not None:
         raise Unsupported("segments are given; cuDNN would take them as a mask of all pairs, which is slow")
     if persistent is not None:
         raise Unsupported("persistent keys are given, which no window leaves out")
@@ -37,8 +37,10 @@ def window_attention(
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise Unsupported(f"q is {q.dtype}; cuDNN takes bfloat16 and float16")
     widths = (q.shape[-1], v.shape[-1])
-    if widths[0] != widths[1] or widths[0] % 8 or widths[0] > WIDEST:
-        raise Unsupported(f"keys and values are {widths} wide; cuDNN takes one multiple of 8 up to {WIDEST} for both")
+    if widths[0] != widths[1] or widths[0] % 8 or widths[0] > MAX_HEAD_DIM:
+        raise Unsupported(
+            f"keys and values are {widths} wide; cuDNN takes one multiple of 8 up to {MAX_HEAD_DIM} for both"
+        )
     reach = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
         q, k, v, scale=1.0, is_causal=True, local_window_size=reach, implementation=LIBRARY

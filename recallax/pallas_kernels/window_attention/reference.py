@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from recallax.pallas_kernels.chunking import accumulator
+from recallax.pallas_kernels.chunking import accumulator_dtype
 
 
 def attend(
@@ -14,7 +14,7 @@ def attend(
     visible: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H V"]:
     """y_i = sum_j softmax_j(q_i.k_j over visible j) v_j; 0 where nothing is visible. Head h reads group h // (H/G)."""
-    wide = accumulator(q.dtype)
+    wide = accumulator_dtype(q.dtype)
     groups = q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x.astype(wide), groups, axis=2) for x in (k, v))
     scores = jnp.einsum("bthk,bshk->bhts", q.astype(wide), k)

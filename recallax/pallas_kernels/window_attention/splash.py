@@ -9,12 +9,12 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
-from recallax.pallas_kernels.chunking import Documents
-from recallax.pallas_kernels.dispatch import Unsupported, interpreting
-from recallax.pallas_kernels.window_attention.cache import KVCache, Persistent
+from recallax.pallas_kernels.chunking import DocumentIds
+from recallax.pallas_kernels.dispatch import Unsupported, use_interpreter
+from recallax.pallas_kernels.kv_cache import KVCache, PersistentKV
 
 LANES = 128
-BLOCK = 512
+MAX_BLOCK = 512
 """Longest block of queries and of keys."""
 
 
@@ -22,14 +22,14 @@ def window_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
-    docs: Documents | None,
+    document_ids: DocumentIds | None,
     window: int | None,
-    persistent: Persistent | None,
+    persistent: PersistentKV | None,
     cache: KVCache | None,
     positions: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T H V"]:
     """Whole rows, packed or not; q is scaled already. Widths and time are padded with zeros to multiples of 128."""
-    interpret = interpreting("tpu")
+    interpret = use_interpreter("tpu")
     if persistent is not None:
         raise Unsupported("persistent keys are given, which no window leaves out")
     if cache is not None:
@@ -38,7 +38,7 @@ def window_attention(
     groups, values = k.shape[2], v.shape[-1]
     width = max(LANES * -(-x.shape[-1] // LANES) for x in (q, v))
     whole = LANES * -(-t // LANES)
-    block = max(size for size in (LANES, 2 * LANES, BLOCK) if whole % size == 0)
+    block = max(size for size in (LANES, 2 * LANES, MAX_BLOCK) if whole % size == 0)
 
     def heads_first(x: Array) -> Array:
         """[B, G, heads of the group, time, width]"""
@@ -49,11 +49,13 @@ def window_attention(
     if window is not None:
         mask = masks.LocalMask((whole, whole), (window - 1, 0), 0)
     attend = splash.make_splash_mqa_single_device(
-        masks.MultiHeadMask([mask] * (heads // groups)), block_sizes=_blocks(block), interpret=interpret
+        masks.MultiHeadMask([mask] * (heads // groups)), block_sizes=_block_sizes(block), interpret=interpret
     )
     ids = None
-    if docs is not None:
-        row = jnp.pad(jnp.where(docs.valid, docs.index + 1, 0), ((0, 0), (0, whole - t))).astype(jnp.int32)
+    if document_ids is not None:
+        row = jnp.pad(jnp.where(document_ids.valid, document_ids.index + 1, 0), ((0, 0), (0, whole - t))).astype(
+            jnp.int32
+        )
         ids = splash.SegmentIds(row, row)
     per_group = jax.vmap(cast(Callable[..., Array], attend), in_axes=(0, 0, 0, None))
     per_row = jax.vmap(per_group, in_axes=(0, 0, 0, None if ids is None else 0))
@@ -61,6 +63,6 @@ def window_attention(
     return jnp.moveaxis(out.reshape(b, heads, whole, width), 2, 1)[:, :t, :, :values]
 
 
-def _blocks(size: int) -> splash.BlockSizes:
+def _block_sizes(size: int) -> splash.BlockSizes:
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     return splash.BlockSizes(**dict.fromkeys(names, size))

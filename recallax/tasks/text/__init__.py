@@ -8,10 +8,10 @@ of the corpus.
 """
 
 from recallax.tasks.text.files import TextFiles
+from recallax.tasks.text.language_modeling import Text
 from recallax.tasks.text.shakespeare import Shakespeare
-from recallax.tasks.text.source import Source
-from recallax.tasks.text.task import Text
+from recallax.tasks.text.source import TextSource
 from recallax.tasks.text.tfds import Tfds
 from recallax.tasks.text.tokenizer import BPE, Bytes, SentencePiece, Tokenizer
 
-__all__ = ["BPE", "Bytes", "SentencePiece", "Shakespeare", "Source", "Text", "TextFiles", "Tfds", "Tokenizer"]
+__all__ = ["BPE", "Bytes", "SentencePiece", "Shakespeare", "Text", "TextFiles", "TextSource", "Tfds", "Tokenizer"]

@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from recallax.tasks.text.source import Corpus, Held, Source, corpus_of
+from recallax.tasks.text.source import Corpus, HeldOutFractions, TextSource, in_memory_corpus
 
-FILE = "shakespeare.txt"
-HELD = Held(valid=0.1, test=0.1)
+RESOURCE = "shakespeare.txt"
+HELD_OUT = HeldOutFractions(valid=0.1, test=0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shakespeare(Source):
+class Shakespeare(TextSource):
     """Four plays by scene, and the sonnets; a tenth of the documents is valid, another is test."""
 
     def open(self) -> Corpus:
-        return _corpus()
+        return _load_corpus()
 
 
 @cache
-def _corpus() -> Corpus:
-    whole = resources.files(__package__).joinpath(FILE).read_text(encoding="ascii")
-    return corpus_of((text.strip("\n") for text in whole.split("\f")), HELD)
+def _load_corpus() -> Corpus:
+    whole = resources.files(__package__).joinpath(RESOURCE).read_text(encoding="ascii")
+    return in_memory_corpus((text.strip("\n") for text in whole.split("\f")), HELD_OUT)

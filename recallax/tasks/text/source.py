@@ -14,7 +14,7 @@ from recallax.config import Config, ConfigError
 from recallax.tasks.base import SPLITS, Split
 
 
-class Documents(Protocol):
+class DocumentSequence(Protocol):
     """The texts of one split, in an order that never changes."""
 
     def __len__(self) -> int: ...
@@ -27,10 +27,10 @@ class Corpus(NamedTuple):
 
     digest: str
     """Equal where the documents are."""
-    documents: Mapping[Split, Documents]
+    documents: Mapping[Split, DocumentSequence]
 
 
-class Source(Config, abc.ABC):
+class TextSource(Config, abc.ABC):
     """Which documents. Subclasses are frozen dataclasses."""
 
     @abc.abstractmethod
@@ -42,24 +42,24 @@ class Source(Config, abc.ABC):
         return
 
 
-class Held(NamedTuple):
+class HeldOutFractions(NamedTuple):
     """Which share of the documents is held out."""
 
     valid: float
     test: float
 
 
-def split_by_content(digests: Int[np.ndarray, " D"], held: Held) -> Int[np.ndarray, " D"]:
+def split_by_content(digests: Int[np.ndarray, " D"], held_out: HeldOutFractions) -> Int[np.ndarray, " D"]:
     """The split of each document, as an index into `SPLITS`: disjoint by what documents say, so also where one of them
     stands twice. In the order of their digests the first are test, the next valid; at least one each.
 
     Raises ConfigError where there are fewer than three different documents, or nothing is left to train on.
     """
     different, where = np.unique(digests, return_inverse=True)
-    sizes = {"test": held.test, "valid": held.valid}
-    if not all(0 < share < 1 for share in held) or sum(held) >= 1:
+    sizes = {"test": held_out.test, "valid": held_out.valid}
+    if not all(0 < share < 1 for share in held_out) or sum(held_out) >= 1:
         raise ConfigError(
-            f"shares of valid and test documents are {tuple(held)}; they must be above 0, and sum to below 1"
+            f"shares of valid and test documents are {tuple(held_out)}; they must be above 0, and sum to below 1"
         )
     counts = {name: max(1, math.floor(share * len(different))) for name, share in sizes.items()}
     if sum(counts.values()) >= len(different):
@@ -73,13 +73,13 @@ def split_by_content(digests: Int[np.ndarray, " D"], held: Held) -> Int[np.ndarr
     return split[where]
 
 
-def digest_of(text: str) -> int:
+def document_digest(text: str) -> int:
     """63 bits of what a document says."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 @dataclass(frozen=True)
-class Given:
+class InMemoryDocuments:
     """Documents in memory."""
 
     texts: Sequence[str]
@@ -91,12 +91,13 @@ class Given:
         return iter(self.texts)
 
 
-def corpus_of(texts: Iterable[str], held: Held) -> Corpus:
+def in_memory_corpus(texts: Iterable[str], held_out: HeldOutFractions) -> Corpus:
     """Documents in memory, split by what they say."""
     texts = list(texts)
-    split = split_by_content(np.array([digest_of(text) for text in texts], np.int64), held)
-    documents: dict[Split, Documents] = {
-        name: Given([text for text, s in zip(texts, split, strict=True) if s == i]) for i, name in enumerate(SPLITS)
+    split = split_by_content(np.array([document_digest(text) for text in texts], np.int64), held_out)
+    documents: dict[Split, DocumentSequence] = {
+        name: InMemoryDocuments([text for text, s in zip(texts, split, strict=True) if s == i])
+        for i, name in enumerate(SPLITS)
     }
-    whole = hashlib.sha256(repr((held, texts)).encode()).hexdigest()
+    whole = hashlib.sha256(repr((held_out, texts)).encode()).hexdigest()
     return Corpus(whole, documents)

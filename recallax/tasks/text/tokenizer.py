@@ -13,9 +13,9 @@ from jaxtyping import Int
 
 from recallax.config import Config, ConfigError
 from recallax.tasks.encoder import Encoder
-from recallax.tasks.text.libraries import library
+from recallax.tasks.text.optional_imports import import_optional
 
-BOUNDARY = "<|endoftext|>"
+END_OF_TEXT = "<|endoftext|>"
 """GPT-2's name for what stands between documents."""
 
 
@@ -39,7 +39,7 @@ class Bytes(Tokenizer):
         return 257
 
     def load(self) -> Encoder:
-        return _Bytes()
+        return _ByteEncoder()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +49,11 @@ class BPE(Tokenizer):
     file: str
     vocab_size: int
     """Ids that the file must have, so that the model's size does not depend on a file."""
-    boundary: str = BOUNDARY
+    eos_token: str = END_OF_TEXT
     """The file's token that begins and ends documents."""
 
     def load(self) -> Encoder:
-        return _loaded(_BPE, self, _stamp(self.file))
+        return _load_cached(_BPEEncoder, self, _file_stamp(self.file))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +65,11 @@ class SentencePiece(Tokenizer):
     """Ids that the file must have, so that the model's size does not depend on a file."""
 
     def load(self) -> Encoder:
-        return _loaded(_SentencePiece, self, _stamp(self.file))
+        return _load_cached(_SentencePieceEncoder, self, _file_stamp(self.file))
 
 
-class _Bytes(Encoder):
-    begin = end = 256
+class _ByteEncoder(Encoder):
+    bos_id = eos_id = 256
     digest = "bytes"
 
     def encode(self, texts: Sequence[str]) -> list[Int[np.ndarray, " _"]]:
@@ -79,26 +79,26 @@ class _Bytes(Encoder):
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
-class _BPE(Encoder):
+class _BPEEncoder(Encoder):
     def __init__(self, config: BPE):
-        tokenizers = library("tokenizers", "text", "a BPE tokenizer")
+        tokenizers = import_optional("tokenizers", "text", "a BPE tokenizer")
         data = Path(config.file).read_bytes()
         try:
             self._model = tokenizers.Tokenizer.from_str(data.decode())
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"{config.file} is not a file of the tokenizers library: {error}") from error
-        _held_to(config, self._model.get_vocab_size(with_added_tokens=True))
-        boundary = self._model.token_to_id(config.boundary)
+        _check_vocab_size(config, self._model.get_vocab_size(with_added_tokens=True))
+        boundary = self._model.token_to_id(config.eos_token)
         if boundary is None:
             raise ConfigError(
-                f"{config.file} has no token {config.boundary!r}, which would begin and end documents; "
+                f"{config.file} has no token {config.eos_token!r}, which would begin and end documents; "
                 "name one that it has as task.tokenizer.boundary"
             )
         self._model.no_padding()
         self._model.no_truncation()
         self._model.encode_special_tokens = True  # a text that spells a special token is text
-        self.begin = self.end = boundary
-        self.digest = f"bpe {hashlib.sha256(data).hexdigest()} {config.boundary}"
+        self.bos_id = self.eos_id = boundary
+        self.digest = f"bpe {hashlib.sha256(data).hexdigest()} {config.eos_token}"
 
     def encode(self, texts: Sequence[str]) -> list[Int[np.ndarray, " _"]]:
         found = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -108,19 +108,19 @@ class _BPE(Encoder):
         return self._model.decode([i for i in ids if i < self._model.get_vocab_size()], skip_special_tokens=True)
 
 
-class _SentencePiece(Encoder):
+class _SentencePieceEncoder(Encoder):
     def __init__(self, config: SentencePiece):
-        sentencepiece = library("sentencepiece", "text", "a SentencePiece tokenizer")
+        sentencepiece = import_optional("sentencepiece", "text", "a SentencePiece tokenizer")
         data = Path(config.file).read_bytes()
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except Exception as error:  # RuntimeError, OSError and others
             raise ConfigError(f"{config.file} is not a model of sentencepiece: {error}") from error
-        _held_to(config, self._model.vocab_size())
-        self.begin, self.end = self._model.bos_id(), self._model.eos_id()
-        if self.end < 0:
+        _check_vocab_size(config, self._model.vocab_size())
+        self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
+        if self.eos_id < 0:
             raise ConfigError(f"{config.file} has no EOS, which ends documents; train it with one")
-        self.begin = self.end if self.begin < 0 else self.begin
+        self.bos_id = self.eos_id if self.bos_id < 0 else self.bos_id
         self.digest = f"sentencepiece {hashlib.sha256(data).hexdigest()}"
 
     def encode(self, texts: Sequence[str]) -> list[Int[np.ndarray, " _"]]:
@@ -133,17 +133,17 @@ class _SentencePiece(Encoder):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> int:
-    """Write a byte-level BPE of at most that many ids, `BOUNDARY` among them, as `BPE` reads it. The 256 bytes are
+    """Write a byte-level BPE of at most that many ids, `END_OF_TEXT` among them, as `BPE` reads it. The 256 bytes are
     always among them, so that any text can be encoded. Returns the number of ids; raises ConfigError."""
     if vocab_size < 257:
         raise ConfigError(f"vocab_size is {vocab_size}; it must be at least 257, for the 256 bytes and the boundary")
-    tokenizers = library("tokenizers", "text", "a BPE tokenizer")
+    tokenizers = import_optional("tokenizers", "text", "a BPE tokenizer")
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[BOUNDARY],
+        special_tokens=[END_OF_TEXT],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -153,7 +153,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> int:
     return model.get_vocab_size()
 
 
-def _stamp(file: str) -> tuple[int, int]:
+def _file_stamp(file: str) -> tuple[int, int]:
     try:
         found = Path(file).stat()
     except OSError as error:
@@ -164,13 +164,13 @@ def _stamp(file: str) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4)
-def _loaded(kind: Any, config: Tokenizer, stamp: tuple[int, int]) -> Encoder:
+def _load_cached(kind: Any, config: Tokenizer, stamp: tuple[int, int]) -> Encoder:
     return kind(config)
 
 
-def _held_to(config: BPE | SentencePiece, found: int) -> None:
-    if config.vocab_size != found:
+def _check_vocab_size(config: BPE | SentencePiece, actual: int) -> None:
+    if config.vocab_size != actual:
         raise ConfigError(
-            f"task.tokenizer.vocab_size is {config.vocab_size} and {config.file} has {found} ids; the two must be "
-            f"equal: set it to {found}, and model.vocab_size to at least that, or name the file that the model is for"
+            f"task.tokenizer.vocab_size is {config.vocab_size} and {config.file} has {actual} ids; the two must be "
+            f"equal: set it to {actual}, and model.vocab_size to at least that, or name the file that the model is for"
         )

@@ -1,0 +1,1 @@
+"""Weights of other projects and of runs: layouts, import, export, StableHLO programs."""

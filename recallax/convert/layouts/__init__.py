@@ -1,0 +1,1 @@
+"""One weight layout per published architecture family."""

@@ -1,0 +1,1 @@
+"""Kernel code for NVIDIA GPUs (Pallas Mosaic GPU) that several ops share."""

@@ -1,0 +1,1 @@
+"""Kernel code for TPUs (Pallas Mosaic TPU) that several ops share."""

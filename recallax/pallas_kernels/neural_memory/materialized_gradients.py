@@ -1,0 +1,125 @@
+"""The chunked memory as its equations read: a gradient matrix per token, and two associative scans over them.
+
+An oracle beside the token loop, and what the dual form saves is measured against it: C matrices per weight and chunk
+instead of none. For gradients at the chunk's start alone.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from recallax.pallas_kernels.chunking import DocumentIds, accumulator_dtype
+from recallax.pallas_kernels.dispatch import Unsupported
+from recallax.pallas_kernels.neural_memory.apply_boundary import apply_boundary
+from recallax.pallas_kernels.neural_memory.inner_optimizer import LOSSES, InnerOptimizer
+from recallax.pallas_kernels.neural_memory.update_coefficients import (
+    FastWeights,
+    MemoryInputs,
+    OuterParams,
+    initial_memory,
+)
+
+
+def neural_memory(
+    inner_optimizer: InnerOptimizer,
+    outer_params: OuterParams,
+    tokens: MemoryInputs,
+    document_ids: DocumentIds,
+    fast_weights: FastWeights,
+) -> tuple[Float[Array, "B M H D"], FastWeights]:
+    """As `xla.neural_memory`."""
+    if inner_optimizer.gradient != "chunk_start":
+        raise Unsupported(
+            f"gradients are taken at {inner_optimizer.gradient!r}; the implementation 'materialized' supports 'chunk_start' only"
+        )
+    wide = accumulator_dtype(tokens.q.dtype)
+    tokens, outer_params, fast_weights = jax.tree.map(lambda x: x.astype(wide), (tokens, outer_params, fast_weights))
+    per_head = jax.vmap(partial(_one_head, inner_optimizer), in_axes=(0, 1, None, 0), out_axes=(1, 0))
+    return jax.vmap(per_head, in_axes=(None, 0, 0, 0))(outer_params, tokens, document_ids, fast_weights)
+
+
+def _one_head(
+    inner_optimizer: InnerOptimizer,
+    outer_params: OuterParams,
+    tokens: MemoryInputs,
+    document_ids: DocumentIds,
+    fast_weights: FastWeights,
+) -> tuple[Float[Array, "M D"], FastWeights]:
+    chunk = inner_optimizer.chunk_size
+
+    def body(carry, part):
+        memory, document = carry
+        tokens, docs = part
+        memory = _select(docs.index[0] != document, initial_memory(outer_params, memory), memory)
+        new, out = _chunk(inner_optimizer, outer_params, memory, tokens, docs.valid)
+        return (
+            _select(docs.valid.all(), apply_boundary(inner_optimizer, outer_params, memory, new), memory),
+            docs.index[-1],
+        ), out
+
+    parts = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), (tokens, document_ids))
+    (fast_weights, _), out = jax.lax.scan(body, (fast_weights, jnp.zeros_like(document_ids.index[0])), parts)
+    return out.reshape(-1, out.shape[-1]), fast_weights
+
+
+def _chunk(
+    inner_optimizer: InnerOptimizer,
+    outer_params: OuterParams,
+    fast_weights: FastWeights,
+    tokens: MemoryInputs,
+    valid: Bool[Array, " C"],
+) -> tuple[FastWeights, Float[Array, "C D"]]:
+    loss, names = LOSSES[inner_optimizer.loss], list(fast_weights.delta)
+    origin = {name: outer_params.initial_weights[name] for name in names}
+
+    def net(weights, x):
+        everything = outer_params.initial_weights | weights
+        return inner_optimizer.network.apply(
+            lambda name, x: x @ everything[name], x[None], outer_params.norm_scale, outer_params.norm_bias
+        )[0]
+
+    start = {name: origin[name] + fast_weights.delta[name] for name in names}
+    slopes = jax.vmap(jax.grad(lambda w, k, v: loss(net(w, k), v)), in_axes=(None, 0, 0))(start, tokens.k, tokens.v)
+    at_token, held, pushed = {}, {}, {}
+    for i, name in enumerate(names):
+        away = (
+            origin[name] if inner_optimizer.decay_to == "zero" else jnp.zeros_like(origin[name])
+        )  # from where forgetting ends
+        lr = jnp.where(valid, tokens.lr[:, i], 0)[:, None, None]
+        momentum, keep = (jnp.where(valid, jnp.exp(x[:, i]), 1) for x in (tokens.log_momentum, tokens.log_decay))
+        step = -lr * slopes[name]
+        if inner_optimizer.momentum:
+            step = _linear_recurrence(momentum, step, fast_weights.momentum[name])
+            pushed[name] = step[-1]
+        steps = jnp.where(valid[:, None, None], step, 0)
+        if inner_optimizer.gradient_reduction == "mean":
+            count = jnp.maximum(jnp.cumsum(valid), 1).astype(step.dtype)[:, None, None]
+            left = _linear_recurrence(keep, jnp.zeros_like(steps), fast_weights.delta[name] + away)
+            change = left + _linear_recurrence(keep, steps, jnp.zeros_like(away)) / count - away[None]
+        else:
+            change = _linear_recurrence(keep, steps, fast_weights.delta[name] + away) - away[None]
+        at_token[name], held[name] = origin[name][None] + change, change[-1]
+    out = (
+        jax.vmap(net)(at_token, tokens.q)
+        if inner_optimizer.readout == "dual"
+        else jax.vmap(net, (None, 0))(start, tokens.q)
+    )
+    return FastWeights(held, pushed), out
+
+
+def _linear_recurrence(
+    factor: Float[Array, " C"], x: Float[Array, "C I O"], first: Float[Array, "I O"]
+) -> Float[Array, "C I O"]:
+    """h_t = factor_t h_{t-1} + x_t from h_0 = first."""
+
+    def combine(a, b):
+        return a[0] * b[0], b[0][:, None, None] * a[1] + b[1]
+
+    factors, sums = jax.lax.associative_scan(combine, (factor, x))
+    return factors[:, None, None] * first[None] + sums
+
+
+def _select(condition, new, old):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)

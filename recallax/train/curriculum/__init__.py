@@ -1,0 +1,1 @@
+"""Staged training: which parameters train, on what, and until when."""

@@ -1,0 +1,196 @@
+"""Decays per channel on a GPU: against the definitions in Pallas' interpreter, and lowered for an H100."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from recallax.pallas_kernels import dispatch
+from recallax.pallas_kernels.arg_specs import ArgSpec, random_inputs, segment_ids
+from recallax.pallas_kernels.delta_rule import delta_rule
+from recallax.pallas_kernels.delta_rule.arg_specs import inputs as delta_inputs
+from recallax.pallas_kernels.linear_attention import arg_specs as linear_cases
+from recallax.pallas_kernels.linear_attention import linear_attention
+from recallax.pallas_kernels.mosaic_gpu import sequence_splits as segments_of
+from recallax.pallas_kernels.mosaic_gpu import warpgroup_primitives
+from tests.gpu_kernel_testing import count_kernels, interpreted, mark_slow_cases
+from tests.test_ops import compare
+
+CASES = {
+    "one token": ArgSpec(1, 64, 64, num_heads=1, decay="channel"),
+    "below a chunk": ArgSpec(13, 128, 64, num_heads=1, decay="channel"),
+    "exactly two chunks": ArgSpec(128, 64, 64, num_heads=1, decay="channel"),
+    "odd": ArgSpec(67, 64, 64, num_heads=1, decay="channel"),
+    "extreme decay": ArgSpec(67, 64, 64, num_heads=1, decay="extreme channel"),
+    "packed": ArgSpec(67, 64, 128, num_heads=1, decay="channel", document_lengths=(1, 15, 1, 1, 20, 29)),
+    "packed, padding": ArgSpec(
+        67, 64, 64, num_heads=1, decay="extreme channel", document_lengths=(16, 1, 33), num_padding=17
+    ),
+}
+
+
+def check(case: ArgSpec, heads: int = 1, rate: float = 1.0) -> None:
+    """Values, final state and every gradient; `heads` value heads for each of q's and k's, decays as much slower."""
+    inputs = random_inputs(case)
+    inputs["log_decay"] = rate * inputs["log_decay"]
+    rng = np.random.default_rng(3)
+    count = heads * case.num_heads
+    if heads > 1:
+        inputs["v"] = rng.normal(size=(2, case.length, count, case.head_v_dim))
+        inputs["log_decay"] = -np.abs(rng.normal(size=(2, case.length, count, case.head_k_dim)))
+    state = linear_cases.state(dataclasses.replace(case, num_heads=count))
+    ids = segment_ids(case) if case.document_lengths else None
+
+    def op(inputs, state, form):
+        with dispatch.interpret_kernels():
+            return linear_attention(**inputs, state=state, segment_ids=ids, implementation=form)
+
+    compare(op, case, inputs, state, "bfloat16", "mosaic_gpu")
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("name", mark_slow_cases(CASES, "packed, padding"))
+def test_decay_per_channel(name):
+    check(CASES[name])
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+def test_states_that_outlast_a_chunk():
+    check(CASES["odd"], rate=0.02)
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (110, 1, 170, 5)], ids=["one", "four"])
+def test_rows_are_split_when_heads_are_few(documents, monkeypatch):
+    """Rows of six chunks as three blocks; decays leave something of a state behind a segment."""
+    monkeypatch.setattr(segments_of, "MIN_CHUNKS_PER_SPLIT", 2)
+    padded = 380 - sum(documents) if documents else 0
+    check(
+        ArgSpec(380, 64, 64, num_heads=1, decay="channel", document_lengths=documents, num_padding=padded), rate=0.005
+    )
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.usefixtures("strict")
+def test_value_heads_share_a_query_head():
+    check(ArgSpec(67, 64, 64, num_heads=2, decay="channel"), heads=2)
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("values", [64, 128])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_decay_per_channel_at_every_width(case, width, values):
+    check(dataclasses.replace(case, head_k_dim=width, head_v_dim=values))
+
+
+DELTA_CASES = {
+    "one token": ArgSpec(1, 64, 64, num_heads=1, decay="channel"),
+    "odd": ArgSpec(67, 128, 128, num_heads=1, decay="channel"),
+    "shared keys": ArgSpec(67, 64, 64, decay="channel"),
+    "exactly two chunks, correlated .9, negative eigenvalues": ArgSpec(
+        128, 64, 64, num_heads=1, decay="channel", key_correlation=0.9, max_beta=2.0
+    ),
+    "packed, decay per token": ArgSpec(67, 64, 128, num_heads=1, decay="token", document_lengths=(1, 15, 1, 1, 20, 29)),
+    "packed, padding": ArgSpec(
+        67, 64, 64, num_heads=1, decay="extreme channel", document_lengths=(16, 1, 33), num_padding=17
+    ),
+    "one chunk, packed, padding": ArgSpec(
+        50, 64, 64, num_heads=1, decay="extreme channel", document_lengths=(16, 1, 20), num_padding=13
+    ),
+    "no decay": ArgSpec(13, 64, 64, num_heads=1),
+}
+
+
+def check_delta(case: ArgSpec, erase: str, rate: float = 1.0) -> None:
+    """Values, final state and every gradient; decays are as much slower as `rate` says."""
+    inputs = delta_inputs(case, erase)
+    if case.decay:
+        inputs["log_decay"] = rate * inputs["log_decay"]
+    ids = segment_ids(case) if case.document_lengths else None
+
+    def op(inputs, state, form):
+        with dispatch.interpret_kernels():
+            return delta_rule(**inputs, state=state, segment_ids=ids, implementation=form)
+
+    compare(op, case, inputs, linear_cases.state(case), "bfloat16", "mosaic_gpu")
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("name", mark_slow_cases(DELTA_CASES, "one chunk, packed, padding"))
+def test_delta_rule(name):
+    check_delta(DELTA_CASES[name], "channel")
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("documents", [(), (60, 1, 70, 5)], ids=["one", "four"])
+def test_delta_rule_rows_are_split_when_heads_are_few(documents, monkeypatch):
+    monkeypatch.setattr(segments_of, "MIN_CHUNKS_PER_SPLIT", 1)
+    padded = 230 - sum(documents) if documents else 0
+    case = ArgSpec(
+        230, 64, 128, num_heads=1, decay="channel", key_correlation=0.9, document_lengths=documents, num_padding=padded
+    )
+    check_delta(case, "channel", rate=0.02)
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize(("width", "values"), [(64, 128), (128, 64)])
+@pytest.mark.parametrize("case", DELTA_CASES.values(), ids=DELTA_CASES)
+def test_delta_rule_at_other_widths(case, width, values):
+    erase = "token" if case.decay and "channel" in case.decay else "channel"
+    check_delta(dataclasses.replace(case, head_k_dim=width, head_v_dim=values), erase)
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.parametrize("op", [linear_attention, delta_rule])
+def test_warpgroups_do_not_race(op, monkeypatch):
+    """Over more chunks than the pipeline has room for."""
+    monkeypatch.setattr(warpgroup_primitives, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
+    case = ArgSpec(300, 64, 128, num_heads=1, decay="channel")
+    drawn = delta_inputs(case) if op is delta_rule else random_inputs(case)
+    inputs = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in drawn.items()}
+
+    def total(inputs):
+        with dispatch.interpret_kernels():
+            out, state = op(**inputs, implementation="mosaic_gpu")
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
+
+    slopes = jax.jit(jax.grad(total))(inputs)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize(("width", "docs"), [pytest.param(64, False, marks=pytest.mark.full), (128, True)])
+def test_it_lowers_for_an_h100(width, docs):
+    tokens = jax.ShapeDtypeStruct((2, 200, 2, width), jnp.bfloat16)
+    gate = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
+    ids = jax.ShapeDtypeStruct((2, 200), jnp.int32) if docs else None
+
+    def op(q, k, v, gate, ids):
+        return linear_attention(q, k, v, log_decay=gate, segment_ids=ids, implementation="mosaic_gpu")
+
+    def slopes(q, k, v, gate, ids):
+        out, pull = jax.vjp(lambda q, k, v, gate: op(q, k, v, gate, ids), q, k, v, gate)
+        return pull(out)
+
+    def delta(q, k, v, gate, ids):
+        strength = {"erase": gate, "write": gate[..., 0]}
+        return delta_rule(q, k, v, **strength, log_decay=gate, segment_ids=ids, implementation="mosaic_gpu")
+
+    arguments = (tokens, tokens, tokens, gate, ids)
+    assert count_kernels(op, *arguments) == 2 and count_kernels(slopes, *arguments) == 4
+    assert count_kernels(delta, *arguments) == 3

@@ -1,0 +1,161 @@
+"""The delta rule's GPU kernels: against the definition in Pallas' interpreter, and lowered for an H100."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from recallax.pallas_kernels import dispatch
+from recallax.pallas_kernels.arg_specs import ArgSpec, segment_ids
+from recallax.pallas_kernels.delta_rule import delta_rule
+from recallax.pallas_kernels.delta_rule.arg_specs import inputs as delta_inputs
+from recallax.pallas_kernels.delta_rule.mosaic_gpu import delta_sequence_splits as delta_segments
+from recallax.pallas_kernels.linear_attention import arg_specs as linear_cases
+from recallax.pallas_kernels.mosaic_gpu import sequence_splits as segments_of
+from recallax.pallas_kernels.mosaic_gpu import warpgroup_primitives
+from recallax.pallas_kernels.mosaic_gpu.triangular_inverse import chunk_inverses
+from tests.gpu_kernel_testing import count_kernels, interpreted, mark_slow_cases
+from tests.test_ops import compare
+
+CASES = {
+    "one token": ArgSpec(1, 64, 64, num_heads=1, decay="token"),
+    "below a chunk": ArgSpec(13, 128, 64, num_heads=1),
+    "exactly two chunks": ArgSpec(128, 64, 64, num_heads=1, decay="constant"),
+    "odd": ArgSpec(67, 128, 128, num_heads=1, decay="token"),
+    "shared keys": ArgSpec(67, 64, 64),
+    "correlated .99": ArgSpec(67, 64, 64, num_heads=1, key_correlation=0.99),
+    "negative eigenvalues": ArgSpec(131, 64, 128, num_heads=1, key_correlation=0.9, max_beta=2.0),
+    "extreme decay": ArgSpec(131, 64, 64, num_heads=1, decay="extreme"),
+    "packed": ArgSpec(67, 64, 128, num_heads=1, document_lengths=(1, 15, 1, 1, 20, 29)),
+    "packed, decay, padding": ArgSpec(
+        67, 64, 64, num_heads=1, decay="token", document_lengths=(16, 1, 33), num_padding=17
+    ),
+}
+
+
+def check(case: ArgSpec, rate: float = 1.0) -> None:
+    """Values, final state and every gradient of the kernels; decays are as much slower as `rate` says."""
+    inputs = delta_inputs(case)
+    if case.decay:
+        inputs["log_decay"] = rate * inputs["log_decay"]
+    ids = segment_ids(case) if case.document_lengths else None
+
+    def op(inputs, state, form):
+        with dispatch.interpret_kernels():
+            return delta_rule(**inputs, state=state, segment_ids=ids, implementation=form)
+
+    compare(op, case, inputs, linear_cases.state(case), "bfloat16", "mosaic_gpu")
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("name", mark_slow_cases(CASES))
+def test_delta_rule(name):
+    check(CASES[name])
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+def test_states_that_outlast_a_chunk():
+    check(CASES["packed, decay, padding"], rate=0.02)
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 70, 5)], ids=["one", "four"])
+def test_rows_are_split_when_heads_are_few(documents, monkeypatch):
+    """Rows of four chunks as four blocks; decays leave something of a state behind a segment."""
+    monkeypatch.setattr(segments_of, "MIN_CHUNKS_PER_SPLIT", 1)
+    padded = 200 - sum(documents) if documents else 0
+    case = ArgSpec(
+        200, 64, 128, num_heads=1, decay="token", key_correlation=0.9, document_lengths=documents, num_padding=padded
+    )
+    check(case, rate=0.02)
+
+
+def test_rows_are_not_split_without_benefit():
+    assert delta_segments.choose_num_delta_splits(16, 512) == 8
+    assert delta_segments.choose_num_delta_splits(40, 512) == 1 < segments_of.choose_num_splits(40, 512)
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("values", [64, 128])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_delta_rule_at_every_width(case, width, values):
+    check(dataclasses.replace(case, head_k_dim=width, head_v_dim=values))
+
+
+@interpreted
+@pytest.mark.parametrize(("beta", "tolerance"), [(1.0, 1e-5), (2.0, 1e-3)])
+def test_inverse_is_accurate_for_identical_keys(beta, tolerance):
+    key = np.random.default_rng(0).normal(size=64)
+    k = jnp.asarray(np.broadcast_to(key / np.linalg.norm(key), (1, 64, 1, 64)), jnp.bfloat16)
+    got = np.asarray(chunk_inverses(k, None, jnp.full((1, 1, 64), beta), interpret=True), np.float64)[0, 0]
+    k = np.asarray(k, np.float64)[0, :, 0]
+    want = np.linalg.inv(np.eye(64) + beta * np.tril(k @ k.T, -1))
+    np.testing.assert_allclose(got[:, :64] + got[:, 64:], want, atol=tolerance * np.abs(want).max())
+
+
+@interpreted
+@pytest.mark.full
+def test_warpgroups_do_not_race(monkeypatch):
+    """Over more chunks than the pipeline has room for."""
+    monkeypatch.setattr(warpgroup_primitives, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
+    case = ArgSpec(300, 64, 128, num_heads=1, decay="token")
+    inputs: dict[str, Any] = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in delta_inputs(case).items()}
+
+    def total(inputs):
+        with dispatch.interpret_kernels():
+            out, state = delta_rule(**inputs, implementation="mosaic_gpu")
+        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
+
+    slopes = jax.jit(jax.grad(total))(inputs)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize(
+    ("width", "decay", "docs"),
+    [
+        (128, True, True),
+        *(pytest.param(64, decay, False, marks=pytest.mark.full) for decay in (False, True)),
+        pytest.param(128, True, False, marks=pytest.mark.full),
+    ],
+)
+def test_it_lowers_for_an_h100(width, decay, docs):
+    tokens = jax.ShapeDtypeStruct((2, 200, 2, width), jnp.bfloat16)
+    strength = jax.ShapeDtypeStruct((2, 200, 2), jnp.float32)
+    gate = strength if decay else None
+    ids = jax.ShapeDtypeStruct((2, 200), jnp.int32) if docs else None
+
+    def op(q, k, v, strength, gate, ids):
+        return delta_rule(
+            q, k, v, erase=strength, write=strength, log_decay=gate, segment_ids=ids, implementation="mosaic_gpu"
+        )
+
+    def slopes(q, k, v, strength, gate, ids):
+        out, pull = jax.vjp(lambda q, k, v, strength, gate: op(q, k, v, strength, gate, ids), q, k, v, strength, gate)
+        return pull(out)
+
+    arguments = (tokens, tokens, tokens, strength, gate, ids)
+    assert count_kernels(op, *arguments) == 2 and count_kernels(slopes, *arguments) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"v": jnp.zeros((1, 4, 1, 32), jnp.bfloat16)}, "V is 32"),
+        ({"k": jnp.zeros((1, 4, 1, 64))}, "k is float32"),
+    ],
+)
+def test_unsupported_arguments_are_rejected_with_reason(change, reason):
+    tokens = {name: jnp.zeros((1, 4, 1, 64), jnp.bfloat16) for name in "qkv"}
+    inputs = tokens | dict.fromkeys(("erase", "write"), jnp.zeros((1, 4, 1))) | change
+    with dispatch.interpret_kernels(), pytest.raises(dispatch.Unsupported, match=reason):
+        delta_rule(**inputs, implementation="mosaic_gpu")

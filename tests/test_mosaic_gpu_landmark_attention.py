@@ -1,0 +1,142 @@
+"""Landmark attention's GPU kernels: against the definition in Pallas' interpreter, and lowered for an H100."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from recallax.pallas_kernels import dispatch
+from recallax.pallas_kernels.arg_specs import ArgSpec, random_inputs, segment_ids
+from recallax.pallas_kernels.landmark_attention import arg_specs, init_landmark_cache, landmark_attention
+from recallax.pallas_kernels.mosaic_gpu import warpgroup_primitives
+from tests import test_ops
+from tests.gpu_kernel_testing import count_kernels, interpreted, mark_slow_cases
+from tests.test_ops import compare
+
+CASES = {
+    "one token": ArgSpec(1, 64, 64),
+    "below a block": ArgSpec(13, 128, 64),
+    "exactly two tiles": ArgSpec(128, 64, 64),
+    "odd": ArgSpec(195, 128, 128),
+    "packed": ArgSpec(67, 64, 128, document_lengths=(1, 15, 1, 1, 20, 29)),
+    "packed, padding": ArgSpec(230, 64, 64, document_lengths=(70, 1, 140, 1), num_padding=18),
+}
+"""Two query heads share one of keys and values."""
+
+
+@pytest.fixture(autouse=True)
+def tight(monkeypatch):
+    """The inputs are bfloat16 numbers, for the definition too, so that only the kernels' own roundings are judged."""
+    monkeypatch.setitem(test_ops.TOLERANCE, "bfloat16", 0.01)
+
+
+def check(case: ArgSpec, real: int, scale: float | None = None, groups: int = 1) -> None:
+    """Values and every gradient."""
+    inputs = {
+        name: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for name, x in random_inputs(case, groups).items()
+    }
+    where: dict[str, Any] = {"positions": jnp.asarray(arg_specs.positions(case, 0), jnp.int32)}
+    where |= {"segments": segment_ids(case)} if case.document_lengths else {}
+
+    def op(inputs, state, form):
+        with dispatch.interpret_kernels():
+            return landmark_attention(**inputs, block_size=real, **where, scale=scale, implementation=form), state
+
+    compare(op, case, inputs, (), "bfloat16", "mosaic_gpu")
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("name", mark_slow_cases(CASES, "packed, padding"))
+def test_landmark_attention(name):
+    check(CASES[name], 63)
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("real", [15, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 20, 31, 50))])
+def test_several_blocks_in_a_tile_and_softmaxes_that_choose_one_key(real):
+    """Also slots that hold nothing."""
+    check(ArgSpec(150, 128, 64, document_lengths=(90, 1, 40), num_padding=19), real, scale=1.0)
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("real", [15, 63])
+@pytest.mark.parametrize("values", [64, 128])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_landmark_attention_at_every_width(case, width, values, real):
+    check(dataclasses.replace(case, head_k_dim=width, head_v_dim=values, num_heads=4), real, groups=2)
+
+
+@interpreted
+@pytest.mark.parametrize("real", [63, pytest.param(15, marks=pytest.mark.full)])
+def test_warpgroups_do_not_race(real, monkeypatch):
+    """Over more tiles than are on their way at once."""
+    monkeypatch.setattr(warpgroup_primitives, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
+    case = ArgSpec(450, 64, 64)
+    inputs: dict[str, Any] = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in random_inputs(case, 1).items()}
+
+    def total(inputs):
+        with dispatch.interpret_kernels():
+            out = landmark_attention(
+                **inputs, block_size=real, positions=jnp.arange(case.length)[None], implementation="mosaic_gpu"
+            )
+        return jnp.sum(out.astype(jnp.float32))
+
+    slopes = jax.jit(jax.grad(total))(inputs)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize(
+    ("width", "real", "docs"),
+    [
+        (128, 63, True),
+        pytest.param(64, 15, True, marks=pytest.mark.full),
+        pytest.param(64, 63, False, marks=pytest.mark.full),
+        pytest.param(128, 40, False, marks=pytest.mark.full),
+    ],
+)
+def test_it_lowers_for_an_h100(width, real, docs):
+    queries, keys = (jax.ShapeDtypeStruct((2, 200, heads, width), jnp.bfloat16) for heads in (4, 2))
+    place = jax.ShapeDtypeStruct((2, 200), jnp.int32)
+
+    def op(q, k, v, positions, ids):
+        return landmark_attention(
+            q, k, v, block_size=real, positions=positions, segment_ids=ids, implementation="mosaic_gpu"
+        )
+
+    def slopes(q, k, v, positions, ids):
+        out, pull = jax.vjp(lambda q, k, v: op(q, k, v, positions, ids), q, k, v)
+        return pull(out)
+
+    arguments = (queries, keys, keys, place, place if docs else None)
+    assert count_kernels(op, *arguments) == 1
+    assert count_kernels(slopes, *arguments) == 4  # forward, dQ, dK and dV of own blocks and of past ones
+
+
+@pytest.mark.parametrize(
+    ("change", "real", "reason"),
+    [
+        ({}, 64, "a block has 64 tokens; with its landmark it must fit in a tile of 64 keys"),
+        ({"v": jnp.zeros((1, 4, 1, 32), jnp.bfloat16)}, 63, "V is 32"),
+        ({"k": jnp.zeros((1, 4, 1, 64))}, 63, "k is float32"),
+    ],
+)
+def test_unsupported_arguments_are_rejected_with_reason(change, real, reason):
+    inputs: dict[str, Any] = {name: jnp.zeros((1, 4, 1, 64), jnp.bfloat16) for name in "qkv"} | change
+    where: dict[str, Any] = {"positions": jnp.arange(4)[None], "implementation": "mosaic_gpu"}
+    with dispatch.interpret_kernels():
+        with pytest.raises(dispatch.Unsupported, match=reason):
+            landmark_attention(**inputs, block_size=real, **where)
+        with pytest.raises(dispatch.Unsupported, match="blocks from before the row are given"):
+            past = init_landmark_cache(1, 128, 63, 1, 64, jnp.bfloat16)
+            landmark_attention(**inputs | {"v": inputs["q"], "k": inputs["q"]}, block_size=63, cache=past, **where)
+    with pytest.raises(dispatch.Unsupported, match="it is for a GPU and this is a CPU"):
+        landmark_attention(**inputs, block_size=real, **where)

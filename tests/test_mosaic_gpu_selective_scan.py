@@ -1,0 +1,110 @@
+"""The selective scan on a GPU: against the definition in Pallas' interpreter, and lowered for an H100."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from recallax.pallas_kernels import dispatch
+from recallax.pallas_kernels.arg_specs import ArgSpec, segment_ids
+from recallax.pallas_kernels.mosaic_gpu import warpgroup_primitives
+from recallax.pallas_kernels.selective_scan import mosaic_gpu as mosaic_gpu_scan
+from recallax.pallas_kernels.selective_scan import selective_scan
+from recallax.pallas_kernels.selective_scan.arg_specs import inputs as scan_inputs
+from tests.gpu_kernel_testing import count_kernels, interpreted, mark_slow_cases
+from tests.test_ops import compare
+
+CASES = {
+    "one token": ArgSpec(1),
+    "below a chunk": ArgSpec(13),
+    "exactly two chunks": ArgSpec(32),
+    "odd": ArgSpec(67),
+    "extreme decay": ArgSpec(37, decay="extreme"),
+    "packed": ArgSpec(67, document_lengths=(1, 15, 1, 1, 20, 29)),
+    "packed, padding": ArgSpec(37, document_lengths=(16, 1, 11), num_padding=9),
+}
+
+
+def check(case: ArgSpec, states: int | None, dtype: str, rate: float = 1.0) -> None:
+    """Values, final state and every gradient; decays are as much slower as `rate` says."""
+    inputs = scan_inputs(case, states)
+    inputs["rate"] = rate * inputs["rate"]
+    ids = segment_ids(case) if case.document_lengths else None
+
+    def op(inputs, state, form):
+        with dispatch.interpret_kernels():
+            out, state = selective_scan(**inputs, state=state, segment_ids=ids, implementation=form)
+        return out[:, :, None], state  # as if of one head
+
+    state = np.random.default_rng(5).normal(size=(2, 5, states or 1))
+    compare(op, case, inputs, state, dtype, "mosaic_gpu")
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("name", mark_slow_cases(CASES, "packed, padding"))
+def test_selective_scan(name):
+    check(CASES[name], 3, "bfloat16")
+
+
+@interpreted
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (20, 1, 25)], ids=["one", "three"])
+def test_rows_are_split_when_channels_are_few(documents, monkeypatch):
+    """Rows of four chunks as four blocks; decays leave something of a state behind a segment."""
+    monkeypatch.setattr(mosaic_gpu_scan, "MIN_TOKENS_PER_SPLIT", 16)
+    check(
+        ArgSpec(64, document_lengths=documents, num_padding=64 - sum(documents) if documents else 0),
+        3,
+        "bfloat16",
+        rate=0.02,
+    )
+
+
+@interpreted
+@pytest.mark.full
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("states", [None, 16])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_selective_scan_with_other_states(case, states, dtype):
+    check(case, states, dtype)
+
+
+@interpreted
+@pytest.mark.full
+def test_copies_do_not_race(monkeypatch):
+    """Over more chunks than the pipeline has room for."""
+    monkeypatch.setattr(warpgroup_primitives, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
+    inputs = {name: jnp.asarray(x, jnp.float32) for name, x in scan_inputs(ArgSpec(100), 3).items()}
+
+    def total(inputs):
+        with dispatch.interpret_kernels():
+            out, state = selective_scan(**inputs, implementation="mosaic_gpu")
+        return jnp.sum(out) + jnp.sum(state)
+
+    slopes = jax.jit(jax.grad(total))(inputs)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slopes))
+
+
+@pytest.mark.parametrize(("states", "docs"), [pytest.param(1, False, marks=pytest.mark.full), (16, True)])
+def test_it_lowers_for_an_h100(states, docs):
+    tokens = jax.ShapeDtypeStruct((2, 200, 128), jnp.bfloat16)
+    a, mix = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((128, states), (2, 200, states)))
+    ids = jax.ShapeDtypeStruct((2, 200), jnp.int32) if docs else None
+
+    def op(x, a, b, ids):
+        return selective_scan(x, x, a=a, b=b, c=b, segment_ids=ids, implementation="mosaic_gpu")
+
+    def slopes(x, a, b, ids):
+        out, pull = jax.vjp(lambda x, a, b: op(x, a, b, ids), x, a, b)
+        return pull(out)
+
+    assert count_kernels(op, tokens, a, mix, ids) == 1 and count_kernels(slopes, tokens, a, mix, ids) == 2
+
+
+def test_too_many_states_are_refused_with_the_reason():
+    inputs = {name: jnp.asarray(x, jnp.float32) for name, x in scan_inputs(ArgSpec(3), 40).items()}
+    with dispatch.interpret_kernels(), pytest.raises(dispatch.Unsupported, match="N is 40"):
+        selective_scan(**inputs, implementation="mosaic_gpu")
