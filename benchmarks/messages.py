@@ -281,7 +281,7 @@ class OptimizerMessage(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class OpMessage(Message):
-    """An op, named as in `op_cases`, and the sizes of its inputs."""
+    """An op, named as in `op_benchmarks`, and the sizes of its inputs."""
 
     threads: int
     op: str

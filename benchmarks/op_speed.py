@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks import machine
 from benchmarks.interleaved import run_interleaved
 from benchmarks.messages import RECALLAX_RESULTS, OpMessage, read_arrays
-from benchmarks.op_cases import COMPARED, OP_BENCHMARKS, STANDALONE_OPS, OpCase, temporary_and_output_bytes
+from benchmarks.op_benchmarks import COMPARED, OP_BENCHMARKS, STANDALONE_OPS, OpCase, temporary_and_output_bytes
 from benchmarks.worker import Worker, WorkerError
 from recallax.train.log import git_commit
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from benchmarks.messages import INPUTS, RECALLAX_RESULTS, OpMessage, write_arrays
-from benchmarks.op_cases import OP_BENCHMARKS
+from benchmarks.op_benchmarks import OP_BENCHMARKS
 from benchmarks.worker import Workload, serve_workload
 
 

@@ -170,9 +170,9 @@ def op_with_gradients(case: GpuCase) -> tuple[Callable[..., Any], list[Any]]:
 
     def run(*given):
         ids = given[-1] if case.docs else None
-        op = functools.partial(ops[case.op], segments=ids, implementation="mosaic_gpu")
+        op = functools.partial(ops[case.op], segment_ids=ids, implementation="mosaic_gpu")
         if case.op == "landmark_attention":
-            op = functools.partial(op, real=case.real, positions=given[-2])
+            op = functools.partial(op, block_size=case.real, positions=given[-2])
         out, pull = jax.vjp(lambda inputs: op(**inputs), dict(zip(inputs, given, strict=False)))
         return out, pull(out)
 

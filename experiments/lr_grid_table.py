@@ -1,30 +1,34 @@
-"""The table of a grid of learning rates."""
+"""The Markdown table of a sweep with the stages `grid` and `seeds`."""
 
 from collections.abc import Iterable, Sequence
 
-from experiments.train_cell import ResultRow
+from experiments.results import markdown_row
+from recallax.sweep import ResultRow
 
 
 def lr_grid_table(rows: list[ResultRow], names: Iterable[str], learning_rates: Sequence[float]) -> str:
-    """Accuracy on valid at each rate, and on test of both seeds at the best one; arms that have rows."""
-    header = [
-        "mixer",
-        "state bytes",
-        "parameters",
-        *(f"{rate:g}" for rate in learning_rates),
-        "test, each seed",
-        "seconds",
-    ]
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    """Format a line per mixer that has rows.
+
+    Args:
+        rows: Rows of the sweep.
+        names: Names of the mixers, in the order of the lines.
+        learning_rates: The grid.
+
+    Returns:
+        A Markdown table: accuracy on the valid split at each learning rate, accuracy on the test split of each seed at
+        the best one, and the shortest wall time in seconds.
+    """
+    rates = [f"{rate:g}" for rate in learning_rates]
+    header = ["mixer", "state bytes", "parameters", *rates, "test, each seed", "seconds"]
+    lines = [markdown_row(header), "|---" * len(header) + "|"]
     for name in names:
         own = [row for row in rows if row["mixer"] == name]
         if not own:
             continue
         grid = {row["lr"]: row["valid"]["accuracy"] for row in own if row["stage"] == "grid"}
-        rate = max(grid, key=grid.__getitem__)
-        tests = [f"{row['test']['accuracy']:.3f}" for row in own if row["lr"] == rate]
-        cells = [name, own[0]["state_bytes"], own[0]["parameters"]]
-        cells += [f"{grid[r]:.3f}" if r in grid else "" for r in learning_rates]
-        seconds = min(row["seconds"] for row in own)
-        lines.append("| " + " | ".join(map(str, [*cells, " ".join(tests), f"{seconds:.0f}"])) + " |")
+        best = max(grid, key=grid.__getitem__)
+        valid = [f"{grid[rate]:.3f}" if rate in grid else "" for rate in learning_rates]
+        test = " ".join(f"{row['test']['accuracy']:.3f}" for row in own if row["lr"] == best)
+        seconds = f"{min(row['seconds'] for row in own):.0f}"
+        lines.append(markdown_row([name, own[0]["state_bytes"], own[0]["parameters"], *valid, test, seconds]))
     return "\n".join(lines)

@@ -1,8 +1,9 @@
-"""Configs as values: JSON with a schema version, differences, and a fingerprint that names a run.
+# pyright: strict
+"""Configs: JSON with a schema version, differences, and a fingerprint that names a run.
 
-A config is a frozen, keyword-only dataclass that inherits from `Config`. tyro makes the command line from it;
-this file adds only what tyro lacks. A class is named in JSON by its bare name and found among the config classes
-that recallax has imported, never by an import string, so that a file cannot run code.
+A config is a frozen, keyword-only dataclass that inherits from `Config`. tyro makes the command line from it. In JSON,
+a class is named by its bare name and looked up among the imported config classes, never by an import path, so that a
+file cannot run code.
 """
 
 import dataclasses
@@ -13,16 +14,17 @@ import json
 import math
 import types
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, TypeAliasType, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeAliasType, Union, cast, get_args, get_origin, get_type_hints
 
 from recallax import schema_1
+from recallax.schema_1 import is_json_list, is_json_object
 
 SCHEMA_VERSION = 2
 """Version of the JSON that is written. Schema 1 is read through the table in `recallax.schema_1`."""
 
 
 class Config:
-    """Base class of every config; subclasses are frozen dataclasses whose names are unique in the project."""
+    """Base class of every config; subclasses are frozen dataclasses with unique names."""
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
@@ -32,15 +34,29 @@ class ConfigError(ValueError):
 
 
 def added_field[T](default: T) -> T:
-    """The default of a field that came after configs had been saved: left out of the JSON while it holds this value.
+    """Declare a field that was added after configs had been saved; JSON omits it while it has its default.
 
-    So the fingerprints of older runs, rows and checkpoints stay what they were, and older files can be read.
+    Older files can be read, and the fingerprints of older runs, log rows and checkpoints do not change.
+
+    Args:
+        default: The default, which must mean what configs without the field meant.
+
+    Returns:
+        The value to assign to the field in the class body.
     """
     return dataclasses.field(default=default, metadata={"added": True})
 
 
 def suggest_name(name: str, known: list[str]) -> str:
-    """The tail of an error message about an unknown name: `; did you mean 'x'? Known: a, b`."""
+    """Return the end of an error message about an unknown name: `; did you mean 'x'? Known: a, b`.
+
+    Args:
+        name: The unknown name.
+        known: The known names.
+
+    Returns:
+        Text that starts with `;` or `.`.
+    """
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return f"{hint} Known: {', '.join(sorted(known)) or 'none'}"
@@ -107,7 +123,15 @@ def from_json[C: Config](data: Mapping[str, Any], expected: type[C]) -> C:
 
 
 def diff(old: Config, new: Config) -> list[str]:
-    """Lines `path: old -> new` for every leaf that differs; empty when the configs are equal."""
+    """Return the differences of two configs.
+
+    Args:
+        old: A config.
+        new: Another config.
+
+    Returns:
+        A line `path: old -> new` for every leaf that differs; empty if the configs are equal.
+    """
     a, b = dict(_leaves(to_json(old), "")), dict(_leaves(to_json(new), ""))
     missing = "(absent)"
     return [
@@ -132,7 +156,14 @@ def fingerprint(config: Config, *, schema: int = SCHEMA_VERSION) -> str:
 
 
 def config_classes() -> dict[str, type[Config]]:
-    """Every config class imported so far, by name. Raises ConfigError if two share a name."""
+    """Return the config classes that have been imported.
+
+    Returns:
+        Classes by name.
+
+    Raises:
+        ConfigError: Two classes have the same name.
+    """
     found: dict[str, type[Config]] = {}
     pending = list(Config.__subclasses__())
     while pending:
@@ -148,18 +179,20 @@ def _encode(value: Any) -> Any:
         case Config():
             hints = get_type_hints(type(value))
             pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value) if not _is_omitted(f, value))
-            # 1 and 1.0 are equal configs, so they must not have two fingerprints
+            # 1 and 1.0 make equal configs, so they must have one fingerprint.
             fields = {n: float(v) if hints[n] is float and type(v) is int else _encode(v) for n, v in pairs}
             return {"class": type(value).__name__, **fields}
         case Mapping():
-            return {str(k): _encode(v) for k, v in value.items()}
+            return {str(k): _encode(v) for k, v in cast("Mapping[Any, Any]", value).items()}
         case list() | tuple():
-            return [_encode(v) for v in value]
+            return [_encode(v) for v in cast("list[Any] | tuple[Any, ...]", value)]
         case float() if not math.isfinite(value):
-            raise ConfigError(f"a config holds {value}; its numbers must be finite")
+            raise ConfigError(f"a config contains {value}; its numbers must be finite")
         case None | bool() | int() | float() | str():
             return value
-    raise ConfigError(f"a config holds {value!r} of type {type(value).__name__}; it must be plain data")
+        case _:
+            pass
+    raise ConfigError(f"a config contains {value!r} of type {type(value).__name__}; it must be plain data")
 
 
 def _decode(value: Any, hint: Any, path: str) -> Any:
@@ -178,12 +211,12 @@ def _decode(value: Any, hint: Any, path: str) -> Any:
         return value
     if isinstance(hint, type) and issubclass(hint, Config):
         return _decode_class(value, hint, path)
-    if origin is tuple and isinstance(value, list):
+    if origin is tuple and is_json_list(value):
         items = [args[0]] * len(value) if args[-1] is ... else list(args)
         if len(items) != len(value):
             raise ConfigError(f"{path} has {len(value)} items; it must have {len(items)}")
         return tuple(_decode(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, items, strict=True)))
-    if origin in (dict, Mapping) and isinstance(value, dict):
+    if origin in (dict, Mapping) and is_json_object(value):
         return {k: _decode(v, args[1], f"{path}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return float(value)
@@ -193,7 +226,7 @@ def _decode(value: Any, hint: Any, path: str) -> Any:
 
 
 def _decode_class(value: Any, expected: type[Config], path: str) -> Any:
-    if not isinstance(value, dict) or "class" not in value:
+    if not is_json_object(value) or "class" not in value:
         raise ConfigError(f"{path} is {value!r}; it must be an object with a 'class'")
     known = {name: cls for name, cls in config_classes().items() if issubclass(cls, expected) and _is_concrete(cls)}
     cls = known.get(str(value["class"]))
@@ -216,12 +249,12 @@ def _ancestry(name: str) -> list[str]:
 
 
 def _is_concrete(cls: type[Config]) -> bool:
-    """Whether it is a config and not a base class of some."""
+    """Return True for a class that has instances, unlike a base class of configs."""
     return dataclasses.is_dataclass(cls) and not inspect.isabstract(cls)
 
 
 def _is_omitted(field: dataclasses.Field[Any], config: Config) -> bool:
-    """Whether a later field holds the value that configs without it mean."""
+    """Return True for an added field that has its default."""
     return "added" in field.metadata and getattr(config, field.name) == field.default
 
 
@@ -230,6 +263,6 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, str]]:
-    if isinstance(value, dict):
+    if is_json_object(value):
         return [leaf for k, v in value.items() for leaf in _leaves(v, f"{path}.{k}" if path else k)]
     return [(path, json.dumps(value))]

@@ -1,11 +1,12 @@
+# pyright: strict
 """Names of config schema 1: one table from the old names of classes, fields and values to the names in use now.
 
-`recallax.config` reads files of schema 1 through this table and computes the fingerprints that such files carry. A field
-that a later version renames is added to a table of its own schema, never here.
+`recallax.config` reads files of schema 1 through this table and computes the fingerprints that such files carry. A
+field that a later version renames is added to a table of its own schema, never here.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 CLASSES = {
     "After": "AfterSteps",
@@ -224,12 +225,23 @@ type Ancestry = Callable[[str], list[str]]
 """The names of a config class and of its base classes, by its name."""
 
 
+def is_json_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    """Return True for a decoded JSON object."""
+    return isinstance(value, dict)
+
+
+def is_json_list(value: Any) -> TypeGuard[list[Any]]:
+    """Return True for a decoded JSON array."""
+    return isinstance(value, list)
+
+
 def upgrade(value: Any, ancestry: Ancestry) -> Any:
     """Translate JSON of schema 1 into the names in use now.
 
     Args:
         value: A decoded JSON value: an object with a `class`, or a list or leaf inside one.
-        ancestry: See `Ancestry`. Fields that a class inherits are renamed with their base class.
+        ancestry: Returns the names of a config class and its bases. Fields that a class inherits are renamed with
+            their base class.
 
     Returns:
         A new value of the same structure. Unknown classes and fields are kept as they are.
@@ -237,37 +249,49 @@ def upgrade(value: Any, ancestry: Ancestry) -> Any:
     Raises:
         ValueError: A value has no counterpart, such as a `max_beta` other than 1 and 2.
     """
-    if isinstance(value, list):
+    if is_json_list(value):
         return [upgrade(item, ancestry) for item in value]
-    if not isinstance(value, dict):
+    if not is_json_object(value):
         return value
     if "class" not in value:
         return {key: upgrade(item, ancestry) for key, item in value.items()}
-    name = CLASSES.get(value["class"], value["class"])
+    old_name: str = value["class"]
+    name = CLASSES.get(old_name, old_name)
     fields, values = _renamed_fields(name, ancestry), _renamed_values(name, ancestry)
-    out = {}
+    upgraded: dict[str, Any] = {}
     for key, item in value.items():
-        new = "class" if key == "class" else fields.get(key, key)
-        out[new] = name if key == "class" else _translate(key, upgrade(item, ancestry), values.get(new))
-    return out
+        if key == "class":
+            upgraded["class"] = name
+        else:
+            new = fields.get(key, key)
+            upgraded[new] = _translate(f"{old_name}.{key}", upgrade(item, ancestry), values.get(new))
+    return upgraded
 
 
 def downgrade(value: Any, ancestry: Ancestry) -> Any:
-    """Translate JSON in the names in use now into schema 1: the inverse of `upgrade`, with the same arguments."""
-    if isinstance(value, list):
+    """Translate JSON in the names in use now into schema 1.
+
+    Args:
+        value: A decoded JSON value.
+        ancestry: Returns the names of a config class and its bases.
+
+    Returns:
+        A new value of the same structure; `upgrade` is the inverse.
+    """
+    if is_json_list(value):
         return [downgrade(item, ancestry) for item in value]
-    if not isinstance(value, dict):
+    if not is_json_object(value):
         return value
     if "class" not in value:
         return {key: downgrade(item, ancestry) for key, item in value.items()}
-    name = value["class"]
+    name: str = value["class"]
     fields = {new: old for old, new in _renamed_fields(name, ancestry).items()}
     values = _renamed_values(name, ancestry)
-    out = {}
+    downgraded: dict[str, Any] = {}
     for key, item in value.items():
-        old = {new: old for old, new in values.get(key, {}).items()}
-        out[fields.get(key, key)] = _translate(key, downgrade(item, ancestry), old or None)
-    return out | {"class": next((old for old, new in CLASSES.items() if new == name), name)}
+        table = {new: old for old, new in values.get(key, {}).items()}
+        downgraded[fields.get(key, key)] = _translate(key, downgrade(item, ancestry), table or None)
+    return downgraded | {"class": next((old for old, new in CLASSES.items() if new == name), name)}
 
 
 def _renamed_fields(name: str, ancestry: Ancestry) -> dict[str, str]:
@@ -280,11 +304,14 @@ def _renamed_values(name: str, ancestry: Ancestry) -> dict[str, dict[Any, Any]]:
 
 
 def _translate(field: str, value: Any, table: dict[Any, Any] | None) -> Any:
-    if table is None or isinstance(value, dict | list):
+    """Look up a value in a table; numbers must be in it, and other values are kept if they are not."""
+    if table is None or is_json_list(value) or is_json_object(value):
         return value
-    numeric = all(isinstance(key, float) for key in table)
     if value in table:
         return table[value]
-    if numeric:
-        raise ValueError(f"{field} is {value}; only {' and '.join(f'{key:g}' for key in table)} can be read")
+    if all(isinstance(key, float) for key in table):
+        raise ValueError(
+            f"{field} is {value}, which this version does not support; the supported values of schema 1 are "
+            f"{' and '.join(f'{key:g}' for key in table)}"
+        )
     return value

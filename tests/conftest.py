@@ -46,7 +46,7 @@ def chunks_of_four(monkeypatch: pytest.MonkeyPatch) -> None:
     for op in ("linear_attention", "taylor_attention", "delta_rule", "selective_scan", "landmark_attention"):
         monkeypatch.setattr(f"recallax.pallas_kernels.{op}.xla.CHUNK", 4)
     monkeypatch.setattr("recallax.pallas_kernels.window_attention.xla.BLOCK", 4)
-    monkeypatch.setattr("recallax.pallas_kernels.landmark_attention.xla.KEYS", 4)
+    monkeypatch.setattr("recallax.pallas_kernels.landmark_attention.xla.KEY_CHUNK", 4)
     monkeypatch.setattr("recallax.pallas_kernels.landmark_attention.block_retrieval.CHUNK", 4)
 
 

@@ -24,16 +24,16 @@ import pytest
 
 from benchmarks import (
     fla_ops,
-    generate,
+    generation_speed,
     gpu_compare,
     hydra_crossover,
-    kernels,
-    neural_memory,
+    kernel_speed,
+    neural_memory_speed,
     numpy_ops,
     op_speed,
     prefix_prefill,
     static_gpu,
-    tasks,
+    task_speed,
     train_speed,
 )
 from benchmarks.messages import (
@@ -54,7 +54,7 @@ from benchmarks.messages import (
 )
 from benchmarks.numpy_mqar import NumpyTraining
 from benchmarks.numpy_ops import NumpyOp, central_differences
-from benchmarks.op_cases import COMPARED, CONV_SIZE, OP_BENCHMARKS
+from benchmarks.op_benchmarks import COMPARED, CONV_SIZE, OP_BENCHMARKS
 from benchmarks.recallax_mqar import RecallaxTraining
 from benchmarks.recallax_ops import RecallaxOp
 from benchmarks.worker import WorkerError
@@ -345,21 +345,21 @@ def fla_stub(name: str) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", gpu_compare.COMPARISONS)
 def test_fla_computes_the_same_op_from_what_it_is_given(name, monkeypatch):
-    """The output and all gradients, in the order in which `kernels` compares them."""
+    """The output and all gradients, in the order in which `kernel_speed` compares them."""
     module, function = FLA_FUNCTIONS[name]
     for path in ("fla", "fla.ops", module):
         monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
     setattr(sys.modules[module], function, fla_stub(function))
     comparison, shape = gpu_compare.COMPARISONS[name], gpu_compare.Shape(1, 4, 2, 3, 4)
     assert comparison.seconds(shape, True, 1.0, 1.0) > comparison.seconds(shape, False, 1.0, 1.0) > 0
-    drawn, d_out = kernels.hand_over(comparison, shape)
+    drawn, d_out = kernel_speed.hand_over(comparison, shape)
     inputs = {n: x.astype(jnp.float32) for n, x in drawn.items()}
-    ours = kernels._jax_call(comparison, "xla", inputs, d_out.astype(jnp.float32))[0]()
+    ours = kernel_speed._jax_call(comparison, "xla", inputs, d_out.astype(jnp.float32))[0]()
     arrays = {n: np.asarray(x, np.float64) for n, x in inputs.items()}
     weight = np.asarray(d_out, np.float64)
     slopes = central_differences(lambda **x: float((fla_ops.OPS[name](**x) * weight).sum()), arrays)
     theirs = [fla_ops.OPS[name](**arrays), *(slopes[n] for n in sorted(slopes))]
-    assert kernels.relative_error([jnp.asarray(x, jnp.float32) for x in theirs], ours) < 1e-4
+    assert kernel_speed.relative_error([jnp.asarray(x, jnp.float32) for x in theirs], ours) < 1e-4
 
 
 def test_both_sides_of_the_kernels_have_the_same_names():
@@ -397,13 +397,13 @@ def test_both_sides_of_hydra_crossover_run_a_step():
 
 
 def test_generation_is_compared_with_attention(monkeypatch):
-    for name, value in {"PIECE": 8, "NEW": 2, "ROUNDS": 1, "ROWS": 2}.items():
-        monkeypatch.setattr(generate, name, value)
-    for name in generate.MIXERS:
-        assert accounting.state_bytes(generate.lm_config(name), 16) > 0
-    kept = {name: mixer for name, mixer in generate.MIXERS.items() if name in ("attention", "gated_delta_net")}
-    monkeypatch.setattr(generate, "MIXERS_MODULE", kept)
-    rows = generate.measure(16)
+    for name, value in {"PREFILL_CHUNK": 8, "NEW_TOKENS": 2, "ROUNDS": 1, "ROWS": 2}.items():
+        monkeypatch.setattr(generation_speed, name, value)
+    for name in generation_speed.MIXERS:
+        assert accounting.state_bytes(generation_speed.lm_config(name), 16) > 0
+    kept = {name: mixer for name, mixer in generation_speed.MIXERS.items() if name in ("attention", "gated_delta_net")}
+    monkeypatch.setattr(generation_speed, "MIXERS", kept)
+    rows = generation_speed.measure(16)
     assert [row["model"] for row in rows] == list(kept)
     assert rows[0]["times_attention"] == 1.0 and rows[1]["tokens_per_second"] > 0
 
@@ -418,19 +418,19 @@ def test_a_prefix_is_compared_with_reading_once_and_with_a_repeated_prompt(monke
         prefix_prefill.compile_prefill(dataclasses.replace(config, d_model=64), length, prefix)()
 
 
-def test_the_dual_neural_memory_agrees_with_the_primal_one(monkeypatch):
+def test_the_chunked_neural_memory_agrees_with_the_materialized_one(monkeypatch):
     for name, value in {"LENGTH": 8, "WIDTH": 4, "CHUNK": 4, "ROUNDS": 1}.items():
-        monkeypatch.setattr(neural_memory, name, value)
-    assert neural_memory.measure()["error"] < neural_memory.ALLOWED
+        monkeypatch.setattr(neural_memory_speed, name, value)
+    assert neural_memory_speed.measure()["error"] < neural_memory_speed.ALLOWED
 
 
 def test_the_loop_generates_rows_of_mqar(monkeypatch):
     for name, value in {"TOKENS": 2**11, "LOOP_ROWS": 4, "REPEATS": 1}.items():
-        monkeypatch.setattr(tasks, name, value)
-    least, median, *ratios = tasks.measure(64, 4)
+        monkeypatch.setattr(task_speed, name, value)
+    least, median, *ratios = task_speed.measure(64, 4)
     assert 0 < least <= median and len(ratios) == 2
     task = MQAR.single(length=64, num_kv_pairs=4)
-    rows = tasks.mqar_rows_by_loop(np.random.default_rng(0), 4, 64, 4, task.vocab_size, task.power_a)
+    rows = task_speed.mqar_rows_by_loop(np.random.default_rng(0), 4, 64, 4, task.vocab_size, task.power_a)
     batch = task.batch(0, "train", 0, 4)
     assert (rows.shape, rows.dtype) == (batch.tokens.shape, batch.tokens.dtype)
     half = task.vocab_size // 2

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from recallax.__main__ import main
+from recallax.cli.main import main
 from recallax.config import ConfigError
 from recallax.layers import Attention, DiagonalSSM, Identity, LongMamba, NoChannelMixer, Parallel, SwiGLU
 from recallax.layers.base import Statistic
@@ -43,7 +43,7 @@ CONFIG = RunConfig(
     train=Train(steps=2, batch_size=8),
     evaluate=Evaluate(batches=2, batch_size=8),
 )
-OPTIONS = ["--rows", "8", "--keeps", "1e-6"]
+OPTIONS = ["--num-rows", "8", "--min-retention", "1e-6"]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def leaves(tree: Any) -> dict[tuple, Any]:
 
 def test_a_calibrated_run_is_the_run_with_filters(run: Path, capsys: pytest.CaptureFixture[str]):
     out = run / f"long-{4 * LENGTH}"
-    assert main(["calibrate", str(run), "--context", str(4 * LENGTH), *OPTIONS]) == 0
+    assert main(["calibrate", str(run), "--context-length", str(4 * LENGTH), *OPTIONS]) == 0
     told = capsys.readouterr().out
     assert f"run: {out}" in told and "from 8 rows of 12 tokens of the valid split" in told
     counts = [
@@ -86,21 +86,21 @@ def test_a_calibrated_run_is_the_run_with_filters(run: Path, capsys: pytest.Capt
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
     plain, longer = (evaluate_run(folder, "test") for folder in (run, out))
     assert plain.keys() == longer.keys() and plain["loss"] != longer["loss"]
-    again = main(["calibrate", str(run), "--context", str(4 * LENGTH), *OPTIONS])
+    again = main(["calibrate", str(run), "--context-length", str(4 * LENGTH), *OPTIONS])
     assert again == 2 and "has checkpoints of the steps [2]; choose another --out" in capsys.readouterr().err
 
 
 @pytest.mark.full
 def test_a_calibrated_run_generates(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "long"
-    assert main(["calibrate", str(run), "--context", str(4 * LENGTH), *OPTIONS, "--out", str(out)]) == 0
-    assert main(["generate", str(out), "--task", "2"]) == 0
+    assert main(["calibrate", str(run), "--context-length", str(4 * LENGTH), *OPTIONS, "--out", str(out)]) == 0
+    assert main(["generate", str(out), "--task-rows", "2"]) == 0
     assert "of 2 right" in capsys.readouterr().out
 
 
 def test_at_the_training_length_nothing_changes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "same"
-    assert main(["calibrate", str(run), "--context", str(LENGTH), "--out", str(out)]) == 0
+    assert main(["calibrate", str(run), "--context-length", str(LENGTH), "--out", str(out)]) == 0
     assert "not above the 12 tokens trained on: no filters" in capsys.readouterr().out
     assert evaluate_run(out, "test") == evaluate_run(run, "test")
 
@@ -114,9 +114,12 @@ def test_every_state_space_model_is_wrapped_once():
 
 def test_uncalibratable_models_are_rejected(run: Path, capsys: pytest.CaptureFixture[str]):
     for options, part in (
-        (["--context", "0"], "--context is 0; it must be at least 1"),
-        (["--context", "48", "--keeps", "1.5"], "--keeps is 1.5"),
-        (["--context", "48", "--length", "7"], "no row of the task has 7 tokens; --length must be among [12, 48]"),
+        (["--context-length", "0"], "context_length is 0; it must be at least 1"),
+        (["--context-length", "48", "--min-retention", "1.5"], "min_retention is 1.5"),
+        (
+            ["--context-length", "48", "--train-length", "7"],
+            "no row of the task has 7 tokens; train_length must be among [12, 48]",
+        ),
     ):
         assert main(["calibrate", str(run), *options, "--out", str(run.parent / "wrong")]) == 2
         assert part in capsys.readouterr().err

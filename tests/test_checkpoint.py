@@ -163,7 +163,7 @@ def test_all_damaged_is_an_error_and_changes_nothing(copy: Path) -> None:
             empty(path)
     with Checkpoints(copy) as checkpoints:
         for _ in range(2):
-            with pytest.raises(CheckpointError, match=r"(?s)checkpoints/20: .*checkpoints/10: .*scratch"):
+            with pytest.raises(CheckpointError, match=r"(?s)checkpoints/20: .*checkpoints/10: .*from the start"):
                 checkpoints.restore(abstract(state(0)))
         assert checkpoints.steps() == [10, 20]
 
@@ -171,15 +171,15 @@ def test_all_damaged_is_an_error_and_changes_nothing(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s._replace(step=jnp.float32(0)), r"\.step: saved int32 \[\], wanted float32 \[\]"),
-        (lambda s: s._replace(params={**s.params, "w": jnp.zeros((8, 16))}), r"'w'\]: saved float32 \[16, 8\], wanted"),
-        (lambda s: s._replace(params={"w": s.params["w"]}), r"'half'\]: saved bfloat16 \[7\], wanted nothing"),
-        (lambda s: s._replace(moments=(*s.moments, s.step)), r"\[2\]: saved nothing, wanted int32"),
-        (lambda s: s._replace(key=jax.random.key(0, impl="rbg")), r"\.key: saved key<fry> \[\], wanted key<rbg>"),
+        (lambda s: s._replace(step=jnp.float32(0)), r"\.step: saved int32 \[\], expected float32 \[\]"),
+        (lambda s: s._replace(params={**s.params, "w": jnp.zeros((8, 16))}), r"'w'\]: saved float32 \[16, 8\], expected"),
+        (lambda s: s._replace(params={"w": s.params["w"]}), r"'half'\]: saved bfloat16 \[7\], expected nothing"),
+        (lambda s: s._replace(moments=(*s.moments, s.step)), r"\[2\]: saved nothing, expected int32"),
+        (lambda s: s._replace(key=jax.random.key(0, impl="rbg")), r"\.key: saved key<fry> \[\], expected key<rbg>"),
     ],
     ids=["dtype", "shape", "less", "more", "key"],
 )
-def test_another_state_is_refused(saved: Path, change: Any, message: str) -> None:
+def test_another_state_is_rejected(saved: Path, change: Any, message: str) -> None:
     with Checkpoints(saved) as checkpoints:
         with pytest.raises(CheckpointError, match=message):
             checkpoints.restore(abstract(change(state(0))))
@@ -215,13 +215,13 @@ def test_a_reader_changes_nothing(copy: Path) -> None:
     truncate(copy / "20/meta/metadata")
     before = sorted(copy.rglob("*"))
     with Checkpoints(copy, max_to_keep=None) as checkpoints:
-        with pytest.warns(CheckpointWarning, match="20 is damaged and was passed over"):
+        with pytest.warns(CheckpointWarning, match="20 is damaged and was skipped"):
             restored = checkpoints.restore(abstract(state(0)))
         assert restored is not None and bits(restored.state) == bits(state(10))
         with pytest.raises(CheckpointError, match="step 30 was not saved"):
             checkpoints.save(30, state(30), {})
     assert sorted(copy.rglob("*")) == before
-    with pytest.raises(CheckpointError, match="no checkpoints to read"):
+    with pytest.raises(CheckpointError, match="no checkpoint to read"):
         Checkpoints(copy / "absent", max_to_keep=None)
     assert not (copy / "absent").exists()
 
@@ -241,9 +241,9 @@ def test_saving_what_orbax_skips_is_an_error(copy: Path) -> None:
 def test_vanished_folder_is_an_error(copy: Path) -> None:
     with Checkpoints(copy) as checkpoints:
         copy.rename(copy.with_name("elsewhere"))
-        with pytest.raises(CheckpointError, match="vanished"):
+        with pytest.raises(CheckpointError, match="does not exist any more"):
             checkpoints.save(30, state(30), {})
-    with pytest.raises(CheckpointError, match="cannot hold checkpoints"):
+    with pytest.raises(CheckpointError, match="cannot be opened for checkpoints"):
         Checkpoints(copy.with_name("elsewhere") / "20/_CHECKPOINT_METADATA/below")
 
 

@@ -187,7 +187,7 @@ def test_a_run_moves_the_bias_and_its_loss_has_no_diagnostics():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"top_k": 5}, "experts = 4"), ({"chunk": 0}, "chunk is 0"), ({"z_weight": -1.0}, "z_weight")],
+    [({"top_k": 5}, "num_experts = 4"), ({"chunk_size": 0}, "chunk_size is 0"), ({"router_z_loss_weight": -1.0}, "router_z_loss_weight")],
 )
 def test_invalid_configs_are_rejected(changes, message):
     with pytest.raises(ConfigError, match=message):

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from recallax.__main__ import config_names, main
+from recallax.cli.config_files import config_names
+from recallax.cli.main import main
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process: some tests share a run
 
@@ -60,7 +61,7 @@ WRONG = {
     "mqar_micro --optim.warmup_ratio 5": ["optim.warmup_ratio is 5.0", "fraction from 0 to 1"],
     "mqar_micro --optim.max_grad_norm 0": ["optim.max_grad_norm is 0.0", "above 0"],
     "mqar_micro --train.steps 0": ["train.steps is 0", "at least 1"],
-    "mqar_micro --train.data_parallel-seed -1": ["train.data_seed is -1", "at least 0"],
+    "mqar_micro --train.data-seed -1": ["train.data_seed is -1", "at least 0"],
     "mqar_micro --train.gradient_accumulation_steps 3": [
         "train.batch_size 64",
         "multiple",
@@ -74,7 +75,7 @@ WRONG = {
     "mqar_micro --model.pattern=conv*0": ["pattern 'conv*0'", "'*'", "at least 1"],
     "mqar_micro --model.pattern=conv:mixr": ["unexpected ':'", "a term is a name"],
     "mqar_micro --model.pattern=mixr": ["names the block 'mixr'", "did you mean 'mixer'"],
-    "mqar_micro --task.mixture.1.pairs 9": [
+    "mqar_micro --task.mixture.1.num-kv-pairs 9": [
         "length 32",
         "9 pairs",
         "2 K passes + 2 K = 36",
@@ -83,9 +84,12 @@ WRONG = {
     "mqar_micro --model.vocab-size 3": ["model.vocab_size is 3", "the task has 64"],
     "parity_attention --model.d-model 62": ["62 channels", "4 heads", "use one of 1, 2, 31, 62"],
     "mqar_micro --train.fsdp 3": ["train.fsdp 3", "does not fit", "devices"],
-    "mqar_micro --distributed.process 0": ["distributed.coordinator", "HOST:PORT"],
-    "mqar_micro --distributed.coordinator here": ["distributed.coordinator is 'here'", "HOST:PORT"],
-    "mqar_micro --distributed.coordinator 127.0.0.1:1": ["distributed.processes None", "both must be given"],
+    "mqar_micro --distributed.process-id 0": ["distributed.coordinator_address", "HOST:PORT"],
+    "mqar_micro --distributed.coordinator-address here": ["distributed.coordinator_address is 'here'", "HOST:PORT"],
+    "mqar_micro --distributed.coordinator-address 127.0.0.1:1": [
+        "distributed.num_processes None",
+        "both must be given",
+    ],
 }
 
 
@@ -104,22 +108,25 @@ def test_wrong_input_is_refused(
     ("arguments", "parts"),
     [
         ("trian", ["no command 'trian'", "did you mean 'train'"]),
-        ("eval nowhere", ["nowhere is not a run's folder"]),
+        ("eval nowhere", ["nowhere is not a run folder"]),
         ("eval . --batches -1", ["batches is -1", "at least 1"]),
         ("eval . --split tset", ["tset", "'valid', 'test'"]),
         ("report nowhere", ["nowhere"]),
-        ("generate nowhere --prompt 1", ["nowhere is not a run's folder"]),
-        ("generate .", ["either --prompt", "or --task"]),
-        ("generate . --prompt 1 --task 1", ["either --prompt", "or --task"]),
-        ("generate . --task 0", ["--task is 0", "at least 1"]),
-        ("generate . --task 1 --context 1", ["--context goes with --prompt"]),
-        ("generate . --prompt 1 --repeat 2", ["--repeat, --fill and --prefix", "give --context"]),
+        ("generate nowhere --prompt 1", ["nowhere is not a run folder"]),
+        ("generate .", ["either --prompt", "or --task-rows"]),
+        ("generate . --prompt 1 --task-rows 1", ["either --prompt", "or --task-rows"]),
+        ("generate . --task-rows 0", ["--task-rows is 0", "at least 1"]),
+        ("generate . --task-rows 1 --context 1", ["--context needs --prompt"]),
+        (
+            "generate . --prompt 1 --num-repeats 2",
+            ["num_repeats, fill_strategy and prefix_length", "give one with --context"],
+        ),
         ("generate . --prompt 1 --temperature 0", ["temperature is 0.0", "above 0"]),
         ("generate . --prompt 1 --top-k 0", ["top_k is 0", "at least 1"]),
         ("show mqar_mikro", ["did you mean 'mqar_micro'"]),
         ("train", ["usage: recallax train CONFIG", "mqar_micro"]),
         ("train ../../etc/passwd", ["no config '../../etc/passwd'"]),
-        ("list everything", ["usage: recallax list"]),
+        ("list everything", ["Unrecognized options: everything", "recallax list --help"]),
     ],
 )
 def test_wrong_commands_are_refused(arguments: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +142,7 @@ def test_help_and_list_import_no_jax() -> None:
     script = """
 import sys
 sys.modules["jax"] = sys.modules["flax"] = sys.modules["orbax"] = None  # importing them fails
-from recallax.__main__ import main
+from recallax.cli.main import main
 for command in sys.argv[1:]:
     try:
         print(command, "->", main(command.split()))
@@ -169,7 +176,7 @@ def test_show_says_what_a_config_costs(capsys: pytest.CaptureFixture[str]) -> No
     assert '"d_model": 16' in out and "fingerprint" in out
     for line in (
         "parameters",
-        "one token takes",
+        "used per token",
         "forward FLOPs",
         "FLOPs per token",
         "layers            2: conv mixer",
@@ -268,7 +275,7 @@ def lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Sto
 def test_signal_saves_checkpoint(lives: tuple[Path, dict[str, Stopped]], name: str) -> None:
     end = lives[1][name]
     assert end.status == 75, end.err
-    assert f"stopped at step {end.step}; the same command goes on from there" in end.err
+    assert f"stopped at step {end.step}; run the same command again to resume" in end.err
     assert "Traceback" not in end.err
     assert end.rows[-1]["event"] == "interrupted" and end.rows[-1]["step"] == end.step < RUN["steps"]
 
@@ -304,10 +311,10 @@ def test_rows_name_config_device_and_commit(uninterrupted: Path) -> None:
 def test_a_folder_belongs_to_one_config(
     uninterrupted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["train", *ARGUMENTS, "--run", str(uninterrupted), "--optim.lr", "0.5", "--task.power", "1"]
+    arguments = ["train", *ARGUMENTS, "--run", str(uninterrupted), "--optim.lr", "0.5", "--task.power-a", "1"]
     message = refuse(capsys, *arguments)
     assert f"{uninterrupted} belongs to a run of another config" in message
-    assert "optim.lr: 0.01 -> 0.5" in message and "task.power: 0.01 -> 1.0" in message
+    assert "optim.lr: 0.01 -> 0.5" in message and "task.power_a: 0.01 -> 1.0" in message
     assert "choose a new folder" in message
 
 
@@ -329,7 +336,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     message = refuse(capsys, "train", *ARGUMENTS, "--run", str(tmp_path / "full"))
-    assert "is not empty and holds no config.json" in message and "choose a new folder" in message
+    assert "is not empty and contains no config.json" in message and "choose a new folder" in message
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
 
@@ -352,10 +359,12 @@ def test_eval_can_read_the_context_again(uninterrupted: Path, capsys: pytest.Cap
         return capsys.readouterr().out
 
     once = accuracy()
-    assert accuracy("--fill", "left_pad", "--prefix", "64") == once
-    assert accuracy("--repeat", "2") != once
-    assert accuracy("--fill", "twice", "--prefix", "64") == accuracy("--repeat", "2")
-    assert "--fill twice needs --prefix" in refuse(capsys, "eval", str(uninterrupted), "--fill", "twice")
+    assert accuracy("--fill-strategy", "left_pad", "--prefix-length", "64") == once
+    assert accuracy("--num-repeats", "2") != once
+    assert accuracy("--fill-strategy", "twice", "--prefix-length", "64") == accuracy("--num-repeats", "2")
+    assert "fill_strategy 'twice' needs prefix_length" in refuse(
+        capsys, "eval", str(uninterrupted), "--fill-strategy", "twice"
+    )
 
 
 def test_generate_answers_the_runs_own_task(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,7 +376,7 @@ def test_generate_answers_the_runs_own_task(uninterrupted: Path, capsys: pytest.
     from recallax.train.inference import first_question, load_trained_model
 
     before = sorted((p, p.stat().st_mtime_ns) for p in uninterrupted.rglob("*"))
-    assert main(["generate", str(uninterrupted), "--task", "4"]) == 0
+    assert main(["generate", str(uninterrupted), "--task-rows", "4"]) == 0
     header, *rows, summary = capsys.readouterr().out.splitlines()
     assert header.split() == ["group", "tokens", "wanted", "answer"]
     task, model = load_trained_model(uninterrupted)
@@ -392,12 +401,23 @@ def test_generate_goes_on_from_prompts(uninterrupted: Path, capsys: pytest.Captu
         assert main(["generate", str(uninterrupted), *options]) == 0
         return capsys.readouterr().out.splitlines()
 
-    both = lines("--prompt", "5 40 7 33 5 40 7 33 5", "7", "--new", "3")
+    both = lines("--prompt", "5 40 7 33 5 40 7 33 5", "7", "--max-new-tokens", "3")
     assert [len(line.split()) for line in both] == [3, 3]
-    assert lines("--context", "5 40 7 33", "--repeat", "2", "--prompt", "5", "--new", "3") == both[:1]
+    assert lines("--context", "5 40 7 33", "--num-repeats", "2", "--prompt", "5", "--max-new-tokens", "3") == both[:1]
     first = both[0].split()[0]
-    assert lines("--prompt", "5 40 7 33 5 40 7 33 5", "--new", "3", "--piece", "4", "--stop", first) == [first]
-    drawn = lines("--prompt", "5 40 7 33 5 40 7 33 5", "7", "--new", "3", "--temperature", "9", "--seed", "1")
+    assert lines(
+        "--prompt",
+        "5 40 7 33 5 40 7 33 5",
+        "--max-new-tokens",
+        "3",
+        "--prefill-chunk-size",
+        "4",
+        "--stop-token-ids",
+        first,
+    ) == [first]
+    drawn = lines(
+        "--prompt", "5 40 7 33 5 40 7 33 5", "7", "--max-new-tokens", "3", "--temperature", "9", "--seed", "1"
+    )
     assert drawn != both
     wrong = refuse(capsys, "generate", str(uninterrupted), "--prompt", "1,x")
     assert "the prompt '1,x' has the word 'x'" in wrong and "token ids separated by spaces" in wrong

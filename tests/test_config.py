@@ -6,14 +6,11 @@ import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments.__main__ import read_rows
-from experiments.recall_frontier import sweep
-from recallax.__main__ import config_names
+from recallax.cli.config_files import config_names
 from recallax.config import (
     SCHEMA_VERSION,
     Config,
@@ -228,11 +225,3 @@ def test_a_field_added_later_changes_no_fingerprint_while_it_holds_its_default()
     assert to_json(changed)["late"] == 0.25 and from_json(to_json(changed), Grown) == changed
     assert fingerprint(changed) != fingerprint(Grown())
     assert diff(Grown(), changed) == ["late: (absent) -> 0.25"]
-
-
-def test_checked_in_rows_belong_to_configs_of_today():
-    """A fingerprint that moves would have every experiment measured again and every run folder refused."""
-    known = {row["config"] for row in read_rows(Path(sweep.__file__).parent)}
-    assert {
-        fingerprint(sweep.mqar_micro_config(name, rate, 0)) for name in sweep.MIXERS for rate in sweep.RATES
-    } <= known

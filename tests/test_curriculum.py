@@ -11,26 +11,27 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from recallax.__main__ import main
+from recallax.cli.main import main
 from recallax.config import ConfigError, fingerprint, from_json, to_json
 from recallax.layers import Identity, NoChannelMixer, Parallel, ProductKeys, SwiGLU
 from recallax.models import Block, LMConfig
 from recallax.tasks import MQAR, MixtureSlice
 from recallax.train import loop
-from recallax.train.checkpoint import CheckpointError, RestoredCheckpoint
-from recallax.train.curriculum.parameter_masks import parameter_names, resolve_stages
+from recallax.train.checkpoint import CheckpointError
+from recallax.train.curriculum.parameter_masks import parameter_names
+from recallax.train.curriculum.schedule import CurriculumSchedule, CurriculumState, curriculum_state_from_json
+from recallax.train.curriculum.stage_phase import resolve_stages
 from recallax.train.curriculum.stages import (
     AfterSteps,
     Curriculum,
-    CurriculumRunner,
-    CurriculumState,
     MetricPlateau,
     MetricReached,
     Ramp,
     Stage,
-    curriculum_state_from_json,
 )
 from recallax.train.loop import train
+from recallax.train.metrics_logger import MetricsLogger
+from recallax.train.phases import PhasePosition
 from recallax.train.program import Program
 from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
 from recallax.train.step import TrainState
@@ -110,12 +111,12 @@ def copy_state(state: TrainState) -> TrainState:
     return jax.device_get(state._replace(key=jax.random.key_data(state.key)))
 
 
-def run_steps(program: Program, standings: list[CurriculumState]) -> list[TrainState]:
+def run_steps(program: Program, positions: list[PhasePosition]) -> list[TrainState]:
     """The states before and after each step."""
     state = program.init_state()
     found = [copy_state(state)]
-    for index, standing in enumerate(standings):
-        state, report = program.step(state, program.batch(index, standing.stage_index), standing)
+    for index, position in enumerate(positions):
+        state, report = program.step(state, program.batch(index, position.index), position)
         assert report.finite.all()
         found.append(copy_state(state))
     return found
@@ -145,7 +146,7 @@ def test_one_stage_of_everything_is_no_curriculum():
     for index in range(4):
         state, _ = plain.step(state, plain.batch(index))
     whole = compiled(staged(Stage(name="all on")))
-    other = run_steps(whole, [CurriculumState()] * 4)[-1]
+    other = run_steps(whole, [PhasePosition()] * 4)[-1]
     for one, two in ((copy_state(state).params, other.params), (adam(copy_state(state)).nu, adam(other).nu)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), one, two)
     assert set(adam(other).counts.tolist()) == {4}
@@ -153,7 +154,7 @@ def test_one_stage_of_everything_is_no_curriculum():
 
 def test_frozen_parameters_are_unchanged_and_unfreeze_with_fresh_moments():
     program = compiled(CONFIG)
-    before, _, after, *_, woken = states = run_steps(program, [CurriculumState()] * 3 + [CurriculumState(2, 3)] * 2)
+    before, _, after, *_, woken = states = run_steps(program, [PhasePosition()] * 3 + [PhasePosition(2, 3)] * 2)
     names, _ = parameter_names(MODEL, 16)
     by_name = {path: called.layer_names[0] for path, called in names.items()}
     frozen = {path for path, name in by_name.items() if name.startswith("layers.2.") or ".paths.ssm.out." in name}
@@ -196,8 +197,8 @@ def test_negative_zeros_are_kept_too():
 
 
 def test_gates_are_set_and_then_learned():
-    standings = [CurriculumState(1, 0)] * 5 + [CurriculumState(3, 5)] * 2
-    states = run_steps(compiled(CONFIG), standings)
+    positions = [PhasePosition(1, 0)] * 5 + [PhasePosition(3, 5)] * 2
+    states = run_steps(compiled(CONFIG), positions)
     gates = [leaves(s.params) for s in states]
     for name in ("ssm", "attention"):
         (path,) = [path for path in gates[0] if path[-2:] == ("gates", name)]
@@ -205,14 +206,15 @@ def test_gates_are_set_and_then_learned():
         assert found[0].shape == (2,)  # two layers in one array
         np.testing.assert_array_equal(found[:5], np.array([[0.1] * 2, [0.2] * 2, *[[0.3] * 2] * 3], np.float32))
         assert (found[6] != np.float32(0.3)).all()
-    course = CurriculumRunner(CONFIG.curriculum, CurriculumState(1, 10))
-    assert [course.ramp_values(step)["*.gates.*"] for step in (11, 12, 13, 14)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
+    assert CONFIG.curriculum is not None
+    schedule = CurriculumSchedule(CONFIG.curriculum, CurriculumState(1, 10))
+    assert [schedule.ramp_values(step)["*.gates.*"] for step in (11, 12, 13, 14)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
 
 
 def test_a_stage_has_its_own_coefficients():
     program = compiled(CONFIG)
     for stage, factor in ((1, 1.0), (3, 0.5)):
-        _, report = program.step(program.init_state(), program.batch(0, stage), CurriculumState(stage, 0))
+        _, report = program.step(program.init_state(), program.batch(0, stage), PhasePosition(stage, 0))
         total, weight = report.terms["next_token"]
         assert float(report.loss) == pytest.approx(factor * float(total / weight), rel=1e-5)
 
@@ -253,13 +255,13 @@ def test_log_records_curriculum_stages(finished: Path):
 def test_every_step_trains_on_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Also the first of a stage, whose batch was being made ahead for the stage before."""
     lengths: list[int] = []
-    add = loop.MetricsLogger.add
+    add = MetricsLogger.add
 
     def record(self: Any, report: Any, batch: Any) -> None:
         lengths.append(batch.tokens.shape[1])
         add(self, report, batch)
 
-    monkeypatch.setattr(loop.MetricsLogger, "add", record)
+    monkeypatch.setattr(MetricsLogger, "add", record)
     train(CONFIG, tmp_path / "run", name="staged")
     assert lengths == [8] * 4 + [12] * 3 + [16] * 5 + [12] * 8
 
@@ -269,7 +271,7 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_stage(
     kills: tuple[int, ...], tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Before any checkpoint, across a stage's end, and where a rule has to remember an evaluation."""
-    add, folder = loop.MetricsLogger.add, tmp_path / "run"
+    add, folder = MetricsLogger.add, tmp_path / "run"
 
     for kill in kills:
         held = [int(p.name) for p in (folder / "checkpoints").glob("[0-9]*")] if folder.exists() else []
@@ -282,7 +284,7 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_stage(
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(loop.MetricsLogger, "add", stop)
+            patch.setattr(MetricsLogger, "add", stop)
             train(CONFIG, folder, name="staged")
     train(CONFIG, folder, name="staged")
     described = [json.loads((p / "checkpoints/20/meta/metadata").read_text())["body"] for p in (finished, folder)]
@@ -300,12 +302,12 @@ def test_a_killed_run_goes_on_in_the_middle_of_a_stage(
     assert new == old
 
 
-def test_a_checkpoint_without_a_stage_is_refused(finished: Path):
-    config = replace(CONFIG, curriculum=Curriculum(stages=STAGES))
-    assert loop._restore_curriculum_state(config, None) == CurriculumState()
-    assert loop._restore_curriculum_state(config, RestoredCheckpoint(0, None, {})) == CurriculumState()
-    with pytest.raises(CheckpointError, match="does not say in which stage"):
-        loop._restore_curriculum_state(config, RestoredCheckpoint(3, None, {}))
+def test_a_checkpoint_without_a_stage_is_rejected():
+    schedule = CurriculumSchedule(Curriculum(stages=STAGES))
+    schedule.restore({}, step=0)  # an imported model
+    assert schedule.state == CurriculumState()
+    with pytest.raises(CheckpointError, match="does not record the stage"):
+        schedule.restore({}, step=3)
 
 
 # When a stage ends
@@ -348,12 +350,13 @@ def test_a_metric_has_settled_when_the_last_evaluations_bring_no_more():
 def test_a_stage_has_a_least_and_a_most_number_of_steps():
     rule = MetricReached(threshold=0.5, min_steps=10, max_steps=20)
     curriculum = Curriculum(stages=(Stage(name="a", until=rule), Stage(name="b")))
-    course = CurriculumRunner(curriculum, CurriculumState(0, 100))
-    course.add_evaluation({"accuracy": 0.9, "loss": 0.1, "group/x": 1.0})
-    assert course.stage_end_reason(109, True) is None and course.stage_end_reason(110, False) is None
-    assert course.stage_end_reason(110, True) is not None and course.stage_end_reason(120, False) == "after 20 steps"
-    course.start_next_stage(120)
-    assert course.state == CurriculumState(1, 120, ()) and course.stage_end_reason(10_000, True) is None
+    schedule = CurriculumSchedule(curriculum, CurriculumState(0, 100))
+    schedule.add_evaluation({"accuracy": 0.9, "loss": 0.1, "group/x": 1.0}, dict)
+    assert schedule.phase_end_reason(109, True) is None and schedule.phase_end_reason(110, False) is None
+    assert schedule.phase_end_reason(110, True) is not None
+    assert schedule.phase_end_reason(120, False) == "after 20 steps"
+    schedule.start_next_phase(120)
+    assert schedule.state == CurriculumState(1, 120, ()) and schedule.phase_end_reason(10_000, True) is None
 
 
 def test_curriculum_state_json_round_trip():
@@ -370,8 +373,8 @@ def test_curriculum_state_json_round_trip():
 STAGE = Stage(name="s", until=AfterSteps(steps=2))
 LAST = Stage(name="last")
 WRONG = {
-    "no stage": (lambda: Curriculum(stages=()), ["[]", "there must be one"]),
-    "one name twice": (lambda: Curriculum(stages=(STAGE, replace(LAST, name="s"))), ["names of their own"]),
+    "no stage": (lambda: Curriculum(stages=()), ["[]", "at least one"]),
+    "one name twice": (lambda: Curriculum(stages=(STAGE, replace(LAST, name="s"))), ["names must be unique"]),
     "no end": (lambda: Curriculum(stages=(STAGE,)), ["stage 1 of 1, 's'", "AfterSteps", "EndOfRun"]),
     "an end in the middle": (lambda: Curriculum(stages=(LAST, replace(LAST, name="b"))), ["stage 1 of 2", "EndOfRun"]),
     "nothing trains": (lambda: Stage(name="s", trainable=()), ["'s' trains nothing", "at least one pattern"]),
@@ -379,9 +382,9 @@ WRONG = {
         lambda: Stage(name="s", ramps=(Ramp(gate="g", start=0.0, end=1.0),)),
         ["ramps 'g' from 0.0 to 1.0 over 1 step", "at least 2 steps"],
     ),
-    "no steps": (lambda: AfterSteps(steps=0), ["After.steps is 0", "at least 1"]),
-    "bounds": (lambda: MetricReached(threshold=1.0, min_steps=5, max_steps=4), ["after 5 to 4 steps"]),
-    "margin": (lambda: MetricPlateau(min_delta=-1.0, max_steps=4), ["margin is -1.0"]),
+    "no steps": (lambda: AfterSteps(steps=0), ["AfterSteps.steps is 0", "at least 1"]),
+    "bounds": (lambda: MetricReached(threshold=1.0, min_steps=5, max_steps=4), ["min_steps is 5 and max_steps is 4"]),
+    "margin": (lambda: MetricPlateau(min_delta=-1.0, max_steps=4), ["min_delta is -1.0"]),
     "no step left": (
         lambda: staged(replace(STAGE, until=AfterSteps(steps=20)), LAST),
         ["train.steps is 20", "{'s': 20}"],
@@ -392,12 +395,12 @@ WRONG = {
     ),
     "more ids": (
         lambda: staged(replace(STAGE, task=replace(mqar(8), vocab_size=18)), LAST),
-        ["the stage 's' has 18 token ids", "the run's 16"],
+        ["the task of stage 's' has 18 token ids", "the task of the run 16"],
     ),
-    "a length that does not fit": (lambda: mqar(6), ["length 6 cannot hold 2 pairs"]),
+    "a length that does not fit": (lambda: mqar(6), ["length 6 is too short for 2 pairs"]),
     "no such parameter": (
         lambda: resolve_stages(staged(replace(STAGE, frozen=("*.paths.sssm.*",)), LAST)),
-        ["the stage 's' names '*.paths.sssm.*'", "no parameter", "blocks.both.mixer.paths.ssm"],
+        ["stage 's'", "no parameter matches '*.paths.sssm.*'", "blocks.both.mixer.paths.ssm"],
     ),
     "one layer of a stack": (
         lambda: resolve_stages(staged(replace(STAGE, trainable=("layers.0.*",)), LAST)),
@@ -418,7 +421,7 @@ WRONG = {
     ),
     "all frozen": (lambda: resolve_stages(staged(replace(STAGE, frozen=("*",)), LAST)), ["'s' trains nothing"]),
     "no such term": (
-        lambda: compiled(staged(STAGE, replace(LAST, loss_weights={"next": 1.0}))).check_stages(),
+        lambda: compiled(staged(STAGE, replace(LAST, loss_weights={"next": 1.0}))).check_phases(),
         ["'next'", "did you mean 'next_token'"],
     ),
 }
@@ -435,8 +438,8 @@ def test_invalid_curricula_are_rejected(case: str):
 
 def test_patterns_mean_layers_blocks_and_the_rest():
     flat = {
-        name: leaves(lesson.mask.trainable)
-        for name, lesson in zip(
+        name: leaves(phase.mask.trainable)
+        for name, phase in zip(
             ("block", "layers", "rest"),
             resolve_stages(
                 staged(
@@ -447,7 +450,6 @@ def test_patterns_mean_layers_blocks_and_the_rest():
             ),
             strict=True,
         )
-        if lesson.mask is not None
     }
     names, _ = parameter_names(MODEL, 16)
     for path, called in names.items():
@@ -466,13 +468,13 @@ def test_a_curriculum_is_json_and_moves_no_other_fingerprint():
 def test_the_command_line_shows_stages_and_overrides_them(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("recallax.__main__.load", lambda _: CONFIG)
-    assert main(["show", "x", "--curriculum.stages.1.until.steps", "2"]) == 0
+    monkeypatch.setattr("recallax.cli.show.load_config", lambda _: CONFIG)
+    assert main(["show", "mqar_micro", "--curriculum.stages.1.until.steps", "2"]) == 0
     out = capsys.readouterr().out
     lines = out[out.index("\ncurriculum\n") :].splitlines()
-    assert "1  alone" in lines[2] and "Reached metric=loss threshold=100.0 at_least=3 at_most=9" in lines[2]
+    assert "1  alone" in lines[2] and "MetricReached metric=loss threshold=100.0 min_steps=3 max_steps=9" in lines[2]
     assert "parameters train, on rows of 8 tokens" in lines[3] and lines[4].strip() == "*.gates.attention 0"
-    assert "After steps=2" in lines[5] and "on rows of 12 tokens" in lines[6]
+    assert "AfterSteps steps=2" in lines[5] and "on rows of 12 tokens" in lines[6]
     assert lines[7].strip() == "*.gates.* 0.1 to 0.3"
     counts = [int(line.split()[0].replace(",", "")) for line in lines if "parameters train" in line]
     assert 0 < counts[0] < counts[2] == counts[3] and counts[1] < counts[2] and len(counts) == 4

@@ -6,8 +6,8 @@ import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from recallax.__main__ import main
-from recallax.cli import doctor
+from recallax.cli import machine
+from recallax.cli.main import main
 from recallax.pallas_kernels import dispatch
 from recallax.pallas_kernels.dispatch import (
     Unsupported,
@@ -65,23 +65,23 @@ def test_a_kernel_needs_its_device_or_the_interpreter():
         assert not use_interpreter("gpu")
 
 
-def test_the_doctor_names_what_is_here_what_is_not_and_what_each_op_takes(capsys):
+def test_doctor_lists_versions_extras_and_the_implementations_of_each_op(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert jax.__version__ in out and "pip install 'recallax[" in out
     lines = {line.split()[0]: line for line in out.splitlines() if line}
-    assert set(doctor.op_implementations()) <= lines.keys() and all(
-        "xla" in lines[op] for op in doctor.op_implementations()
+    assert set(machine.op_implementations()) <= lines.keys() and all(
+        "xla" in lines[op] for op in machine.op_implementations()
     )
     with traced_for("gpu", "NVIDIA H100 80GB HBM3"):
-        assert "no recorded run" in doctor.describe_implementations("op", FORMS)[1]
-    assert doctor.describe_implementations("op", FORMS) == (
+        assert "no recorded run" in machine.describe_implementations("op", FORMS)[1]
+    assert machine.describe_implementations("op", FORMS) == (
         "xla",
         "mosaic_gpu (needs a GPU), reference (the definition)",
     )
 
 
-def test_the_doctor_knows_every_extra_and_its_packages():
-    extras = doctor.extra_packages()
+def test_doctor_lists_every_extra_and_its_packages():
+    extras = machine.extra_packages()
     assert {"cuda13", "tpu", "sweep", "export", "dev"} <= extras.keys()
     assert "pytest" in extras["dev"] and "submitit" in extras["sweep"]

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import pytest
 
-from recallax.__main__ import main
+from recallax.cli.main import main
 from recallax.config import ConfigError
 from recallax.configs import mqar_attention
 from recallax.train.checkpoint import Checkpoints, CheckpointWarning
@@ -56,9 +56,9 @@ folder, steps, meshes = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv
 config = mqar_attention.get_tiny()
 found = {}
 for name, (data, fsdp) in meshes.items():
-    train = replace(config.train, data=data, fsdp=fsdp)
+    train = replace(config.train, data_parallel=data, fsdp=fsdp)
     program = Program(replace(config, train=train, evaluate=replace(config.evaluate, batch_size=8)))
-    state, losses = program.initial(), []
+    state, losses = program.init_state(), []
     for index in range(steps):
         state, report = program.step(state, program.batch(index))
         losses.append(float(report.loss))
@@ -72,18 +72,19 @@ for name, (data, fsdp) in meshes.items():
             for device in program.mesh.devices.flat
         ),
         "total": sum(leaf.nbytes for leaf in leaves),
-        "kept": jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(lambda s: s.sharding, program.abstract),
+        "kept": jax.tree.map(lambda leaf: leaf.sharding, state)
+        == jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state),
     }
     if name == "both":
         with Checkpoints(folder) as checkpoints:
             checkpoints.save(steps, state, {})
-            other = Program(replace(config, train=replace(config.train, data=1, fsdp=8),
+            other = Program(replace(config, train=replace(config.train, data_parallel=1, fsdp=8),
                                     evaluate=replace(config.evaluate, batch_size=8)))
-            there = checkpoints.restore(other.abstract).state
+            there = checkpoints.restore(other.abstract_state).state
         found["restored"] = all(
             bool(np.array_equal(a, b)) and b.sharding == c.sharding
             for a, b, c in zip(*map(jax.tree.leaves, (held, (there.params, there.optimizer),
-                                                      (other.abstract.params, other.abstract.optimizer))))
+                                                      (other.abstract_state.params, other.abstract_state.optimizer))))
         )
 print(json.dumps(found))
 """
@@ -132,7 +133,7 @@ def test_a_checkpoint_is_restored_on_another_mesh(meshes: tuple[Path, dict[str, 
 @pytest.mark.parametrize(
     ("part", "fields", "message"),
     [
-        ("train", {"data": 16}, "train.data_parallel 16 x train.fsdp 1 does not fit 8 devices"),
+        ("train", {"data_parallel": 16}, "train.data_parallel 16 x train.fsdp 1 does not fit 8 devices"),
         ("train", {"fsdp": 16}, "train.data_parallel 0 x train.fsdp 16 does not fit 8 devices"),
         (
             "train",
@@ -141,7 +142,7 @@ def test_a_checkpoint_is_restored_on_another_mesh(meshes: tuple[Path, dict[str, 
         ),
         (
             "train",
-            {"accumulate": 2},
+            {"gradient_accumulation_steps": 2},
             "train.batch_size / train.gradient_accumulation_steps is 4 rows, which 8 devices cannot share",
         ),
         ("evaluate", {"batch_size": 12}, "evaluate.batch_size is 12 rows, which 8 devices cannot share"),
@@ -176,8 +177,8 @@ class Job:
         self.errors = [folder.with_suffix(f".{i}.err") for i in range(PROCESSES)]
         self.processes = []
         for i, error in enumerate(self.errors):
-            where = [f"--distributed.coordinator={address}", f"--distributed.processes={PROCESSES}"]
-            where += [f"--distributed.process={i}", f"--run={folder}"]
+            where = [f"--distributed.coordinator-address={address}", f"--distributed.num-processes={PROCESSES}"]
+            where += [f"--distributed.process-id={i}", f"--run={folder}"]
             command = [sys.executable, "-m", "recallax", "train", *ARGUMENTS, *more, *where]
             with open(error, "w") as err:
                 out = subprocess.DEVNULL
@@ -252,7 +253,7 @@ def test_all_processes_refuse_together(pair: dict[str, Any]) -> None:
     begin = time.monotonic()
     statuses, errors = Job(pair["folder"], "--optim.lr=0.5").wait()
     assert statuses == [2, 2]
-    assert "optim.lr: 0.01 -> 0.5" in errors[0] and "process 0 refused the folder" in errors[1]
+    assert "optim.lr: 0.01 -> 0.5" in errors[0] and "process 0 could not open the folder" in errors[1]
     assert time.monotonic() - begin < 60 and "Traceback" not in "".join(errors)
 
 

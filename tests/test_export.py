@@ -18,28 +18,32 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from recallax.__main__ import config_names, load_config, main
+from recallax.cli.config_files import config_names, load_config
+from recallax.cli.main import main
 from recallax.config import ConfigError, to_json
-from recallax.convert import safetensors_folder
-from recallax.convert.model_conversion import (
+from recallax.convert import (
     LAYOUTS,
     WeightsError,
     export_config,
+    export_programs,
+    export_run,
     export_weights,
     import_config,
     import_model,
     import_parameters,
+    import_run,
     layout_of,
-)
-from recallax.convert.run_conversion import export_run, import_run, read_run_state, read_run_weights
-from recallax.convert.safetensors_folder import (
+    load_programs,
+    read_run_state,
+    read_run_weights,
     read_safetensors,
     read_weights,
-    write_folder_atomic,
+    weights_folder,
     write_safetensors,
     write_weights,
 )
-from recallax.convert.stablehlo import PLATFORMS, export_programs, load_programs
+from recallax.convert.stablehlo import PLATFORMS
+from recallax.convert.weights_folder import write_folder_atomic
 from recallax.layers import (
     HGRN2,
     KDA,
@@ -136,7 +140,7 @@ def lm(pattern: str, **blocks: Block) -> LMConfig:
 MAMBA2 = Block(mixer=Mamba2(head_dim=8, state_dim=4), channel=NoChannelMixer())
 ATTENTION, WINDOW = Block(mixer=Attention()), Block(mixer=SlidingWindow())
 UNREPRESENTABLE = {
-    "channel would be Nothing": ("mamba2", lm("a*2", a=Block(mixer=MAMBA2.mixer))),
+    "channel would be ZeroMixer": ("mamba2", lm("a*2", a=Block(mixer=MAMBA2.mixer))),
     "soft_cap would be None": ("mamba2", replace(lm("a", a=MAMBA2), soft_cap=3.0)),
     "eps would be 0.001": ("mamba2", replace(lm("a", a=MAMBA2), norm_eps=1e-3)),
     "24 is no multiple of d_model 16": (
@@ -153,7 +157,7 @@ UNREPRESENTABLE = {
     "layers.0.mixer.readout.gate.up.bias would be .16,., and is None": ("kda", lm("a", a=Block(mixer=KDA()))),
     "no short convolution": ("delta_net", lm("a", a=Block(mixer=DeltaNet(conv_size=0)))),
     "norms have eps 0.001, and this layout has only 1e-05": ("state-spaces", replace(lm("a", a=MAMBA2), norm_eps=1e-3)),
-    "layer 0 has the mixer SoftmaxMixer": ("based", lm("a", a=ATTENTION)),
+    "layer 0 has the mixer SoftmaxAttentionMixer": ("based", lm("a", a=ATTENTION)),
     "did you mean 'llama'": ("lama", lm("a", a=ATTENTION)),
 }
 
@@ -453,7 +457,7 @@ def test_failed_export_writes_no_files(tmp_path: Path, monkeypatch: pytest.Monke
     def broken(*_: Any) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(safetensors_folder, "write_safetensors", broken)
+    monkeypatch.setattr(weights_folder, "write_safetensors", broken)
     with pytest.raises(WeightsError, match="out cannot be written: the disk is full"):
         export_run(run, "safetensors", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
@@ -524,7 +528,7 @@ def test_a_config_that_lies_is_refused_by_name(message: str):
 
 INVALID_NATIVE_FILES: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
     "lack 'layers.0.mixer.cell.d'": lambda w: w.pop("layers.0.mixer.cell.d"),
-    "no place for 'layers.9.q'": lambda w: w.update({"layers.9.q": np.zeros(2, np.float32)}),
+    "no parameter for 'layers.9.q'": lambda w: w.update({"layers.9.q": np.zeros(2, np.float32)}),
     r"norm.scale has shape \(3,\); it must be \(16,\)": lambda w: w.update({"norm.scale": np.zeros(3, np.float32)}),
 }
 
@@ -625,7 +629,7 @@ def test_models_without_decoding_are_not_exported(tmp_path: Path):
 @pytest.mark.parametrize("name", config_names())
 def test_every_config_becomes_programs_for_any_number_of_rows(name: str, tmp_path: Path):
     config = importlib.import_module(f"recallax.configs.{name}").get_tiny()
-    if isinstance(config.model.readout, Autoencoder):
+    if isinstance(config.model.lm_head, Autoencoder):
         return
     export_programs(saved(config, tmp_path / "run"), tmp_path / "out", prefill_length=LENGTH, max_len=CONTEXT)
     programs = load_programs(tmp_path / "out")
@@ -777,7 +781,7 @@ def test_a_shard_that_is_not_in_the_folder_is_refused(name: Any, message: str, t
         read_weights(sharded(tmp_path / "model", a=name))
 
 
-@pytest.mark.parametrize("suffix", safetensors_folder.PICKLE_SUFFIXES)
+@pytest.mark.parametrize("suffix", weights_folder.PICKLE_SUFFIXES)
 def test_nothing_is_unpickled(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pickle.load", None)
     monkeypatch.setattr("pickle.loads", None)
@@ -828,7 +832,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         "export run --to orbax --shard-gb 1 --out x": "--shard-gb is 1 with orbax",
         "export run --to stablehlo --dtype bfloat16 --out x": "--dtype and --shard-gb go with weights",
         "export run --to safetensors": "is there already",
-        "export nowhere --to safetensors": "nowhere is not a run's folder",
+        "export nowhere --to safetensors": "nowhere is not a run folder",
         "export run --to onnx": "onnx",
         "import nowhere": "nowhere is not a folder",
         "import orbax --run broken": "is not a sound orbax checkpoint",

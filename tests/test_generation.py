@@ -202,7 +202,7 @@ def test_a_stopped_row_keeps_its_state_bit_for_bit(name):
 def test_padding_on_either_side_and_packed_rows_are_the_same_prompts(name):
     generator = greedy(name)
     right = generator.generate(generator.prefill(prompts(name)), NEW)
-    same(generator.generate(generator.prefill(prompts(name, side="left")), NEW), right)
+    same(generator.generate(generator.prefill(prompts(name, padding_side="left")), NEW), right)
     # The same prompts in two packed rows.
     ids, ahead = token_ids(0, LENGTHS), PREFIXES.get(name, (0,) * 4)
     tokens, segments, positions = np.zeros((3, 2, 20), np.int32)
@@ -299,15 +299,15 @@ def test_a_prompt_may_be_read_in_pieces(name, monkeypatch):
         return reader(weights, here, tokens, *more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(generator, "_read", counted)
-        pieces = generator.prefill(prompts(name, side="left"), chunk_size=piece)
+        patched.setattr(generator, "_prefill_chunk_jit", counted)
+        pieces = generator.prefill(prompts(name, padding_side="left"), chunk_size=piece)
     assert read == [piece] * -(-max(LENGTHS) // piece)
     close(pieces.model_state, whole.model_state)
     close(pieces.logits, whole.logits)
     same(pieces[2:], whole[2:])
     same(generator.generate(pieces, NEW).tokens, generator.generate(whole, NEW).tokens)
     if name in PREFIXES:
-        with pytest.raises(PromptError, match=r"prefix of prompt 1 is 6 tokens.*piece is 5: make it as long"):
+        with pytest.raises(PromptError, match=r"prefix of prompt 1 is 6 tokens.*chunk_size is 5: make it as long"):
             generator.prefill(prompts(name), chunk_size=5)
         causal = generator.prefill(prompts())
         assert jnp.abs(causal.logits - whole.logits).max() > 0.01  # the prefix counts
@@ -418,8 +418,8 @@ WRONG = {
     "row 1 would have 50 tokens when all are generated; max_len is 48: raise it, or ask for 2": lambda: greedy(
         "based"
     ).generate(generation_state(2)._replace(position=jnp.array([5, 40])), 10),
-    "new is 0": lambda: greedy("based").generate(generation_state(), 0),
-    "piece is 0": lambda: greedy("based").prefill(pad_prompts([[1]]), chunk_size=0),
+    "max_new_tokens is 0": lambda: greedy("based").generate(generation_state(), 0),
+    "chunk_size is 0": lambda: greedy("based").prefill(pad_prompts([[1]]), chunk_size=0),
     "a document that goes on can have none": lambda: greedy("based").prefill(
         pad_prompts([[1, 2]], prefix_lengths=1), generation_state()
     ),

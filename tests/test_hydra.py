@@ -40,7 +40,7 @@ def test_an_absent_path_has_no_parameters_and_adds_exactly_0():
 
 
 def test_paths_that_do_not_fit_are_named():
-    with pytest.raises(ConfigError, match="every path is Nothing"):
+    with pytest.raises(ConfigError, match="every path is NoChannelMixer"):
         Parallel()
     with pytest.raises(ConfigError, match="landmarks every"):
         Parallel(ssm=Landmark(block_size=3), attention=Landmark(block_size=4))

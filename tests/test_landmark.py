@@ -11,7 +11,7 @@ from flax import nnx
 
 from recallax.config import ConfigError
 from recallax.layers import Attention, GatedConv, Landmark, LayerInfo, NoChannelMixer
-from recallax.layers.landmark import add_position_jumps
+from recallax.layers.rotary import add_position_jumps
 from recallax.models import Block, LMConfig
 from recallax.models.landmark_tokens import LandmarkTokens, drop_landmarks
 from recallax.models.offload import OffloadedLayer, OffloadedLM
@@ -149,7 +149,7 @@ def test_layers_of_a_model_agree_on_their_landmarks():
     with pytest.raises(ConfigError, match=r"landmarks every \[3, 5\] tokens"):
         replace(one, pattern="mark wide", blocks=blocks)
     assert replace(one, blocks=blocks).landmark_block_size == 3  # a spare block has no say
-    for name, value in (("landmark_every", 0), ("jump", -1), ("top_k", 0), ("min_probability", 2.0)):
+    for name, value in (("block_size", 0), ("max_position_jump", -1), ("top_k", 0), ("min_probability", 2.0)):
         with pytest.raises(ConfigError, match=f"{name} is {value}"):
             replace(THREE, **{name: value})
 

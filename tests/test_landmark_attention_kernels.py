@@ -29,7 +29,7 @@ def packed(*documents: int, length: int = LENGTH) -> dict[str, Any]:
         segments[0], positions[0] = 0, 0
         segments[0, : sum(documents)] = np.repeat(np.arange(len(documents)) + 1, documents)
         positions[0, : sum(documents)] = np.concatenate([np.arange(size) for size in documents])
-    return {"segments": jnp.asarray(segments), "positions": jnp.asarray(positions)}
+    return {"segment_ids": jnp.asarray(segments), "positions": jnp.asarray(positions)}
 
 
 @pytest.mark.parametrize(
@@ -47,10 +47,10 @@ def test_the_kernels_agree_with_the_xla_form_in_values_and_gradients(
     real, documents, groups, dtype, tolerance, monkeypatch
 ):
     """Groups of past blocks are cut small, so that a tile meets several and passes over some."""
-    monkeypatch.setattr(mosaic_tpu, "KEYS", 64)
+    monkeypatch.setattr(mosaic_tpu, "KEYS_PER_GROUP", 64)
     length = 140 if sum(documents) < 140 and documents else LENGTH
     where = packed(*documents, length=length)
-    valid = (where["segments"] > 0)[..., None, None]
+    valid = (where["segment_ids"] > 0)[..., None, None]
     slope = jnp.where(valid, jnp.asarray(np.random.default_rng(1).normal(size=(2, length, 2, 24)), jnp.float32), 0)
 
     def results(form, dtype):

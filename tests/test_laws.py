@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from recallax.__main__ import config_names
+from recallax.cli.config_files import config_names
 from recallax.layers import (
     HGRN2,
     ChunkExperts,

@@ -46,11 +46,11 @@ def draw(case: Case) -> tuple[dict[str, Any], np.ndarray]:
     inputs = {
         "hidden": rng.normal(size=(case.rows, 12)),
         "weight": rng.normal(size=(case.vocab, 12)),
-        "scale": rng.uniform(0.5, 2, size=case.rows),
+        "loss_weights": rng.uniform(0.5, 2, size=case.rows),
     }
     targets = rng.integers(0, case.vocab, size=case.rows)
     ignored = np.arange(case.rows) % 3 == 1
-    inputs["scale"][ignored] = 0
+    inputs["loss_weights"][ignored] = 0
     if case.bias:
         inputs["bias"] = rng.normal(size=case.vocab)
     return inputs, np.where(ignored, -100, targets)
@@ -61,7 +61,7 @@ def test_it_is_the_plain_cross_entropy_in_values_and_gradients(case, monkeypatch
     monkeypatch.setattr(xla, "MIN_CHUNK_ROWS", 16)
     monkeypatch.setitem(xla.MAX_LOGITS, "cpu", 1)
     inputs, targets = draw(case)
-    weighted = inputs["scale"] > 0
+    weighted = inputs["loss_weights"] > 0
 
     def run(form, targets, inputs):
         scores = linear_cross_entropy(
@@ -86,7 +86,7 @@ def test_it_is_the_plain_cross_entropy_in_values_and_gradients(case, monkeypatch
     assert slopes["hidden"].dtype == case.dtype and slopes["weight"].dtype == jnp.float32
     for name, want in slopes_.items():
         got = np.asarray(slopes[name], np.float64)
-        if name == "scale":
+        if name == "loss_weights":
             got, want = got[weighted], want[weighted]
         assert np.abs(got - want).max() <= tolerance * np.abs(want).max(), name
     plain, _ = run("xla", jnp.asarray(targets, jnp.int32), narrow)  # without gradients, another path
@@ -115,7 +115,7 @@ def test_the_gradient_holds_less_than_a_twentieth_of_the_logits():
     ("change", "message"),
     [
         ({"weight": jnp.zeros((5, 4))}, "weight has shape"),
-        ({"scale": jnp.zeros(3)}, "scale has shape"),
+        ({"loss_weights": jnp.zeros(3)}, "loss_weights has shape"),
         ({"bias": jnp.zeros(4)}, "bias is not"),
         ({"soft_cap": 0.0}, "soft_cap is 0.0"),
     ],
@@ -125,7 +125,7 @@ def test_bad_input_is_named(change, message):
         "hidden": jnp.zeros((2, 3)),
         "weight": jnp.zeros((5, 3)),
         "targets": jnp.zeros(2, int),
-        "scale": jnp.ones(2),
+        "loss_weights": jnp.ones(2),
     }
     with pytest.raises(ValueError, match=message):
         unchecked(linear_cross_entropy)(**(good | change))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from recallax.__main__ import config_names
+from recallax.cli.config_files import config_names
 from recallax.config import ConfigError
 from recallax.layers import (
     HGRN2,
@@ -107,8 +107,8 @@ def test_bad_patterns_are_named(pattern, message):
 )
 def test_published_sizes_cost_nothing_to_count(config, millions, layers):
     assert accounting.count_parameters(config()) / 1e6 == pytest.approx(millions, abs=0.05)
-    assert len(config().layers) == layers
-    assert [i for i, name in enumerate(config().layers) if name == "based"][:3] == [1, 6, 11]
+    assert len(config().layer_names) == layers
+    assert [i for i, name in enumerate(config().layer_names) if name == "based"][:3] == [1, 6, 11]
 
 
 def test_reading_twice_needs_no_larger_state():
@@ -223,7 +223,7 @@ def test_widths_may_be_named():
 
 def test_logits_at_positions_are_those_of_the_whole_row():
     for readout in (Untied(), Autoencoder(hidden_size=8)):
-        built = model("c a", readout=readout).build(nnx.Rngs(0))
+        built = model("c a", lm_head=readout).build(nnx.Rngs(0))
         whole = logits(built, unpacked_seq_info(2, 9))
         at = jnp.array([[1, 8], [0, 5]])
         np.testing.assert_allclose(
@@ -272,7 +272,7 @@ def test_incompatible_sizes_are_rejected(config, message):
 
 def test_numbers_out_of_range_are_named():
     for make, message in (
-        (lambda: SwiGLU(intermediate_size=0), "inner is 0"),
+        (lambda: SwiGLU(intermediate_size=0), "intermediate_size is 0"),
         (lambda: ReLUSquared(intermediate_size=0), "must be at least 1"),
         (lambda: Mamba2(dt_limit=(0.5, 0.5)), "dt_limit is"),
         (lambda: model("a", norm_eps=0.0), "norm_eps is 0"),
@@ -387,7 +387,7 @@ def test_every_recurrent_mixer_makes_a_hybrid(config, pattern):
 
     y, state = jax.eval_shape(forward)
     assert y.shape == (2, 9, 20) and jax.tree.leaves(state)
-    kinds = {name: hybrid.layers.count(name) for name in hybrid.blocks}
+    kinds = {name: hybrid.layer_names.count(name) for name in hybrid.blocks}
     assert kinds["mixer"] == (6 if "window" in pattern else 14) and kinds["window"] + kinds["attention"] == 2
 
 

@@ -40,7 +40,7 @@ def check(case: ArgSpec, real: int, scale: float | None = None, groups: int = 1)
         name: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for name, x in random_inputs(case, groups).items()
     }
     where: dict[str, Any] = {"positions": jnp.asarray(arg_specs.positions(case, 0), jnp.int32)}
-    where |= {"segments": segment_ids(case)} if case.document_lengths else {}
+    where |= {"segment_ids": segment_ids(case)} if case.document_lengths else {}
 
     def op(inputs, state, form):
         with dispatch.interpret_kernels():

@@ -299,7 +299,7 @@ def deep_memory_gradients(tokens: MemoryInputs, fixed: OuterParams) -> tuple[jax
     return jax.value_and_grad(loss, argnums=(0, 1))(tokens, fixed)
 
 
-EXTREME_GATES = [("log_keep", 0.0), ("log_keep", -1e4), ("log_momentum", 0.0), ("log_momentum", -1e4), ("lr", 0.0)]
+EXTREME_GATES = [("log_decay", 0.0), ("log_decay", -1e4), ("log_momentum", 0.0), ("log_momentum", -1e4), ("lr", 0.0)]
 
 
 @pytest.mark.parametrize(("what", "value"), EXTREME_GATES)
@@ -439,12 +439,12 @@ def test_reset_restores_initial_memory_and_zero_weights_cannot_learn():
     x[..., 0] = np.arange(24) == 7
     (wiped, state), (fresh, alone) = mixer_outputs(graph, params, x), mixer_outputs(graph, params, x[:, 8:])
     close(wiped[:, 8:], fresh, 3e-5)
-    close(state.neural.fast_weights, alone.neural.fast_weights, 3e-5)
-    learned = jax.tree.map(lambda change: float(jnp.abs(change).max()), state.neural.fast_weights.delta)
+    close(state.neural_state.fast_weights, alone.neural_state.fast_weights, 3e-5)
+    learned = jax.tree.map(lambda change: float(jnp.abs(change).max()), state.neural_state.fast_weights.delta)
     assert min(learned.values()) > 1e-3
     graph, _ = build_mixer(replace(MIXER, inner_optimizer=replace(MIXER.inner_optimizer, decay_to="zero")))
     _, state = mixer_outputs(graph, params, x)
-    for name, change in state.neural.fast_weights.delta.items():
+    for name, change in state.neural_state.fast_weights.delta.items():
         assert float(jnp.abs(params["weights"][name][...][None] + change).max()) == 0
 
 
@@ -453,9 +453,9 @@ def test_reset_restores_initial_memory_and_zero_weights_cannot_learn():
     [
         ({"gradient": "token"}, "network LinearNet"),
         ({"gradient": "token", "network": LinearNet(), "loss": "dot"}, "l2 loss"),
-        ({"step": "mean"}, "momentum=False"),
-        ({"updates": ("w3",)}, "must name some of w1, w2"),
-        ({"chunk": 0}, "chunk is 0"),
+        ({"gradient_reduction": "mean"}, "momentum=False"),
+        ({"trainable_weights": ("w3",)}, "must name some of w1, w2"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
     ],
 )
 def test_incompatible_options_are_rejected(choices, message):

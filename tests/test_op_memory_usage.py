@@ -7,7 +7,7 @@ Compiled as the other tests are, without most optimisations: they change the byt
 import pytest
 
 from benchmarks.messages import OpMessage
-from benchmarks.op_cases import OP_BENCHMARKS, STANDALONE_OPS, temporary_and_output_bytes
+from benchmarks.op_benchmarks import OP_BENCHMARKS, STANDALONE_OPS, temporary_and_output_bytes
 
 pytestmark = pytest.mark.usefixtures("strict")
 

@@ -40,7 +40,7 @@ TOLERANCE = {"float32": 3e-5, "bfloat16": 0.03}
 
 
 FORMS = ("reference", "xla")
-FLOAT32 = ("log_decay", "erase", "write", "rate", "a", "lr", "log_momentum", "log_keep", "weight")
+FLOAT32 = ("log_decay", "erase", "write", "rate", "a", "lr", "log_momentum", "weight")
 """Inputs that are float32 whatever the activations are."""
 
 
@@ -56,9 +56,9 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(taylor_xla, "CHUNK", 16)
     monkeypatch.setattr(delta_xla, "CHUNK", 32)  # two blocks of the triangular inverse
     monkeypatch.setattr(selective_xla, "CHUNK", 16)
-    monkeypatch.setattr(window_xla, "MAX_BLOCK", 16)
+    monkeypatch.setattr(window_xla, "BLOCK", 16)
     monkeypatch.setattr(landmark_xla, "CHUNK", 16)
-    monkeypatch.setattr(landmark_xla, "KEYS", 16)
+    monkeypatch.setattr(landmark_xla, "KEY_CHUNK", 16)
 
 
 def single(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def test_window_attention(case, dtype, window):
         state = KVCache(*(x.astype(inputs["k"].dtype) for x in state))
         where: dict[str, Any] = {
             "positions": jnp.asarray(positions, int),
-            "segments": segment_ids(case),
+            "segment_ids": segment_ids(case),
         }  # int is 64 bits in the oracle
         return window_attention(**inputs, window=window, state=state, **where, implementation=form)
 
@@ -199,7 +199,7 @@ def test_landmark_attention(case, dtype, real):
 
     def op(inputs, past, form):
         past = jax.tree.map(lambda x: x.astype(inputs["k"].dtype), past)
-        where: dict[str, Any] = {"positions": jnp.asarray(positions, int), "segments": segment_ids(case)}
+        where: dict[str, Any] = {"positions": jnp.asarray(positions, int), "segment_ids": segment_ids(case)}
         return landmark_attention(**inputs, block_size=real, cache=past, **where, implementation=form), ()
 
     compare(op, case, inputs, landmark_cases.random_cache(case, 50, real), dtype, "xla")
@@ -250,7 +250,7 @@ def test_long_rows_cross_many_real_chunks(monkeypatch):
     for window in (None, 70):
         a, b = (window_attention(**low, window=window, segment_ids=ids, implementation=f)[0] for f in FORMS)
         assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
-    where: dict[str, Any] = {"positions": jnp.asarray(landmark_cases.positions(case, 0)), "segments": ids}
+    where: dict[str, Any] = {"positions": jnp.asarray(landmark_cases.positions(case, 0)), "segment_ids": ids}
     a, b = (landmark_attention(**low, block_size=15, **where, implementation=f) for f in FORMS)
     assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
 

@@ -13,16 +13,15 @@ import pytest
 from flax import nnx
 
 from recallax.config import ConfigError
+from recallax.convert import LAYOUTS, WeightsError, import_config, import_model, layout_of
 from recallax.convert.config_fields import ConfigFields
-from recallax.convert.key_map import apply_key_map
+from recallax.convert.key_map import KeyMapEntry, apply_key_map
 from recallax.convert.layouts import falcon_h1_layout
-from recallax.convert.layouts.decoder_parts import compress_pattern
-from recallax.convert.model_conversion import LAYOUTS, KeyMapEntry, WeightsError, import_config, import_model, layout_of
 from recallax.layers import Attention, Identity, LayerInfo, MixerConfig, RecurrentMixer, SwiGLU
 from recallax.models import LM, Block, LMConfig
 from recallax.models.block import BlockModule
 from recallax.models.parameter_paths import fill_parameters, layer_paths, parameter_paths, parameter_shapes
-from recallax.models.pattern import parse_pattern
+from recallax.models.pattern import compress_pattern, parse_pattern
 from recallax.types import Precision, SeqInfo, StepInfo, unpacked_seq_info
 
 pytestmark = pytest.mark.usefixtures("strict")
@@ -179,7 +178,7 @@ def test_mixers_side_by_side(name: str):
     """Alone. Ours take what the block normalises and give what it adds, so multipliers on the way count as theirs."""
     config, weights, arrays = fixture(name)
     fields = ConfigFields(config)
-    entries, width = falcon_h1_layout.key_map(fields), config["hidden_size"]
+    entries, width = falcon_h1_layout.falcon_h1_mixer_entries(fields), config["hidden_size"]
     leaving = {part: np.float32(config[f"{part}_out_multiplier"]) for part in ("ssm", "attention")}
 
     mamba2 = load_mixer(
@@ -248,7 +247,7 @@ def test_every_layout_can_be_exported(name: str):
     config, weights, _ = first_layers(name, 2) if name in FIRST_LAYERS else fixture(name)
     layout, fields = LAYOUTS[layout_of(config)], ConfigFields(config)
     entries = (
-        falcon_h1_layout.key_map(fields) if name in MIXERS else layout.key_map(fields, layout.from_config_json(fields))
+        falcon_h1_layout.falcon_h1_mixer_entries(fields) if name in MIXERS else layout.key_map(fields, layout.from_config_json(fields))
     )
     for entry in entries:
         given = tuple(weights[key] for key in entry.source)
@@ -269,7 +268,7 @@ NORM = "model__layers__1__input_layernorm__weight"
     ("weights", "parts"),
     [
         (altered_weights(**{NORM: None}), ["lack 'model.layers.1.input_layernorm.weight'", "all shards"]),
-        (altered_weights(extra=np.zeros(3)), ["no place for 'extra'", "config.json"]),
+        (altered_weights(extra=np.zeros(3)), ["no parameter for 'extra'", "config.json"]),
         (
             altered_weights(model__norm__weight=None, norm__weight=np.zeros(24)),
             ["lack 'model.norm.weight'", "'norm.weight'"],
@@ -295,12 +294,12 @@ def test_weights_that_do_not_fit_are_named(weights: dict[str, np.ndarray], parts
 def test_a_key_map_fills_every_parameter_once():
     shapes = {"a": (2,), "b": (2,)}
     for entries, message in (
-        ([KeyMapEntry(("x",), ("a",))], "fills no 'b'"),
+        ([KeyMapEntry(("x",), ("a",))], "does not fill 'b'"),
         ([KeyMapEntry(("x",), ("a",)), KeyMapEntry(("y",), ("a",))], "more than once 'a'"),
         ([KeyMapEntry(("x",), ("a",)), KeyMapEntry(("x",), ("b",))], "more than once 'x'"),
         (
             [KeyMapEntry(("x",), ("a",)), KeyMapEntry(("y",), ("b",)), KeyMapEntry(("z",), ("c",))],
-            "the model lacks, 'c'",
+            "the model lacks: 'c'",
         ),
     ):
         with pytest.raises(WeightsError, match=message):

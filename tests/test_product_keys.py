@@ -142,7 +142,7 @@ def test_an_optimizer_without_tags_is_the_plain_one():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"top_k": 65}, "sub_keys = 64"), ({"key_dim": 7}, "be even"), ({"heads": 0}, "heads is 0")],
+    [({"top_k": 65}, "num_sub_keys = 64"), ({"head_k_dim": 7}, "be even"), ({"num_heads": 0}, "num_heads is 0")],
 )
 def test_invalid_configs_are_rejected(changes, message):
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""What a report promises: it needs no network, runs no script, shows the numbers, and lets no name break out."""
+"""Reports need no network, run no script, show the numbers, and escape every string."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """Every element and attribute of a page, and its text by table cell."""
+    """Parser that collects the elements, attributes and texts of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def make_run(folder: Path, name: str, *, size: int = 4096, accuracy: float = 0.8
     config = {"schema": 1, "class": "RunConfig", "model": {"d_model": size, "note": name}, "train": {"steps": 20}}
     (folder / "config.json").write_text(json.dumps(config))
     with RunLog(folder / "log.jsonl", f"{size:010x}") as log:
-        about = {
+        info = {
             "name": name,
             "state_bytes": size,
             "parameters": 12345,
@@ -61,7 +61,7 @@ def make_run(folder: Path, name: str, *, size: int = 4096, accuracy: float = 0.8
             "device": name,
             "commit": name,
         }
-        log.write("run", 0, about)
+        log.write("run", 0, info)
         for step in (10, 20):
             log.write("train", step, {"loss": 20 / step})
             log.write("eval", step, {"split": "valid", "accuracy": accuracy * step / 20})
@@ -94,7 +94,7 @@ def test_one_run_shows_its_numbers(tmp_path: Path) -> None:
         assert expected in texts
     for axis in ("optimizer step", "training loss (nats)", "valid accuracy (fraction)", "test accuracy (fraction)"):
         assert axis in texts
-    assert parsed.tags.count("svg") == 2, "curves and groups; memory needs two runs"
+    assert parsed.tags.count("svg") == 2, "curves and groups; the Pareto figure needs two models"
     (row,) = csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text()))
     assert row["run"] == "based" and float(row["test accuracy"]) == 0.875 and row["state bytes"] == "4096"
     assert "| based | finished | 0.875 |" in (tmp_path / "out.md").read_text()
@@ -109,19 +109,19 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     assert parsed.tags.count("svg") == 3
     texts = [text.strip() for text in parsed.texts]
     assert {"state (bytes per sequence, log scale)", "64 KiB", "1 MiB", *sizes} <= set(texts)
-    differing = page[page.index("differs between") : page.index("<details>")]
+    differing = page[page.index("Fields that differ between") : page.index("<details>")]
     assert "model.d_model" in differing and "65536" in differing and "train.steps" not in differing
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 4
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_runs_with_equal_names_get_unique_labels(tmp_path: Path) -> None:
     sizes = {"a": 16, "b": 32, "c": 32}
     write_report([make_run(tmp_path / k, "based", size=v) for k, v in sizes.items()], tmp_path / "out.html")
     rows = csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text()))
     assert [row["run"] for row in rows] == ["based 0000000010", "based 0000000020 #2", "based 0000000020 #3"]
 
 
-def test_unfinished_runs_are_shown_as_far_as_they_got(tmp_path: Path) -> None:
+def test_unfinished_runs_are_shown_up_to_their_last_step(tmp_path: Path) -> None:
     fresh = tmp_path / "fresh"
     fresh.mkdir()
     (fresh / "config.json").write_text("{}")
@@ -132,7 +132,7 @@ def test_unfinished_runs_are_shown_as_far_as_they_got(tmp_path: Path) -> None:
     write_report([fresh, make_run(tmp_path / "c", "mom")], tmp_path / "out.html")
 
 
-def test_numbers_that_json_cannot_hold(tmp_path: Path) -> None:
+def test_non_finite_numbers_are_shown(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", "based", tested=False)
     with RunLog(run / "log.jsonl", "f") as log:
         log.write("train", 30, {"loss": float("nan")})
@@ -147,24 +147,24 @@ def test_hostile_names_are_escaped(tmp_path: Path, name: str) -> None:
     write_report([run, make_run(tmp_path / "b", name, size=8192)], tmp_path / "out.html")
     parsed = assert_harmless((tmp_path / "out.html").read_text())
     visible = "".join(c if c.isprintable() else " " for c in name)
-    assert any(visible in text for text in parsed.texts), "escaped, not dropped"
+    assert any(visible in text for text in parsed.texts), "escaped, not removed"
     markdown = (tmp_path / "out.md").read_text()
     assert "<" not in markdown and "](" not in markdown and len(markdown.splitlines()) == 4
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines()}) == 1
 
 
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\n=1", " =1", "plain"])
-def test_no_cell_of_the_csv_is_a_formula(tmp_path: Path, name: str) -> None:
+def test_csv_cells_are_not_formulas(tmp_path: Path, name: str) -> None:
     run = make_run(tmp_path / "a", name, accuracy=-0.5)
     write_report([run], tmp_path / "out.html")
     header, row = csv.reader(io.StringIO((tmp_path / "out.csv").read_text()))
     assert name == "plain" or row[0].startswith("'")
-    assert float(row[header.index("test accuracy")]) == -0.5, "a negative number is no formula"
+    assert float(row[header.index("test accuracy")]) == -0.5, "a negative number is not a formula"
     for cell in (*header, *row):
         assert cell.lstrip()[:1] not in tuple("=+-@") or cell == "-0.5"
 
 
-def test_same_runs_same_bytes(tmp_path: Path) -> None:
+def test_reports_are_deterministic(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", "based"), make_run(tmp_path / "b", "mom")]
     pages = []
     for _ in range(2):
@@ -185,8 +185,8 @@ def test_folders_without_a_run_are_rejected(tmp_path: Path) -> None:
     assert not (tmp_path / "out.html").exists()
 
 
-def test_the_harmless_check_sees_harm() -> None:
-    """The assertions above are worth something only if they fail on what they look for."""
+def test_assert_harmless_detects_harmful_pages() -> None:
+    """The assertions above must fail on the elements that they forbid."""
     policy = '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'">'
     assert_harmless(policy)
     harms = [

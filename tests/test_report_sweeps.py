@@ -1,4 +1,4 @@
-"""What a report makes of many runs: seeds put together, rates chosen on valid, the frontier, heat maps."""
+"""Reports about sweeps: grouping by seed, selection on the valid split, the Pareto front and heat maps."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from recallax.__main__ import main
+from recallax.cli.main import main
 from recallax.report import ReportError, write_report
 from recallax.report.grouping import Setting, best_setting, common_label, group_by_model, group_by_setting
 from recallax.report.heatmaps import Heatmap, draw_heatmap, find_heatmaps
@@ -20,13 +20,13 @@ from recallax.report.runs import find_run_folders, read_run
 from recallax.train.log import RunLog
 from tests.test_report import HOSTILE, assert_harmless
 
-type Told = dict[str, float | str]
+type ModelFields = dict[str, float | str]
 
 
-def make(
-    folder: Path, model: Told, *, lr: float = 0.01, seed: int = 0, valid: float, test: float, size: int = 64
+def make_run(
+    folder: Path, model: ModelFields, *, lr: float = 0.01, seed: int = 0, valid: float, test: float, size: int = 64
 ) -> None:
-    """A finished run of a model whose fields these are."""
+    """Write a finished run of a model with these fields."""
     path = folder / f"{len(list(folder.glob('*')))}"
     path.mkdir(parents=True)
     config = {"schema": 1, "class": "RunConfig", "model": model, "optim": {"lr": lr}}
@@ -44,16 +44,18 @@ def settings(folder: Path) -> list[Setting]:
     return group_by_setting([read_run(path) for path in sorted(folder.glob("*"), key=lambda path: int(path.name))])
 
 
-def test_seeds_are_put_together_and_rates_chosen_on_valid(tmp_path: Path) -> None:
+def test_seeds_are_grouped_and_rates_selected_on_valid(tmp_path: Path) -> None:
     for seed, (valid, test) in enumerate([(0.75, 0.5), (0.25, 0.625), (0.5, 0.75)]):
-        make(tmp_path, {"mixer": "based"}, lr=0.02, seed=seed, valid=valid, test=test)
-    make(tmp_path, {"mixer": "based"}, lr=0.01, valid=0.625, test=1.0)  # above the mean of three, but not beside seed 0
-    make(tmp_path, {"mixer": "mom"}, valid=0.25, test=0.25, size=128)
-    found = settings(tmp_path)
-    assert [setting.label for setting in found] == ["based 0.02", "grid based 0.01 0", "grid mom 0.01 0"]
-    assert [len(setting.seeds()) for setting in found] == [3, 1, 1]
-    assert found[0].test_accuracies() == [0.5, 0.625, 0.75] and found[0].mean_valid_accuracy() == 0.5
-    models = group_by_model(found)
+        make_run(tmp_path, {"mixer": "based"}, lr=0.02, seed=seed, valid=valid, test=test)
+    make_run(
+        tmp_path, {"mixer": "based"}, lr=0.01, valid=0.625, test=1.0
+    )  # above the mean of three seeds, but below their seed 0
+    make_run(tmp_path, {"mixer": "mom"}, valid=0.25, test=0.25, size=128)
+    grouped = settings(tmp_path)
+    assert [setting.label for setting in grouped] == ["based 0.02", "grid based 0.01 0", "grid mom 0.01 0"]
+    assert [len(setting.seeds()) for setting in grouped] == [3, 1, 1]
+    assert grouped[0].test_accuracies() == [0.5, 0.625, 0.75] and grouped[0].mean_valid_accuracy() == 0.5
+    models = group_by_model(grouped)
     assert [(model.label, model.best_setting().label) for model in models] == [
         ("based", "based 0.02"),
         ("grid mom 0.01 0",) * 2,
@@ -66,20 +68,20 @@ def test_seeds_are_put_together_and_rates_chosen_on_valid(tmp_path: Path) -> Non
     assert "| based 0.02 | 64 | 3 | 0.5 | 0.625 | 0.5 | 0.75 |" in (tmp_path / "out.md").read_text()
 
 
-def test_of_equals_on_valid_the_one_with_most_seeds_is_best(tmp_path: Path) -> None:
-    make(tmp_path, {"mixer": "based"}, lr=0.01, valid=1.0, test=0.5)
+def test_among_equal_settings_the_one_with_most_seeds_is_best(tmp_path: Path) -> None:
+    make_run(tmp_path, {"mixer": "based"}, lr=0.01, valid=1.0, test=0.5)
     for seed in (0, 1):
-        make(tmp_path, {"mixer": "based"}, lr=0.02, seed=seed, valid=1.0, test=0.5)
+        make_run(tmp_path, {"mixer": "based"}, lr=0.02, seed=seed, valid=1.0, test=0.5)
     assert best_setting(settings(tmp_path)).label == "based 0.02"
 
 
-def test_runs_that_share_no_word_or_every_word_are_named(tmp_path: Path) -> None:
+def test_common_label_and_unique_setting_labels(tmp_path: Path) -> None:
     assert common_label(["a b 1", "c b 2"]) == "b" and common_label(["a", "b"]) == "a"
     for width, lr in product((16, 32), (0.1, 0.2)):
-        make(tmp_path, {"d_model": width}, lr=lr, valid=0.5, test=0.5)
+        make_run(tmp_path, {"d_model": width}, lr=lr, valid=0.5, test=0.5)
     for log in tmp_path.glob("*/log.jsonl"):
         rows = [json.loads(line) for line in log.read_text().splitlines()]
-        rows[0]["name"] = "mqar_based"  # as `recallax train` calls them all
+        rows[0]["name"] = "mqar_based"  # the name that `recallax train` gives to all of them
         log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [setting.label for setting in settings(tmp_path)] == [
         f"mqar_based d_model={width} lr={lr}" for width, lr in product((16, 32), (0.1, 0.2))
@@ -90,28 +92,31 @@ def test_runs_that_share_no_word_or_every_word_are_named(tmp_path: Path) -> None
     ]
 
 
-def test_pareto_frontier(tmp_path: Path) -> None:
+def test_pareto_front(tmp_path: Path) -> None:
     places = [(64, 0.5), (64, 0.25), (128, 0.5), (256, 0.75), (512, 0.625), (1024, 1.0)]
     for i, (size, accuracy) in enumerate(places):
-        make(tmp_path, {"mixer": f"m{i}"}, valid=accuracy, test=accuracy, size=size)
-    found = pareto_front([model.best_setting() for model in models_with_state_bytes(settings(tmp_path))])
-    assert [(setting.state_bytes(), setting.test_accuracies()[0]) for setting in found] == [
+        make_run(tmp_path, {"mixer": f"m{i}"}, valid=accuracy, test=accuracy, size=size)
+    front = pareto_front([model.best_setting() for model in models_with_state_bytes(settings(tmp_path))])
+    assert [(setting.state_bytes(), setting.test_accuracies()[0]) for setting in front] == [
         (64, 0.5),
         (256, 0.75),
         (1024, 1.0),
     ]
 
 
-def test_heat_maps_are_found_in_what_varies(tmp_path: Path) -> None:
-    """Two fields that vary independently, one of which takes another field with it; not fields that vary together."""
+def test_find_heatmaps_of_independent_fields(tmp_path: Path) -> None:
+    """Two fields vary independently, and a third one varies together with one of them."""
     for lr, width, seed in product((0.1, 0.02, 0.004), (8, 16), (0, 1)):
         accuracy = (width / 16) * (0.5 if lr == 0.1 else 0.75) + seed / 8
-        make(tmp_path, {"d_model": width, "inner": 2 * width}, lr=lr, seed=seed, valid=accuracy, test=accuracy)
-    ((grid,), more) = find_heatmaps(settings(tmp_path))
-    assert more == 0 and (grid.x_axis.name, grid.y_axis.name) == ("optim.lr", "model.d_model")
-    assert grid.y_axis.tied_fields == ("model.inner",) and "With model.d_model changes model.inner." in grid.caption()
-    assert grid.x_axis.ticks() == ["0.004", "0.02", "0.1"] and grid.y_axis.ticks() == ["8", "16"]
-    assert {place: (len(found), found[0].test_accuracies()) for place, found in grid.cells.items()} == {
+        make_run(tmp_path, {"d_model": width, "inner": 2 * width}, lr=lr, seed=seed, valid=accuracy, test=accuracy)
+    ((heatmap,), num_omitted) = find_heatmaps(settings(tmp_path))
+    assert num_omitted == 0 and (heatmap.x_axis.name, heatmap.y_axis.name) == ("optim.lr", "model.d_model")
+    assert (
+        heatmap.y_axis.tied_fields == ("model.inner",)
+        and "model.d_model varies together with model.inner." in heatmap.caption()
+    )
+    assert heatmap.x_axis.ticks() == ["0.004", "0.02", "0.1"] and heatmap.y_axis.ticks() == ["8", "16"]
+    assert {cell: (len(group), group[0].test_accuracies()) for cell, group in heatmap.cells.items()} == {
         (lr, width): (1, [low, low + 0.125])
         for (lr, width), low in {
             ("0.1", "8"): 0.25,
@@ -122,51 +127,53 @@ def test_heat_maps_are_found_in_what_varies(tmp_path: Path) -> None:
             ("0.004", "16"): 0.75,
         }.items()
     }
-    assert {"0.812", "0.750 to 0.875", "0.004", "optim.lr", "model.d_model"} <= set(texts_of(grid))
+    assert {"0.812", "0.750 to 0.875", "0.004", "optim.lr", "model.d_model"} <= set(texts_of(heatmap))
 
 
-def test_a_cell_with_several_settings_shows_the_best_on_valid(tmp_path: Path) -> None:
+def test_a_heatmap_cell_shows_the_setting_that_is_best_on_valid(tmp_path: Path) -> None:
     for lr, width, layers in product((0.1, 0.2), (8, 16), (1, 2)):
-        model: Told = {"d_model": width, "layers": layers}
-        make(tmp_path, model, lr=lr, valid=0.25 * layers, test=0.25 + 0.5 * (layers == 2) * (width == 8))
-    grids, more = find_heatmaps(settings(tmp_path))
-    names = [(grid.x_axis.name, grid.y_axis.name) for grid in grids]
-    assert names[0] == ("optim.lr", "model") and more == 0, "first the one with one setting to a cell"
+        model: ModelFields = {"d_model": width, "layers": layers}
+        make_run(tmp_path, model, lr=lr, valid=0.25 * layers, test=0.25 + 0.5 * (layers == 2) * (width == 8))
+    heatmaps, num_omitted = find_heatmaps(settings(tmp_path))
+    names = [(heatmap.x_axis.name, heatmap.y_axis.name) for heatmap in heatmaps]
+    assert names[0] == ("optim.lr", "model") and num_omitted == 0, "first the heat map with one setting per cell"
     assert set(names[1:]) == {
         ("optim.lr", "model.d_model"),
         ("optim.lr", "model.layers"),
         ("model.d_model", "model.layers"),
     }
-    grid = grids[names.index(("optim.lr", "model.d_model"))]
-    assert "Where several settings share a cell" in grid.caption()
+    heatmap = heatmaps[names.index(("optim.lr", "model.d_model"))]
+    assert "Where several settings share a cell" in heatmap.caption()
     assert (
-        sorted(text for text in texts_of(grid) if text.startswith("0.") and len(text) == 5)
+        sorted(text for text in texts_of(heatmap) if text.startswith("0.") and len(text) == 5)
         == ["0.250"] * 2 + ["0.750"] * 2
     )
 
 
-def test_nothing_is_mapped_where_nothing_varies_independently(tmp_path: Path) -> None:
+def test_no_heatmap_of_fields_that_vary_together(tmp_path: Path) -> None:
     for i in range(4):
-        make(tmp_path, {"d_model": 8 * 2**i}, lr=0.1 / 2**i, valid=0.5, test=0.5)
-    make(tmp_path, {"d_model": 8}, lr=0.05, valid=0.5, test=0.5)
-    assert find_heatmaps(settings(tmp_path)) == ([], 0), "five of sixteen pairs are no grid"
+        make_run(tmp_path, {"d_model": 8 * 2**i}, lr=0.1 / 2**i, valid=0.5, test=0.5)
+    make_run(tmp_path, {"d_model": 8}, lr=0.05, valid=0.5, test=0.5)
+    assert find_heatmaps(settings(tmp_path)) == ([], 0), "five of sixteen pairs are too few"
 
 
 def test_figure_labels_do_not_overlap(tmp_path: Path) -> None:
-    """Fifteen models, some at nearly the same place; measured as they are drawn."""
+    """Fifteen models, some with nearly equal points. The boxes are those of the rendered text."""
     random.seed(0)
     for i in range(15):
         size, accuracy = 1024 * 2 ** (i % 3 + random.random() / 4), 0.9 + random.random() / 10
-        make(tmp_path, {"mixer": f"a mixer called {i}"}, valid=accuracy, test=accuracy, size=int(size))
+        make_run(tmp_path, {"mixer": f"a mixer called {i}"}, valid=accuracy, test=accuracy, size=int(size))
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(9, 4.9), layout="constrained")
         canvas = FigureCanvasAgg(figure)
         draw_pareto(figure, models_with_state_bytes(settings(tmp_path)))
     canvas.draw()
     labels = [text for text in figure.axes[0].texts if "mixer" in text.get_text()]
-    boxes = [Text.get_window_extent(text, canvas.get_renderer()).shrunk(1, 0.8) for text in labels]  # without the lines
-    clashes = [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)]
-    assert len(boxes) == 15 and not clashes
+    boxes = [
+        Text.get_window_extent(text, canvas.get_renderer()).shrunk(1, 0.8) for text in labels
+    ]  # shrunk: the extent includes the connecting lines
+    overlapping = [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)]
+    assert len(boxes) == 15 and not overlapping
     inside = figure.axes[0].get_window_extent()
     assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 + 1 for box in boxes)
 
@@ -174,32 +181,32 @@ def test_figure_labels_do_not_overlap(tmp_path: Path) -> None:
 def test_report_summarizes_large_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sweep"
     for lr, width in product((0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4), (8, 16)):
-        make(out, {"d_model": width}, lr=lr, valid=lr / 8, test=lr / 8, size=4 * width)
-    with pytest.raises(ReportError, match="a sweep that has begun"):
-        (tmp_path / "begun").mkdir()
-        (tmp_path / "begun" / "results.jsonl").touch()
-        find_run_folders([tmp_path / "begun"])
+        make_run(out, {"d_model": width}, lr=lr, valid=lr / 8, test=lr / 8, size=4 * width)
+    with pytest.raises(ReportError, match="a sweep that has run folders"):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "empty" / "results.jsonl").touch()
+        find_run_folders([tmp_path / "empty"])
     (out / "results.jsonl").touch()
     assert main(["report", str(out), "--out", str(tmp_path / "out.html")]) == 0
     page = (tmp_path / "out.html").read_text()
-    assert assert_harmless(page).tags.count("svg") == 4, "memory, one grid, curves, groups"
+    assert assert_harmless(page).tags.count("svg") == 4, "Pareto front, one heat map, curves, groups"
     assert "2 of 14 runs" in page and "its other settings are the small grey points" in page
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 15
-    assert page.count("<details>") == 1 and "What all of them share" in page
+    assert page.count("<details>") == 1 and "Fields that all runs share" in page
 
 
 def test_hostile_values_on_the_axes_are_escaped(tmp_path: Path) -> None:
     for i, value in enumerate(HOSTILE[:6]):
         for lr in (0.1, 0.2):
-            make(tmp_path / "runs", {"note": value}, lr=lr, valid=0.5, test=i / 8, size=64 + i)
+            make_run(tmp_path / "runs", {"note": value}, lr=lr, valid=0.5, test=i / 8, size=64 + i)
     write_report(list((tmp_path / "runs").glob("*")), tmp_path / "out.html")
     texts = assert_harmless((tmp_path / "out.html").read_text()).texts
     assert any("<script>" in text for text in texts) and "optim.lr" in texts
 
 
-def texts_of(grid: Heatmap) -> list[str]:
+def texts_of(heatmap: Heatmap) -> list[str]:
     figure = Figure()
-    draw_heatmap(figure, grid)
+    draw_heatmap(figure, heatmap)
     ax = figure.axes[0]
     ticks = [*ax.get_xticklabels(), *ax.get_yticklabels()]
     return [*(text.get_text() for text in [*ax.texts, *ticks]), ax.get_xlabel(), ax.get_title(loc="left")]

@@ -17,13 +17,13 @@ from recallax.types import Precision, unpacked_seq_info
 
 pytestmark = pytest.mark.usefixtures("strict")
 
-BLOCK, WINDOW, CHOSEN, LENGTH, SEEN = 4, 6, 5, 41, 11
-SIZES: dict[str, Any] = {"window": WINDOW, "chosen": CHOSEN, "block": BLOCK}
+BLOCK, WINDOW, TOP_K, LENGTH, SEEN = 4, 6, 5, 41, 11
+SIZES: dict[str, Any] = {"window": WINDOW, "top_k": TOP_K, "block_size": BLOCK}
 
 
 def drawn(seed: int, rows: int, length: int, offers: int = 1) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(seed), 5)
-    shapes = {"q": (4, 8), "k": (2, 8), "v": (2, 6), "offer": (offers,), "ask": (offers,)}
+    shapes = {"q": (4, 8), "k": (2, 8), "v": (2, 6), "selection_key": (offers,), "selection_query": (offers,)}
     return {
         n: jax.random.normal(key, (rows, length, *shape)) for key, (n, shape) in zip(keys, shapes.items(), strict=True)
     }
@@ -43,10 +43,10 @@ def packed() -> tuple[jax.Array, jax.Array]:
 def retained_tokens(offers: int, asks: bool):
     """What SEEN tokens leave where every token is kept."""
     before, where = drawn(7, 2, SEEN, offers), unpacked_seq_info(2, SEEN)
-    ask = before.pop("ask") if asks else None
-    before.pop("ask", None)
+    ask = before.pop("selection_query") if asks else None
+    before.pop("selection_query", None)
     empty = init_full_cache(2, SEEN + LENGTH, 2, 8, 6, offers, asks, jnp.float32)
-    at: dict[str, Any] = {"positions": jnp.asarray(where.positions), "segments": jnp.asarray(where.segment_ids)}
+    at: dict[str, Any] = {"positions": jnp.asarray(where.positions), "segment_ids": jnp.asarray(where.segment_ids)}
     return sparse_global_attention(**before, selection_query=ask, **SIZES, **at, state=empty)[1]
 
 
@@ -57,11 +57,11 @@ def test_blocks_equal_the_definition_in_values_and_gradients(asks):
     valid = (segments > 0)[..., None, None]
     cotangent = jax.random.normal(jax.random.key(2), (2, LENGTH, 4, 6))
     if not asks:
-        inputs.pop("ask")
+        inputs.pop("selection_query")
 
     def results(form):
         def loss(inputs, state):
-            at: dict[str, Any] = {"positions": positions, "segments": segments, "implementation": form}
+            at: dict[str, Any] = {"positions": positions, "segment_ids": segments, "implementation": form}
             y, after = sparse_global_attention(**inputs, **SIZES, **at, state=state)
             y = jnp.where(valid, y, 0)
             return jnp.sum(y * cotangent), (y, after)
@@ -77,15 +77,15 @@ def test_blocks_equal_the_definition_in_values_and_gradients(asks):
 def test_the_choice_is_that_of_a_loop():
     """Weights of attention read off one-hot values, against sorted scores in Python."""
     inputs = drawn(3, 1, LENGTH)
-    inputs.pop("ask")
+    inputs.pop("selection_query")
     values = jnp.broadcast_to(jnp.eye(LENGTH)[None, :, None], (1, LENGTH, 2, LENGTH))
     seq = unpacked_seq_info(1, LENGTH)
-    at: dict[str, Any] = {"positions": jnp.asarray(seq.positions), "segments": jnp.asarray(seq.segment_ids)}
+    at: dict[str, Any] = {"positions": jnp.asarray(seq.positions), "segment_ids": jnp.asarray(seq.segment_ids)}
     weights = jax.jit(lambda inputs: sparse_global_attention(**inputs, **SIZES, **at)[0])(inputs | {"v": values})
-    offer = np.asarray(inputs["offer"])[0, :, 0]
+    offer = np.asarray(inputs["selection_key"])[0, :, 0]
     for t in range(LENGTH):
         candidates = range(max(t // BLOCK * BLOCK + BLOCK - WINDOW, 0))
-        best = sorted(candidates, key=lambda j: -offer[j])[:CHOSEN]
+        best = sorted(candidates, key=lambda j: -offer[j])[:TOP_K]
         seen = {j for j in best if t - j >= WINDOW} | {j for j in range(t + 1) if t - j < WINDOW}
         assert set(np.flatnonzero(np.asarray(weights)[0, t, 0])) == seen
 
@@ -119,7 +119,7 @@ def test_top_k_cache_equals_full_cache():
     (short, long), (few, many) = sizes
     assert short == long == (6 + 5) * (2 * 16 + 1) * 4 + 5 * 4  # keys, values, offers and numbers
     assert 10 * few == many
-    assert isinstance(heap.init_state(1, 9).held, TopKCache)
+    assert isinstance(heap.init_state(1, 9).cache, TopKCache)
 
 
 def test_with_nothing_to_choose_it_is_a_sliding_window():
@@ -172,9 +172,9 @@ def test_misaligned_documents_return_nan():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block": 7}, "at most the window of 6"),
-        ({"chosen": 0}, "chosen is 0"),
-        ({"selector": QueryDependentSelector()}, "AskedTokens may want a token back"),
+        ({"block_size": 7}, "at most the window of 6"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"selector": QueryDependentSelector()}, "QueryDependentSelector may select a token"),
     ],
 )
 def test_invalid_configs_are_rejected(changes, message):

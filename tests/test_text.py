@@ -21,8 +21,8 @@ import jax
 import numpy as np
 import pytest
 
-from recallax.__main__ import main
 from recallax.cli.corpus import text_task_of
+from recallax.cli.main import main
 from recallax.config import ConfigError, from_json, to_json
 from recallax.configs import based_360m_text, text_based, text_files
 from recallax.models.prompts import PromptError
@@ -247,7 +247,7 @@ for step in steps:
         mine = slice(process * size // count, (process + 1) * size // count)
         found[f"{step} {process}"] = hashlib.sha256(b"".join(leaf[mine].tobytes() for leaf in leaves)).hexdigest()
 foreign = [m for m in ("tensorflow", "tensorflow_datasets", "grain", "tokenizers", "sentencepiece") if m in sys.modules]
-print(json.dumps({"rows": found, "data": task.data(), "foreign": foreign}))
+print(json.dumps({"rows": found, "data": task.data_digest(), "foreign": foreign}))
 """
 
 
@@ -288,8 +288,8 @@ def slow_recall(tokens: list[int], segments: list[int], n: int, frequent: set[tu
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("above", [0, 8, 1000])
 def test_recall_tokens_are_those_of_the_definition(n: int, above: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recall_tokens, "PIECE", 7)
-    monkeypatch.setattr(recall_tokens, "BUCKETS", 3)  # so that n-grams share counters
+    monkeypatch.setattr(recall_tokens, "TOKENS_PER_PIECE", 7)
+    monkeypatch.setattr(recall_tokens, "HASH_BITS", 2)  # so that n-grams share counters
     rng, vocab = np.random.default_rng(n), 5
     sizes = rng.integers(1, 20, size=40)
     documents = [rng.choice(vocab - 1, size=k, p=[0.55, 0.25, 0.1, 0.1]).tolist() for k in sizes]
@@ -457,8 +457,8 @@ REFUSED_TFDS = [
     ({"name": "lm1b"}, ["lm1b is not in", "recallax corpus CONFIG --download", "task.source.data_dir"]),
     ({"feature": "text"}, ["some_books/2.0.1 has no feature 'text'", "title, body, raw, year"]),
     ({}, ["has no split 'validation'", "train, test", "train[98%:99%]"]),
-    ({"valid": "train[20:]", "train": "train[:21]"}, ["train is 'train[:21]' and valid 'train[20:]'", "not overlap"]),
-    ({"valid": "test"}, ["valid is 'test' and test 'test'", "not overlap"]),
+    ({"valid_split": "train[20:]", "train_split": "train[:21]"}, ["train is 'train[:21]' and valid 'train[20:]'", "not overlap"]),
+    ({"valid_split": "test"}, ["valid is 'test' and test 'test'", "not overlap"]),
 ]
 
 
@@ -483,7 +483,7 @@ def test_features_and_formats_that_are_refused(tfds_data: Path, tmp_path: Path) 
     info = tmp_path / "some_books/2.0.1/dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(
-        ConfigError, match=r"2.0.1 holds tfrecord, which has no random access; prepare it as array_record"
+        ConfigError, match=r"2.0.1 has the file format tfrecord, which has no random access; prepare the corpus as array_record"
     ):
         replace(source, feature="body", data_dir=str(tmp_path)).open()
 
@@ -519,14 +519,14 @@ def refuse_files(
 
 
 def test_files_that_are_refused(folder: Path) -> None:
-    refuse_files(["'*.txt'", "no such file", str(folder), "correct it"], "*.txt")
+    refuse_files(["'*.txt'", "matches no file", str(folder), "correct it"], "*.txt")
     write(folder / "good.txt", "\n\n".join(sentences(9)))
     (folder / "latin.txt").write_bytes("good\nna\xefve".encode("latin-1"))
     refuse_files(["latin.txt is not UTF-8", "byte 0xef at offset 7", "iconv"], "*.txt")
     write(folder / "latin.txt", " \n\n")
     refuse_files(["latin.txt is empty", "remove it"], "*.txt")
-    refuse_files(["1 different documents", "at least one each", "paragraphs or lines"], "good.txt")
-    refuse_files(["(0.7, 0.3)", "sum to below 1"], "good.txt", documents="paragraph", valid=0.7, test=0.3)
+    refuse_files(["1 different documents", "at least one each", "paragraph or line"], "good.txt")
+    refuse_files(["(0.7, 0.3)", "a sum below 1"], "good.txt", documents="paragraph", valid=0.7, test=0.3)
     assert not list((folder / "cache/corpora").glob("files-*")), "what fails leaves nothing"
     with pytest.raises(ConfigError, match="paths is empty"):
         TextFiles(paths=())
@@ -585,10 +585,10 @@ def test_tokenizer_round_trip(kind: str, request: pytest.FixtureRequest) -> None
     encoded = encoder.encode(texts)
     for text, ids in zip(texts, encoded, strict=True):
         assert ids.dtype == np.int64 and ids.min() >= 0 and ids.max() < tokenizer.vocab_size
-        assert encoder.begin not in ids and encoder.end not in ids
-        assert encoder.decode([encoder.begin, *ids.tolist(), encoder.end]) == text
+        assert encoder.bos_id not in ids and encoder.eos_id not in ids
+        assert encoder.decode([encoder.bos_id, *ids.tolist(), encoder.eos_id]) == text
     assert kind != "bpe" or len(encoded[0]) < 0.7 * len(texts[0].encode())
-    assert encoder.decode([encoder.begin, 10**6]) == "" and encoder.encode([""])[0].size == 0
+    assert encoder.decode([encoder.bos_id, 10**6]) == "" and encoder.encode([""])[0].size == 0
     task = Text(source=Sentences(), tokenizer=tokenizer, length=8)
     corpus, valid = task.tokenized_corpus(), sentences(40, 1)
     assert corpus.vocab_size == task.vocab_size == tokenizer.vocab_size
@@ -619,7 +619,7 @@ def test_tokenizers_that_are_refused(bpe_file: Path, sentencepiece_file: Path, t
     junk.write_text("{}")
     cases = [
         (BPE(file=str(bpe_file), vocab_size=400), ["vocab_size is 400", "has 300 ids", "set it to 300", "model.vocab"]),
-        (BPE(file=str(bpe_file), vocab_size=300, eos_token="<s>"), ["no token '<s>'", "task.tokenizer.boundary"]),
+        (BPE(file=str(bpe_file), vocab_size=300, eos_token="<s>"), ["no token '<s>'", "task.tokenizer.eos_token"]),
         (BPE(file=str(junk), vocab_size=300), [str(junk), "not a file of the tokenizers library"]),
         (BPE(file="nowhere", vocab_size=300), ["'nowhere'", "No such file"]),
         (SentencePiece(file=str(sentencepiece_file), vocab_size=320), ["vocab_size is 320", "has 300 ids"]),
@@ -642,10 +642,10 @@ def test_tokenizers_that_are_refused(bpe_file: Path, sentencepiece_file: Path, t
     [
         ({"length": 3}, r"length is 3 and grid 1; .* at least 4"),
         ({"length": 24, "grid": 5}, "multiple of grid"),
-        ({"length": 24, "grid": 24}, "twice as long"),
-        ({"ngram": 8}, r"ngram is 8 with 257 token ids; it must be from 1 to 7"),
-        ({"ngram": 0}, "from 1 to 7"),
-        ({"frequent": -1}, "at least 0"),
+        ({"length": 24, "grid": 24}, "at least 2 grid"),
+        ({"ngram_size": 8}, r"ngram_size is 8 with 257 token ids; it must be from 1 to 7"),
+        ({"ngram_size": 0}, "from 1 to 7"),
+        ({"max_ngram_count": -1}, "at least 0"),
     ],
 )
 def test_tasks_that_are_refused(change: dict[str, int], message: str) -> None:
@@ -781,14 +781,14 @@ def test_a_run_on_text_writes_text(
     original = Generator.prefill
 
     def prefill(self, prompts, *arguments, **more):
-        asked.append([row[ok].tolist() for row, ok in zip(prompts.tokens, prompts.valid_fraction, strict=True)])
+        asked.append([row[ok].tolist() for row, ok in zip(prompts.tokens, prompts.valid, strict=True)])
         return original(self, prompts, *arguments, **more)
 
     def written(*options: str) -> str:
-        assert main(["generate", str(tiny_run[1]), "--new", "5", *options]) == 0
+        assert main(["generate", str(tiny_run[1]), "--max-new-tokens", "5", *options]) == 0
         return capsys.readouterr().out
 
-    monkeypatch.setattr(Generator, "compile_prefill", prefill)
+    monkeypatch.setattr(Generator, "prefill", prefill)
     once = written("--prompt", "To bé", "")
     assert asked == [[[256, *"To bé".encode()], [256]]]
     assert once == written("--prompt", "To bé", "")
@@ -810,7 +810,7 @@ def test_generation_stops_where_a_document_ends(tiny_run: tuple[RunConfig, Path]
     stops = []
     original = Generator.__init__
     monkeypatch.setattr(
-        Generator, "__init__", lambda self, *a, **more: (stops.append(more["stop"]), original(self, *a, **more))[1]
+        Generator, "__init__", lambda self, *a, **more: (stops.append(more["stop_token_ids"]), original(self, *a, **more))[1]
     )
     inference.continue_prompts(
         tiny_run[1],
@@ -831,11 +831,11 @@ def test_a_run_whose_corpus_has_changed_is_not_continued(folder: Path) -> None:
     assert train(config, folder / "run", name="files") == first
     write(folder / "corpus.txt", "\n".join(sentences(61)))
     tokenized_corpus._load_tokenized_corpus.cache_clear()  # what another process would begin with
-    with pytest.raises(CheckpointError, match=r"step 4 was trained on other data .* the corpus or the tokenizer's"):
+    with pytest.raises(CheckpointError, match=r"step 4 was trained on other data .* the corpus or the tokenizer file"):
         train(config, folder / "run", name="files")
     (folder / "corpus.txt").unlink()
     tokenized_corpus._load_tokenized_corpus.cache_clear()
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="matches no file"):
         train(config, folder / "new", name="files")
     assert not (folder / "new").exists(), "what is refused claims no folder"
 
@@ -912,14 +912,14 @@ def test_a_masked_prefix_over_text() -> None:
 
 def test_commands_about_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(folder / "corpus.txt", "\n".join(sentences(80)))
-    source = ["--task.source.paths", "corpus.txt", "--task.source.documents", "line", "--task.length", "16"]
+    source = ["--task.source.paths", "corpus.txt", "--task.source.document-unit", "line", "--task.length", "16"]
     assert main(["corpus", "text_files", *source]) == 0
     header, *rows, where = capsys.readouterr().out.splitlines()
     assert header.split() == ["split", "documents", "tokens", "bytes", "bytes/token", "rows"]
     counts = {row.split()[0]: [int(x.replace(",", "")) for x in row.split()[1:4]] for row in rows}
     assert [counts[split][0] for split in SPLITS] == [72, 4, 4] and Path(where.removeprefix("tokens: ")).is_dir()
     assert all(tokens == text_bytes + documents for documents, tokens, text_bytes in counts.values())
-    assert main(["tokenizer", "text_files", "--out", "bpe.json", "--ids", "280", *source[:4]]) == 0
+    assert main(["tokenizer", "text_files", "--out", "bpe.json", "--vocab-size", "280", *source[:4]]) == 0
     assert "bpe.json: 280 token ids, of 72 documents" in capsys.readouterr().out
     assert BPE(file="bpe.json", vocab_size=280).load().encode(["of the quick fox over a lazy dog"])[0].size < 32
     assert main(["corpus", "mqar_micro"]) == 2 and "the task is MQAR, which has no text" in capsys.readouterr().err

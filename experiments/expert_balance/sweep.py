@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import jax
 
-from experiments.train_cell import ResultRow, SweepStage, Trial
 from recallax.configs import mqar_micro
 from recallax.layers import ChunkExperts, DiagonalSSM, NoChannelMixer, Parallel, SparseGlobalAttention
 from recallax.models import Block, LMConfig
 from recallax.models.zoology_lm import CONV_BLOCK
+from recallax.sweep import ResultRow, SweepStage, Trial
 from recallax.train.program import Program
 from recallax.train.run_config import AdamW, RunConfig
 from recallax.train.step import TrainState

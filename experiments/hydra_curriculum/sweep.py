@@ -6,8 +6,9 @@ one: `recallax sweep`, not `python -m experiments`.
 
 from dataclasses import replace
 
-from experiments.train_cell import SweepStage, lr_grid_then_seeds
+from experiments.sweep_stages import lr_grid_then_seeds
 from recallax.configs import mqar_hydra_at_once, mqar_hydra_staged
+from recallax.sweep import SweepStage
 from recallax.train.run_config import AdamW, RunConfig
 
 RATES = (4e-3, 1e-2)

@@ -7,7 +7,7 @@ the short convolution of Zoology's hybrids and have as many parameters: what a p
 from dataclasses import replace
 from functools import cache
 
-from experiments.train_cell import ResultRow, SweepStage, Trial, best_row
+from experiments.results import best_row
 from recallax.configs import mqar_micro
 from recallax.layers import (
     Attention,
@@ -27,6 +27,7 @@ from recallax.layers import (
 from recallax.models import Block, LMConfig, accounting
 from recallax.models.hydra_lm import hydra_blocks
 from recallax.models.zoology_lm import CONV_BLOCK
+from recallax.sweep import ResultRow, SweepStage, Trial
 from recallax.tasks import Task
 from recallax.tasks.key_retrieval import KeyRetrieval
 from recallax.train.run_config import AdamW, RunConfig

@@ -1,5 +1,8 @@
-"""The largest inner learning rate at which a linear memory stays bounded; no training: `python -m
-experiments.inner_stability.measure` rewrites results.jsonl and table.md."""
+"""Measure the largest inner learning rate at which a linear memory stays bounded.
+
+`python -m experiments.inner_stability.measure` rewrites results.jsonl. No model is trained: the memory's own gradient
+descent, inside `neural_memory`, is what is measured.
+"""
 
 import json
 from itertools import product
@@ -24,11 +27,22 @@ MOMENTA = (0.0, 0.9)
 GRADIENTS: tuple[GradientMode, ...] = ("token", "chunk_start")
 WIDTH, LENGTH = 64, 1024
 DIVERGENCE_BOUND = 100.0
-"""A memory of unit keys and values is of size one; what exceeds this has diverged, or will."""
+"""Largest absolute output of a memory that counts as bounded; with unit keys and values the output is about 1."""
 
 
 def largest_stable_rate(gradient: GradientMode, chunk: int, cosine: float, momentum: float, seed: int = 0) -> float:
-    """The largest rate of the grid up to which every one stays bounded; 0 if none does. One head per rate."""
+    """Measure one setting, with one head per learning rate.
+
+    Args:
+        gradient: The weights at which gradients are taken: the token's own or those at the start of the chunk.
+        chunk: Tokens of a chunk.
+        cosine: Mean cosine between two keys.
+        momentum: Momentum coefficient; 0 switches momentum off.
+        seed: Seed of keys and values.
+
+    Returns:
+        The largest of `RATES` up to which all of them keep the output below `DIVERGENCE_BOUND`; 0 if none does.
+    """
     rng, heads = np.random.default_rng(seed), len(RATES)
     shared = rng.normal(size=WIDTH)
     k = np.sqrt(1 - cosine) * rng.normal(size=(LENGTH, WIDTH)) + np.sqrt(cosine) * shared
@@ -50,26 +64,15 @@ def largest_stable_rate(gradient: GradientMode, chunk: int, cosine: float, momen
 
 
 def main() -> None:
+    """Measure every gradient mode, cosine of the keys, momentum and chunk size."""
     rows = []
     for gradient, cosine, momentum in product(GRADIENTS, COSINES, MOMENTA):
-        found = {chunk: largest_stable_rate(gradient, chunk, cosine, momentum) for chunk in CHUNKS}
+        largest = {chunk: largest_stable_rate(gradient, chunk, cosine, momentum) for chunk in CHUNKS}
         rows.append(
-            {"gradient": gradient, "cosine": cosine, "momentum": momentum, "largest": found, "commit": git_commit()}
+            {"gradient": gradient, "cosine": cosine, "momentum": momentum, "largest": largest, "commit": git_commit()}
         )
         print(rows[-1], flush=True)
     (FOLDER / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (FOLDER / "table.md").write_text(table(rows) + "\n")
-
-
-def table(rows: list[dict]) -> str:
-    """One line per kind of gradient, likeness of keys and momentum."""
-    head = ["gradient at", "cosine of keys", "momentum", *(f"chunk {chunk}" for chunk in CHUNKS)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in rows:
-        values = [f"{value:g}" if value else "< 0.01" for value in row["largest"].values()]
-        cells = [row["gradient"], f"{row['cosine']:g}", f"{row['momentum']:g}", *values]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,52 +1,61 @@
-"""Tables from the rows: `python -m experiments.key_retrieval.report` rewrites table.md."""
+"""Tables of the rows: `python -m experiments.key_retrieval.report` rewrites table.md."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.key_retrieval.measure import ROWS_PER_LENGTH, TOP_KS, stage_rows
+from experiments.key_retrieval.measure import ROWS_PER_LENGTH, TOP_KS
 from experiments.key_retrieval.variants import VARIANTS, best_rate
-from experiments.train_cell import ResultRow
+from experiments.results import markdown_row, read_rows, write_table
+from recallax.sweep import ResultRow
 
 FOLDER = Path(__file__).parent
 
 
-def table(head: Sequence[object], lines: Sequence[Sequence[object]]) -> list[str]:
-    """A Markdown table, and an empty line."""
-    return ["| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *lines)] + [""]
+def table(rows: list[ResultRow]) -> str:
+    """Format all tables: training, recall of eight facts and of one, traffic and time."""
+    stages = {name: [row for row in rows if row["stage"] == name] for name in ("train", "recall", "offload", "time")}
+    tables = [
+        _training_table(stages["train"]),
+        _recall_table(stages["recall"], keys=8),
+        _recall_table(stages["recall"], keys=1),
+        _traffic_table(stages["offload"]),
+        _time_table(stages["time"]),
+    ]
+    return "\n\n".join(tables)
 
 
-def training_table(found: list[ResultRow]) -> list[str]:
-    """Accuracy on valid by arm and rate."""
-    lines = [
+def _markdown(header: list[object], lines: list[list[object]]) -> str:
+    return "\n".join(map(markdown_row, [header, ["---"] * len(header), *lines]))
+
+
+def _training_table(rows: list[ResultRow]) -> str:
+    lines: list[list[object]] = [
         [
             row["arm"],
-            f"{row['lr']:g}" + (" (chosen)" if row["lr"] == best_rate(found, row["arm"]) else ""),
+            f"{row['lr']:g}" + (" (chosen)" if row["lr"] == best_rate(rows, row["arm"]) else ""),
             f"{row['stage 1']['accuracy']:.3f}",
             f"{row['stage 2']['group/L256_K1']:.3f}",
             f"{row['stage 2']['group/L256_K8']:.3f}",
             f"{row['cpu_seconds']:.0f}",
         ]
-        for row in sorted(found, key=lambda row: (list(VARIANTS).index(row["arm"]), row["lr"]))
+        for row in sorted(rows, key=lambda row: (list(VARIANTS).index(row["arm"]), row["lr"]))
     ]
-    return table(["arm", "rate", "64 tokens, 4 facts", "256, 1", "256, 8", "CPU s"], lines)
+    return _markdown(["arm", "rate", "64 tokens, 4 facts", "256, 1", "256, 8", "CPU s"], lines)
 
 
-def recall_table(found: list[ResultRow], keys: int) -> list[str]:
-    """Accuracy on test by way of reading and length."""
-    held = {(row["arm"], row["top_k"], row["length"]): row["accuracy"] for row in found if row["keys"] == keys}
-    ways = [("landmark", k) for k in (0, *TOP_KS, None)] + [("attention", None), ("window", None)]
+def _recall_table(rows: list[ResultRow], keys: int) -> str:
+    accuracy = {(row["arm"], row["top_k"], row["length"]): row["accuracy"] for row in rows if row["keys"] == keys}
+    variants = [("landmark", k) for k in (0, *TOP_KS, None)] + [("attention", None), ("window", None)]
     lines = []
-    for arm, top_k in ways:
-        cells = [f"{held[arm, top_k, n]:.3f}" if (arm, top_k, n) in held else "" for n in ROWS_PER_LENGTH]
+    for variant, top_k in variants:
+        cells = [f"{accuracy[key]:.3f}" if (key := (variant, top_k, n)) in accuracy else "" for n in ROWS_PER_LENGTH]
         if any(cells):
-            name = arm if arm != "landmark" else f"landmark, {'all' if top_k is None else top_k} blocks"
-            lines.append([name, *cells])
-    return table([f"{keys} fact{'s' if keys > 1 else ''}", *ROWS_PER_LENGTH], lines)
+            blocks = "all" if top_k is None else top_k
+            lines.append([f"landmark, {blocks} blocks" if variant == "landmark" else variant, *cells])
+    return _markdown([f"{keys} fact{'s' if keys > 1 else ''}", *ROWS_PER_LENGTH], lines)
 
 
-def traffic_table(found: list[ResultRow]) -> list[str]:
-    """Bytes by k and by context."""
-    lines = [
+def _traffic_table(rows: list[ResultRow]) -> str:
+    lines: list[list[object]] = [
         [
             row["length"],
             row["top_k"],
@@ -55,15 +64,15 @@ def traffic_table(found: list[ResultRow]) -> list[str]:
             f"{row['host_bytes'] / 2**10:.0f}",
             f"{row['device_bytes'] / 2**10:.0f}",
         ]
-        for row in sorted(found, key=lambda row: (row["length"], row["top_k"]))
+        for row in sorted(rows, key=lambda row: (row["length"], row["top_k"]))
     ]
-    head = ["context", "k", "right", "KB fetched per decoded token", "KB on the host", "KB on the device"]
-    return table(head, lines)
+    return _markdown(
+        ["context", "k", "right", "KB fetched per decoded token", "KB on the host", "KB on the device"], lines
+    )
 
 
-def time_table(found: list[ResultRow]) -> list[str]:
-    """Milliseconds of both attentions."""
-    lines = [
+def _time_table(rows: list[ResultRow]) -> str:
+    lines: list[list[object]] = [
         [
             row["length"],
             row["real"],
@@ -72,21 +81,14 @@ def time_table(found: list[ResultRow]) -> list[str]:
             row["full"],
             f"{row['landmark'] / row['full']:.2f}",
         ]
-        for row in found
+        for row in rows
     ]
-    return table(["tokens", "in a block", "pass", "landmark, ms", "full, ms", "ratio"], lines)
+    return _markdown(["tokens", "in a block", "pass", "landmark, ms", "full, ms", "ratio"], lines)
 
 
 def main() -> None:
-    """Write and print all tables."""
-    lines = (
-        training_table(stage_rows("train"))
-        + recall_table(stage_rows("recall"), 8)
-        + recall_table(stage_rows("recall"), 1)
-    )
-    lines += traffic_table(stage_rows("offload")) + time_table(stage_rows("time"))
-    (FOLDER / "table.md").write_text("\n".join(lines).strip() + "\n")
-    print("\n".join(lines))
+    """Write `table.md`."""
+    write_table(table(read_rows(FOLDER)), FOLDER)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,26 @@
-"""What is compared: the same small model around three kinds of attention, and how each is trained.
+"""The compared models and their training: one small model around three kinds of attention.
 
-`conv mixer*2` of width 64 without positions: a short convolution and two layers of one head. The landmark reads k
-blocks of 15 tokens and its own block; the window has as many slots as that is at k = 4, landmarks included. Training
-has two stages, since rows of 256 alone teach nothing for long: rows of 64 tokens with 4 facts, then rows of 256 with 8.
+`conv mixer*2` of width 64 without positions: a short convolution and two layers of one head. Landmark attention reads k
+blocks of 15 tokens and its own block. The window has as many slots as that at k = 4, landmarks included. A model is
+trained in two runs, because training on rows of 256 tokens alone improves very slowly: first on rows of 64 tokens with
+4 facts, then on rows of 256 tokens with 8.
 """
 
+import time
 from dataclasses import replace
+from pathlib import Path
 
-from experiments.train_cell import ResultRow
 from recallax.config import fingerprint
 from recallax.layers import Attention, BaseConv, Identity, Landmark, MixerConfig, SlidingWindow
 from recallax.models import Block, LMConfig
+from recallax.sweep import ResultRow, Trial, result_row
 from recallax.tasks import KeyRetrieval
+from recallax.train.checkpoint import Checkpoints
+from recallax.train.loop import restore_run, train
 from recallax.train.program import Program
 from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
-from recallax.train.step import TrainState
+from recallax.train.run_folder import RunFolder
+from recallax.train.training_run import checkpoint_metadata
 
 RATES = (4e-3, 8e-3, 1.6e-2)
 BLOCK_TOKENS, TOP_K = 15, 4
@@ -24,12 +30,12 @@ VARIANTS: dict[str, MixerConfig] = {
     "window": SlidingWindow(window=(TOP_K + 1) * (BLOCK_TOKENS + 1), rope_theta=None),
 }
 STEPS = {"landmark": (2000, 400), "attention": (800, 300), "window": (800, 300)}
-"""Of the two stages; the landmark has two things to learn, of which full attention needs one."""
+"""Steps of the two runs. Landmark attention must learn what a block holds and which block to read, so it has more."""
 LONG_TASK = KeyRetrieval(num_words=32, train_slices=((256, 8),), test_slices=((256, 1), (256, 8)))
 
 
 def lm_config(mixer: MixerConfig) -> LMConfig:
-    """The model around a mixer."""
+    """Return the model around a mixer."""
     blocks = {
         "conv": Block(mixer=BaseConv(conv_size=3), channel=Identity()),
         "mixer": Block(mixer=mixer, channel=Identity()),
@@ -38,7 +44,16 @@ def lm_config(mixer: MixerConfig) -> LMConfig:
 
 
 def stage_configs(variant: str, lr: float, seed: int = 0) -> tuple[RunConfig, RunConfig]:
-    """Both runs of an arm at a rate."""
+    """Return the two runs of a variant.
+
+    Args:
+        variant: A key of `VARIANTS`.
+        lr: Peak learning rate of the first run; the second has half of it.
+        seed: Seed of the parameters and of the data.
+
+    Returns:
+        The runs on short and on long rows.
+    """
     first, second = STEPS[variant]
     short = replace(LONG_TASK, train_slices=((64, 4),), test_slices=((64, 4),))
     run = RunConfig(
@@ -52,39 +67,62 @@ def stage_configs(variant: str, lr: float, seed: int = 0) -> tuple[RunConfig, Ru
     return run, replace(longer, optim=replace(run.optim, lr=lr / 2))
 
 
-def train_variant(variant: str, lr: float, seed: int = 0) -> tuple[Program, TrainState, ResultRow]:
-    """Both stages from scratch: the trained state, and what it scores in its training form."""
-    import time
+def train_variant(variant: str, lr: float, folder: Path, seed: int = 0) -> ResultRow:
+    """Train both runs of a variant, the second from the parameters of the first.
 
-    begin, used = time.monotonic(), time.process_time()
-    state, scores, program = None, {}, None
-    for number, config in enumerate(stage_configs(variant, lr, seed), 1):
-        program = Program(config)
-        start = program.init_state()
-        state = start if state is None else start._replace(params=state.params)
-        for index in range(config.train.steps):
-            state, _ = program.step(state, program.batch(index))
-        scores[f"stage {number}"] = program.evaluate(state, "valid")
-    assert program is not None and state is not None
-    return (
-        program,
-        state,
-        {
-            "arm": variant,
-            "lr": lr,
-            "seed": seed,
-            "config": fingerprint(program.config),
-            **scores,
-            "skipped": int(state.skipped),
-            "seconds": round(time.monotonic() - begin, 1),
-            "cpu_seconds": round(time.process_time() - used, 1),
-        },
-    )
+    Args:
+        variant: A key of `VARIANTS`.
+        lr: Peak learning rate of the first run.
+        folder: Parent of the run folders `stage_1` and `stage_2`.
+        seed: Seed of the parameters and of the data.
+
+    Returns:
+        The metrics of both runs on the valid split, in the training form, and the time spent in seconds.
+    """
+    start, cpu_start, metrics, rows = time.monotonic(), time.process_time(), {}, []
+    configs = stage_configs(variant, lr, seed)
+    for number, config in enumerate(configs, 1):
+        if number == 2:
+            _initialize_run(config, folder / "stage_2", source=folder / "stage_1")
+        train(config, folder / f"stage_{number}", name=f"{variant} {lr:g} stage {number}")
+        rows.append(result_row(Trial({}, config), folder / f"stage_{number}"))
+        metrics[f"stage {number}"] = rows[-1]["valid"]
+    return {
+        "arm": variant,
+        "lr": lr,
+        "seed": seed,
+        "config": fingerprint(configs[-1]),
+        **metrics,
+        "skipped": rows[-1]["skipped"],
+        "seconds": round(time.monotonic() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu_start, 1),
+    }
+
+
+def _initialize_run(config: RunConfig, folder: Path, source: Path) -> None:
+    """Save a run's checkpoint of step 0 with the parameters that another run ended with."""
+    _, trained = restore_run(source)
+    program = Program(config)
+    state = program.init_state()._replace(params=trained.state.params)
+    with RunFolder(folder, config) as run, Checkpoints(run.checkpoints, config.train.max_to_keep) as checkpoints:
+        if not checkpoints.steps():
+            checkpoints.save(0, state, checkpoint_metadata(config, program.data_digest()))
 
 
 def best_rate(rows: list[ResultRow], variant: str) -> float:
-    """The rate whose second stage is best on valid, over rows with one fact and with eight."""
-    found = [row for row in rows if row["arm"] == variant]
-    if not found:
-        raise ValueError(f"no row of arm {variant!r}; run the stage train first")
-    return max(found, key=lambda row: row["stage 2"]["accuracy"])["lr"]
+    """Select a variant's learning rate.
+
+    Args:
+        rows: Rows of the stage `train`.
+        variant: A key of `VARIANTS`.
+
+    Returns:
+        The learning rate whose second run is best on the valid split, over rows with one fact and with eight.
+
+    Raises:
+        ValueError: The variant has no row.
+    """
+    own = [row for row in rows if row["arm"] == variant]
+    if not own:
+        raise ValueError(f"no row has the variant {variant!r}; run the stage train first")
+    return max(own, key=lambda row: row["stage 2"]["accuracy"])["lr"]

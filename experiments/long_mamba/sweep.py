@@ -7,9 +7,9 @@ calibrated for that length, at the share that the paper has for Mamba-2 and at t
 
 from dataclasses import replace
 
-from experiments.train_cell import ResultRow, SweepStage, Trial
 from recallax.layers import DiagonalSSM, Mamba2, MixerConfig, NoChannelMixer
 from recallax.models import Block, LMConfig
+from recallax.sweep import ResultRow, SweepStage, Trial
 from recallax.tasks import MQAR, InductionHeads, MixtureSlice, Task
 from recallax.train.calibration import CalibrationOptions, calibrate
 from recallax.train.program import Program

@@ -6,12 +6,13 @@ other two ways of asking; and the joins with a deeper memory. Attention over the
 
 from dataclasses import replace
 
-from experiments.train_cell import ResultRow, SweepStage, Trial, best_row
+from experiments.results import best_row
 from recallax.configs import mqar_micro
 from recallax.configs.mqar_titans import titans_variants
 from recallax.layers import Attention, Identity, NeuralMemory, SlidingWindow
 from recallax.models import Block
 from recallax.pallas_kernels.neural_memory.inner_optimizer import InnerOptimizer, LinearNet, MLPNet
+from recallax.sweep import ResultRow, SweepStage, Trial
 from recallax.tasks import MQAR, MixtureSlice
 from recallax.train.run_config import AdamW, RunConfig
 

@@ -6,8 +6,8 @@ Stages: four learning rates with two seeds each; then the rate whose mean over b
 import numpy as np
 
 from experiments.recall_frontier.sweep import mqar_micro_with_mixer
-from experiments.train_cell import ResultRow, SweepStage, Trial
 from recallax.layers import GatedDeltaNet, MixerConfig, MoM
+from recallax.sweep import ResultRow, SweepStage, Trial
 
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 MIXERS: dict[str, MixerConfig] = {

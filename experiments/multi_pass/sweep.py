@@ -9,8 +9,9 @@ the best on valid with two others.
 from dataclasses import replace
 
 from experiments.recall_frontier.sweep import mqar_micro_with_mixer
-from experiments.train_cell import SweepStage, lr_grid_then_seeds
+from experiments.sweep_stages import lr_grid_then_seeds
 from recallax.layers import Attention, Based, MixerConfig, PrefixLinear
+from recallax.sweep import SweepStage
 from recallax.tasks import JRTPrompt
 from recallax.train.run_config import RunConfig
 

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.train_cell import ResultRow, SweepStage, Trial, best_row
+from experiments.results import best_row
 from recallax.layers import Attention, GatedDeltaNet, MixerConfig, NeuralMemory
 from recallax.layers.matrix_memory import MatrixState
 from recallax.models.zoology_lm import zoology
 from recallax.pallas_kernels.neural_memory import InnerOptimizer
 from recallax.pallas_kernels.neural_memory.inner_optimizer import LinearNet, MLPNet, RandomFeatureNet
 from recallax.pallas_kernels.neural_memory.update_coefficients import FastWeights
+from recallax.sweep import ResultRow, SweepStage, Trial
 from recallax.tasks import OverwriteRecall, OverwriteSlice
 from recallax.train.program import Program
 from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train

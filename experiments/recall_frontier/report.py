@@ -1,4 +1,4 @@
-"""The frontier of accuracy against state bytes, the learning-rate curves, and the tables, from the rows."""
+"""Tables and figure of the rows: `python -m experiments.recall_frontier.report` rewrites them."""
 
 from pathlib import Path
 
@@ -6,8 +6,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from experiments.recall_frontier.sweep import LARGER_SIZE_MIXERS, MIXERS, RATES
-from experiments.train_cell import ResultRow, best_row
+from experiments.results import best_row, markdown_row, read_rows, write_table
+from recallax.sweep import ResultRow
 
+FOLDER = Path(__file__).parent
 FAMILIES = {
     "based": ("#d55e00", "o"),
     "linear": ("#009e73", "s"),
@@ -16,50 +18,46 @@ FAMILIES = {
 }
 
 
-def main(rows: list[ResultRow], folder: Path) -> None:
-    tables = [_frontier_table(rows), _larger_size_table(rows)]
-    (folder / "table.md").write_text("\n\n".join(tables) + "\n")
-    print("\n\n".join(tables))
-    _figure(rows, folder)
+def table(rows: list[ResultRow]) -> str:
+    """Format two tables: accuracy against bytes of state, and the best mixers at a larger size."""
+    return f"{_frontier_table(rows)}\n\n{_larger_size_table(rows)}"
 
 
-def _final(rows: list[ResultRow], stage: str, name: str) -> list[ResultRow]:
-    rate = best_row(rows, "grid", mixer=name)["lr"]
-    return [r for r in rows if r["stage"] == stage and r["mixer"] == name and r["lr"] == rate]
+def _seeds_at_best_rate(rows: list[ResultRow], stage: str, name: str) -> list[ResultRow]:
+    best = best_row(rows, "grid", mixer=name)["lr"]
+    return [r for r in rows if r["stage"] == stage and r["mixer"] == name and r["lr"] == best]
 
 
 def _frontier_table(rows: list[ResultRow]) -> str:
-    lines = [
-        "| mixer | state bytes | best rate | valid, by rate "
-        + " | ".join(f"{r:g}" for r in RATES)
-        + " | test, two seeds |",
-        "|---|---|---|" + "---|" * (len(RATES) + 1),
-    ]
-    lines[0] = lines[0].replace("valid, by rate ", "valid at ", 1)
+    first, *others = (f"{rate:g}" for rate in RATES)
+    header = ["mixer", "state bytes", "best rate", f"valid at {first}", *others, "test, two seeds"]
+    lines = [markdown_row(header), "|---" * (len(header)) + "|"]
     for name in MIXERS:
-        chosen = best_row(rows, "grid", mixer=name)
+        best = best_row(rows, "grid", mixer=name)
         grid = {r["lr"]: r["valid"]["accuracy"] for r in rows if r["stage"] == "grid" and r["mixer"] == name}
-        tests = " ".join(f"{r['test']['accuracy']:.3f}" for r in _final(rows, "seeds", name))
-        cells = " | ".join(f"{grid[rate]:.3f}" if rate in grid else "" for rate in RATES)
-        lines.append(f"| {name} | {chosen['state_bytes']} | {chosen['lr']:g} | {cells} | {tests} |")
+        test = " ".join(f"{r['test']['accuracy']:.3f}" for r in _seeds_at_best_rate(rows, "seeds", name))
+        valid = [f"{grid[rate]:.3f}" if rate in grid else "" for rate in RATES]
+        lines.append(markdown_row([name, best["state_bytes"], f"{best['lr']:g}", *valid, test]))
     return "\n".join(lines)
 
 
 def _larger_size_table(rows: list[ResultRow]) -> str:
-    lines = ["| mixer, small setting | state bytes | rate | test, two seeds | seconds |", "|---|---|---|---|---|"]
+    header = ["mixer, small setting", "state bytes", "rate", "test, two seeds", "seconds"]
+    lines = [markdown_row(header), "|---" * len(header) + "|"]
     for name in LARGER_SIZE_MIXERS:
-        final = _final(rows, "small", name)
-        tests = " ".join(f"{r['test']['accuracy']:.4f}" for r in final)
-        seconds = " ".join(f"{r['seconds']:.0f}" for r in final)
-        lines.append(f"| {name} | {final[0]['state_bytes']} | {final[0]['lr']:g} | {tests} | {seconds} |")
+        seeds = _seeds_at_best_rate(rows, "small", name)
+        test = " ".join(f"{r['test']['accuracy']:.4f}" for r in seeds)
+        seconds = " ".join(f"{r['seconds']:.0f}" for r in seeds)
+        lines.append(markdown_row([name, seeds[0]["state_bytes"], f"{seeds[0]['lr']:g}", test, seconds]))
     return "\n".join(lines)
 
 
-def _figure(rows: list[ResultRow], folder: Path) -> None:
+def draw_figure(rows: list[ResultRow], file: Path) -> None:
+    """Draw accuracy against bytes of state, and accuracy against the learning rate."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for family, (colour, marker) in FAMILIES.items():
         names = [name for name in MIXERS if name.split()[0] == family]
-        points = {name: [r["test"]["accuracy"] for r in _final(rows, "seeds", name)] for name in names}
+        points = {name: [r["test"]["accuracy"] for r in _seeds_at_best_rate(rows, "seeds", name)] for name in names}
         size = {name: best_row(rows, "grid", mixer=name)["state_bytes"] for name in names}
         for name, values in points.items():
             left.vlines(size[name], min(values), max(values), color=colour)
@@ -84,4 +82,15 @@ def _figure(rows: list[ResultRow], folder: Path) -> None:
     right.set(
         xscale="log", xlabel="learning rate", ylabel="valid accuracy", ylim=(0, 1.05), title="one seed, every rate"
     )
-    figure.savefig(folder / "frontier.svg")
+    figure.savefig(file)
+
+
+def main() -> None:
+    """Write `table.md` and `frontier.svg`."""
+    rows = read_rows(FOLDER)
+    write_table(table(rows), FOLDER)
+    draw_figure(rows, FOLDER / "frontier.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,10 +6,11 @@ at vocabulary 256, length 64, 8 pairs, width 64.
 
 import dataclasses
 
-from experiments.train_cell import ResultRow, SweepStage, Trial, lr_grid_then_seeds, seeds_at_best_lr
+from experiments.sweep_stages import lr_grid_then_seeds, seeds_at_best_lr
 from recallax.configs import mqar_micro
 from recallax.layers import Attention, Based, LinearAttention, MixerConfig, SlidingWindow
 from recallax.models.zoology_lm import zoology
+from recallax.sweep import ResultRow, SweepStage, Trial
 from recallax.tasks import MQAR, MixtureSlice
 from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
 
@@ -59,4 +60,16 @@ def larger_size(rows: list[ResultRow]) -> list[Trial]:
     return seeds_at_best_lr("small", LARGER_SIZE_MIXERS, larger_config, rows)
 
 
+def earlier_best_rate(rows: list[ResultRow]) -> list[Trial]:
+    """Return the seeds at 0.032, which was the best rate of two mixers in an earlier measurement of the grid."""
+    return [
+        Trial({"stage": stage, "mixer": name, "lr": 3.2e-2, "seed": seed}, config(name, 3.2e-2, seed))
+        for stage, config in (("seeds", mqar_micro_config), ("small", larger_config))
+        for name in ("based 16", "linear elu")
+        for seed in (1, 2)
+    ]
+
+
 STAGES: tuple[SweepStage, ...] = (*lr_grid_then_seeds(MIXERS, RATES, mqar_micro_config), larger_size)
+EARLIER_STAGES: tuple[SweepStage, ...] = (earlier_best_rate,)
+"""Stages whose rows are kept and that the sweep no longer runs."""

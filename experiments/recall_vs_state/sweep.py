@@ -6,7 +6,7 @@ on valid with two other seeds.
 """
 
 from experiments.recall_frontier.sweep import mqar_micro_with_mixer
-from experiments.train_cell import SweepStage, lr_grid_then_seeds
+from experiments.sweep_stages import lr_grid_then_seeds
 from recallax.layers import (
     GLA,
     KDA,
@@ -16,6 +16,7 @@ from recallax.layers import (
     MixerConfig,
     MoM,
 )
+from recallax.sweep import SweepStage
 from recallax.train.run_config import RunConfig
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)

@@ -12,8 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from recallax.layers import LayerInfo, MixerConfig, SequenceMixer
-from recallax.layers.dense import Linear, residual_std
-from recallax.layers.state_reset import head_dim_of
+from recallax.layers.dense import Linear, head_dim_of, residual_std
 from recallax.pallas_kernels.feature_maps import taylor_score
 from recallax.types import Aux, Precision, SeqInfo
 

@@ -1,23 +1,33 @@
-"""Accuracy by order and the gap between the orders, from the rows."""
+"""Table of the sweep: `python -m experiments.set_disjointness.report` rewrites table.md."""
 
 from pathlib import Path
 
+from experiments.results import best_row, markdown_row, read_rows, write_table
 from experiments.set_disjointness.sweep import MIXERS
-from experiments.train_cell import ResultRow, best_row
+from recallax.sweep import ResultRow
 
-SHORT, LONG = "group/short_first_4_16", "group/long_first_4_16"
+FOLDER = Path(__file__).parent
+SHORT_FIRST, LONG_FIRST = "group/short_first_4_16", "group/long_first_4_16"
 
 
-def main(rows: list[ResultRow], folder: Path) -> None:
-    head = "| model | state bytes | rate | short first | long first | gap (short - long first) |"
-    lines = [head, "|---|---|---|---|---|---|"]
+def table(rows: list[ResultRow]) -> str:
+    """Format test accuracy by the order of the sets, and its gap, for each seed at the best learning rate."""
+    header = ["model", "state bytes", "rate", "short first", "long first", "gap (short - long first)"]
+    lines = [markdown_row(header), "|---" * len(header) + "|"]
     for name in MIXERS:
-        rate = best_row(rows, "grid", mixer=name)["lr"]
-        final = [r for r in rows if r["stage"] == "seeds" and r["mixer"] == name and r["lr"] == rate]
-        short, long = ([r["test"][key] for r in final] for key in (SHORT, LONG))
+        best = best_row(rows, "grid", mixer=name)["lr"]
+        seeds = [r for r in rows if r["stage"] == "seeds" and r["mixer"] == name and r["lr"] == best]
+        short, long = ([r["test"][key] for r in seeds] for key in (SHORT_FIRST, LONG_FIRST))
         gaps = " ".join(f"{a - b:+.3f}" for a, b in zip(short, long, strict=True))
-        both = [" ".join(f"{x:.3f}" for x in values) for values in (short, long)]
-        size = final[0]["state_bytes"] or "none"
-        lines.append(f"| {name} | {size} | {rate:g} | {both[0]} | {both[1]} | {gaps} |")
-    (folder / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        both = [" ".join(f"{x:.3f}" for x in accuracies) for accuracies in (short, long)]
+        lines.append(markdown_row([name, seeds[0]["state_bytes"] or "none", f"{best:g}", *both, gaps]))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write `table.md`."""
+    write_table(table(read_rows(FOLDER)), FOLDER)
+
+
+if __name__ == "__main__":
+    main()

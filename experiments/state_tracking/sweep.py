@@ -6,9 +6,10 @@ rates with one seed, then the best on valid with two others.
 """
 
 from experiments.state_tracking.transpositions import TranspositionTracking
-from experiments.train_cell import SweepStage, lr_grid_then_seeds
+from experiments.sweep_stages import lr_grid_then_seeds
 from recallax.layers import DeltaNet, SwiGLU
 from recallax.models import Block, LMConfig, Untied
+from recallax.sweep import SweepStage
 from recallax.tasks import StateTracking
 from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
 

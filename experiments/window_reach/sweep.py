@@ -8,9 +8,9 @@ import dataclasses
 
 import numpy as np
 
-from experiments.train_cell import ResultRow, SweepStage, Trial
 from recallax.layers import SlidingWindow
 from recallax.models.zoology_lm import zoology
+from recallax.sweep import ResultRow, SweepStage, Trial
 from recallax.tasks import MQAR, MixtureSlice
 from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
 

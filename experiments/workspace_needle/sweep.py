@@ -3,9 +3,10 @@
 Stages: two learning rates for every arm; then a second seed at the rate that is best on valid.
 """
 
-from experiments.train_cell import SweepStage, lr_grid_then_seeds
+from experiments.sweep_stages import lr_grid_then_seeds
 from recallax.layers import NoChannelMixer, SlidingWindow, SwiGLU, Workspace
 from recallax.models import Block, LMConfig
+from recallax.sweep import SweepStage
 from recallax.tasks.key_retrieval import KeyRetrieval
 from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
 

@@ -1,16 +1,48 @@
-"""`recallax corpus` and `recallax tokenizer`: the text of a config before anything is trained on it."""
+"""`recallax corpus`: download and tokenize the text of a config, and print its size."""
 
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Annotated
 
+import tyro
+
+from recallax.cli.config_files import load_config
+from recallax.cli.options import parse_overrides
 from recallax.config import ConfigError
 from recallax.tasks import SPLITS, Task, Text
 from recallax.tasks.task_transform import TaskTransform
-from recallax.tasks.text.tokenizer import train_bpe
 from recallax.train.run_config import RunConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class CorpusOptions:
+    """Tokenize the text of a config, and print the size of each split."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+    download: bool = False
+    """Download and prepare the corpus if it is not there yet (TFDS: as array_record)."""
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command; returns its exit status."""
+    name, *overrides = arguments
+    options = parse_overrides(CorpusOptions(config=load_config(name)), overrides, f"corpus {name}")
+    print(describe_corpus(options.config, download=options.download))
+    return 0
+
+
 def describe_corpus(config: RunConfig, *, download: bool) -> str:
-    """A table of the corpus's splits, tokenized if that had not been done. Raises ConfigError."""
+    """Tokenize a corpus, unless that has been done before, and describe it.
+
+    Args:
+        config: A config whose task is Text.
+        download: Download and prepare the corpus first.
+
+    Returns:
+        A table of the corpus's splits: documents, tokens, bytes, bytes per token and rows.
+
+    Raises:
+        ConfigError: The task has no text, or the corpus is missing.
+    """
     task = text_task_of(config.task)
     if download:
         task.source.prepare()
@@ -28,18 +60,18 @@ def describe_corpus(config: RunConfig, *, download: bool) -> str:
     return "\n".join([*table, f"tokens: {corpus.folder}"])
 
 
-def train_tokenizer(config: RunConfig, file: Path, vocab_size: int, *, download: bool) -> str:
-    """Train a byte-level BPE on the train split of the config's text. Raises ConfigError."""
-    source = text_task_of(config.task).source
-    if download:
-        source.prepare()
-    documents = source.open().documents["train"]
-    found = train_bpe(iter(documents), vocab_size, file)
-    return f"{file}: {found} token ids, of {len(documents):,} documents"
-
-
 def text_task_of(task: Task) -> Text:
-    """The text beneath a task's transforms. Raises ConfigError where it has none."""
+    """Return the text task inside a task's transforms.
+
+    Args:
+        task: A task.
+
+    Returns:
+        The Text task.
+
+    Raises:
+        ConfigError: The task is not Text, nor a transform of it.
+    """
     while isinstance(task, TaskTransform):
         task = task.task
     if not isinstance(task, Text):

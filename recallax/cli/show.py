@@ -1,50 +1,75 @@
-"""`recallax show`: what a config resolves to and what its model costs."""
+"""`recallax show`: print a resolved config, and what its model costs."""
 
 import json
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Annotated
 
+import tyro
+
+from recallax.cli.config_files import load_config
+from recallax.cli.options import parse_overrides
 from recallax.config import fingerprint, to_json
 from recallax.models import accounting
-from recallax.train.curriculum.parameter_masks import describe_stages
+from recallax.train.curriculum.stage_phase import describe_stages
 from recallax.train.run_config import RunConfig
 
 CONTEXT_LENGTHS = (256, 1024, 4096, 16_384)
-"""Tokens at which state bytes and FLOPs are given besides the task's own lengths."""
+"""Context lengths in tokens at which state bytes and FLOPs are printed, besides the lengths of the task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions:
+    """Print a resolved config, its parameter count, and its state bytes and FLOPs by context length."""
+
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command; returns its exit status."""
+    name, *overrides = arguments
+    options = parse_overrides(ShowOptions(config=load_config(name)), overrides, f"show {name}")
+    print(describe_config(name, options.config))
+    return 0
 
 
 def describe_config(name: str, config: RunConfig) -> str:
-    """The resolved value, parameters, and state bytes and forward FLOPs per token against context, as text."""
+    """Describe a config and what its model costs.
+
+    Args:
+        name: Name of the config.
+        config: The config.
+
+    Returns:
+        Its JSON, layers, curriculum and parameter counts, and a table of state bytes per sequence and forward FLOPs per
+        token by context length.
+    """
     task, model = config.task, config.model
-    vocab, longest = task.vocab_size, max(task.lengths("test"))
-    contexts = sorted({*task.lengths("test"), *CONTEXT_LENGTHS})
-    flops = accounting.forward_flops(model, longest, vocab) / longest
-    labelled = accounting.forward_flops(model, longest, vocab, task.max_targets("test", longest)) / longest
+    vocab_size, longest = task.vocab_size, max(task.lengths("test"))
+    flops = accounting.forward_flops(model, longest, vocab_size) / longest
+    flops_labelled = accounting.forward_flops(model, longest, vocab_size, task.max_targets("test", longest)) / longest
     lines = [
         f"{name}  (fingerprint {fingerprint(config)})",
         json.dumps(to_json(config), indent=2),
         "",
         f"layers            {len(model.layer_names)}: {' '.join(_collapse_repeats(model.layer_names))}",
-        f"parameters        {accounting.count_parameters(model, vocab):,}",
-        f"  one token takes {accounting.count_active_parameters(model, vocab):,}",
-        *(f"  {part:<30}{count:>14,}" for part, count in accounting.parameter_table(model, vocab).items()),
+        f"parameters        {accounting.count_parameters(model, vocab_size):,}",
+        f"  used per token  {accounting.count_active_parameters(model, vocab_size):,}",
+        *(f"  {part:<30}{count:>14,}" for part, count in accounting.parameter_table(model, vocab_size).items()),
         f"forward FLOPs     {flops:,.0f} per token at {longest} tokens, matrix products only",
-        f"                  {labelled:,.0f} with logits at labelled positions only, as in training and evaluation",
-        "",
-        f"{'context':>12}  {'state bytes':>14}  {'FLOPs per token':>16}",
+        f"                  {flops_labelled:,.0f} with logits at labelled positions only, as in training",
     ]
     if config.curriculum is not None:
-        lines[-2:-2] = ["", "curriculum", *describe_stages(config, config.curriculum)]
-    for context in contexts:
-        held, spent = accounting.state_bytes(model, context, vocab), accounting.forward_flops(model, context, vocab)
-        lines.append(f"{context:>12,}  {held:>14,}  {spent / context:>16,.0f}")
+        lines += ["", "curriculum", *describe_stages(config, config.curriculum)]
+    lines += ["", f"{'context':>12}  {'state bytes':>14}  {'FLOPs per token':>16}"]
+    for length in sorted({*task.lengths("test"), *CONTEXT_LENGTHS}):
+        state_bytes = accounting.state_bytes(model, length, vocab_size)
+        flops = accounting.forward_flops(model, length, vocab_size) / length
+        lines.append(f"{length:>12,}  {state_bytes:>14,}  {flops:>16,.0f}")
     return "\n".join(lines)
 
 
 def _collapse_repeats(names: list[str]) -> list[str]:
-    """Neighbours of one name as `name*n`."""
-    runs: list[list[str]] = []
-    for name in names:
-        if runs and runs[-1][0] == name:
-            runs[-1].append(name)
-        else:
-            runs.append([name])
-    return [run[0] if len(run) == 1 else f"{run[0]}*{len(run)}" for run in runs]
+    """Write neighbours of one name as `name*n`."""
+    runs = [(name, len(list(group))) for name, group in groupby(names)]
+    return [name if count == 1 else f"{name}*{count}" for name, count in runs]

@@ -1,8 +1,8 @@
-"""Key maps: which arrays of another implementation become which parameters of ours, and in what form. Strict.
+"""Key maps: which arrays of a source checkpoint become which parameters of recallax, and by which transform.
 
-Every key of theirs is used exactly once, every parameter of ours is filled exactly once, and all shapes are checked.
-Our parameters are named by their path in the model, with the absolute number of a layer in place of its spot in the
-pattern: `embedding`, `layers.3.mixer.q.kernel`, `norm.scale`.
+A key map is strict: it uses each source key exactly once, it fills each parameter exactly once, and all shapes are
+checked. Parameters are named by their path in the model, with the absolute number of the layer instead of its position
+in the pattern: `embedding`, `layers.3.mixer.q.kernel`, `norm.scale`.
 """
 
 import math
@@ -13,46 +13,73 @@ from typing import NamedTuple
 import numpy as np
 
 from recallax.convert.array_transforms import IDENTITY, TRANSPOSE, ArrayTransform, chain, multiply
+from recallax.convert.weights_error import WeightsError
 
 type Shapes = Mapping[str, tuple[int, ...]]
 MAX_LISTED = 5
 """Names that an error lists before it counts the rest."""
 MAX_SIZE_RATIO = 16
-"""A parameter this many times as large as its weights is refused before it is made: a config may claim any size."""
-
-
-class WeightsError(ValueError):
-    """Weights that do not fit the model."""
+"""A parameter this many times larger than its source arrays is rejected before it is allocated, since a config.json may
+state any size."""
 
 
 class KeyMapEntry(NamedTuple):
-    """Keys of theirs, names of ours, and the form between the two."""
+    """Source keys, parameter names, and the transform between their arrays."""
 
     source: tuple[str, ...]
+    """Keys of the source checkpoint."""
     target: tuple[str, ...]
+    """Names of recallax parameters."""
     transform: ArrayTransform = IDENTITY
 
 
 def parameter_entry(source: str, target: str, transform: ArrayTransform = IDENTITY) -> KeyMapEntry:
-    """One key, one parameter."""
+    """Map one source key to one parameter.
+
+    Args:
+        source: The source key.
+        target: The parameter's name.
+        transform: From the source array to the parameter.
+
+    Returns:
+        The entry.
+    """
     return KeyMapEntry((source,), (target,), transform)
 
 
 def linear_entry(source: str, target: str, multiplier: float = 1.0) -> KeyMapEntry:
-    """A projection without bias, and the multiplier that they apply to what it gives."""
-    form = TRANSPOSE if multiplier == 1 else chain(multiply(multiplier), TRANSPOSE)
-    return parameter_entry(f"{source}.weight", f"{target}.kernel", form)
+    """Map the weight of a linear projection.
+
+    Args:
+        source: The source module; its key is `source.weight`, [outputs, inputs].
+        target: The recallax module; its parameter is `target.kernel`, [inputs, outputs].
+        multiplier: A factor that the source implementation applies to the output, folded into the kernel.
+
+    Returns:
+        The entry.
+    """
+    transform = TRANSPOSE if multiplier == 1 else chain(multiply(multiplier), TRANSPOSE)
+    return parameter_entry(f"{source}.weight", f"{target}.kernel", transform)
 
 
 def apply_key_map(
     entries: Sequence[KeyMapEntry], weights: Mapping[str, np.ndarray], shapes: Shapes
 ) -> dict[str, np.ndarray]:
-    """Our parameters by name, in float32, from their weights by key; `shapes` are those of our parameters, by name.
+    """Convert a source checkpoint to parameters.
 
-    Raises WeightsError naming keys that are missing or left over, arrays of another shape than the model needs, and a
-    map that does not fill every parameter once.
+    Args:
+        entries: The key map.
+        weights: Source arrays by key.
+        shapes: Shapes of all parameters by name.
+
+    Returns:
+        Parameters by name, in float32.
+
+    Raises:
+        WeightsError: If keys are missing or unused, an array has another shape than the model needs, or the key map
+            does not fill every parameter exactly once.
     """
-    _check_map(entries, shapes)
+    _check_entries(entries, shapes)
     _check_keys(entries, weights)
     return {name: array for entry in entries for name, array in _convert_entry(entry, weights, shapes)}
 
@@ -60,63 +87,71 @@ def apply_key_map(
 def apply_inverse_key_map(
     entries: Sequence[KeyMapEntry], parameters: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Their weights by key from our parameters by name, in rows (C order): `apply_key_map` read backwards.
+    """Convert parameters to a source checkpoint: the inverse of `apply_key_map`.
 
-    Raises WeightsError for a map that does not use every parameter once.
+    Args:
+        entries: The key map.
+        parameters: Parameters by name.
+
+    Returns:
+        Source arrays by key, C-contiguous.
+
+    Raises:
+        WeightsError: If the key map does not use every parameter exactly once.
     """
-    _check_map(entries, {name: array.shape for name, array in parameters.items()})
-    found: dict[str, np.ndarray] = {}
+    _check_entries(entries, {name: array.shape for name, array in parameters.items()})
+    weights: dict[str, np.ndarray] = {}
     for entry in entries:
-        made = entry.transform.inverse(tuple(np.asarray(parameters[name]) for name in entry.target))
-        found |= {key: np.asarray(array, order="C") for key, array in zip(entry.source, made, strict=True)}
-    return found
+        arrays = entry.transform.inverse(tuple(np.asarray(parameters[name]) for name in entry.target))
+        weights |= {key: np.asarray(array, order="C") for key, array in zip(entry.source, arrays, strict=True)}
+    return weights
 
 
 def _convert_entry(
     entry: KeyMapEntry, weights: Mapping[str, np.ndarray], shapes: Shapes
 ) -> list[tuple[str, np.ndarray]]:
-    wanted = sum(math.prod(shapes[name]) for name in entry.target)
-    if wanted > MAX_SIZE_RATIO * sum(np.asarray(weights[key]).size for key in entry.source):
+    required_size = sum(math.prod(shapes[name]) for name in entry.target)
+    if required_size > MAX_SIZE_RATIO * sum(np.asarray(weights[key]).size for key in entry.source):
         raise WeightsError(
-            f"{', '.join(entry.source)} would need {wanted} numbers; give the config.json of these weights"
+            f"{', '.join(entry.source)} would need {required_size} numbers; give the config.json of these weights"
         )
-    # An import must find what an export would write.
+    # The expected source shapes are those that an export of the model would write.
     expected = entry.transform.inverse(tuple(np.zeros(shapes[name], np.float32) for name in entry.target))
     arrays = tuple(np.asarray(weights[key]) for key in entry.source)
     for key, array, like in zip(entry.source, arrays, expected, strict=True):
         if array.shape != like.shape:
-            ours = ", ".join(f"{name} {shapes[name]}" for name in entry.target)
+            targets = ", ".join(f"{name} {shapes[name]}" for name in entry.target)
             raise WeightsError(
-                f"{key} has shape {array.shape}; it must be {like.shape}, since it becomes {ours}. "
+                f"{key} has shape {array.shape}; it must be {like.shape}, since it becomes {targets}. "
                 "Give the config.json that belongs to these weights."
             )
-    made = entry.transform.forward(tuple(array.astype(np.float32) for array in arrays))
-    return list(zip(entry.target, made, strict=True))
+    converted = entry.transform.forward(tuple(array.astype(np.float32) for array in arrays))
+    return list(zip(entry.target, converted, strict=True))
 
 
 def _check_keys(entries: Sequence[KeyMapEntry], weights: Mapping[str, np.ndarray]) -> None:
-    wanted = {key for entry in entries for key in entry.source}
-    faults = []
-    if missing := sorted(wanted - set(weights)):
-        faults.append(f"the weights lack {_format_names(missing)}")
-    if unused := sorted(set(weights) - wanted):
-        faults.append(f"the model has no place for {_format_names(unused)}")
-    if faults:
-        remedy = "Give all shards and the config.json that belongs to them; leave out what is no weight."
-        raise WeightsError(f"{'; '.join(faults)}. {remedy}")
+    required = {key for entry in entries for key in entry.source}
+    errors = []
+    if missing := sorted(required - set(weights)):
+        errors.append(f"the weights lack {_format_names(missing)}")
+    if unused := sorted(set(weights) - required):
+        errors.append(f"the model has no parameter for {_format_names(unused)}")
+    if errors:
+        remedy = "Give all shards and the config.json that belongs to them; remove keys that are not weights."
+        raise WeightsError(f"{'; '.join(errors)}. {remedy}")
 
 
-def _check_map(entries: Sequence[KeyMapEntry], shapes: Shapes) -> None:
-    theirs = Counter(key for entry in entries for key in entry.source)
-    ours = Counter(name for entry in entries for name in entry.target)
-    faults = {
-        "uses more than once": [name for side in (theirs, ours) for name, count in side.items() if count > 1],
-        "fills no": list(shapes.keys() - ours.keys()),
-        "fills what the model lacks,": list(ours.keys() - shapes.keys()),
+def _check_entries(entries: Sequence[KeyMapEntry], shapes: Shapes) -> None:
+    source = Counter(key for entry in entries for key in entry.source)
+    target = Counter(name for entry in entries for name in entry.target)
+    errors = {
+        "uses more than once": [name for counts in (source, target) for name, n in counts.items() if n > 1],
+        "does not fill": list(shapes.keys() - target.keys()),
+        "fills names that the model lacks:": list(target.keys() - shapes.keys()),
     }
-    for fault, names in faults.items():
+    for error, names in errors.items():
         if names:
-            raise WeightsError(f"the key map {fault} {_format_names(sorted(names))}; mend the map of this layout")
+            raise WeightsError(f"the key map {error} {_format_names(sorted(names))}; correct the layout's key map")
 
 
 def _format_names(names: Sequence[str]) -> str:

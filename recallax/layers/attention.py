@@ -1,6 +1,6 @@
-"""Softmax attention over all earlier tokens: grouped queries, rotary positions, key/value cache.
+"""Causal softmax attention over all earlier tokens, with grouped queries, rotary positions and a key/value cache.
 
-State: keys and values of every token so far, 2 T G K elements in the compute dtype (a slot per position).
+State: keys and values of all earlier tokens, 2 T G K elements in the compute dtype (one slot per position).
 Sources: Vaswani et al. 2017 (arXiv 1706.03762), section 3.2; grouped queries Ainslie et al. 2023 (arXiv 2305.13245).
 """
 
@@ -16,17 +16,17 @@ from recallax.types import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(MixerConfig):
-    """Causal softmax attention."""
+    """Causal softmax attention over all earlier tokens."""
 
     num_heads: int = 1
     num_kv_heads: int | None = None
-    """Key/value heads shared by groups of query heads; None is one per query head."""
+    """Key/value heads, each shared by a group of query heads; None: `num_heads`."""
     head_dim: int | None = added_field(None)
-    """Width of a head; None is d_model / heads."""
+    """Width of a head; None: d_model / num_heads."""
     rope_theta: float | None = 10_000.0
-    """Base of the rotary embedding; None leaves positions out."""
+    """Base of the rotary embedding; None: no positional embedding."""
     num_persistent_tokens: int = added_field(0)
-    """Learned tokens without a position that every token sees besides (Titans, arXiv 2501.00663, section 3.3)."""
+    """Learned key/value tokens without a position, visible to all tokens (Titans, arXiv 2501.00663, section 3.3)."""
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> SoftmaxAttentionMixer:
         return SoftmaxAttentionMixer(

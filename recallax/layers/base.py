@@ -1,4 +1,5 @@
-"""What a mixer is: a module over time, and the recurrent kind with an explicit state."""
+# pyright: strict
+"""Base classes of mixers: a module over time, the recurrent kind with an explicit state, and its config."""
 
 import abc
 from typing import Any, NamedTuple
@@ -11,11 +12,11 @@ from recallax.config import Config
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
 type State = Any
-"""A NamedTuple of arrays with a leading batch axis; `()` for modules that remember nothing."""
+"""A NamedTuple of arrays with a leading batch axis; `()` for modules without a state."""
 
 
 class LayerInfo(NamedTuple):
-    """Where a mixer stands in the model."""
+    """Position of a layer in the model."""
 
     layer_idx: int | Int[Array, ""]
     """Absolute layer number from 0; an array inside a stack of repeated blocks."""
@@ -24,59 +25,121 @@ class LayerInfo(NamedTuple):
 
 
 class Statistic(nnx.Variable[jax.Array]):
-    """A variable that is not trained by gradient (a running norm, a router's bias): kept beside the parameters."""
+    """A variable that is not trained by gradient, such as a router's bias; it is saved beside the parameters."""
 
 
 class SequenceMixer(nnx.Module, abc.ABC):
-    """Maps a sequence to a sequence of the same shape; in the compute dtype."""
+    """A module that maps a sequence to a sequence of the same shape."""
 
     @abc.abstractmethod
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
-        """The whole sequence at once, from an empty state."""
+        """Process whole sequences, starting from an empty state.
+
+        Args:
+            x: Inputs in the compute dtype.
+            seq: Positions and documents of the tokens; packed documents do not interact.
+
+        Returns:
+            Outputs in the compute dtype, and auxiliary losses and diagnostics.
+        """
 
 
 class RecurrentMixer(SequenceMixer):
-    """A mixer that can also continue: its state is a value that the caller holds."""
+    """A mixer that can continue a sequence from an explicit state, which the caller stores."""
 
     @abc.abstractmethod
     def init_state(self, batch: int, max_len: int) -> State:
-        """The empty state of `batch` rows that will see at most `max_len` tokens."""
+        """Create the empty state.
+
+        Args:
+            batch: Number of rows.
+            max_len: Largest number of tokens that a row will have; caches are allocated for it.
+
+        Returns:
+            The state before any token.
+        """
 
     @abc.abstractmethod
     def prefill(self, x: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
-        """T >= 1 further tokens. The incoming state belongs to the row's first document and is dropped where that
-        document ends, or where `seq.positions` starts at 0. Padding may stand on the right only."""
+        """Process T >= 1 further tokens of each row.
+
+        Args:
+            x: Inputs in the compute dtype.
+            seq: Positions and documents of the tokens. Padding may be on the right only.
+            state: State of the row's first document. It is reset where `seq.positions` starts at 0 and is not passed
+                on to later documents of the row.
+
+        Returns:
+            Outputs in the compute dtype, the state after each row's last document, and auxiliary losses.
+        """
 
     @abc.abstractmethod
     def step(self, x: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
-        """One further token of each active row; position 0 starts afresh, inactive rows keep their state."""
+        """Process one further token of each active row.
+
+        Args:
+            x: Inputs in the compute dtype.
+            info: Position of each row's token; position 0 resets the state. Inactive rows keep their state.
+            state: State before the token.
+
+        Returns:
+            Outputs in the compute dtype, 0 in inactive rows, and the state after the token.
+        """
 
 
 class QueryableMixer(RecurrentMixer):
-    """A mixer whose memory can be asked without telling it anything."""
+    """A mixer whose memory can be read without writing to it."""
 
     @abc.abstractmethod
     def read_state(self, state: State) -> State:
-        """The part of a state that an answer depends on."""
+        """Extract the part of the state that `retrieve` reads.
+
+        Args:
+            state: A state of this mixer.
+
+        Returns:
+            The memory as arrays with a leading batch axis.
+        """
 
     @abc.abstractmethod
     def retrieve(self, x: Float[Array, "B N D"], read_state: State) -> Float[Array, "B N D"]:
-        """What each row's memory answers to N questions, which need not be tokens of a sequence."""
+        """Read each row's memory with N queries.
+
+        Args:
+            x: Inputs of the queries; they need not be tokens of a sequence.
+            read_state: Result of the method `read_state`.
+
+        Returns:
+            One output per query, in the compute dtype.
+        """
 
 
 class MixerConfig(Config, abc.ABC):
-    """A config that is the constructor of its mixer. Subclasses are frozen keyword-only dataclasses."""
+    """A config that builds its mixer. Subclasses are frozen, keyword-only dataclasses."""
 
     @property
     def grid(self) -> int:
-        """Packed documents must begin at a multiple of it; it counts from the beginning of the row's first one."""
+        """Packed documents must start at multiples of this, counted from the start of the row's first document."""
         return 1
 
     @property
     def landmark_interval(self) -> int | None:
-        """Tokens of a document between the landmarks that the language model inserts for it; None is no landmarks."""
+        """Tokens of a document between two landmarks that the language model inserts; None: it inserts none."""
         return None
 
     @abc.abstractmethod
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> SequenceMixer:
-        """The module for width `d_model`; raises ConfigError where the sizes do not fit."""
+        """Build the module.
+
+        Args:
+            d_model: Width of inputs and outputs.
+            layer: Position of the layer in the model.
+            precision: Dtypes of parameters and activations.
+            rngs: Source of the initial parameters.
+
+        Returns:
+            The mixer.
+
+        Raises:
+            ConfigError: The sizes in the config do not fit `d_model`.
+        """

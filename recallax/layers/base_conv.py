@@ -1,6 +1,7 @@
 """Zoology's gated convolution ("BaseConv"): y = conv_w(x) * (W x + b) + x.
 
-Width d, a bias on both branches and no activation. Not the op of the BASED language models: see `gated_conv.py`.
+Both branches have width d and a bias; there is no activation. The BASED language models use another op,
+`recallax.layers.GatedConv`.
 State: the last w - 1 inputs, (w - 1) d elements in the compute dtype.
 Source: Arora et al. 2023 (Zoology, arXiv 2312.04927), section 4.
 """
@@ -22,23 +23,24 @@ from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
 @dataclass(frozen=True, kw_only=True)
 class BaseConv(MixerConfig):
-    """Zoology's short gated convolution."""
+    """Short gated convolution of Zoology (BaseConv)."""
 
     conv_size: int = 3
-    """Taps, the token itself included."""
+    """Taps of the convolution, including the current token."""
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "BaseConvMixer":
         return BaseConvMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class BaseConvState(NamedTuple):
-    """The last inputs of the convolution."""
+    """State of `BaseConv`."""
 
     conv_state: Float[Array, "B W-1 D"]
+    """Last inputs of the convolution in the compute dtype."""
 
 
 class BaseConvMixer(RecurrentMixer):
-    """See the head of the file."""
+    """Short convolution, multiplied by a linear gate, with a residual connection inside."""
 
     def __init__(self, config: BaseConv, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
         bound = config.conv_size**-0.5  # PyTorch's default for a depthwise Conv1d, which the published runs start from
@@ -59,15 +61,13 @@ class BaseConvMixer(RecurrentMixer):
     def prefill(
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: BaseConvState
     ) -> tuple[Float[Array, "B T D"], BaseConvState, Aux]:
-        past = reset_for_prefill(state, seq).conv_state
-        y, past = short_conv(
-            x, self.taps[...], bias=self.bias[...], state=past, segment_ids=jnp.asarray(seq.segment_ids)
-        )
-        return y * self.gate(x) + x, BaseConvState(past), {}
+        conv_state, segment_ids = reset_for_prefill(state, seq).conv_state, jnp.asarray(seq.segment_ids)
+        y, conv_state = short_conv(x, self.taps[...], bias=self.bias[...], state=conv_state, segment_ids=segment_ids)
+        return y * self.gate(x) + x, BaseConvState(conv_state), {}
 
     def step(
         self, x: Float[Array, "B D"], info: StepInfo, state: BaseConvState
     ) -> tuple[Float[Array, "B D"], BaseConvState]:
-        active, past = jnp.asarray(info.active), reset_for_step(state, info).conv_state
-        y, past = short_conv_step(x, self.taps[...], past, active, bias=self.bias[...])
-        return jnp.where(active[:, None], y * self.gate(x) + x, 0), BaseConvState(past)
+        active, conv_state = jnp.asarray(info.active), reset_for_step(state, info).conv_state
+        y, conv_state = short_conv_step(x, self.taps[...], conv_state, active, bias=self.bias[...])
+        return jnp.where(active[:, None], y * self.gate(x) + x, 0), BaseConvState(conv_state)

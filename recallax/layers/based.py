@@ -1,9 +1,9 @@
-"""BASED's linear attention: second-order Taylor features of narrow queries and keys, normalised.
+"""BASED's linear attention: second-order Taylor features of narrow queries and keys, with a normaliser.
 
     y_t = W_o [ sum_{j<=t} f(s_tj) v_j / sum_{j<=t} f(s_tj) ],   f(s) = 1 + s + s^2/2,   s_tj = q_t.k_j / sqrt(d')
 
-No positions, no gate, no output norm. State: F (V + 1) float32 per head with F = 1 + d' + d'(d'+1)/2 (153 at d' = 16),
-or 1 + d' + d'^2 (273) in the full form that published checkpoints and state sizes count.
+There are no positions, no gate and no output norm. State: F (V + 1) float32 per head with F = 1 + d' + d'(d'+1)/2 (153
+at d' = 16), or F = 1 + d' + d'^2 (273) with all features, by which published checkpoints and state sizes count.
 Source: Arora et al. 2024 (arXiv 2402.18668), section 4.
 """
 
@@ -15,11 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from recallax.layers.base import LayerInfo
-from recallax.layers.dense import Linear, Projections
+from recallax.layers.dense import Linear, Projections, head_dim_of
 from recallax.layers.memory import HeadDims, MemoryConfig, RecurrentCell
 from recallax.layers.output_projection import OutputProjection
 from recallax.layers.recurrence_gates import split_heads
-from recallax.layers.state_reset import head_dim_of
 from recallax.pallas_kernels.taylor_attention import (
     TaylorFeatures,
     TaylorState,
@@ -32,13 +31,13 @@ from recallax.types import Precision, StepInfo
 
 @dataclass(frozen=True, kw_only=True)
 class Based(MemoryConfig):
-    """BASED's Taylor linear attention."""
+    """Taylor linear attention (BASED)."""
 
     feature_dim: int = 16
     """Width d' of queries and keys per head."""
     num_heads: int = 1
     features: TaylorFeatures = "symmetric"
-    """Features that the state holds; the outputs do not depend on it."""
+    """Features in the state: without ("symmetric") or with ("full") duplicates; the outputs do not depend on it."""
 
     def head_dims(self, d_model: int) -> HeadDims:
         return HeadDims(self.num_heads, self.num_heads, self.feature_dim, head_dim_of("based", d_model, self.num_heads))
@@ -61,7 +60,7 @@ class Based(MemoryConfig):
 
 
 class BasedCell(RecurrentCell):
-    """See the head of the file."""
+    """Cell with the sums of Taylor features times values, and of Taylor features, per head."""
 
     def __init__(self, head_dims: HeadDims, features: TaylorFeatures):
         self.head_dims = head_dims

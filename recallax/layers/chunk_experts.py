@@ -1,23 +1,25 @@
-"""Mixture of experts that is routed once per chunk: SwiGLU perceptrons of which every token passes k of E.
+"""Mixture of experts with routing per chunk: each token is processed by k of E SwiGLU perceptrons.
 
     l_t = x_s(t) W_r,   g_t = softmax over the k largest of l_t
     y_t = sum_e g_te W_out,e [ silu(W_gate,e x_t) * W_up,e x_t ]
 
-    route            s(t), what chunk c of a document is routed by
-    first token      its own first token, which the mixers before have told of all that came earlier
-    previous chunk   the mean of l over chunk c - 1; learned logits in a document's first chunk
-    token            each token by itself: the upper bound that chunks are compared with
+    route            s(t), the token whose router logits chunk c of a document uses
+    first_token      the first token of the chunk; earlier mixers have given it information on all earlier tokens
+    previous_chunk   the mean of l over chunk c - 1; learned logits in the first chunk of a document
+    token            t itself: routing per token, an upper bound for routing per chunk
 
-Hydra routes by the mean over the chunk itself, which tells its first tokens of its last ones. Dispatch is exact: every
-chosen expert is computed, whatever the load (`layers/dispatch.py`; XLA's CPU form multiplies by all experts).
+Hydra routes by the mean over the chunk itself, which leaks future tokens to the first ones. Dispatch is exact for any
+load: all selected experts are computed (`recallax.layers.memory_routing`; on CPU, XLA multiplies by all experts).
 
-Losses, with their coefficients in them: `expert_balance` (Switch, `layers/balance.py`), `expert_z`, the mean of
-logsumexp(l)^2. With `bias_update_rate` experts are chosen by softmax(l) + b, where b moves by the rate towards experts that
-got less than their share, once per training batch; weights know nothing of b. Diagnostics: the entropy of the mean of
-softmax(l) over the batch (at most ln E) and the mean of its entropy, the deviation of the experts' shares of tokens,
-and the share of chunks whose first choice is the chunk's before.
+Losses with their coefficients: `expert_balance`, the switch loss of `recallax.layers.load_balancing_loss`, and
+`expert_z`, the mean of logsumexp(l)^2. With `bias_update_rate`, experts are selected by softmax(l) + b. After each
+training batch b is increased by the rate for experts with less than their share of tokens, and decreased for the
+others; the weights g do not depend on b. Diagnostics: the entropy of the mean over the batch of softmax(l) (at most
+ln E), the mean of its entropy, the standard deviation of the experts' shares of tokens, and the fraction of chunks
+whose first expert is that of the previous chunk.
 
-State: the logits that the unfinished chunk is routed by, and for `previous chunk` their sum over it; `token` has none.
+State: the router logits of the unfinished chunk, and for `previous_chunk` the sum of its tokens' logits; `token` has no
+state.
 Sources: Hydra (arXiv 2508.15099); Fedus et al. 2021 (arXiv 2101.03961), equation 4; z-loss: Zoph et al. 2022 (arXiv
 2202.08906), equation 5; the bias: Wang et al. 2024 (arXiv 2408.15664), algorithm 1.
 """
@@ -44,75 +46,89 @@ from recallax.types import DIAGNOSTIC_PREFIX, Aux, Mean, Precision, SeqInfo, Ste
 
 type Route = Literal["first_token", "previous_chunk", "token"]
 RESET_LOG_DECAY = -1e30
-"""Log-decay after which nothing is left of a sum."""
+"""Log-decay that sets a running sum to 0."""
+TINY = 1e-30
+"""Lower bound of the argument of a logarithm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkExperts(MixerConfig):
-    """See the head of the file."""
+    """Mixture of SwiGLU experts with routing per chunk (Hydra)."""
 
     num_experts: int = 8
+    """E: number of experts."""
     top_k: int = 2
+    """k: experts of each token."""
     intermediate_size: int = 1248
-    """Inner width of each expert."""
+    """Hidden width of each expert."""
     route: Route = "first_token"
+    """Source of a token's router logits."""
     chunk_size: int = 64
-    """Tokens of a document that are routed together; nothing for `token`."""
+    """Tokens of a document that are routed together; not used by route "token"."""
     norm_topk_prob: bool = True
-    """Divide the selected probabilities by their sum. False keeps them, which gives the router a gradient with top_k = 1."""
+    """Divide the selected probabilities by their sum; with top_k = 1 the output then has no gradient to the router."""
     load_balance_loss_weight: float = 1e-2
+    """Coefficient of the load-balancing loss."""
     router_z_loss_weight: float = 1e-3
+    """Coefficient of the router's z-loss."""
     bias_update_rate: float = 0.0
-    """How far the bias of a choice moves per batch (DeepSeek-V3 has 1e-3); 0 is no bias."""
+    """Change of the selection bias per batch (DeepSeek-V3: 1e-3); 0: no bias."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:
-            raise ConfigError(f"top_k is {self.top_k}; it must be from 1 to experts = {self.num_experts}")
+            raise ConfigError(f"top_k is {self.top_k}; it must be from 1 to num_experts = {self.num_experts}")
         require_at_least(1, intermediate_size=self.intermediate_size, chunk_size=self.chunk_size)
-        require_at_least(0, load_balance_loss_weight=self.load_balance_loss_weight)
-        require_at_least(0, router_z_loss_weight=self.router_z_loss_weight, bias_update_rate=self.bias_update_rate)
+        require_at_least(
+            0,
+            load_balance_loss_weight=self.load_balance_loss_weight,
+            router_z_loss_weight=self.router_z_loss_weight,
+            bias_update_rate=self.bias_update_rate,
+        )
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "ChunkExpertsMixer":
         return ChunkExpertsMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class ChunkExpertsState(NamedTuple):
-    """See the head of the file; None where a route does not need it."""
+    """State of `ChunkExperts`, float32."""
 
     logits: Float[Array, "B E"] | None
+    """Router logits of the unfinished chunk; None for route "token"."""
     logits_sum: Float[Array, "B E 1"] | None
+    """Sum of the logits of the unfinished chunk's tokens; None except for route "previous_chunk"."""
 
 
 class ExpertRouting(NamedTuple):
-    """Where each token goes."""
+    """Experts of each token."""
 
     logits: Float[Array, "B T E"]
+    """Router logits that the token uses, float32."""
     indices: Int[Array, "B T S"]
+    """Selected experts, the one with the largest score first."""
     weights: Float[Array, "B T S"]
+    """Weights of the experts' outputs, float32."""
 
 
 class ChunkExpertsMixer(RecurrentMixer):
-    """See the head of the file."""
+    """Router, experts with exact dispatch, auxiliary losses and diagnostics."""
 
     def __init__(self, config: ChunkExperts, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
         self.num_experts, self.top_k, self.chunk_size = config.num_experts, config.top_k, config.chunk_size
         self.route: Route = config.route
         self.norm_topk_prob = config.norm_topk_prob
-        self.load_balance_loss_weight, self.router_z_loss_weight, self.bias_update_rate = (
-            config.load_balance_loss_weight,
-            config.router_z_loss_weight,
-            config.bias_update_rate,
-        )
+        self.load_balance_loss_weight = config.load_balance_loss_weight
+        self.router_z_loss_weight = config.router_z_loss_weight
+        self.bias_update_rate = config.bias_update_rate
         self.dtype = precision.compute
 
-        def drawn(std: float, *shape: int) -> Array:
+        def normal(std: float, *shape: int) -> Array:
             return std * jax.random.normal(rngs.params(), shape, precision.param)
 
-        self.router = parameter(drawn(0.02, d_model, self.num_experts), ("embed", None))
-        start = jnp.zeros(self.num_experts, precision.param)
-        self.start = parameter(start, (None,), weight_decay=False) if config.route == "previous_chunk" else None
-        up = drawn(0.02, self.num_experts, d_model, 2 * config.intermediate_size)
-        out = drawn(1.0, self.num_experts, config.intermediate_size, d_model) * residual_std(layer.num_layers)
+        self.router = parameter(normal(0.02, d_model, self.num_experts), ("embed", None))
+        first_logits = jnp.zeros(self.num_experts, precision.param)
+        self.start = parameter(first_logits, (None,), weight_decay=False) if config.route == "previous_chunk" else None
+        up = normal(0.02, self.num_experts, d_model, 2 * config.intermediate_size)
+        out = normal(1.0, self.num_experts, config.intermediate_size, d_model) * residual_std(layer.num_layers)
         share = self.top_k / self.num_experts
         self.up = parameter(up, (None, "embed", "mlp"), active_fraction=share)
         self.out = parameter(out, (None, "mlp", "embed"), active_fraction=share)
@@ -122,10 +138,9 @@ class ChunkExpertsMixer(RecurrentMixer):
         logits, _ = self._routing_logits(x, seq, None)
         routing = self._select_experts(logits)
         valid = jnp.asarray(seq.segment_ids) > 0
-        if self.bias is not None and seq.key is not None:
-            self.bias[...] = self.bias[...] + self.bias_update_rate * jnp.sign(
-                self.top_k / self.num_experts - _expert_usage(routing, valid)
-            )
+        if self.bias is not None and seq.key is not None:  # there is a key in training only
+            below_share = jnp.sign(self.top_k / self.num_experts - _expert_usage(routing, valid))
+            self.bias[...] = self.bias[...] + self.bias_update_rate * below_share
         return self._apply_experts(x, routing), self._aux(routing, seq, valid)
 
     def init_state(self, batch: int, max_len: int) -> ChunkExpertsState:
@@ -153,49 +168,60 @@ class ChunkExpertsMixer(RecurrentMixer):
     def _routing_logits(
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: ChunkExpertsState | None
     ) -> tuple[Float[Array, "B T E"], ChunkExpertsState]:
-        """The logits that each token is routed by, in float32 whatever the compute dtype."""
+        """Compute the router logits that each token uses, in float32 for any compute dtype."""
         exact = jax.lax.Precision.HIGHEST
         own = jnp.matmul(x.astype(jnp.float32), self.router[...].astype(jnp.float32), precision=exact)
         if self.route == "token":
             return own, ChunkExpertsState(None, None)
-        positions, segments = jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids)
-        place = positions % self.chunk_size
-        begin = jnp.arange(x.shape[1])[None] - place  # a document's tokens follow one another
-        before = None if state is None else state.logits
+        positions, segment_ids = jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids)
+        chunk_start = jnp.arange(x.shape[1])[None] - positions % self.chunk_size
         if self.route == "first_token":
-            logits, total = _gather_logits(own, begin, before), None
+            logits, sums = _gather_logits(own, chunk_start, None if state is None else state.logits), None
         else:
-            rate = jnp.where(place == 0, RESET_LOG_DECAY, 0.0)[..., None]
-            sums, total = selective_scan(
-                own,
-                jnp.broadcast_to(rate, own.shape),
-                state=None if state is None else state.logits_sum,
-                segment_ids=segments,
-            )
-            if state is not None and state.logits_sum is not None and before is not None:
-                whole = (begin[:, :1] == 0) & (positions[:, :1] > 0)  # the sum is that of the chunk before
-                before = jnp.where(whole, state.logits_sum[..., 0] / self.chunk_size, before)
-            logits = _gather_logits(sums / self.chunk_size, begin - 1, before)
-            assert self.start is not None
-            start = jnp.broadcast_to(self.start[...].astype(jnp.float32), logits.shape)
-            logits = jnp.where((positions < self.chunk_size)[..., None], start, logits)
-        last = last_valid(index_documents(segments))
-        newest = gather_tokens(logits, jnp.maximum(last, 0)[:, None])[:, 0]
+            logits, sums = self._previous_chunk_logits(own, chunk_start, positions, segment_ids, state)
+        last = last_valid(index_documents(segment_ids))
+        last_logits = gather_tokens(logits, jnp.maximum(last, 0)[:, None])[:, 0]
         if state is not None and state.logits is not None:
-            newest = jnp.where((last >= 0)[:, None], newest, state.logits)
-        return logits, ChunkExpertsState(newest, total)
+            last_logits = jnp.where((last >= 0)[:, None], last_logits, state.logits)
+        return logits, ChunkExpertsState(last_logits, sums)
+
+    def _previous_chunk_logits(
+        self,
+        own: Float[Array, "B T E"],
+        chunk_start: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        state: ChunkExpertsState | None,
+    ) -> tuple[Float[Array, "B T E"], Float[Array, "B E 1"]]:
+        """Compute the mean logits of each token's previous chunk, and the sum over the unfinished chunk."""
+        log_decay = jnp.where(positions % self.chunk_size == 0, RESET_LOG_DECAY, 0.0)[..., None]
+        sums, last_sum = selective_scan(
+            own,
+            jnp.broadcast_to(log_decay, own.shape),
+            state=None if state is None else state.logits_sum,
+            segment_ids=segment_ids,
+        )
+        before = None if state is None else state.logits
+        if state is not None and state.logits_sum is not None and before is not None:
+            # The row starts with a new chunk: the sum in the state is that of its previous chunk.
+            starts_chunk = (chunk_start[:, :1] == 0) & (positions[:, :1] > 0)
+            before = jnp.where(starts_chunk, state.logits_sum[..., 0] / self.chunk_size, before)
+        logits = _gather_logits(sums / self.chunk_size, chunk_start - 1, before)
+        assert self.start is not None
+        first_logits = jnp.broadcast_to(self.start[...].astype(jnp.float32), logits.shape)
+        return jnp.where((positions < self.chunk_size)[..., None], first_logits, logits), last_sum
 
     def _select_experts(self, logits: Float[Array, "B T E"]) -> ExpertRouting:
         probabilities = jax.nn.softmax(logits, axis=-1)
-        ranking = logits
+        scores = logits
         if self.bias is not None:
-            ranking = probabilities + jnp.broadcast_to(self.bias[...], logits.shape)
-        _, chosen = jax.lax.top_k(ranking, self.top_k)
-        picked = jax.nn.one_hot(chosen, self.num_experts)  # a product with it has a gradient that scatters nothing
-        weights = jnp.sum(picked * probabilities[..., None, :], axis=-1)
+            scores = probabilities + jnp.broadcast_to(self.bias[...], logits.shape)
+        _, indices = jax.lax.top_k(scores, self.top_k)
+        one_hot = jax.nn.one_hot(indices, self.num_experts)  # unlike a gather, its gradient has no scatter
+        weights = jnp.sum(one_hot * probabilities[..., None, :], axis=-1)
         if self.norm_topk_prob:
             weights /= jnp.sum(weights, axis=-1, keepdims=True)
-        return ExpertRouting(logits, chosen, weights)
+        return ExpertRouting(logits, indices, weights)
 
     def _apply_experts(self, x: Float[Array, "B T D"], routing: ExpertRouting) -> Float[Array, "B T D"]:
         plan = plan_routing(routing.indices, jnp.ones(x.shape[:2], jnp.int32), self.num_experts)
@@ -209,26 +235,25 @@ class ChunkExpertsMixer(RecurrentMixer):
     def _aux(self, routing: ExpertRouting, seq: SeqInfo, valid: Bool[Array, "B T"]) -> Aux:
         count = jnp.sum(valid, dtype=jnp.float32)
         z = jnp.sum(jnp.where(valid, jax.nn.logsumexp(routing.logits, axis=-1) ** 2, 0))
-        even = load_balancing_loss.switch_loss(routing.logits, routing.indices, valid)
+        balance = load_balancing_loss.switch_loss(routing.logits, routing.indices, valid)
         losses = {
-            "expert_balance": Mean(self.load_balance_loss_weight * even, jnp.ones(())),
+            "expert_balance": Mean(self.load_balance_loss_weight * balance, jnp.ones(())),
             "expert_z": Mean(self.router_z_loss_weight * z, count),
         }
         probabilities = jax.lax.stop_gradient(jax.nn.softmax(routing.logits, axis=-1))
         mean = jnp.sum(jnp.where(valid[..., None], probabilities, 0), axis=(0, 1)) / jnp.maximum(count, 1)
         entropy = jnp.sum(jnp.where(valid, _entropy(probabilities), 0))
         usage = _expert_usage(routing, valid) / self.top_k
-        begins = valid[:, 1:] & (
-            jnp.asarray(seq.positions)[:, 1:] % (1 if self.route == "token" else self.chunk_size) == 0
-        )
-        begins &= jnp.asarray(seq.positions)[:, 1:] > 0
+        later = jnp.asarray(seq.positions)[:, 1:]
+        chunk_size = 1 if self.route == "token" else self.chunk_size
+        starts_chunk = valid[:, 1:] & (later % chunk_size == 0) & (later > 0)  # of a document that has begun before
         first = routing.indices[..., 0]
-        same = jnp.sum(begins & (first[:, 1:] == first[:, :-1]), dtype=jnp.float32)
+        repeats = jnp.sum(starts_chunk & (first[:, 1:] == first[:, :-1]), dtype=jnp.float32)
         diagnostics = {
             "expert_entropy": Mean(_entropy(mean), jnp.ones(())),
             "expert_token_entropy": Mean(entropy, count),
             "expert_usage_deviation": Mean(jnp.std(usage), jnp.ones(())),
-            "expert_repeats": Mean(same, jnp.sum(begins, dtype=jnp.float32)),
+            "expert_repeats": Mean(repeats, jnp.sum(starts_chunk, dtype=jnp.float32)),
         }
         return losses | {DIAGNOSTIC_PREFIX + name: mean for name, mean in diagnostics.items()}
 
@@ -236,18 +261,18 @@ class ChunkExpertsMixer(RecurrentMixer):
 def _gather_logits(
     logits: Float[Array, "B T E"], index: Int[Array, "B T"], before: Float[Array, "B E"] | None
 ) -> Float[Array, "B T E"]:
-    """logits[b, index[b, t]]; `before` where the index lies before the row."""
-    found = gather_tokens(logits, jnp.maximum(index, 0))
-    return found if before is None else jnp.where((index < 0)[..., None], before[:, None], found)
+    """Compute logits[b, index[b, t]], or `before[b]` where the index is negative."""
+    gathered = gather_tokens(logits, jnp.maximum(index, 0))
+    return gathered if before is None else jnp.where((index < 0)[..., None], before[:, None], gathered)
 
 
 def _expert_usage(routing: ExpertRouting, valid: Bool[Array, "B T"]) -> Float[Array, " E"]:
-    """Share of the tokens that choose each expert; the shares sum to k."""
+    """Compute the fraction of tokens that select each expert; the fractions sum to k."""
     experts = routing.logits.shape[-1]
-    hits = jnp.sum(jax.nn.one_hot(routing.indices, experts), axis=2) * valid[..., None].astype(jnp.float32)
-    return jnp.sum(hits, axis=(0, 1)) / jnp.maximum(jnp.sum(valid, dtype=jnp.float32), 1)
+    selected = jnp.sum(jax.nn.one_hot(routing.indices, experts), axis=2) * valid[..., None].astype(jnp.float32)
+    return jnp.sum(selected, axis=(0, 1)) / jnp.maximum(jnp.sum(valid, dtype=jnp.float32), 1)
 
 
 def _entropy(p: Float[Array, "... E"]) -> Float[Array, "..."]:
-    """In nats."""
-    return -jnp.sum(p * jnp.log(jnp.maximum(p, 1e-30)), axis=-1)
+    """Compute the entropy of the last axis in nats."""
+    return -jnp.sum(p * jnp.log(jnp.maximum(p, TINY)), axis=-1)

@@ -1,12 +1,12 @@
-"""DeltaNet: a linear memory that erases what it held under a key before it writes there.
+"""DeltaNet: a matrix memory with the delta rule, which erases the value stored at a key before it writes a new one.
 
     S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
     q, k = unit(silu(conv(x W))),   v = silu(conv(x W_v)),   beta_t = sigmoid(x_t W_b) per head
     y_t = W_o rms_head(o_t)
 
 State: K V float32 per head and the last 3 inputs of the convolution.
-Source: Yang et al. 2024 (arXiv 2406.06484), sections 2.2 and 3.3; negative eigenvalues (beta up to 2) Grazzi et al. 2024
-(arXiv 2411.12537).
+Source: Yang et al. 2024 (arXiv 2406.06484), sections 2.2 and 3.3; negative eigenvalues (beta up to 2): Grazzi et al.
+2024 (arXiv 2411.12537).
 """
 
 from collections.abc import Mapping
@@ -17,32 +17,31 @@ from jaxtyping import Array, Float, Int
 
 from recallax.config import added_field
 from recallax.layers.base import LayerInfo
-from recallax.layers.dense import Linear, Projections
+from recallax.layers.dense import Linear, Projections, head_dim_of
 from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
 from recallax.layers.memory import HeadDims, MemoryConfig
 from recallax.layers.norm import l2_normalize
 from recallax.layers.output_projection import OutputProjection
 from recallax.layers.recurrence_gates import beta_gate, split_heads
 from recallax.layers.short_convolution import ShortConvolution
-from recallax.layers.state_reset import head_dim_of
 from recallax.types import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaNet(MemoryConfig):
-    """The delta rule without a decay."""
+    """Delta rule without a decay (DeltaNet)."""
 
     num_heads: int = 4
     head_k_dim: int | None = None
-    """Width of queries and keys per head; None is d_model / heads."""
+    """Width of queries and keys per head; None: d_model / num_heads."""
     head_v_dim: int | None = None
-    """Width of values per head; None is the keys'."""
+    """Width of values per head; None: `head_k_dim`."""
     allow_neg_eigval: bool = False
-    """Double the beta gate, to the range (0, 2), which gives the transition negative eigenvalues (Grazzi et al. 2024)."""
+    """Double the beta gate to (0, 2), so that transitions may have negative eigenvalues (Grazzi et al. 2024)."""
     conv_size: int = 4
-    """Taps of the short convolution; 0 leaves it out."""
+    """Taps of the short convolution; 0: no convolution."""
     norm_eps: float = added_field(1e-5)
-    """Of the output norm."""
+    """Added to the mean square in the output norm."""
 
     def head_dims(self, d_model: int) -> HeadDims:
         keys = self.head_k_dim or head_dim_of("delta_net", d_model, self.num_heads)
@@ -54,10 +53,10 @@ class DeltaNet(MemoryConfig):
         return Projections({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
 
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "DeltaNetCell":
-        _, heads, keys, values = sizes = self.head_dims(d_model)
+        _, heads, keys, values = dims = self.head_dims(d_model)
         width = heads * (2 * keys + values)
         conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
-        return DeltaNetCell(sizes, conv, self.allow_neg_eigval)
+        return DeltaNetCell(dims, conv, self.allow_neg_eigval)
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
         _, heads, _, values = self.head_dims(d_model)
@@ -68,7 +67,7 @@ class DeltaNet(MemoryConfig):
 
 
 class DeltaNetCell(MatrixCell):
-    """See the head of the file."""
+    """Matrix memory with the delta rule, with normalised queries and keys and a beta gate per head."""
 
     def __init__(self, head_dims: HeadDims, conv: ShortConvolution | None, allow_neg_eigval: bool):
         super().__init__(head_dims, conv)

@@ -1,4 +1,4 @@
-"""Parameters with tags, and the projection that most of them belong to."""
+"""Parameters with tags for optimizer and mesh, and the linear projections that own most of them."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from recallax.config import ConfigError
 from recallax.types import Precision
 
 
@@ -20,12 +21,22 @@ def parameter(
     sparse: bool = False,
     active_fraction: float = 1.0,
 ) -> nnx.Param[Array]:
-    """A trainable array with what the optimizer and the mesh need to know about it.
+    """Create a trainable array with tags for the optimizer and the mesh.
 
-    axes: a logical name per axis ("embed", "heads", "mlp", "vocab" or None), from which the mesh shards it; a stack
-    of repeated blocks adds leading axes that have no name. decay: False exempts it from weight decay. lr: its learning
-    rate as a multiple of the run's. sparse: rows whose gradient is zero are left as they are, their moments too.
-    active: the share of it that one token takes.
+    Args:
+        value: Initial value.
+        axes: A logical name per axis ("embed", "heads", "mlp", "vocab" or None), by which the mesh shards it. A stack
+            of repeated blocks adds leading axes without a name.
+        weight_decay: False exempts the parameter from weight decay.
+        lr_multiplier: Learning rate as a multiple of the run's.
+        sparse: Adam does not update rows, or their moments, in steps where their gradient is zero.
+        active_fraction: Fraction of the elements that one token uses, for counts of active parameters.
+
+    Returns:
+        The parameter.
+
+    Raises:
+        ValueError: `axes` does not have one name per axis.
     """
     if len(axes) != value.ndim:
         raise ValueError(f"a parameter of shape {value.shape} has axes {axes}; it needs one per axis")
@@ -33,7 +44,7 @@ def parameter(
 
 
 class Linear(nnx.Module):
-    """y = x W (+ b), in the compute dtype; W is [inputs, outputs], normal with the given standard deviation."""
+    """y = x W (+ b) in the compute dtype; W is [in_features, out_features] and starts normal with deviation `std`."""
 
     def __init__(
         self,
@@ -58,11 +69,11 @@ class Linear(nnx.Module):
 
 
 type ApplyLinear = Callable[[Linear, Array], Array]
-"""How a projection is applied; `Linear.__call__` unless a caller groups tokens by which weights they take."""
+"""Applies a projection: `Linear.__call__`, or a function that groups tokens by the weights that they use."""
 
 
 class LowRank(nnx.Module):
-    """y = x A B (+ b) with A [inputs, rank] and B [rank, outputs]; nothing between the two."""
+    """y = x A B (+ b) with A [in_features, rank] and B [rank, out_features], without an activation between them."""
 
     def __init__(
         self,
@@ -92,18 +103,46 @@ class Projections(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch D"], apply_linear: ApplyLinear = Linear.__call__
     ) -> dict[str, Float[Array, "*batch O"]]:
-        """Every stream; they differ in width."""
+        """Apply every projection.
+
+        Args:
+            x: Inputs.
+            apply_linear: Function that applies each linear map.
+
+        Returns:
+            Outputs by name; they may differ in width.
+        """
         return {
             name: part(x, apply_linear) if isinstance(part, LowRank) else apply_linear(part, x)
             for name, part in self.parts.items()
         }
 
 
+def head_dim_of(name: str, width: int, num_heads: int) -> int:
+    """Compute the width of one head, or the size of one group of heads.
+
+    Args:
+        name: Name of the mixer, for the error message.
+        width: Channels (or heads) to be split.
+        num_heads: Number of equal parts.
+
+    Returns:
+        `width / num_heads`.
+
+    Raises:
+        ConfigError: `num_heads` does not divide `width`.
+    """
+    if num_heads < 1 or width % num_heads:
+        divisors = ", ".join(str(n) for n in range(1, width + 1) if width % n == 0)
+        raise ConfigError(f"{name}: {width} channels cannot be split into {num_heads} heads; use one of {divisors}")
+    return width // num_heads
+
+
 def torch_linear_std(in_features: int) -> float:
-    """Deviation of PyTorch's default initialisation of a linear layer, which some published models keep."""
+    """Standard deviation of PyTorch's default initialisation of a linear layer, which some published models keep."""
     return (3 * in_features) ** -0.5
 
 
 def residual_std(num_layers: int) -> float:
-    """Initial deviation of projections into the residual stream: 0.02 / sqrt(2 depth), as in GPT-2."""
+    """Initial standard deviation of projections into the residual stream: 0.02 / sqrt(2 num_layers), as in GPT-2."""
     return 0.02 / math.sqrt(2 * num_layers)

@@ -1,15 +1,16 @@
-"""A gated diagonal state-space model: one state per channel, all of its coefficients from the token.
+"""Gated diagonal state-space model: one state per channel, with coefficients that are computed from the token.
 
     u = conv(x),   [r, B, C, U] = u W;   alpha = exp(-softplus(r) * rate);   s_t = alpha_t * s_{t-1} + B_t * U_t
     y_t = rms(C_t * s_t) + u_t W_skip                   rate > 0 per channel; convolution with silu
 
-A state is read after its token entered; the printed equation reads one token late. Rates start so that, at r = 0, half
-of a state is left after 1 to `max_timescale` tokens, log-uniform over the channels. Columns of B start smaller where states
-last longer, by sqrt(1 - alpha^2), so that the norm meets states of one size. Projections otherwise start as in Mamba.
-With d states in all, recall is left to attention and memories beside it.
+A token reads the state after it has been added; the printed equation reads one token later. Rates are initialised so
+that the half-life at r = 0 is log-uniform over the channels, from 1 to `max_timescale` tokens. Columns of B are scaled
+by sqrt(1 - alpha^2), so that states of all half-lives start with the same size. The other projections are initialised
+as in Mamba. The state has only d elements; recall needs attention or a memory beside this mixer.
 
-State: a float32 per channel, and the last 3 inputs of the convolution.
-Source: Hydra (arXiv 2508.15099), the equations of its SSM; convolution, norm, half-lives and start are chosen here.
+State: one float32 per channel, and the last 3 inputs of the convolution.
+Source: Hydra (arXiv 2508.15099), the equations of its SSM. Hydra does not specify convolution, norm, half-lives and
+initialisation; those here are our choice.
 """
 
 import math
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, require_at_least
 from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer
 from recallax.layers.dense import Linear, parameter, residual_std, torch_linear_std
 from recallax.layers.norm import RMSNorm
@@ -34,33 +35,35 @@ from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
 @dataclass(frozen=True, kw_only=True)
 class DiagonalSSM(MixerConfig):
-    """See the head of the file."""
+    """Gated diagonal state-space model (Hydra)."""
 
     max_timescale: float = 2048.0
-    """Longest half-life at the start, in tokens: the training length."""
+    """Longest half-life at initialisation in tokens, usually the training length."""
     conv_size: int = 4
+    """Taps of the short convolution."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_timescale < math.inf:
             raise ConfigError(
                 f"max_timescale is {self.max_timescale}; a half-life must be at least 1 token, and finite"
             )
-        if self.conv_size < 1:
-            raise ConfigError(f"conv_size is {self.conv_size}; it needs at least 1 tap")
+        require_at_least(1, conv_size=self.conv_size)
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "DiagonalSSMMixer":
         return DiagonalSSMMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class DiagonalSSMState(NamedTuple):
-    """The states and the last inputs of the convolution."""
+    """State of `DiagonalSSM`."""
 
     ssm_state: Float[Array, "B D 1"]
+    """State of each channel, float32."""
     conv_state: Float[Array, "B W-1 D"]
+    """Last inputs of the convolution in the compute dtype."""
 
 
 class DiagonalSSMMixer(RecurrentMixer, StepFilteredModule):
-    """See the head of the file."""
+    """Short convolution, one decaying state per channel, output norm and skip connection."""
 
     def __init__(self, config: DiagonalSSM, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
         self.conv = ShortConvolution(d_model, config.conv_size, precision=precision, rngs=rngs)
@@ -91,34 +94,34 @@ class DiagonalSSMMixer(RecurrentMixer, StepFilteredModule):
     def step(
         self, x: Float[Array, "B D"], info: StepInfo, state: DiagonalSSMState
     ) -> tuple[Float[Array, "B D"], DiagonalSSMState]:
-        active, (s, past) = jnp.asarray(info.active), reset_for_step(state, info)
-        u, past = self.conv.step(x, info, past)
-        fed, log_decay, c = self._scan_inputs(u)
-        read, s = selective_scan_step(fed, log_decay, s, active)
-        return jnp.where(active[:, None], self._output(read, c, u), 0), DiagonalSSMState(s, past)
+        active, (ssm_state, conv_state) = jnp.asarray(info.active), reset_for_step(state, info)
+        u, conv_state = self.conv.step(x, info, conv_state)
+        inputs, log_decay, c = self._scan_inputs(u)
+        s, ssm_state = selective_scan_step(inputs, log_decay, ssm_state, active)
+        return jnp.where(active[:, None], self._output(s, c, u), 0), DiagonalSSMState(ssm_state, conv_state)
 
     def _run(
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: DiagonalSSMState | None
     ) -> tuple[Float[Array, "B T D"], DiagonalSSMState]:
-        segments = jnp.asarray(seq.segment_ids)
-        s, past = (None, None) if state is None else state
-        u, past = self.conv(x, segments, past)
-        fed, log_decay, c = self._scan_inputs(u)
-        read, s = selective_scan(fed, log_decay, state=s, segment_ids=segments)
-        return self._output(read, c, u), DiagonalSSMState(s, past)
+        segment_ids = jnp.asarray(seq.segment_ids)
+        ssm_state, conv_state = (None, None) if state is None else state
+        u, conv_state = self.conv(x, segment_ids, conv_state)
+        inputs, log_decay, c = self._scan_inputs(u)
+        s, ssm_state = selective_scan(inputs, log_decay, state=ssm_state, segment_ids=segment_ids)
+        return self._output(s, c, u), DiagonalSSMState(ssm_state, conv_state)
 
     def _scan_inputs(self, u: Float[Array, "*batch D"]) -> tuple[Array, Array, Array]:
-        """What is fed, the log-decay, and C, in float32."""
+        """Compute the inputs B * U of the scan, its log-decay, and C, in float32."""
         r, b, c, value = jnp.split(self.input(u).astype(jnp.float32), 4, axis=-1)
-        dt, fed = self.filter_steps(jax.nn.softplus(r)), b * value
+        dt, inputs = self.filter_steps(jax.nn.softplus(r)), b * value
         if self.filter is not None:
-            fed = jnp.where(dt > 0, fed, 0)  # what is fed does not grow with the step
-        return fed, -dt * jnp.broadcast_to(self.decay_rates(), r.shape), c
+            inputs = jnp.where(dt > 0, inputs, 0)  # B * U does not depend on dt, so a filtered step has to clear it
+        return inputs, -dt * jnp.broadcast_to(self.decay_rates(), r.shape), c
 
     def decay_rates(self) -> Float[Array, " D"]:
         return jax.nn.softplus(self.rate[...].astype(jnp.float32))
 
     def _output(
-        self, scanned: Float[Array, "*batch D"], c: Float[Array, "*batch D"], u: Float[Array, "*batch D"]
+        self, s: Float[Array, "*batch D"], c: Float[Array, "*batch D"], u: Float[Array, "*batch D"]
     ) -> Float[Array, "*batch D"]:
-        return self.norm((c * scanned).astype(self.dtype)) + self.skip(u)
+        return self.norm((c * s).astype(self.dtype)) + self.skip(u)

@@ -1,6 +1,6 @@
 """The gated convolution of the BASED language models: y = W_out [ silu(conv_w(u)) * g ],  [u, g] = W_in x.
 
-u and g are `expand` times as wide as the model; projections have biases, the convolution has none.
+u and g are `expand` times as wide as the model. Projections have biases; the convolution has none.
 State: the last w - 1 values of u, (w - 1) * expand * d elements in the compute dtype.
 Source: Arora et al. 2024 (BASED, arXiv 2402.18668), appendix on architecture details.
 """
@@ -22,24 +22,26 @@ from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
 @dataclass(frozen=True, kw_only=True)
 class GatedConv(MixerConfig):
-    """The short gated convolution of the BASED language models."""
+    """Short gated convolution of the BASED language models."""
 
     conv_size: int = 3
-    """Taps, the token itself included."""
+    """Taps of the convolution, including the current token."""
     expand: int = 2
+    """Width of the convolution as a multiple of d_model."""
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "GatedConvMixer":
         return GatedConvMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class GatedConvState(NamedTuple):
-    """The last inputs of the convolution."""
+    """State of `GatedConv`."""
 
     conv_state: Float[Array, "B W-1 E"]
+    """Last inputs of the convolution in the compute dtype."""
 
 
 class GatedConvMixer(RecurrentMixer):
-    """See the head of the file."""
+    """Input projection, short convolution with SiLU, elementwise gate and output projection."""
 
     def __init__(self, config: GatedConv, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
         inner, bound = config.expand * d_model, config.conv_size**-0.5
@@ -70,14 +72,14 @@ class GatedConvMixer(RecurrentMixer):
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: GatedConvState
     ) -> tuple[Float[Array, "B T D"], GatedConvState, Aux]:
         u, gate = jnp.split(self.input(x), 2, axis=-1)
-        past = reset_for_prefill(state, seq).conv_state
-        y, past = short_conv(u, self.taps[...], state=past, segment_ids=jnp.asarray(seq.segment_ids))
-        return self.out(jax.nn.silu(y) * gate), GatedConvState(past), {}
+        conv_state, segment_ids = reset_for_prefill(state, seq).conv_state, jnp.asarray(seq.segment_ids)
+        y, conv_state = short_conv(u, self.taps[...], state=conv_state, segment_ids=segment_ids)
+        return self.out(jax.nn.silu(y) * gate), GatedConvState(conv_state), {}
 
     def step(
         self, x: Float[Array, "B D"], info: StepInfo, state: GatedConvState
     ) -> tuple[Float[Array, "B D"], GatedConvState]:
         active = jnp.asarray(info.active)
         u, gate = jnp.split(self.input(x), 2, axis=-1)
-        y, past = short_conv_step(u, self.taps[...], reset_for_step(state, info).conv_state, active)
-        return jnp.where(active[:, None], self.out(jax.nn.silu(y) * gate), 0), GatedConvState(past)
+        y, conv_state = short_conv_step(u, self.taps[...], reset_for_step(state, info).conv_state, active)
+        return jnp.where(active[:, None], self.out(jax.nn.silu(y) * gate), 0), GatedConvState(conv_state)

@@ -1,4 +1,4 @@
-"""Gated DeltaNet: the delta rule with a decay per token and value head; queries and keys may serve several value heads.
+"""Gated DeltaNet: the delta rule with a decay per token and value head; value heads may share queries and keys.
 
     S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
     alpha_t = exp(-exp(a) softplus(x_t W_a + b)),   beta_t = sigmoid(x_t W_b),   q, k = unit(silu(conv(x W)))
@@ -15,35 +15,34 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from recallax.layers.base import LayerInfo
-from recallax.layers.dense import Linear, Projections
+from recallax.layers.dense import Linear, Projections, head_dim_of
 from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
 from recallax.layers.memory import HeadDims, MemoryConfig
 from recallax.layers.norm import l2_normalize
 from recallax.layers.output_projection import OutputProjection
 from recallax.layers.recurrence_gates import DecayGate, beta_gate, split_heads
 from recallax.layers.short_convolution import ShortConvolution
-from recallax.layers.state_reset import head_dim_of
 from recallax.types import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatedDeltaNet(MemoryConfig):
-    """The delta rule with a scalar decay."""
+    """Delta rule with a decay per token and head (Gated DeltaNet)."""
 
     num_heads: int = 4
     """Heads of queries and keys."""
     num_v_heads: int | None = None
-    """A multiple of `num_heads`; None is the same number."""
+    """Heads of values, a multiple of `num_heads`; None: `num_heads`."""
     head_k_dim: int | None = None
-    """Width of queries and keys per head; None is 3/4 of d_model / heads, as published."""
+    """Width of queries and keys per head; None: 3/4 of d_model / num_heads, as published."""
     head_v_dim: int | None = None
-    """Width of values per value head; None is twice the keys'."""
+    """Width of values per value head; None: 2 * head_k_dim."""
     allow_neg_eigval: bool = False
-    """Double the beta gate, to the range (0, 2), which gives the transition negative eigenvalues (Grazzi et al. 2024)."""
+    """Double the beta gate to (0, 2), so that transitions may have negative eigenvalues (Grazzi et al. 2024)."""
     conv_size: int = 4
-    """Taps of the short convolution; 0 leaves it out."""
+    """Taps of the short convolution; 0: no convolution."""
     norm_eps: float = 1e-5
-    """Of the output norm."""
+    """Added to the mean square in the output norm."""
 
     def head_dims(self, d_model: int) -> HeadDims:
         heads = self.num_v_heads or self.num_heads
@@ -57,11 +56,11 @@ class GatedDeltaNet(MemoryConfig):
         return Projections({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
 
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "GatedDeltaNetCell":
-        groups, heads, keys, values = sizes = self.head_dims(d_model)
+        groups, heads, keys, values = dims = self.head_dims(d_model)
         width = 2 * groups * keys + heads * values
         conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
         gate = DecayGate(heads, heads, precision=precision, rngs=rngs)
-        return GatedDeltaNetCell(sizes, conv, gate, self.allow_neg_eigval)
+        return GatedDeltaNetCell(dims, conv, gate, self.allow_neg_eigval)
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
         _, heads, _, values = self.head_dims(d_model)
@@ -73,7 +72,7 @@ class GatedDeltaNet(MemoryConfig):
 
 
 class GatedDeltaNetCell(MatrixCell):
-    """See the head of the file."""
+    """Matrix memory with the delta rule, a beta gate, and a decay per token and value head."""
 
     def __init__(self, head_dims: HeadDims, conv: ShortConvolution | None, gate: DecayGate, allow_neg_eigval: bool):
         super().__init__(head_dims, conv)

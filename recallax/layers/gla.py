@@ -1,9 +1,9 @@
-"""Gated linear attention: a decay per token and channel of the key, from a low-rank projection.
+"""Gated linear attention (GLA): a decay per token and channel of the key, from a low-rank projection.
 
     S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K),   alpha_t = sigmoid(x_t W_1 W_2 + b)^{1/16}
     y_t = W_o [ rms_head(o_t) * silu(x_t W_g) ]
 
-State: K V float32 per head; by default 4 heads, all keys together d / 2 wide and all values d.
+State: K V float32 per head; by default there are 4 heads, all keys together are d / 2 wide and all values d.
 Source: Yang et al. 2023 (GLA, arXiv 2312.06635), section 4.4.
 """
 
@@ -17,32 +17,32 @@ from jaxtyping import Array, Float, Int
 
 from recallax.config import added_field
 from recallax.layers.base import LayerInfo
-from recallax.layers.dense import Linear, LowRank, Projections
+from recallax.layers.dense import Linear, LowRank, Projections, head_dim_of
 from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
 from recallax.layers.memory import HeadDims, MemoryConfig
 from recallax.layers.output_projection import OutputProjection
 from recallax.layers.recurrence_gates import split_heads
 from recallax.layers.short_convolution import ShortConvolution
-from recallax.layers.state_reset import head_dim_of
 from recallax.types import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class GLA(MemoryConfig):
-    """Gated linear attention."""
+    """Gated linear attention (GLA)."""
 
     num_heads: int = 4
     head_k_dim: int | None = None
-    """Width of queries and keys per head; None is d_model / heads / 2."""
+    """Width of queries and keys per head; None: d_model / num_heads / 2."""
     head_v_dim: int | None = None
-    """Width of values per head; None is d_model / heads."""
+    """Width of values per head; None: d_model / num_heads."""
     gate_low_rank_dim: int = 16
+    """Rank of the projection of the decay gate."""
     gate_logit_normalizer: float = 16.0
-    """The gate is the sigmoid to the power 1 / this: larger forgets more slowly."""
+    """The decay is the sigmoid to the power 1 / this; larger values decay more slowly."""
     conv_size: int = 0
-    """Taps of the short convolution on queries, keys and values; 0 leaves it out, as published."""
+    """Taps of the short convolution on queries, keys and values; 0: no convolution, as published."""
     norm_eps: float = added_field(1e-5)
-    """Of the output norm."""
+    """Added to the mean square in the output norm."""
 
     def head_dims(self, d_model: int) -> HeadDims:
         values = self.head_v_dim or head_dim_of("gla", d_model, self.num_heads)
@@ -61,10 +61,10 @@ class GLA(MemoryConfig):
         )
 
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "GLACell":
-        _, heads, keys, values = sizes = self.head_dims(d_model)
+        _, heads, keys, values = dims = self.head_dims(d_model)
         width = heads * (2 * keys + values)
         conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
-        return GLACell(sizes, conv, self.gate_logit_normalizer)
+        return GLACell(dims, conv, self.gate_logit_normalizer)
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
         _, heads, _, values = self.head_dims(d_model)
@@ -76,7 +76,7 @@ class GLA(MemoryConfig):
 
 
 class GLACell(MatrixCell):
-    """See the head of the file."""
+    """Matrix memory with a decay per token and channel of the key."""
 
     def __init__(self, head_dims: HeadDims, conv: ShortConvolution | None, gate_logit_normalizer: float):
         super().__init__(head_dims, conv)

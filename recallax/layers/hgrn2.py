@@ -1,10 +1,11 @@
-"""HGRN2: an outer-product memory whose key is what its forget gate lets go, with a floor that rises with depth.
+"""HGRN2: an outer-product memory whose key is 1 - forget gate; the gate has a lower bound that rises with depth.
 
     f_t = l + (1 - l) sigmoid(x_t W_f),   S_t = Diag(f_t) S_{t-1} + (1 - f_t) v_t^T,   o_t = S_t^T silu(x_t W_q)
     y_t = W_o rms(o_t)   over the full width
 
-The floors l are a cumulative softmax over the model's layers, 0 in the first, which the model owns and learns
-(`recallax.models.hgrn2_lower_bounds`); a mixer alone keeps the value at which that softmax starts, i / n in layer i of n.
+The lower bounds l are a cumulative softmax over the model's layers, 0 in the first layer. The language model owns and
+trains them (`recallax.models.hgrn2_lower_bounds`). A mixer outside a model keeps their initial value, i / n in layer i
+of n.
 State: K V float32 per head.
 Source: Qin et al. 2024 (HGRN2, arXiv 2404.07904), section 3.
 """
@@ -19,23 +20,25 @@ from jaxtyping import Array, Float, Int
 
 from recallax.config import added_field
 from recallax.layers.base import LayerInfo, Statistic
-from recallax.layers.dense import Linear, Projections
+from recallax.layers.dense import Linear, Projections, head_dim_of
 from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
 from recallax.layers.memory import HeadDims, MemoryConfig
 from recallax.layers.output_projection import OutputProjection
 from recallax.layers.recurrence_gates import split_heads
-from recallax.layers.state_reset import head_dim_of
 from recallax.types import Precision
+
+TINY = 1e-37
+"""Least lower bound under the logarithm: near the smallest normal float32, so that a bound of 0 stays finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HGRN2(MemoryConfig):
-    """A gated outer-product memory with tied key and forget gate."""
+    """Gated outer-product memory with tied key and forget gate (HGRN2)."""
 
     num_heads: int = 4
-    """The published models take d_model / 128."""
+    """Number of heads; the published models have d_model / 128."""
     norm_eps: float = added_field(1e-5)
-    """Of the output norm."""
+    """Added to the mean square in the output norm."""
 
     def head_dims(self, d_model: int) -> HeadDims:
         width = head_dim_of("hgrn2", d_model, self.num_heads)
@@ -54,7 +57,7 @@ class HGRN2(MemoryConfig):
 
 
 class HGRN2Cell(MatrixCell):
-    """See the head of the file."""
+    """Matrix memory with a decay per token and channel, and the key 1 - decay."""
 
     def __init__(self, head_dims: HeadDims, layer: LayerInfo):
         super().__init__(head_dims)
@@ -67,8 +70,9 @@ class HGRN2Cell(MatrixCell):
         heads = self.head_dims.num_v_heads
         gate = split_heads(projections["decay"].astype(jnp.float32), heads)
         v = split_heads(projections["v"], heads)
-        floor = jnp.broadcast_to(self.floor[...].reshape(heads, -1), gate.shape)
-        # log f, without rounding f to 0 or 1 first
-        keep = jnp.logaddexp(jnp.log(jnp.maximum(floor, 1e-37)), jnp.log1p(-floor) + jax.nn.log_sigmoid(gate))
-        k = ((1 - floor) * jax.nn.sigmoid(-gate)).astype(v.dtype)
-        return RecurrenceInputs(jax.nn.silu(split_heads(projections["q"], heads)), k, v, log_decay=jnp.minimum(keep, 0))
+        bound = jnp.broadcast_to(self.floor[...].reshape(heads, -1), gate.shape)
+        # log f = log(l + (1 - l) sigmoid(gate)), in a form that does not round f to 0 or 1 first.
+        log_bound = jnp.log(jnp.maximum(bound, TINY))
+        log_decay = jnp.minimum(jnp.logaddexp(log_bound, jnp.log1p(-bound) + jax.nn.log_sigmoid(gate)), 0)
+        k = ((1 - bound) * jax.nn.sigmoid(-gate)).astype(v.dtype)
+        return RecurrenceInputs(jax.nn.silu(split_heads(projections["q"], heads)), k, v, log_decay=log_decay)

@@ -1,7 +1,7 @@
-"""The identity channel mixer of zoology's synthetic models: y = x.
+"""Identity channel mixer of Zoology's synthetic models: y = x.
 
-Not a no-op inside a block: the block normalises its input and adds the result back, r <- r + norm(r), as zoology's
-models with an identity state mixer do. Remembers nothing.
+A block with this mixer is not a no-op: it adds the normalised residual stream, r <- r + norm(r), as Zoology's models
+with an identity state mixer do. There is no state.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from recallax.types import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class Identity(MixerConfig):
-    """Returns its input."""
+    """Identity channel mixer."""
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "IdentityMixer":
         return IdentityMixer()
 
 
 class IdentityMixer(StatelessMixer):
-    """See the head of the file."""
+    """Returns its input unchanged."""
 
     def apply(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return x

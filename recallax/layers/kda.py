@@ -1,13 +1,15 @@
 """Kimi Delta Attention: the delta rule with a decay per token and channel of the key.
 
     S_t = (I - beta_t k_t k_t^T) Diag(alpha_t) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
-    bounded:  log alpha_t = floor * sigmoid(exp(a) (x_t W_1 W_2 + b))        floor = -5
+    bounded:  log alpha_t = lower_bound * sigmoid(exp(a) (x_t W_1 W_2 + b))
     softplus: log alpha_t = -exp(a) softplus(x_t W_1 W_2 + b)
     y_t = W_o [ rms_head(o_t) * sigmoid(x_t W_3 W_4) ]
 
-with a per head, b per channel, low-rank projections of the values' width, q, k = unit(silu(conv(x W))). State: K V
-float32 per head and the last 3 inputs of the convolution. Source: Kimi Linear (arXiv 2510.26692), section 4, which has
-the softplus gate; the bounded one is what the later, larger models use.
+with a per head, b per channel, low-rank projections of rank head_v_dim, and q, k = unit(silu(conv(x W))).
+
+State: K V float32 per head and the last 3 inputs of the convolution.
+Source: Kimi Linear (arXiv 2510.26692), section 4, which has the softplus gate; the later, larger models use the bounded
+gate with a lower bound of -5.
 """
 
 from collections.abc import Mapping
@@ -21,41 +23,41 @@ from jaxtyping import Array, Float, Int
 
 from recallax.config import ConfigError, added_field
 from recallax.layers.base import LayerInfo
-from recallax.layers.dense import Linear, LowRank, Projections, parameter
+from recallax.layers.dense import Linear, LowRank, Projections, head_dim_of, parameter
 from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
 from recallax.layers.memory import HeadDims, MemoryConfig
 from recallax.layers.norm import l2_normalize
 from recallax.layers.output_projection import OutputProjection
 from recallax.layers.recurrence_gates import DecayGate, beta_gate, init_dt_bias, split_heads
 from recallax.layers.short_convolution import ShortConvolution
-from recallax.layers.state_reset import head_dim_of
 from recallax.types import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class KDA(MemoryConfig):
-    """Kimi Delta Attention."""
+    """Delta rule with a decay per token and channel (Kimi Delta Attention)."""
 
     num_heads: int = 4
     head_k_dim: int | None = None
-    """Width of queries and keys per head; None is d_model / heads."""
+    """Width of queries and keys per head; None: d_model / num_heads."""
     head_v_dim: int | None = None
-    """Width of values per head; None is the keys'."""
+    """Width of values per head; None: `head_k_dim`."""
     decay_gate: Literal["bounded", "softplus"] = "bounded"
+    """Form of the decay gate: a sigmoid above `lower_bound`, or Mamba-2's softplus."""
     lower_bound: float = -5.0
-    """Smallest log-decay of a step with the bounded gate; below 0."""
+    """Smallest log-decay of a token with the bounded gate; below 0."""
     allow_neg_eigval: bool = False
-    """Double the beta gate, to the range (0, 2), which gives the transition negative eigenvalues (Grazzi et al. 2024)."""
+    """Double the beta gate to (0, 2), so that transitions may have negative eigenvalues (Grazzi et al. 2024)."""
     conv_size: int = 4
-    """Taps of the short convolution; 0 leaves it out."""
+    """Taps of the short convolution; 0: no convolution."""
     norm_eps: float = 1e-5
-    """Of the output norm."""
+    """Added to the mean square in the output norm."""
     output_gate_bias: bool = added_field(False)
-    """Of the output gate: absent in the paper and its models, present in flash-linear-attention's."""
+    """Add a bias to the output gate, as flash-linear-attention does; the paper and its models have none."""
 
     def __post_init__(self) -> None:
         if self.lower_bound >= 0:
-            raise ConfigError(f"lower_bound is {self.lower_bound}; kda's smallest log-decay must be below 0")
+            raise ConfigError(f"lower_bound is {self.lower_bound}; the smallest log-decay of KDA must be below 0")
 
     def head_dims(self, d_model: int) -> HeadDims:
         keys = self.head_k_dim or head_dim_of("kda", d_model, self.num_heads)
@@ -64,18 +66,18 @@ class KDA(MemoryConfig):
     def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
         _, heads, keys, values = self.head_dims(d_model)
         widths = {"k": heads * keys, "v": heads * values, "beta": heads}
-        parts = {name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()}
-        return Projections(parts | {"decay": LowRank(d_model, values, heads * keys, precision=precision, rngs=rngs)})
+        linear = {name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()}
+        return Projections(linear | {"decay": LowRank(d_model, values, heads * keys, precision=precision, rngs=rngs)})
 
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "KDACell":
-        _, heads, keys, values = sizes = self.head_dims(d_model)
+        _, heads, keys, values = dims = self.head_dims(d_model)
         width = heads * (2 * keys + values)
         conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
         if self.decay_gate == "softplus":
             gate = DecayGate(heads, heads * keys, precision=precision, rngs=rngs)
         else:
             gate = BoundedDecayGate(heads, heads * keys, self.lower_bound, precision=precision, rngs=rngs)
-        return KDACell(sizes, conv, gate, self.allow_neg_eigval)
+        return KDACell(dims, conv, gate, self.allow_neg_eigval)
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
         _, heads, _, values = self.head_dims(d_model)
@@ -93,7 +95,7 @@ class KDA(MemoryConfig):
 
 
 class BoundedDecayGate(nnx.Module):
-    """g = floor * sigmoid(exp(a_log) (x + dt_bias)): between the floor and 0, so that exponents stay small."""
+    """g = lower_bound * sigmoid(exp(a_log) (x + dt_bias)), a log-decay between `lower_bound` and 0."""
 
     def __init__(self, num_heads: int, channels: int, lower_bound: float, *, precision: Precision, rngs: nnx.Rngs):
         self.a_log = parameter(jnp.zeros(num_heads, precision.param), (None,), weight_decay=False)
@@ -101,12 +103,13 @@ class BoundedDecayGate(nnx.Module):
         self.lower_bound = lower_bound
 
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T H K"]:
+        """Compute the log-decay, float32, from projected tokens."""
         shifted = split_heads(x.astype(jnp.float32) + self.dt_bias[...][None, None], self.a_log.shape[0])
         return self.lower_bound * jax.nn.sigmoid(jnp.exp(self.a_log[...])[None, None, :, None] * shifted)
 
 
 class KDACell(MatrixCell):
-    """See the head of the file."""
+    """Matrix memory with the delta rule, a beta gate, and a decay per token and channel of the key."""
 
     def __init__(
         self,
@@ -125,10 +128,9 @@ class KDACell(MatrixCell):
         _, heads, keys, _ = self.head_dims
         q, k, v = (split_heads(projections[name], heads) for name in ("q", "k", "v"))
         beta = beta_gate(projections["beta"], self.allow_neg_eigval)
-        raw = projections["decay"]
-        log_decay = (
-            self.gate(raw)
-            if isinstance(self.gate, BoundedDecayGate)
-            else self.gate(split_heads(self.gate.dt(raw), heads))
-        )
+        decay = projections["decay"]
+        if isinstance(self.gate, BoundedDecayGate):
+            log_decay = self.gate(decay)
+        else:
+            log_decay = self.gate(split_heads(self.gate.dt(decay), heads))
         return RecurrenceInputs(l2_normalize(q) * keys**-0.5, l2_normalize(k), v, log_decay, beta, beta)

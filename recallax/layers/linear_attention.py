@@ -2,10 +2,10 @@
 
     y_t = phi(q_t) S_t / (phi(q_t) z_t + eps),   S_t = sum_{j<=t} phi(k_j) v_j^T,   z_t = sum_{j<=t} phi(k_j)
 
-The identity map can make the denominator vanish; with it y_t = RMSNorm(q_t S_t) per head instead (Qin et al. 2022,
-arXiv 2210.10340). Rotary positions are left out, as in BASED.
+With the identity map the denominator may vanish, so there y_t = RMSNorm(q_t S_t) per head (Qin et al. 2022, arXiv
+2210.10340). There are no rotary positions, as in BASED.
 
-State: F (V + 1) float32 per head, F the width of the feature map; F V with the identity map.
+State: F (V + 1) float32 per head, where F is the width of the feature map; F V with the identity map.
 Source: Katharopoulos et al. 2020 (arXiv 2006.16236), equations 16 to 20.
 """
 
@@ -20,12 +20,11 @@ from jaxtyping import Array, Float, Int
 
 from recallax.config import added_field
 from recallax.layers.base import LayerInfo
-from recallax.layers.dense import Linear, Projections
+from recallax.layers.dense import Linear, Projections, head_dim_of
 from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
 from recallax.layers.memory import HeadDims, MemoryConfig
 from recallax.layers.output_projection import OutputProjection
 from recallax.layers.recurrence_gates import split_heads
-from recallax.layers.state_reset import head_dim_of
 from recallax.pallas_kernels import feature_maps
 from recallax.types import Precision
 
@@ -37,19 +36,20 @@ FEATURE_MAPS = {
     "taylor": feature_maps.taylor,
 }
 EPS = 1e-6
-"""Keeps the denominator off zero where every feature is (possible with relu only)."""
+"""Added to the denominator, which is 0 where all features are 0 (possible with relu only)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearAttention(MemoryConfig):
-    """Causal linear attention."""
+    """Causal linear attention with a feature map."""
 
     num_heads: int = 1
     feature_dim: int | None = None
-    """Width of queries and keys per head before the feature map; None is that of the values."""
+    """Width of queries and keys per head before the feature map; None: d_model / num_heads."""
     feature_map: FeatureMap = "elu"
+    """Feature map phi of queries and keys."""
     norm_eps: float = added_field(1e-5)
-    """Of the output norm, which the identity map has."""
+    """Added to the mean square in the output norm, which only the identity map has."""
 
     def head_dims(self, d_model: int) -> HeadDims:
         values = head_dim_of("linear attention", d_model, self.num_heads)
@@ -65,8 +65,8 @@ class LinearAttention(MemoryConfig):
         )
 
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "LinearAttentionCell":
-        kind = NormalizedLinearAttentionCell if self.normalized else LinearAttentionCell
-        return kind(self.head_dims(d_model), self.feature_map, precision)
+        cell = NormalizedLinearAttentionCell if self.normalized else LinearAttentionCell
+        return cell(self.head_dims(d_model), self.feature_map, precision)
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
         order = "no_norm" if self.normalized else "gate_last"
@@ -84,12 +84,12 @@ class LinearAttention(MemoryConfig):
 
     @property
     def normalized(self) -> bool:
-        """What is read is divided by the sum of its weights."""
+        """True if the output is divided by the sum of its weights."""
         return self.feature_map != "identity"
 
 
 class LinearAttentionCell(MatrixCell):
-    """phi(q_t) S_t, without its denominator."""
+    """Matrix memory with a feature map on queries and keys: phi(q_t) S_t, without a denominator."""
 
     def __init__(self, head_dims: HeadDims, feature_map: FeatureMap, precision: Precision):
         width = jax.eval_shape(
@@ -110,7 +110,7 @@ class LinearAttentionCell(MatrixCell):
 
 
 class NormalizedLinearAttentionCell(LinearAttentionCell):
-    """The same with its denominator, as one more column of values, all ones."""
+    """Linear attention with its denominator, which is computed as one more value channel of ones."""
 
     def __init__(self, head_dims: HeadDims, feature_map: FeatureMap, precision: Precision):
         super().__init__(head_dims._replace(head_v_dim=head_dims.head_v_dim + 1), feature_map, precision)
@@ -118,8 +118,8 @@ class NormalizedLinearAttentionCell(LinearAttentionCell):
     def recurrence_inputs(
         self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
     ) -> RecurrenceInputs:
-        plain = super().recurrence_inputs(projections, positions)
-        return plain._replace(v=jnp.concatenate([plain.v, jnp.ones_like(plain.v[..., :1])], axis=-1))
+        inputs = super().recurrence_inputs(projections, positions)
+        return inputs._replace(v=jnp.concatenate([inputs.v, jnp.ones_like(inputs.v[..., :1])], axis=-1))
 
     def cell_output(
         self, y: Float[Array, "B T H V"], projections: Mapping[str, Float[Array, "B T W"]]

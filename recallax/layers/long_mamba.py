@@ -1,14 +1,14 @@
-"""LongMamba: a trained state-space model at contexts longer than those it was trained on, without training.
+"""LongMamba: extends a trained state-space model to contexts longer than its training length, without training.
 
-    dt_t <- 0   where dt_t < g_c        in channels c whose state outlasts the training length, and in no others
+    dt_t <- 0   where dt_t < g_c        only in channels c whose state outlasts the training length
 
-So a channel that would have forgotten its document's beginning decays over the configured context about as much as it
-did over the training length, and keeps the tokens with the largest steps. The threshold g_c comes from the configured
-context and from calibration (`models/long_context.py`), never from a row's length: rows may be cut anywhere. The
-published code filters in prefill alone; here steps are filtered too, as everything that reads a state must agree.
+With the filter a channel decays over the configured context about as much as it did over the training length, and it
+keeps the tokens with the largest step sizes. The threshold g_c is computed for the configured context by calibration
+(`recallax.models.long_mamba_calibration`). It does not depend on the length of a row, so a row may be split anywhere.
+The published code filters in prefill only; here `step` filters too, so that both give the same outputs.
 
-The module is the mixer's own, with filters in it: its parameters have the same names. Where the context is not longer
-than the training length there are no filters, and nothing changes.
+`build` returns the inner mixer's own module with filters added, so the parameters keep their names. If the context is
+not longer than the training length, there are no filters.
 Source: Ye et al. 2025 (LongMamba, arXiv 2504.16053), section 4.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from flax import nnx
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, require_at_least
 from recallax.layers.base import LayerInfo, MixerConfig, SequenceMixer
 from recallax.layers.step_filter import StepFilter, StepFilteredModule
 from recallax.types import Precision
@@ -24,24 +24,20 @@ from recallax.types import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class LongMamba(MixerConfig):
-    """See the head of the file."""
+    """A state-space model with filtered step sizes for long contexts (LongMamba)."""
 
     mixer: MixerConfig
-    """A state-space model whose step sizes both decay and write: Mamba2 or DiagonalSSM."""
+    """State-space model whose step sizes decay and write its state: Mamba2 or DiagonalSSM."""
     training_length: int = 2000
-    """Tokens that it was trained on."""
+    """Length of the rows that the model was trained on, in tokens."""
     context_length: int = 16_000
-    """Tokens that it is to read."""
+    """Length of the documents that the model will read, in tokens."""
     threshold: float = 0.0
-    """Step size below which nothing happens, before a calibration says it for each channel."""
+    """Threshold of step sizes before calibration, the same in all channels."""
 
     def __post_init__(self) -> None:
-        if min(self.training_length, self.context_length) < 1:
-            raise ConfigError(
-                f"training_length is {self.training_length} and context {self.context_length}; both must be at least 1 token"
-            )
-        if self.threshold < 0:
-            raise ConfigError(f"threshold is {self.threshold}; it must be at least 0")
+        require_at_least(1, training_length=self.training_length, context_length=self.context_length)
+        require_at_least(0, threshold=self.threshold)
 
     @property
     def grid(self) -> int:
@@ -49,10 +45,10 @@ class LongMamba(MixerConfig):
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> SequenceMixer:
         mixer = self.mixer.build(d_model, layer, precision=precision, rngs=rngs)
-        parts = [node for _, node in nnx.iter_graph(mixer) if isinstance(node, StepFilteredModule)]
-        if not parts:
+        modules = [node for _, node in nnx.iter_graph(mixer) if isinstance(node, StepFilteredModule)]
+        if not modules:
             raise ConfigError(f"{type(self.mixer).__name__} has no step sizes to filter; use Mamba2 or DiagonalSSM")
         if self.context_length > self.training_length:
-            for part in parts:
-                part.filter = StepFilter(part.decay_rates().shape[0], self.threshold)
+            for module in modules:
+                module.filter = StepFilter(module.decay_rates().shape[0], self.threshold)
         return mixer

@@ -1,10 +1,10 @@
-"""Mamba: a diagonal state-space model whose step size, input and readout depend on the token.
+"""Mamba: a diagonal state-space model whose step size, input and output coefficients depend on the token.
 
     h_t[d] = exp(dt_t[d] A[d]) h_{t-1}[d] + dt_t[d] x_t[d] B_t,   o_t[d] = C_t.h_t[d] + D[d] x_t[d]
     x = silu(conv(u W_x) + bias);   r, B, C = x W;   dt = softplus(r W_dt + b);   y_t = W_o [ o_t * silu(u_t W_z) ]
 
 State: N float32 for each of the E = expand * d channels, and the last 3 inputs of the convolution.
-Projections start as PyTorch's do, as in the authors' code.
+Projections have PyTorch's default initialisation, as in the authors' code.
 Source: Gu & Dao 2023 (arXiv 2312.00752), section 3 and algorithm 2.
 """
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from recallax.config import ConfigError
+from recallax.config import require_at_least
 from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer
 from recallax.layers.dense import Linear, parameter, residual_std, torch_linear_std
 from recallax.layers.recurrence_gates import init_dt_bias
@@ -29,32 +29,35 @@ from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba(MixerConfig):
-    """The selective state-space model of Mamba-1."""
+    """Selective state-space model (Mamba)."""
 
     state_dim: int = 16
     """N: states per channel."""
     expand: int = 2
+    """Number of channels as a multiple of d_model."""
     conv_size: int = 4
+    """Taps of the short convolution."""
     dt_rank: int | None = None
-    """Width of the projection to step sizes; None is d_model / 16, rounded up."""
+    """Rank of the projection to step sizes; None: d_model / 16, rounded up."""
 
     def __post_init__(self) -> None:
-        if min(self.state_dim, self.expand, self.conv_size) < 1:
-            raise ConfigError(f"state_dim, expand and conv of mamba must be at least 1: {self}")
+        require_at_least(1, state_dim=self.state_dim, expand=self.expand, conv_size=self.conv_size)
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "MambaMixer":
         return MambaMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class MambaState(NamedTuple):
-    """The states and the last inputs of the convolution."""
+    """State of `Mamba`."""
 
     ssm_state: Float[Array, "B E N"]
+    """States of each channel, float32."""
     conv_state: Float[Array, "B W-1 E"]
+    """Last inputs of the convolution in the compute dtype."""
 
 
 class MambaMixer(RecurrentMixer):
-    """See the head of the file."""
+    """Short convolution, selective scan with N states per channel, skip connection and output gate."""
 
     def __init__(self, config: Mamba, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
         inner = config.expand * d_model
@@ -91,29 +94,29 @@ class MambaMixer(RecurrentMixer):
         return y, state, {}
 
     def step(self, x: Float[Array, "B D"], info: StepInfo, state: MambaState) -> tuple[Float[Array, "B D"], MambaState]:
-        active, (h, past) = jnp.asarray(info.active), reset_for_step(state, info)
+        active, (ssm_state, conv_state) = jnp.asarray(info.active), reset_for_step(state, info)
         u, z = jnp.split(self.input(x), 2, axis=-1)
-        u, past = self.conv.step(u, info, past)
-        fed, dt, b, c = self._scan_inputs(u)
-        y, h = selective_scan_step(fed, dt, h, active, a=-jnp.exp(self.a_log[...]), b=b, c=c)
-        return jnp.where(active[:, None], self._output(y, u, z), 0), MambaState(h, past)
+        u, conv_state = self.conv.step(u, info, conv_state)
+        inputs, dt, b, c = self._scan_inputs(u)
+        y, ssm_state = selective_scan_step(inputs, dt, ssm_state, active, a=-jnp.exp(self.a_log[...]), b=b, c=c)
+        return jnp.where(active[:, None], self._output(y, u, z), 0), MambaState(ssm_state, conv_state)
 
     def _run(
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: MambaState | None
     ) -> tuple[Float[Array, "B T D"], MambaState]:
-        segments = jnp.asarray(seq.segment_ids)
-        h, past = (None, None) if state is None else state
+        segment_ids, a = jnp.asarray(seq.segment_ids), -jnp.exp(self.a_log[...])
+        ssm_state, conv_state = (None, None) if state is None else state
         u, z = jnp.split(self.input(x), 2, axis=-1)
-        u, past = self.conv(u, segments, past)
-        fed, dt, b, c = self._scan_inputs(u)
-        y, h = selective_scan(fed, dt, a=-jnp.exp(self.a_log[...]), b=b, c=c, state=h, segment_ids=segments)
-        return self._output(y, u, z), MambaState(h, past)
+        u, conv_state = self.conv(u, segment_ids, conv_state)
+        inputs, dt, b, c = self._scan_inputs(u)
+        y, ssm_state = selective_scan(inputs, dt, a=a, b=b, c=c, state=ssm_state, segment_ids=segment_ids)
+        return self._output(y, u, z), MambaState(ssm_state, conv_state)
 
     def _scan_inputs(self, u: Float[Array, "*batch E"]) -> tuple[Array, Array, Array, Array]:
-        """dt * u, dt, B and C, in float32."""
+        """Compute dt * u, dt, B and C, in float32."""
         r, b, c = jnp.split(self.select(u), [self.dt_rank, self.dt_rank + self.state_dim], axis=-1)
-        raw = self.dt(r).astype(jnp.float32)
-        dt = jax.nn.softplus(raw + jnp.broadcast_to(self.dt_bias[...], raw.shape))
+        projected = self.dt(r).astype(jnp.float32)
+        dt = jax.nn.softplus(projected + jnp.broadcast_to(self.dt_bias[...], projected.shape))
         return dt * u.astype(jnp.float32), dt, b.astype(jnp.float32), c.astype(jnp.float32)
 
     def _output(

@@ -1,11 +1,11 @@
-"""Mamba-2: a state-space model that is linear attention with a decay per token and head.
+"""Mamba-2: a state-space model in the form of linear attention with a decay per token and head.
 
     S_t = exp(-exp(a) dt_t) S_{t-1} + B_t (dt_t x_t)^T,   o_t = S_t^T C_t + D x_t,   dt_t = softplus(u_t W_dt + b)
     x, B, C = silu(conv(u W) + bias);   y_t = W_o rms(o_t * silu(u_t W_z))   per group
 
-B and C (keys and queries, width N) are shared by the heads of a group. State: N P float32 per head, P the head's width,
-and the last 3 inputs of the convolution. Projections start as PyTorch's do, as in the authors' code: at widths below a
-few hundred a deviation of .02 is too small for it to learn in a few thousand steps.
+The heads of a group share B and C (keys and queries of width N). State: N P float32 per head of width P, and the last 3
+inputs of the convolution. Projections have PyTorch's default initialisation, as in the authors' code: at widths below a
+few hundred, a standard deviation of 0.02 is too small to learn within a few thousand steps.
 Source: Dao & Gu 2024 (arXiv 2405.21060), sections 5 and 7.
 """
 
@@ -16,50 +16,51 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, require_at_least
 from recallax.layers.base import LayerInfo
-from recallax.layers.dense import Linear, Projections, parameter, torch_linear_std
+from recallax.layers.dense import Linear, Projections, head_dim_of, parameter, torch_linear_std
 from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
 from recallax.layers.memory import HeadDims, MemoryConfig
 from recallax.layers.output_projection import NormGateOrder, OutputProjection
 from recallax.layers.recurrence_gates import DecayGate, split_heads
 from recallax.layers.short_convolution import ShortConvolution
-from recallax.layers.state_reset import head_dim_of
 from recallax.layers.step_filter import StepFilteredModule
 from recallax.types import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba2(MemoryConfig):
-    """State-space duality with one decay per head."""
+    """State-space model with one decay per head (Mamba-2)."""
 
     state_dim: int = 128
     """N: width of B and C."""
     head_dim: int = 64
-    """P: width of a head; the heads are inner / P in number."""
+    """P: width of a head; there are intermediate_size / P heads."""
     num_groups: int = 1
     """Groups of heads that share B and C, and of channels that are normalised together."""
     expand: int = 2
+    """Width of all heads together as a multiple of d_model."""
     intermediate_size: int | None = None
-    """Width of all heads together; None is expand * d_model."""
+    """Width of all heads together; None: expand * d_model."""
     conv_size: int = 4
+    """Taps of the short convolution."""
     order: NormGateOrder = "gate_first"
+    """Order of output norm and output gate."""
     dt_limit: tuple[float, float | None] = (0.0, None)
-    """Step sizes are clipped to this range; None is no upper limit."""
+    """Range to which step sizes are clipped; None: no upper limit."""
     norm_eps: float = 1e-5
-    """Of the output norm."""
+    """Added to the mean square in the output norm."""
 
     def __post_init__(self) -> None:
-        if self.conv_size < 1:
-            raise ConfigError(f"conv_size is {self.conv_size}; mamba2 needs at least 1 tap")
+        require_at_least(1, conv_size=self.conv_size)
         low, high = self.dt_limit
         if low < 0 or (high is not None and high <= low):
-            raise ConfigError(f"dt_limit is {self.dt_limit}; it must be a range of step sizes from 0 up")
+            raise ConfigError(f"dt_limit is {self.dt_limit}; it must be a range of step sizes of at least 0")
 
     def head_dims(self, d_model: int) -> HeadDims:
         inner = self.intermediate_size or self.expand * d_model
         if inner % self.head_dim:
-            raise ConfigError(f"head_dim is {self.head_dim}; it must divide mamba2's inner width {inner}")
+            raise ConfigError(f"head_dim is {self.head_dim}; it must divide the intermediate size {inner} of Mamba2")
         heads = inner // self.head_dim
         head_dim_of("mamba2's heads over groups", heads, self.num_groups)
         return HeadDims(self.num_groups, heads, self.state_dim, self.head_dim)
@@ -72,17 +73,17 @@ class Mamba2(MemoryConfig):
         groups, heads, keys, values = self.head_dims(d_model)
         widths = {"k": groups * keys, "v": heads * values, "dt": heads}
         std = torch_linear_std(d_model)
-        parts = {name: Linear(d_model, w, std=std, precision=precision, rngs=rngs) for name, w in widths.items()}
-        return Projections(parts)
+        linear = {name: Linear(d_model, w, std=std, precision=precision, rngs=rngs) for name, w in widths.items()}
+        return Projections(linear)
 
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "Mamba2Cell":
-        groups, heads, keys, values = sizes = self.head_dims(d_model)
+        groups, heads, keys, values = dims = self.head_dims(d_model)
         width = 2 * groups * keys + heads * values
         conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs, bias=True)
         low, high = self.dt_limit
         limit = (float(low), float("inf" if high is None else high))
         gate = DecayGate(heads, heads, precision=precision, rngs=rngs, dt_limit=limit)
-        return Mamba2Cell(sizes, conv, gate, precision)
+        return Mamba2Cell(dims, conv, gate, precision)
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
         _, heads, _, values = self.head_dims(d_model)
@@ -101,7 +102,7 @@ class Mamba2(MemoryConfig):
 
 
 class Mamba2Cell(MatrixCell, StepFilteredModule):
-    """See the head of the file."""
+    """Matrix memory with a decay per token and head, and a skip connection from values to outputs."""
 
     def __init__(self, head_dims: HeadDims, conv: ShortConvolution, gate: DecayGate, precision: Precision):
         super().__init__(head_dims, conv)

@@ -1,8 +1,8 @@
-"""Cells whose memory is a matrix per head, written and read by linear attention or by the delta rule.
+"""Cells with a matrix memory per head, updated by linear attention or by the delta rule.
 
-    streams  ->  convolution  ->  q, k, v and gates  ->  S_t by the op, o_t = S_t^T q_t
+    projections  ->  convolution  ->  q, k, v and gates  ->  S_t by the op, o_t = S_t^T q_t
 
-State: K V float32 per value head and the tail of the convolution.
+State: K V float32 per value head, and the last inputs of the convolution.
 """
 
 import abc
@@ -21,29 +21,33 @@ from recallax.types import StepInfo
 
 
 class RecurrenceInputs(NamedTuple):
-    """What tokens do to a matrix memory: arguments of `linear_attention`, or of `delta_rule` where `erase` is given."""
+    """Arguments of `linear_attention`, or of `delta_rule` if `erase` and `write` are given."""
 
     q: Float[Array, "B T G K"]
     k: Float[Array, "B T G K"]
     v: Float[Array, "B T H V"]
     log_decay: Float[Array, "..."] | None = None
-    """[H], [B, T, H] or [B, T, H, K]."""
+    """Logarithm of the decay, [H], [B, T, H] or [B, T, H, K]; None: no decay."""
     erase: Float[Array, "B T H"] | None = None
+    """Gate of the delta rule's erasure; None selects linear attention."""
     write: Float[Array, "B T H"] | None = None
+    """Gate of the delta rule's write; None selects linear attention."""
 
 
 class MatrixState(NamedTuple):
-    """The memory and the last inputs of the convolution (None without one)."""
+    """State of a matrix memory."""
 
     recurrent_state: Float[Array, "B H K V"]
+    """The memory, float32."""
     conv_state: Float[Array, "B W-1 C"] | None
+    """Last inputs of the convolution in the compute dtype; None: there is no convolution."""
 
 
 class MatrixCell(RecurrentCell):
-    """One matrix memory: convolution, gates, recurrence. Subclasses say how gates become a recurrence."""
+    """One matrix memory per head. Subclasses define the recurrence by `recurrence_inputs`."""
 
     conv_inputs: tuple[str, ...] = ("q", "k", "v")
-    """Streams that pass the convolution, where there is one."""
+    """Names of the projections that pass through the convolution, if there is one."""
     num_householder: int = 1
     """Steps of the recurrence per token."""
 
@@ -55,17 +59,33 @@ class MatrixCell(RecurrentCell):
     def recurrence_inputs(
         self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
     ) -> RecurrenceInputs:
-        """The recurrence of T tokens from their streams, those after the convolution among them; T * micro steps."""
+        """Compute the arguments of the recurrence.
+
+        Args:
+            projections: Projected tokens by name, after the convolution.
+            positions: Position of each token within its document.
+
+        Returns:
+            Arguments of T * num_householder steps.
+        """
 
     def cell_output(
         self, y: Float[Array, "B T H V"], projections: Mapping[str, Float[Array, "B T W"]]
     ) -> Float[Array, "B T H V"]:
-        """What leaves the cell, from what the recurrence put out."""
+        """Compute the cell's output from the recurrence's; by default they are equal.
+
+        Args:
+            y: Output of the recurrence, one per token.
+            projections: Projected tokens by name, after the convolution.
+
+        Returns:
+            The output of the cell.
+        """
         return y
 
     def init_state(self, batch: int) -> MatrixState:
-        _, heads, keys, values = self.head_dims
-        memory = jnp.zeros((batch, heads, keys, values), jnp.float32)
+        _, num_heads, head_k_dim, head_v_dim = self.head_dims
+        memory = jnp.zeros((batch, num_heads, head_k_dim, head_v_dim), jnp.float32)
         return MatrixState(memory, None if self.conv is None else self.conv.init_state(batch))
 
     def run(
@@ -76,40 +96,40 @@ class MatrixCell(RecurrentCell):
         state: MatrixState | None,
         conv_segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T H V"], MatrixState]:
-        past = None if state is None else state.conv_state
+        conv_state = None if state is None else state.conv_state
         if self.conv is not None:
-            joined, past = self.conv(
-                self._concat(projections), segment_ids if conv_segments is None else conv_segments, past
-            )
-            projections = self._split(projections, joined)
+            conv_segments = segment_ids if conv_segments is None else conv_segments
+            convolved, conv_state = self.conv(self._concat(projections), conv_segments, conv_state)
+            projections = self._split(projections, convolved)
         q, k, v, log_decay, erase, write = self.recurrence_inputs(projections, positions)
-        where = {
+        options = {
+            "log_decay": log_decay,
             "state": None if state is None else state.recurrent_state,
-            "segments": jnp.repeat(segment_ids, self.num_householder, axis=1),
+            "segment_ids": jnp.repeat(segment_ids, self.num_householder, axis=1),
+            "scale": 1.0,
         }
         if erase is None or write is None:
-            y, memory = linear_attention(q, k, v, log_decay=log_decay, scale=1.0, **where)
+            y, memory = linear_attention(q, k, v, **options)
         else:
-            y, memory = delta_rule(q, k, v, erase=erase, write=write, log_decay=log_decay, scale=1.0, **where)
-        return self.cell_output(y[:, self.num_householder - 1 :: self.num_householder], projections), MatrixState(
-            memory, past
-        )
+            y, memory = delta_rule(q, k, v, erase=erase, write=write, **options)
+        y = y[:, self.num_householder - 1 :: self.num_householder]  # a token reads after its last step
+        return self.cell_output(y, projections), MatrixState(memory, conv_state)
 
     def step(
         self, projections: Mapping[str, Float[Array, "B W"]], info: StepInfo, state: MatrixState
     ) -> tuple[Float[Array, "B H V"], MatrixState]:
-        memory, past = state
-        if self.conv is not None and past is not None:
-            joined, past = self.conv.step(self._concat(projections), info, past)
-            projections = self._split(projections, joined)
-        whole = {name: x[:, None] for name, x in projections.items()}
-        parts = self.recurrence_inputs(whole, jnp.asarray(info.position)[:, None])
+        memory, conv_state = state
+        if self.conv is not None and conv_state is not None:
+            convolved, conv_state = self.conv.step(self._concat(projections), info, conv_state)
+            projections = self._split(projections, convolved)
+        sequence = {name: x[:, None] for name, x in projections.items()}
+        inputs = self.recurrence_inputs(sequence, jnp.asarray(info.position)[:, None])
         active, y = jnp.asarray(info.active), jnp.zeros(())
         for step in range(self.num_householder):
-            # A decay [H] is the same at every step.
-            now = jax.tree.map(lambda x, step=step: x if x.ndim == 1 else x[:, step], parts)
-            y, memory = _recurrence_step(now, memory, active)
-        return self.cell_output(y[:, None], whole)[:, 0], MatrixState(memory, past)
+            # A decay of shape [H] is the same at every step.
+            step_inputs = jax.tree.map(lambda x, step=step: x if x.ndim == 1 else x[:, step], inputs)
+            y, memory = _recurrence_step(step_inputs, memory, active)
+        return self.cell_output(y[:, None], sequence)[:, 0], MatrixState(memory, conv_state)
 
     def _concat(self, projections: Mapping[str, Float[Array, "... W"]]) -> Float[Array, "... C"]:
         return jnp.concatenate([projections[name] for name in self.conv_inputs], axis=-1)
@@ -128,5 +148,4 @@ def _recurrence_step(
     q, k, v, log_decay, erase, write = inputs
     if erase is None or write is None:
         return linear_attention_step(q, k, v, recurrent_state, active, log_decay=log_decay, scale=1.0)
-    strengths = {"erase": erase, "write": write}
-    return delta_rule_step(q, k, v, recurrent_state, active, log_decay=log_decay, scale=1.0, **strengths)
+    return delta_rule_step(q, k, v, recurrent_state, active, erase=erase, write=write, log_decay=log_decay, scale=1.0)

@@ -1,10 +1,10 @@
-"""Memories of constant size: the skeleton that the linear-recurrence family shares.
+"""Base classes of memories of constant size, the skeleton of the linear-recurrence family.
 
-    q = x W_q,  streams = x W_s (keys, values, gates)   ->   o_t, by the cell   ->   y_t = readout(o_t, x_t)
+    q = x W_q,  p = x W_kv (keys, values, gates)   ->   o_t = cell(q, p)_t   ->   y_t = output_proj(o_t, x_t)
 
-A member of the family is a config that says how each of four parts is made: the query projection, the writer (what a
-token writes; `MoM` owns one per memory, `PrefixLinear` a second one), the cell (convolution, gates, recurrence; shared by the
-memories) and the readout (norm, gate, output projection).
+A member of the family is a config that defines four parts: the query projection, the projection of keys, values and
+gates (`MoM` owns one per memory and `PrefixLinear` a second one), the cell (convolution, gates and recurrence; shared
+by all memories of a layer) and the output projection (norm, gate and projection).
 """
 
 import abc
@@ -23,22 +23,26 @@ from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
 
 class HeadDims(NamedTuple):
-    """Heads of queries and keys, heads of values, and their widths."""
+    """Numbers and widths of heads."""
 
     num_heads: int
+    """Heads of queries and keys."""
     num_v_heads: int
+    """Heads of values."""
     head_k_dim: int
+    """Width of queries and keys per head."""
     head_v_dim: int
+    """Width of values per head."""
 
 
 class RecurrentCell(nnx.Module, abc.ABC):
-    """One memory, from raw projections to what is read from it."""
+    """A recurrence over projected tokens: convolution, gates, and the update and read of one memory."""
 
     head_dims: HeadDims
 
     @abc.abstractmethod
     def init_state(self, batch: int) -> State:
-        """The empty memory."""
+        """Create the empty memory of `batch` rows."""
 
     @abc.abstractmethod
     def run(
@@ -49,48 +53,113 @@ class RecurrentCell(nnx.Module, abc.ABC):
         state: State,
         conv_segments: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T H V"], State]:
-        """What each token reads, and the final state; `state` belongs to the row's first document, None is empty.
+        """Run the recurrence over whole rows.
 
-        stretches: what a convolution must not look across, where that is more than the documents.
+        Args:
+            projections: Projected tokens by name ("q", "k", "v" and gates), which differ in width.
+            positions: Position of each token within its document.
+            segment_ids: Document ids; 0 is padding.
+            state: State of the row's first document; None is an empty memory.
+            conv_segments: Ids that the convolution does not cross; None: those of the documents.
+
+        Returns:
+            One output per token and value head, and the final state.
         """
 
     @abc.abstractmethod
     def step(
         self, projections: Mapping[str, Float[Array, "B W"]], info: StepInfo, state: State
     ) -> tuple[Float[Array, "B H V"], State]:
-        """One token of each active row."""
+        """Run the recurrence over one token of each active row.
+
+        Args:
+            projections: The projected token by name.
+            info: Position and activity of each row.
+            state: State before the token.
+
+        Returns:
+            One output per value head, and the new state; inactive rows keep their state.
+        """
 
 
 class MemoryConfig(MixerConfig, abc.ABC):
-    """A member of the family: how its four parts are made. Each is called once per module, with its own keys."""
+    """Config of a member of the family. The module calls each method that builds a part once, in a fixed order."""
 
     @abc.abstractmethod
     def head_dims(self, d_model: int) -> HeadDims:
-        """Heads and widths; raises ConfigError where they do not fit."""
+        """Compute numbers and widths of heads.
+
+        Args:
+            d_model: Width of the model.
+
+        Returns:
+            The sizes of queries, keys and values.
+
+        Raises:
+            ConfigError: The sizes do not fit `d_model`.
+        """
 
     def q_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
-        """What every memory is read with."""
-        groups, _, keys, _ = self.head_dims(d_model)
-        return Projections({"q": Linear(d_model, groups * keys, precision=precision, rngs=rngs)})
+        """Build the query projection, which all memories of a layer share.
+
+        Args:
+            d_model: Width of the model.
+            precision: Dtypes of parameters and activations.
+            rngs: Source of the initial parameters.
+
+        Returns:
+            A projection named "q".
+        """
+        num_heads, _, head_k_dim, _ = self.head_dims(d_model)
+        return Projections({"q": Linear(d_model, num_heads * head_k_dim, precision=precision, rngs=rngs)})
 
     @abc.abstractmethod
     def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
-        """What one memory is written with: keys, values, gates."""
+        """Build the projections of keys, values and gates of one memory.
+
+        Args:
+            d_model: Width of the model.
+            precision: Dtypes of parameters and activations.
+            rngs: Source of the initial parameters.
+
+        Returns:
+            Projections by the names that the cell reads.
+        """
 
     @abc.abstractmethod
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> RecurrentCell:
-        """Convolution, gates and recurrence."""
+        """Build convolution, gates and recurrence.
+
+        Args:
+            d_model: Width of the model.
+            layer: Position of the layer in the model.
+            precision: Dtypes of parameters and activations.
+            rngs: Source of the initial parameters.
+
+        Returns:
+            The cell.
+        """
 
     @abc.abstractmethod
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
-        """Norm, gate and output projection."""
+        """Build output norm, output gate and output projection.
+
+        Args:
+            d_model: Width of the model.
+            layer: Position of the layer in the model.
+            precision: Dtypes of parameters and activations.
+            rngs: Source of the initial parameters.
+
+        Returns:
+            The module that maps the cell's output to the residual stream.
+        """
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "MemoryMixer":
         return MemoryMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class MemoryMixer(RecurrentMixer):
-    """One memory that every token writes to."""
+    """Mixer with one memory, which all tokens of a row write and read."""
 
     def __init__(self, config: MemoryConfig, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
         self.query = config.q_proj(d_model, precision=precision, rngs=rngs)
@@ -114,6 +183,15 @@ class MemoryMixer(RecurrentMixer):
         return jnp.where(jnp.asarray(info.active)[:, None], self.readout(y, x), 0), state
 
     def run(self, x: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T H V"], State]:
-        """What the tokens read from the memory that they write to, and what it holds at the end."""
-        streams = self.query(x) | self.writer(x)
-        return self.cell.run(streams, jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids), state)
+        """Project the tokens and run the cell, without the output projection.
+
+        Args:
+            x: Inputs in the compute dtype.
+            seq: Positions and documents of the tokens.
+            state: State of the row's first document; None is an empty memory.
+
+        Returns:
+            The cell's output per token and value head, and the final state.
+        """
+        projections = self.query(x) | self.writer(x)
+        return self.cell.run(projections, jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids), state)

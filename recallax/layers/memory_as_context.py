@@ -1,80 +1,90 @@
-"""Memory as a context (MAC): attention over a segment reads what a memory answered, and the memory learns what it saw.
+"""Memory as context (MAC): attention within a block also reads vectors retrieved from a memory, which then learns.
 
-    h = recall(M_start, questions)             M_start: the memory as the segment found it
-    y = rms(W_o attention over [persistent | h | segment])
-    r, M = memory(y)                           which learns while it reads y
+    h = retrieve(M_start, queries)             M_start: the memory at the start of the block
+    y = rms(W_o attention over [persistent | h | block])
+    r, M = memory(y)                           the memory is updated while it is read
     o = y * silu(rms(r))
 
-Segments follow one another, for the questions to each need the memory after the one before. As printed, the answers to
-all of a segment's tokens stand before its first one, and the gate reads the memory after its last: both tell the
-future. Here r_i is read of the memory after token i, and there are three ways of asking:
+Blocks are processed one after another, because each one retrieves from the memory that the previous one has updated. In
+the printed equations every token of a block attends to the vectors retrieved for all of its tokens, and the gate reads
+the memory after the last token; both leak future tokens. Here r_i is read after token i, and `query_source` selects one
+of three causal ways to retrieve:
 
-    own         token i asks, and is heard by tokens from i on; as many answers as tokens
-    previous    the tokens of the segment before ask, averaged down to `num_retrieved_tokens` questions; none in the first segment
-    learned     `num_retrieved_tokens` questions that are parameters
+    own         each token is a query; its retrieved vector is visible to itself and later tokens of the block
+    previous    the previous block's tokens, averaged to `num_retrieved_tokens` queries; none in the first block
+    learned     `num_retrieved_tokens` queries that are parameters
 
-Answers and persistent tokens have no position; a token's is its place in the segment, whose grid counts from the
-document's beginning. Answers are not normalised: they start small, while a norm on the way from the memory through the
-attention back into it makes rounding grow until nothing is left. State: the memory; of the unfinished segment the keys
-and values of tokens and answers, and, for `own`, what the memory held at its start; for `previous` the sums of the
-inputs.
+Retrieved and persistent tokens have no position; a token's position is its offset in the block, whose grid counts from
+the start of the document. Retrieved vectors are not normalised: a norm between the memory and the attention, whose
+output the memory reads again, amplifies rounding errors.
 
-Source: Titans (Behrouz et al. 2025, arXiv 2501.00663), section 4.1, equations 21 to 25; the segment of 512, 128
-persistent and 256 retrieved tokens as in its NeurIPS version; the gate, which MAC leaves open, as for MAG.
+State: the memory; keys and values of the unfinished block's tokens and retrieved vectors; for `own` the memory at the
+start of the block; for `previous` the sums of the block's inputs.
+
+Source: Titans (Behrouz et al. 2025, arXiv 2501.00663), section 4.1, equations 21 to 25; the block of 512 tokens with
+128 persistent and 256 retrieved tokens as in its NeurIPS version; the gate, which MAC leaves open, as in MAG.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, require_at_least
 from recallax.layers.base import LayerInfo, MixerConfig, QueryableMixer, RecurrentMixer, State
+from recallax.layers.block_context import (
+    BlockContext,
+    QuerySource,
+    causal_slot_mask,
+    clear_unused_slots,
+    visible_retrieved,
+    write_slots,
+)
 from recallax.layers.dense import parameter
 from recallax.layers.norm import RMSNorm
 from recallax.layers.softmax_attention import SoftmaxAttentionMixer
-from recallax.layers.state_reset import reset_for_prefill, reset_for_step, zero_rows
+from recallax.layers.state_reset import reset_for_prefill, reset_for_step, where_rows, zero_rows
+from recallax.pallas_kernels.grid import grid_blocks, merge_grid_blocks, misaligned_rows, split_grid_blocks
 from recallax.pallas_kernels.window_attention import KVCache, masked_attention
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
-
-type QuerySource = Literal["own", "previous", "learned"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryAsContext(MixerConfig):
-    """See the head of the file. Raises ConfigError where the grids do not fit."""
+    """Blockwise attention that also reads a memory (MAC of Titans)."""
 
     memory: MixerConfig
-    """One that can be asked: NeuralMemory."""
+    """Memory that can be read without writing: NeuralMemory."""
     block_size: int = 512
-    """Tokens that attend to one another."""
+    """Tokens of a block, which attend to each other; a multiple of the memory's grid."""
     query_source: QuerySource = "own"
+    """Source of the queries to the memory."""
     num_retrieved_tokens: int = 256
-    """Questions per segment of `previous`, which averages over segment / retrieved tokens, and of `learned`."""
+    """Queries per block of `previous` (a divisor of `block_size`) and of `learned`."""
     num_persistent_tokens: int = 128
-    """Learned tokens that every token sees besides."""
+    """Learned key/value tokens without a position, visible to all tokens."""
     num_heads: int = 1
     num_kv_heads: int | None = None
-    """Key/value heads shared by groups of query heads; None is one per query head."""
+    """Key/value heads, each shared by a group of query heads; None: `num_heads`."""
     head_dim: int | None = None
-    """Width of a head; None is d_model / heads."""
+    """Width of a head; None: d_model / num_heads."""
     rope_theta: float | None = 10_000.0
-    """Base of the rotary embedding; None leaves positions out."""
+    """Base of the rotary embedding; None: no positional embedding."""
 
     def __post_init__(self) -> None:
-        if self.block_size < 1 or self.block_size % self.memory.grid:
+        size, count = self.block_size, self.num_retrieved_tokens
+        require_at_least(1, block_size=size)
+        if size % self.memory.grid:
             raise ConfigError(
-                f"block_size is {self.block_size} tokens; it must be a multiple of the memory's chunk of {self.memory.grid}"
+                f"block_size is {size} tokens; it must be a multiple of the memory's chunk of {self.memory.grid}"
             )
-        if self.query_source != "own" and self.num_retrieved_tokens < 1:
-            raise ConfigError(f"num_retrieved_tokens is {self.num_retrieved_tokens}; it must be at least 1 question")
-        if self.query_source == "previous" and self.block_size % self.num_retrieved_tokens:
-            raise ConfigError(
-                f"num_retrieved_tokens is {self.num_retrieved_tokens}; it must divide the segment of {self.block_size} tokens"
-            )
+        if self.query_source != "own":
+            require_at_least(1, num_retrieved_tokens=count)
+        if self.query_source == "previous" and size % count:
+            raise ConfigError(f"num_retrieved_tokens is {count}; it must divide the block of {size} tokens")
 
     @property
     def grid(self) -> int:
@@ -84,27 +94,18 @@ class MemoryAsContext(MixerConfig):
         return MemoryAsContextMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
-class BlockContext(NamedTuple):
-    """What the tokens of an unfinished segment may see; zeros beyond them, and zeros between segments."""
-
-    memory_at_start: State | None
-    """What the memory held before it (`own`)."""
-    token_kv: KVCache
-    retrieved_kv: KVCache
-
-
 class MemoryAsContextState(NamedTuple):
-    """See the head of the file."""
+    """State of `MemoryAsContext`."""
 
     memory: State
     input_sums: Float[Array, "B N D"] | None
-    """Sums of the segment's inputs, to be the next one's questions (`previous`)."""
+    """Sums of the block's inputs per query of the next block; None except for `previous`."""
     block: BlockContext | None
-    """None only inside a call, whose pieces are whole: nothing of them need be kept."""
+    """The unfinished block; None only within a call on whole sequences, where no block continues an earlier one."""
 
 
 class MemoryAsContextMixer(RecurrentMixer):
-    """See the head of the file."""
+    """Attention within blocks over tokens, persistent tokens and retrieved vectors, gated by the memory's output."""
 
     def __init__(
         self, config: MemoryAsContext, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs
@@ -125,10 +126,9 @@ class MemoryAsContextMixer(RecurrentMixer):
             rngs=rngs,
         )
         self.memory = _require_queryable(config.memory.build(d_model, layer, precision=precision, rngs=rngs))
-        asked = jax.random.normal(rngs.params(), (config.num_retrieved_tokens, d_model), precision.param)
-        self.questions = (
-            parameter(asked, (None, "embed"), weight_decay=False) if config.query_source == "learned" else None
-        )
+        queries = jax.random.normal(rngs.params(), (config.num_retrieved_tokens, d_model), precision.param)
+        learned = config.query_source == "learned"
+        self.questions = parameter(queries, (None, "embed"), weight_decay=False) if learned else None
         self.attention_norm, self.memory_norm = (RMSNorm(d_model, precision=precision) for _ in range(2))
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
@@ -137,16 +137,13 @@ class MemoryAsContextMixer(RecurrentMixer):
         return y, aux
 
     def init_state(self, batch: int, max_len: int) -> MemoryAsContextState:
+        own, previous = self.query_source == "own", self.query_source == "previous"
         memory = self.memory.init_state(batch, max_len)
-        tokens = self.attention.init_state(batch, min(self.block_size, max_len))
-        answers = tokens if self.query_source == "own" else self.attention.init_state(batch, self.num_retrieved_tokens)
-        start = jax.tree.map(jnp.zeros_like, self.memory.read_state(memory)) if self.query_source == "own" else None
-        inputs = (
-            jnp.zeros((batch, self.num_retrieved_tokens, self.d_model), jnp.float32)
-            if self.query_source == "previous"
-            else None
-        )
-        return MemoryAsContextState(memory, inputs, BlockContext(start, tokens, answers))
+        token_kv = self.attention.init_state(batch, min(self.block_size, max_len))
+        retrieved_kv = token_kv if own else self.attention.init_state(batch, self.num_retrieved_tokens)
+        memory_at_start = jax.tree.map(jnp.zeros_like, self.memory.read_state(memory)) if own else None
+        input_sums = jnp.zeros((batch, self.num_retrieved_tokens, self.d_model), jnp.float32) if previous else None
+        return MemoryAsContextState(memory, input_sums, BlockContext(memory_at_start, token_kv, retrieved_kv))
 
     def prefill(
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: MemoryAsContextState
@@ -158,60 +155,47 @@ class MemoryAsContextMixer(RecurrentMixer):
     ) -> tuple[Float[Array, "B D"], MemoryAsContextState]:
         active, position = jnp.asarray(info.active), jnp.asarray(info.position)[:, None]
         seq = SeqInfo(position, active.astype(jnp.int32)[:, None], jnp.zeros(position.shape, bool))
-        state, (y, _, _) = self._block_step(reset_for_step(state, info), (x[:, None], seq))
+        state, (y, _) = self._block_step(reset_for_step(state, info), (x[:, None], seq))
         return jnp.where(active[:, None], y[:, 0], 0), state
 
     def _scan_blocks(
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: MemoryAsContextState
     ) -> tuple[Float[Array, "B T D"], MemoryAsContextState, Aux]:
-        """Piece by piece, each of one segment; the first ends where the row's unfinished segment does."""
-        length = x.shape[1]
-        positions, segments = jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids)
-        begun = jnp.zeros_like(positions[:, 0]) if state.block is None else positions[:, 0] % self.block_size
-        width, before = min(self.block_size, length), self.block_size - 1 if state.block is not None else 0
-        count = -(-(length + before) // self.block_size)
-        first = jnp.maximum(jnp.arange(count)[:, None] * self.block_size - begun[None], 0)  # [N, B]
-        last = jnp.minimum(jnp.arange(1, count + 1)[:, None] * self.block_size - begun[None], length)
-        source = first[..., None] + jnp.arange(width)[None, None]
-        inside = source < last[..., None]
-        source = jnp.minimum(source, length - 1)
-
-        def cut(a: Array) -> Array:
-            return jax.vmap(lambda index: _gather_rows(a, index))(source)
-
-        parts = SeqInfo(cut(positions), jnp.where(inside, cut(segments), 0), jnp.zeros(inside.shape, bool))
-        state, (y, aux, wrong) = jax.lax.scan(jax.checkpoint(self._block_step), state, (cut(x), parts))
-        # Token t is the (t + begun)-th after the beginning of the row's first segment.
-        place = begun[:, None] + jnp.arange(length)[None]
-        number = place // self.block_size
-        slot = jnp.where(number == 0, place - begun[:, None], place % self.block_size)
-        y = jnp.moveaxis(y, 0, 1).reshape(x.shape[0], count * width, -1)
-        y = _gather_rows(y, number * width + slot)
-        y = jnp.where(wrong.any(axis=0)[:, None, None], jnp.full_like(y, jnp.nan), y)
+        """Process the blocks in order; the first one may continue the state's unfinished block."""
+        rows, length = x.shape[:2]
+        positions, segment_ids = jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids)
+        offset = None if state.block is None else positions[:, 0] % self.block_size
+        blocks = grid_blocks(length, self.block_size, offset, rows)
+        inputs, block_positions, block_ids = (split_grid_blocks(a, blocks) for a in (x, positions, segment_ids))
+        block_seq = SeqInfo(block_positions, jnp.where(blocks.mask, block_ids, 0), jnp.zeros(blocks.mask.shape, bool))
+        state, (y, aux) = jax.lax.scan(jax.checkpoint(self._block_step), state, (inputs, block_seq))
+        y = merge_grid_blocks(y, length, self.block_size, offset)
+        misaligned = misaligned_rows(positions, segment_ids, blocks, self.block_size)
+        y = jnp.where(misaligned[:, None, None], jnp.full_like(y, jnp.nan), y)
         return y, state, jax.tree.map(lambda a: a.sum(axis=0), aux)
 
     def _block_step(
-        self, state: MemoryAsContextState, part: tuple[Array, SeqInfo]
-    ) -> tuple[MemoryAsContextState, tuple[Array, Aux, Array]]:
-        """Tokens that belong to one segment, in rows that begin with them."""
-        x, seq = part
+        self, state: MemoryAsContextState, block_inputs: tuple[Array, SeqInfo]
+    ) -> tuple[MemoryAsContextState, tuple[Array, Aux]]:
+        """Process tokens of one block; in rows with fewer tokens the rest is padding on the right."""
+        x, seq = block_inputs
         positions, valid = jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids) > 0
-        memory, inputs, segment = zero_rows(state, valid[:, 0] & (positions[:, 0] == 0))
-        begun = jnp.zeros_like(positions[:, 0]) if segment is None else positions[:, 0] % self.block_size
-        slots = begun[:, None] + jnp.arange(x.shape[1])[None]
-        opened = self._extend_block(x, slots, memory, inputs, segment)
-        y = self._attend(x, slots, positions[:, 0] >= self.block_size, opened)
-        read, memory, aux = self.memory.prefill(y, seq, memory)
-        gate = jax.nn.silu(self.memory_norm(read).astype(jnp.float32))
+        memory, input_sums, block = zero_rows(state, valid[:, 0] & (positions[:, 0] == 0))
+        start = jnp.zeros_like(positions[:, 0]) if block is None else positions[:, 0] % self.block_size
+        slots = start[:, None] + jnp.arange(x.shape[1])[None]
+        context = self._extend_block(x, slots, memory, input_sums, block)
+        y = self._attend(x, slots, positions[:, 0] >= self.block_size, context)
+        retrieved, memory, aux = self.memory.prefill(y, seq, memory)
+        gate = jax.nn.silu(self.memory_norm(retrieved).astype(jnp.float32))
         out = (y.astype(jnp.float32) * gate).astype(y.dtype)
 
-        end = begun + valid.sum(axis=1)
-        on_grid = valid[:, :1] & (positions == positions[:, :1] + jnp.arange(x.shape[1])[None])
-        on_grid &= positions[:, :1] % self.block_size == begun[:, None]
-        if inputs is not None:
-            inputs = jnp.where((begun == 0)[:, None, None], 0, inputs) + self._input_sums(x, begun, end)
-        new = MemoryAsContextState(memory, inputs, None if segment is None else self._unfinished_block(opened, end))
-        return _where_rows(valid[:, 0], new, state), (out, aux, (valid & ~on_grid).any(axis=1))
+        end = start + valid.sum(axis=1)
+        if input_sums is not None:
+            input_sums = jnp.where((start == 0)[:, None, None], 0, input_sums) + self._input_sums(x, start, end)
+        unfinished = None
+        if block is not None:
+            unfinished = clear_unused_slots(context, end, self.block_size, self.query_source)
+        return where_rows(valid[:, 0], MemoryAsContextState(memory, input_sums, unfinished), state), (out, aux)
 
     def _extend_block(
         self,
@@ -221,101 +205,57 @@ class MemoryAsContextMixer(RecurrentMixer):
         input_sums: Float[Array, "B M D"] | None,
         block: BlockContext | None,
     ) -> BlockContext:
-        """The segment with these tokens in it: keys, values, and answers."""
-        begun, held = slots[:, 0], self.memory.read_state(memory)
-        begins = begun == 0
-        _, *new = self.attention.project_qkv(x, slots)
-        tokens = KVCache(*new) if block is None else _write_slots(KVCache(*new), block.token_kv, begun)
+        """Add keys and values of these tokens, and of the vectors retrieved for them, to the block."""
+        start, read_state = slots[:, 0], self.memory.read_state(memory)
+        is_first = start == 0
+        new_kv = KVCache(*self.attention.project_qkv(x, slots)[1:])
+        token_kv = new_kv if block is None else write_slots(new_kv, block.token_kv, start)
         if self.query_source == "own":
             if block is not None:
-                held = _where_rows(begins, held, block.memory_at_start)
-            answers = self._retrieved_kv(x, held)
-            return BlockContext(
-                held, tokens, answers if block is None else _write_slots(answers, block.retrieved_kv, begun)
-            )
+                read_state = where_rows(is_first, read_state, block.memory_at_start)
+            retrieved_kv = self._retrieved_kv(x, read_state)
+            if block is not None:
+                retrieved_kv = write_slots(retrieved_kv, block.retrieved_kv, start)
+            return BlockContext(read_state, token_kv, retrieved_kv)
         if self.questions is not None:
-            questions = jnp.broadcast_to(self.questions[...][None], (x.shape[0], *self.questions.shape))
+            queries = jnp.broadcast_to(self.questions[...][None], (x.shape[0], *self.questions.shape))
         else:
             assert input_sums is not None
-            questions = input_sums * (self.num_retrieved_tokens / self.block_size)
-        questions = questions.astype(x.dtype)
+            queries = input_sums * (self.num_retrieved_tokens / self.block_size)
+        queries = queries.astype(x.dtype)
         if block is None:
-            return BlockContext(None, tokens, self._retrieved_kv(questions, held))
-        # Most steps are within a segment, whose answers are known.
-        answers = jax.lax.cond(begins.any(), lambda: self._retrieved_kv(questions, held), lambda: block.retrieved_kv)
-        return BlockContext(None, tokens, _where_rows(begins, answers, block.retrieved_kv))
+            return BlockContext(None, token_kv, self._retrieved_kv(queries, read_state))
+        # Most steps are not the first of a block, and then the retrieved vectors are in the state.
+        retrieved_kv = jax.lax.cond(
+            is_first.any(), lambda: self._retrieved_kv(queries, read_state), lambda: block.retrieved_kv
+        )
+        return BlockContext(None, token_kv, where_rows(is_first, retrieved_kv, block.retrieved_kv))
 
-    def _retrieved_kv(self, questions: Float[Array, "B N D"], read_state: State) -> KVCache:
-        return KVCache(*self.attention.unrotated_kv(self.memory.retrieve(questions, read_state)))
+    def _retrieved_kv(self, queries: Float[Array, "B N D"], read_state: State) -> KVCache:
+        return KVCache(*self.attention.unrotated_kv(self.memory.retrieve(queries, read_state)))
 
     def _attend(
         self, x: Float[Array, "B N D"], slots: Int[Array, "B N"], has_previous: Bool[Array, " B"], block: BlockContext
     ) -> Float[Array, "B N D"]:
         q, _, _ = self.attention.project_qkv(x, slots)
         k, v = (jnp.concatenate(pair, axis=1) for pair in zip(block.retrieved_kv, block.token_kv, strict=True))
-        heard = visible_retrieved(self.query_source, slots, block.retrieved_kv.k.shape[1], has_previous)
-        visible = jnp.concatenate([heard, _causal_mask(slots, block.token_kv.k.shape[1])], axis=2)
+        visible = visible_retrieved(self.query_source, slots, block.retrieved_kv.k.shape[1], has_previous)
+        visible = jnp.concatenate([visible, causal_slot_mask(slots, block.token_kv.k.shape[1])], axis=2)
         y = masked_attention(q, k, v, visible, persistent=self.attention.persistent_kv())
         return self.attention_norm(self.attention.out(y.reshape(*x.shape[:-1], -1)))
 
     def _input_sums(
-        self, x: Float[Array, "B N D"], begun: Int[Array, " B"], end: Int[Array, " B"]
+        self, x: Float[Array, "B N D"], start: Int[Array, " B"], end: Int[Array, " B"]
     ) -> Float[Array, "B M D"]:
-        """Sums of the inputs over each question's stretch of the segment."""
-        slots = jnp.zeros((x.shape[0], self.block_size, self.d_model), jnp.float32)
-        placed = _write_slots(x.astype(jnp.float32), slots, begun)
-        placed = jnp.where((jnp.arange(self.block_size)[None] < end[:, None])[..., None], placed, 0)
-        return placed.reshape(x.shape[0], self.num_retrieved_tokens, -1, self.d_model).sum(axis=2)
-
-    def _unfinished_block(self, block: BlockContext, end: Int[Array, " B"]) -> BlockContext:
-        """What a segment of `end` tokens leaves for the next ones: nothing where it is full."""
-        unfinished = end < self.block_size
-
-        def filled(x: Array) -> Array:
-            seen = (jnp.arange(x.shape[1])[None] < end[:, None]) & unfinished[:, None]
-            return jnp.where(seen[..., None, None], x, 0)
-
-        start, tokens, answers = block
-        tokens = jax.tree.map(filled, tokens)
-        answers = jax.tree.map(filled, answers) if self.query_source == "own" else zero_rows(answers, ~unfinished)
-        return BlockContext(zero_rows(start, ~unfinished), tokens, answers)
-
-
-def visible_retrieved(
-    query_source: QuerySource, slots: Int[Array, "B N"], count: int, has_previous: Bool[Array, " B"]
-) -> Bool[Array, "B N M"]:
-    """Which answers a token hears; `has_previous`: the row's segment is not its document's first."""
-    if query_source == "own":
-        return _causal_mask(slots, count)
-    heard = has_previous if query_source == "previous" else jnp.ones_like(has_previous)
-    return jnp.broadcast_to(heard[:, None, None], (*slots.shape, count))
-
-
-def _causal_mask(slots: Int[Array, "B N"], count: int) -> Bool[Array, "B N S"]:
-    return jnp.arange(count)[None, None] <= slots[..., None]
-
-
-def _write_slots[Tree](new: Tree, old: Tree, begun: Int[Array, " B"]) -> Tree:
-    """Slots [B, S, ...] whose first ones are old and whose next are new [B, N, ...]."""
-
-    def place(new: Array, old: Array) -> Array:
-        source = jnp.arange(old.shape[1])[None] - begun[:, None]
-        taken = _gather_rows(new, jnp.clip(source, 0, new.shape[1] - 1)).astype(old.dtype)
-        return jnp.where((source >= 0).reshape(*source.shape, *[1] * (old.ndim - 2)), taken, old)
-
-    return jax.tree.map(place, new, old)
-
-
-def _where_rows[Tree](rows: Bool[Array, " B"], new: Tree, old: Tree) -> Tree:
-    return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
-
-
-def _gather_rows(x: Array, index: Int[Array, "B N"]) -> Array:
-    """x[b, index[b, n]] for every row b."""
-    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
+        """Sum the inputs over the part of the block that belongs to each query of the next block."""
+        empty = jnp.zeros((x.shape[0], self.block_size, self.d_model), jnp.float32)
+        slots = write_slots(x.astype(jnp.float32), empty, start)
+        slots = jnp.where((jnp.arange(self.block_size)[None] < end[:, None])[..., None], slots, 0)
+        return slots.reshape(x.shape[0], self.num_retrieved_tokens, -1, self.d_model).sum(axis=2)
 
 
 def _require_queryable(mixer: nnx.Module) -> QueryableMixer:
     if not isinstance(mixer, QueryableMixer):
-        raise ConfigError(f"{type(mixer).__name__} cannot be asked; the memory of MemoryAsContext must be NeuralMemory")
+        name = type(mixer).__name__
+        raise ConfigError(f"{name} does not support queries; the memory of MemoryAsContext must be NeuralMemory")
     return mixer

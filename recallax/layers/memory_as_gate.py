@@ -1,10 +1,10 @@
-"""Memory as a gate (MAG): attention over what is near, multiplied by what a memory holds of all there was.
+"""Memory as a gate (MAG): local attention, multiplied by the output of a long-term memory.
 
     y = rms(attention(x)) * silu(rms(memory(x)))        each norm with a learned scale
 
-Both branches read the same input, so neither waits for the other. State: both branches' states.
-Source: Titans (Behrouz et al. 2025, arXiv 2501.00663), section 4.2, equations 26 to 28; "normalised with learnable
-vector weights, then a non-linearity" is read as above.
+Both branches read the same input. State: the states of both branches.
+Source: Titans (Behrouz et al. 2025, arXiv 2501.00663), section 4.2, equations 26 to 28. The equation above is our
+reading of "normalised with learnable vector weights, then a non-linearity".
 """
 
 import math
@@ -24,10 +24,12 @@ from recallax.types import Aux, Precision, SeqInfo, StepInfo, add_aux
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryAsGate(MixerConfig):
-    """Two mixers, one as the gate of the other."""
+    """Attention gated by a memory (MAG of Titans)."""
 
     attention: MixerConfig
+    """Mixer of the attention branch, usually a sliding window."""
     memory: MixerConfig
+    """Mixer of the gate's branch, usually a neural memory."""
 
     @property
     def grid(self) -> int:
@@ -38,14 +40,14 @@ class MemoryAsGate(MixerConfig):
 
 
 class MemoryAsGateState(NamedTuple):
-    """What both branches remember."""
+    """States of both branches."""
 
     attention: State
     memory: State
 
 
 class MemoryAsGateMixer(RecurrentMixer):
-    """See the head of the file."""
+    """Two recurrent mixers on one input; the second one gates the first one's output."""
 
     def __init__(self, config: MemoryAsGate, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
         self.attention, self.memory = (
@@ -56,8 +58,8 @@ class MemoryAsGateMixer(RecurrentMixer):
         self.memory_norm = RMSNorm(d_model, precision=precision)
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
-        (near, aux), (held, more) = self.attention(x, seq), self.memory(x, seq)
-        return self._gate_output(near, held), add_aux(aux, more)
+        (attended, attention_aux), (retrieved, memory_aux) = self.attention(x, seq), self.memory(x, seq)
+        return self._gate_output(attended, retrieved), add_aux(attention_aux, memory_aux)
 
     def init_state(self, batch: int, max_len: int) -> MemoryAsGateState:
         return MemoryAsGateState(self.attention.init_state(batch, max_len), self.memory.init_state(batch, max_len))
@@ -65,16 +67,17 @@ class MemoryAsGateMixer(RecurrentMixer):
     def prefill(
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: MemoryAsGateState
     ) -> tuple[Float[Array, "B T D"], MemoryAsGateState, Aux]:
-        near, attention, aux = self.attention.prefill(x, seq, state.attention)
-        held, memory, more = self.memory.prefill(x, seq, state.memory)
-        return self._gate_output(near, held), MemoryAsGateState(attention, memory), add_aux(aux, more)
+        attended, attention, attention_aux = self.attention.prefill(x, seq, state.attention)
+        retrieved, memory, memory_aux = self.memory.prefill(x, seq, state.memory)
+        y, aux = self._gate_output(attended, retrieved), add_aux(attention_aux, memory_aux)
+        return y, MemoryAsGateState(attention, memory), aux
 
     def step(
         self, x: Float[Array, "B D"], info: StepInfo, state: MemoryAsGateState
     ) -> tuple[Float[Array, "B D"], MemoryAsGateState]:
-        near, attention = self.attention.step(x, info, state.attention)
-        held, memory = self.memory.step(x, info, state.memory)
-        return self._gate_output(near, held), MemoryAsGateState(attention, memory)
+        attended, attention = self.attention.step(x, info, state.attention)
+        retrieved, memory = self.memory.step(x, info, state.memory)
+        return self._gate_output(attended, retrieved), MemoryAsGateState(attention, memory)
 
     def _gate_output(
         self, attended: Float[Array, "*batch D"], retrieved: Float[Array, "*batch D"]
@@ -85,5 +88,7 @@ class MemoryAsGateMixer(RecurrentMixer):
 
 def _require_recurrent(mixer: nnx.Module) -> RecurrentMixer:
     if not isinstance(mixer, RecurrentMixer):
-        raise ConfigError(f"{type(mixer).__name__} has no state; both branches of MemoryAsGate need one")
+        raise ConfigError(
+            f"{type(mixer).__name__} has no state; both branches of MemoryAsGate must be recurrent mixers"
+        )
     return mixer

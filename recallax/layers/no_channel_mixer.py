@@ -1,6 +1,6 @@
-"""The channel mixer that is not there: y = 0, and no norm before it. Remembers nothing.
+"""Placeholder for an absent channel mixer: y = 0, without a norm before it and without a state.
 
-For stacks whose layers have one sublayer each, as Mamba's and Nemotron-H's: a mixer or a perceptron, never both.
+Used in stacks whose layers have one sublayer each, a sequence mixer or a perceptron, such as Mamba's and Nemotron-H's.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from recallax.types import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class NoChannelMixer(MixerConfig):
-    """Adds nothing to the residual stream."""
+    """No channel mixer: the block has one sublayer."""
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "ZeroMixer":
         return ZeroMixer()
 
 
 class ZeroMixer(StatelessMixer):
-    """See the head of the file."""
+    """Returns zeros."""
 
     def apply(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return jnp.zeros_like(x)

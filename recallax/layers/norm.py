@@ -8,21 +8,38 @@ from jaxtyping import Array, Float
 from recallax.layers.dense import parameter
 from recallax.types import DType, Precision
 
+L2_EPS = 1e-6
+"""Added to the squared length inside the square root, so that a zero vector has a finite gradient."""
+
 
 def rms_norm(x: Float[Array, "... D"], scale: Array, eps: float, dtype: DType) -> Float[Array, "... D"]:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis; in float32, returned in `dtype`."""
-    wide = x.astype(jnp.float32)
-    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(dtype)
+    """Normalise by the root mean square of the last axis: x / sqrt(mean(x^2) + eps) * scale, computed in float32.
+
+    Args:
+        x: Values of any floating dtype.
+        scale: Scale that broadcasts to `x`.
+        eps: Added to the mean square.
+        dtype: Dtype of the result.
+
+    Returns:
+        Normalised values.
+    """
+    x_f32 = x.astype(jnp.float32)
+    x_f32 *= jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)
+    return (x_f32 * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(dtype)
 
 
 def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """x / sqrt(sum(x^2) + 1e-6) over the last axis, in float32, returned in x's dtype.
+    """Normalise vectors along the last axis: x / sqrt(sum(x^2) + L2_EPS), computed in float32.
 
-    The constant stands inside the root, so that a zero vector has a gradient.
+    Args:
+        x: Vectors of any floating dtype.
+
+    Returns:
+        Vectors of length 1 in the dtype of `x`; a zero vector stays zero.
     """
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.sum(wide * wide, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+    x_f32 = x.astype(jnp.float32)
+    return (x_f32 * jax.lax.rsqrt(jnp.sum(x_f32 * x_f32, axis=-1, keepdims=True) + L2_EPS)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

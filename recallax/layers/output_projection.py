@@ -1,6 +1,6 @@
-"""From what is read of a memory to the residual stream: a norm per group of channels, a gate, an output projection.
+"""Output projection of memories: a norm per group of channels, a gate, and a projection to the residual stream.
 
-gate last:   y = W_o [ rms(o) * f(g) ]         gate first:   y = W_o [ rms(o * f(g)) ]      g = x W_g
+gate_last:   y = W_o [ rms(o) * f(g) ]         gate_first:   y = W_o [ rms(o * f(g)) ]      g = x W_g
 """
 
 from typing import Literal
@@ -16,12 +16,27 @@ from recallax.layers.norm import rms_norm
 from recallax.types import Precision
 
 type NormGateOrder = Literal["gate_last", "gate_first", "no_norm"]
+"""Order of norm and gate; "no_norm" leaves the norm out."""
 type GateActivation = Literal["silu", "sigmoid"]
 GATE_ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
 class OutputProjection(nnx.Module):
-    """See the head of the file. `num_groups` of channels are normalised apart; one scale for all groups, or one each."""
+    """Norm, optional gate and output projection of a memory's output.
+
+    Args:
+        in_features: Width of all value heads together.
+        d_model: Width of the model.
+        layer: Position of the layer in the model, for the initial scale of the projection.
+        num_groups: Number of groups of channels that are normalised separately.
+        gate: Projection of the gate; None: no gate.
+        precision: Dtypes of parameters and activations.
+        rngs: Source of the initial parameters.
+        activation: Activation of the gate.
+        order: Order of norm and gate.
+        shared_scale: All groups share one scale of the norm; otherwise each has its own.
+        norm_eps: Added to the mean square in the norm.
+    """
 
     def __init__(
         self,
@@ -54,8 +69,16 @@ class OutputProjection(nnx.Module):
         )
 
     def __call__(self, o: Float[Array, "*batch H V"], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        batch = x.shape[:-1]
-        y = o.reshape(*batch, -1).astype(jnp.float32)
+        """Map a memory's output to the residual stream; norm and gate are computed in float32.
+
+        Args:
+            o: Output of the memory.
+            x: Input of the layer, from which the gate is computed.
+
+        Returns:
+            The layer's output in the compute dtype.
+        """
+        y = o.reshape(*x.shape[:-1], -1).astype(jnp.float32)
         gate = 1.0 if self.gate is None else GATE_ACTIVATIONS[self.activation](self.gate(x).astype(jnp.float32))
         if self.order == "gate_last":
             y = self._norm(y) * gate
@@ -67,6 +90,5 @@ class OutputProjection(nnx.Module):
 
     def _norm(self, y: Float[Array, "*batch W"]) -> Float[Array, "*batch W"]:
         assert self.scale is not None
-        return rms_norm(
-            y.reshape(*y.shape[:-1], self.num_groups, -1), self.scale[...], self.norm_eps, jnp.float32
-        ).reshape(y.shape)
+        grouped = y.reshape(*y.shape[:-1], self.num_groups, -1)
+        return rms_norm(grouped, self.scale[...], self.norm_eps, jnp.float32).reshape(y.shape)

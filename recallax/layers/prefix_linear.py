@@ -1,22 +1,23 @@
-"""A memory that has read a document's prefix before it reads the document: prefix linear attention, over any member.
+"""Prefix linear attention (JRT): a memory processes a document's prefix first, and then the whole document.
 
-    S_t = cell(S_{t-1}; k_t, v_t, gates of the writer),   S_0 = cell over the prefix, in its order, by a second writer
+    S_t = cell(S_{t-1}; k_t, v_t, gates),   S_0 = cell over the prefix, with encoder projections of keys, values, gates
 
-For a sum (BASED, linear attention) that is the paper's form: encoder keys and values of the whole prefix are added to
-numerator and denominator beside the causal ones,
+For memories that are sums (BASED, linear attention) this is the paper's form: encoder keys and values of the whole
+prefix are added to numerator and denominator beside the causal ones,
 
     y_i = phi(q_i) [ sum_{j<=i} phi(k_j) v_j^T + sum_{j in prefix} phi(k^e_j) v^e_j^T ]
           / phi(q_i) [ sum_{j<=i} phi(k_j)     + sum_{j in prefix} phi(k^e_j) ]
 
-at every i, in the prefix too. A member that forgets has read the prefix as a document of its own, of which the second
-reading is the continuation. Queries, convolution, gate parameters and readout serve both readings; a convolution does
-not look from one into the other. Nothing but this layer reads ahead, and it reads no further than the prefix.
+at every i, also in the prefix. A memory with decay processes the prefix as the beginning of a longer document. Both
+passes share queries, convolution, gate parameters and output projection; the convolution does not cross from one pass
+to the other. Only this layer reads ahead, and no further than the end of the prefix.
 
-Both readings are one call of the op over rows that hold the prefix before its document, so packed documents may each
-have one. What reads no prefix (`step`, rows without one) is the member itself. Padding is never written: a key of 0
-would still have the feature 1, which is how the published code gives pads most of the weight.
+Both passes are one call of the op over rows in which each prefix is placed before its document, so every packed
+document may have a prefix. Without a prefix (in `step`, or in rows without one) the layer equals the memory itself.
+Padding is not written to the memory; in the published code it is, and a padding key of 0 still has the feature 1, so
+that padding gets most of the weight.
 
-State: the member's.
+State: that of the memory.
 Source: Arora et al. 2024 (Just Read Twice, arXiv 2407.05483), section 4.
 """
 
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.config import ConfigError
+from recallax.config import require_at_least
 from recallax.layers.base import LayerInfo, MixerConfig, State
 from recallax.layers.memory import MemoryConfig, MemoryMixer
 from recallax.pallas_kernels.chunking import index_documents
@@ -38,24 +39,23 @@ from recallax.types import Precision, SeqInfo
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixLinear(MixerConfig):
-    """Reads `SeqInfo.prefix` twice; it must lie within one prefill, at the beginning of its document."""
+    """A memory that processes each document's prefix twice (JRT-RNN). A prefix must lie within one prefill."""
 
     memory: MemoryConfig
+    """Config of the memory."""
     max_prefix_len: int | None = None
-    """Most prefix tokens of a row, by which the op's rows are longer. A row with more is all NaN. None is any."""
+    """Largest number of prefix tokens in a row; rows with more are NaN. None: the length of the row."""
 
     def __post_init__(self) -> None:
-        if self.max_prefix_len is not None and self.max_prefix_len < 1:
-            raise ConfigError(
-                f"PrefixLinear.max_prefix_len is {self.max_prefix_len}; it must be at least 1, or None for whole rows"
-            )
+        if self.max_prefix_len is not None:
+            require_at_least(1, "PrefixLinear.", max_prefix_len=self.max_prefix_len)
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "PrefixLinearMixer":
         return PrefixLinearMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class PrefixLinearMixer(MemoryMixer):
-    """See the head of the file."""
+    """Memory with a second projection of keys, values and gates for the first pass over the prefix."""
 
     def __init__(self, config: PrefixLinear, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
         super().__init__(config.memory, d_model, layer, precision=precision, rngs=rngs)
@@ -63,68 +63,90 @@ class PrefixLinearMixer(MemoryMixer):
         self.max_prefix_len = config.max_prefix_len
 
     def run(self, x: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T H V"], State]:
-        segments = jnp.asarray(seq.segment_ids)
-        encode, first, second, fits = two_pass_layout(
-            segments, jnp.asarray(seq.prefix), self.max_prefix_len or x.shape[1]
-        )
+        positions, segment_ids = jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids)
+        max_prefix_len = self.max_prefix_len or x.shape[1]
+        to_prefix, first, second, fits = two_pass_layout(segment_ids, jnp.asarray(seq.prefix), max_prefix_len)
 
-        def joined(ahead: Array, again: Array) -> Array:
-            return apply_index_map(ahead, first) + apply_index_map(again, second)
+        def place_passes(prefix: Array, document: Array) -> Array:
+            return apply_index_map(prefix, first) + apply_index_map(document, second)
 
-        streams = {name: apply_index_map(part, second) for name, part in self.query(x).items()}
-        ahead, again = self.encoder(apply_index_map(x, encode)), self.writer(x)
-        streams |= {name: joined(ahead[name], part) for name, part in again.items()}
-        positions, document = (
-            joined(apply_index_map(part, encode), part) for part in (jnp.asarray(seq.positions), segments)
+        projections = {name: apply_index_map(part, second) for name, part in self.query(x).items()}
+        encoded, written = self.encoder(apply_index_map(x, to_prefix)), self.writer(x)
+        projections |= {name: place_passes(encoded[name], part) for name, part in written.items()}
+        row_positions, row_segments = (
+            place_passes(apply_index_map(part, to_prefix), part) for part in (positions, segment_ids)
         )
-        # Ids of their own for the two readings of a document, which a convolution does not look across.
-        reading = 2 * document + (first.source < first.target.shape[1]).astype(document.dtype)
-        y, state = self.cell.run(streams, positions, document, state, jnp.where(document > 0, reading, 0))
+        # The two passes over a document have different ids for the convolution, which does not cross between them.
+        pass_ids = 2 * row_segments + (first.source < first.target.shape[1]).astype(row_segments.dtype)
+        pass_ids = jnp.where(row_segments > 0, pass_ids, 0)
+        y, state = self.cell.run(projections, row_positions, row_segments, state, pass_ids)
         y = apply_index_map(y, IndexMap(second.target, second.source))
         return jax.tree.map(lambda part: _nan_unless(part, fits), (y, state))
 
 
 class IndexMap(NamedTuple):
-    """Where N entries of each row go among M places, in both directions; M or N stand for nowhere and nothing."""
+    """Injective map of N entries of each row to M places, in both directions."""
 
     source: Int[Array, "B M"]
+    """Entry that each place receives; N: none."""
     target: Int[Array, "B N"]
+    """Place of each entry; M: none."""
 
 
 class TwoPassLayout(NamedTuple):
-    """Prefix tokens drawn together, and the places of both readings in rows of T + E tokens."""
+    """Index maps between T tokens, E prefix tokens, and rows of T + E places for both passes."""
 
     tokens_to_prefix: IndexMap
-    """From tokens T to prefix tokens E."""
+    """From tokens to prefix tokens."""
     prefix_to_row: IndexMap
-    """From prefix tokens E to T + E."""
+    """From prefix tokens to the places of the first pass."""
     tokens_to_row: IndexMap
-    """From tokens T to T + E."""
+    """From tokens to the places of the second pass."""
     prefix_fits: Bool[Array, " B"]
-    """The row has at most E prefix tokens."""
+    """True if the row has at most E prefix tokens."""
 
 
 def two_pass_layout(segment_ids: Int[Array, "B T"], prefix: Bool[Array, "B T"], max_prefix_len: int) -> TwoPassLayout:
-    """The order `prefix, document` for each document of a row, with room for `max_prefix_len` prefix tokens of a row."""
+    """Place the prefix of each document before the document.
+
+    Args:
+        segment_ids: Document ids; 0 is padding.
+        prefix: True for tokens of a prefix.
+        max_prefix_len: Largest number of prefix tokens in a row.
+
+    Returns:
+        The places of both passes; E is the smaller of `max_prefix_len` and T.
+    """
     docs, length = index_documents(segment_ids), segment_ids.shape[1]
-    room = min(max_prefix_len, length)
+    capacity = min(max_prefix_len, length)
     time = jnp.arange(length)[None]
-    read = prefix & docs.valid
-    count = jnp.cumsum(read, axis=1)
-    begins = jnp.pad(docs.index[:, 1:] != docs.index[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    start = jax.lax.cummax(jnp.where(begins, time, 0), axis=1)
-    ends = jnp.roll(begins, -1, axis=1)  # the row's first token begins a document, so its last one ends one
-    last = jax.lax.cummin(jnp.where(ends, time, length), axis=1, reverse=True)
-    earlier = jnp.take_along_axis(count, last, axis=1)  # prefix tokens of this document and of those before it
-    encode = _index_map(jnp.where(read, count - 1, room), room)
-    # A document's first reading begins where the second one would, were it not for the prefix tokens up to its end.
-    place = jnp.where(encode.source < length, apply_index_map(start + count - 1, encode), length + room)
-    first = _index_map(place, length + room)
-    return TwoPassLayout(encode, first, _index_map(time + earlier, length + room), count[:, -1] <= room)
+    in_prefix = prefix & docs.valid
+    count = jnp.cumsum(in_prefix, axis=1)
+    starts = jnp.pad(docs.index[:, 1:] != docs.index[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    first_token = jax.lax.cummax(jnp.where(starts, time, 0), axis=1)
+    ends = jnp.roll(starts, -1, axis=1)  # the roll is right for the last token too: the first one starts a document
+    last_token = jax.lax.cummin(jnp.where(ends, time, length), axis=1, reverse=True)
+    prefix_count = jnp.take_along_axis(count, last_token, axis=1)  # of this document and of earlier ones
+    to_prefix = _index_map(jnp.where(in_prefix, count - 1, capacity), capacity)
+    # The second pass of a token is placed after all prefix tokens up to its document's end. The first pass of a
+    # document starts where the second pass of the document before it ends.
+    place = apply_index_map(first_token + count - 1, to_prefix)
+    place = jnp.where(to_prefix.source < length, place, length + capacity)
+    first_pass = _index_map(place, length + capacity)
+    second_pass = _index_map(time + prefix_count, length + capacity)
+    return TwoPassLayout(to_prefix, first_pass, second_pass, count[:, -1] <= capacity)
 
 
 def apply_index_map(x: Array, index_map: IndexMap) -> Array:
-    """[B, N, ...] to [B, M, ...]; 0 at places where nothing goes."""
+    """Move entries to their places.
+
+    Args:
+        x: Entries [B, N, ...].
+        index_map: Map from N entries to M places.
+
+    Returns:
+        Places [B, M, ...]; 0 at places without an entry.
+    """
     return gather_with_inverse(x, *index_map)
 
 

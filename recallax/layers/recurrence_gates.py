@@ -1,4 +1,4 @@
-"""Decay gates and strengths that several members of the linear-recurrence family share."""
+"""Decay gates and beta gates that several members of the linear-recurrence family share."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,22 @@ from recallax.layers.dense import parameter
 from recallax.types import Precision
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
+"""Range of initial step sizes and their lower bound, as in the code of Mamba."""
 
 
 class DecayGate(nnx.Module):
-    """g = -exp(a_log) * clip(softplus(x + dt_bias)), the gate of Mamba-2; both parameters without weight decay.
+    """Decay gate of Mamba-2: log_decay = -exp(a_log) * clip(softplus(x + dt_bias)).
 
-    exp(a_log) starts uniform in [1, 16] per head, softplus(dt_bias) log-uniform in [.001, .1] per channel.
-    Source: Dao & Gu 2024 (arXiv 2405.21060), section 7; the same in Gated DeltaNet and KDA.
+    exp(a_log) is initialised uniformly in [1, 16] per head and softplus(dt_bias) log-uniformly in [0.001, 0.1] per
+    channel. Both parameters are exempt from weight decay.
+    Source: Dao & Gu 2024 (arXiv 2405.21060), section 7; Gated DeltaNet and KDA have the same gate.
+
+    Args:
+        num_heads: Number of decay rates.
+        channels: Number of step sizes.
+        precision: Dtypes of parameters and activations.
+        rngs: Source of the initial parameters.
+        dt_limit: Range to which step sizes are clipped.
     """
 
     def __init__(
@@ -33,17 +42,26 @@ class DecayGate(nnx.Module):
         self.dt_limit = dt_limit
 
     def dt(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
-        """Step sizes in float32."""
+        """Compute step sizes softplus(x + dt_bias), clipped to `dt_limit`, in float32."""
         dt = jax.nn.softplus(x.astype(jnp.float32) + self.dt_bias[...][None, None])
         return jnp.clip(dt, *self.dt_limit) if self.dt_limit != (0.0, float("inf")) else dt
 
     def __call__(self, dt: Float[Array, "B T H ..."]) -> Float[Array, "B T H ..."]:
-        """Log-decay of step sizes that are laid out by head."""
+        """Compute the log-decay -exp(a_log) * dt from step sizes whose third axis is that of the heads."""
         return -jnp.exp(self.a_log[...]).reshape(1, 1, -1, *[1] * (dt.ndim - 3)) * dt
 
 
 def init_dt_bias(channels: int, precision: Precision, rngs: nnx.Rngs) -> Float[Array, " C"]:
-    """Biases whose softplus is log-uniform in [DT_MIN, DT_MAX]."""
+    """Draw initial biases of step sizes.
+
+    Args:
+        channels: Number of biases.
+        precision: Dtypes; the biases have the parameter dtype.
+        rngs: Source of random numbers.
+
+    Returns:
+        Biases whose softplus is log-uniform in [DT_MIN, DT_MAX].
+    """
     low, high = jnp.log(DT_MIN), jnp.log(DT_MAX)
     dt = jnp.exp(jax.random.uniform(rngs.params(), (channels,), precision.param, low, high))
     dt = jnp.maximum(dt, DT_FLOOR)
@@ -51,10 +69,26 @@ def init_dt_bias(channels: int, precision: Precision, rngs: nnx.Rngs) -> Float[A
 
 
 def beta_gate(x: Float[Array, "B T H"], allow_neg_eigval: bool) -> Float[Array, "B T H"]:
-    """beta = largest * sigmoid(x), in float32; above 1 the transition has negative eigenvalues."""
+    """Compute the beta gate of the delta rule, sigmoid(x) or 2 * sigmoid(x), in float32.
+
+    Args:
+        x: Projected tokens.
+        allow_neg_eigval: Double the gate; where it is above 1, the transition has a negative eigenvalue.
+
+    Returns:
+        Gates in (0, 1), or in (0, 2).
+    """
     return (2.0 if allow_neg_eigval else 1.0) * jax.nn.sigmoid(x.astype(jnp.float32))
 
 
 def split_heads(x: Float[Array, "B T W"], num_heads: int) -> Float[Array, "B T H K"]:
-    """The channels of each head."""
+    """Split the last axis into heads.
+
+    Args:
+        x: Projected tokens.
+        num_heads: Number of heads, a divisor of the width.
+
+    Returns:
+        Tokens with an axis of heads.
+    """
     return x.reshape(*x.shape[:2], num_heads, -1)

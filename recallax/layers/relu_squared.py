@@ -1,6 +1,6 @@
-"""The squared-ReLU channel mixer: y = W_out [ max(W_in x, 0)^2 ].
+"""Squared-ReLU channel mixer: y = W_out [ max(W_in x, 0)^2 ].
 
-Source: So et al. 2021 (Primer, arXiv 2109.08668), section 3; the perceptron of Nemotron-H. Remembers nothing.
+Source: So et al. 2021 (Primer, arXiv 2109.08668), section 3; Nemotron-H uses it. There is no state.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from recallax.config import ConfigError
+from recallax.config import require_at_least
 from recallax.layers.base import LayerInfo, MixerConfig
 from recallax.layers.dense import Linear, residual_std
 from recallax.layers.stateless import StatelessMixer
@@ -19,23 +19,24 @@ from recallax.types import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class ReLUSquared(MixerConfig):
-    """A two-layer perceptron on each token, without a gate."""
+    """Two-layer perceptron with a squared ReLU."""
 
     expand: int = 4
-    """Inner width as a multiple of the model's."""
+    """Hidden width as a multiple of d_model."""
     intermediate_size: int | None = None
-    """The inner width itself, in place of `expand`."""
+    """Hidden width in place of `expand`; None: expand * d_model."""
 
     def __post_init__(self) -> None:
-        if self.expand < 1 or (self.intermediate_size is not None and self.intermediate_size < 1):
-            raise ConfigError(f"expand and inner of relu_squared must be at least 1: {self}")
+        require_at_least(1, expand=self.expand)
+        if self.intermediate_size is not None:
+            require_at_least(1, intermediate_size=self.intermediate_size)
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "ReLUSquaredMixer":
         return ReLUSquaredMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class ReLUSquaredMixer(StatelessMixer):
-    """See the head of the file."""
+    """Perceptron with one hidden layer and a squared ReLU."""
 
     def __init__(self, config: ReLUSquared, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
         inner = config.intermediate_size or config.expand * d_model

@@ -1,10 +1,10 @@
-"""RetNet's retention: linear attention with a decay that is constant per head, and rotary positions.
+"""Retention (RetNet): linear attention with a constant decay per head and rotary positions.
 
     S_t = gamma_h S_{t-1} + k_t v_t^T,   o_t = S_t^T q_t / sqrt(K),   gamma_h = 1 - 2^{-5-h}
     y_t = W_o [ rms_head(o_t) * silu(x_t W_g) ]
 
 State: K V float32 per head, V = 2 K by default. Source: Sun et al. 2023 (RetNet, arXiv 2307.08621), equations 6 and 8,
-with RMSNorm for their GroupNorm, as the implementations in use have it.
+with RMSNorm in place of GroupNorm, as in current implementations.
 """
 
 from collections.abc import Mapping
@@ -16,28 +16,28 @@ from jaxtyping import Array, Float, Int
 
 from recallax.config import added_field
 from recallax.layers.base import LayerInfo
-from recallax.layers.dense import Linear, Projections
+from recallax.layers.dense import Linear, Projections, head_dim_of
 from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
 from recallax.layers.memory import HeadDims, MemoryConfig
 from recallax.layers.output_projection import OutputProjection
 from recallax.layers.recurrence_gates import split_heads
 from recallax.layers.rotary import rotary
-from recallax.layers.state_reset import head_dim_of
 from recallax.types import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetNet(MemoryConfig):
-    """Retention with a decay per head."""
+    """Linear attention with a constant decay per head (RetNet)."""
 
     num_heads: int = 8
     head_k_dim: int | None = None
-    """Width of queries and keys per head, an even number; None is d_model / heads."""
+    """Width of queries and keys per head, an even number; None: d_model / num_heads."""
     head_v_dim: int | None = None
-    """Width of values per head; None is twice the keys'."""
+    """Width of values per head; None: 2 * head_k_dim."""
     rope_theta: float = 10_000.0
+    """Base of the rotary embedding."""
     norm_eps: float = added_field(1e-5)
-    """Of the output norm."""
+    """Added to the mean square in the output norm."""
 
     def head_dims(self, d_model: int) -> HeadDims:
         keys = self.head_k_dim or head_dim_of("retnet", d_model, self.num_heads)
@@ -61,7 +61,7 @@ class RetNet(MemoryConfig):
 
 
 class RetNetCell(MatrixCell):
-    """See the head of the file."""
+    """Matrix memory with rotary positions and a constant decay per head."""
 
     def __init__(self, head_dims: HeadDims, rope_theta: float):
         super().__init__(head_dims)

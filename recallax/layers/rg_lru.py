@@ -1,9 +1,9 @@
-"""Griffin's recurrent block: a real-gated linear recurrent unit (RG-LRU) behind a short convolution, gated by GeLU.
+"""Griffin's recurrent block: a short convolution, a real-gated linear recurrent unit (RG-LRU) and a GELU gate.
 
     u = conv(x W_u) + bias;   r = sigmoid(W_r u + b_r),   i = sigmoid(W_i u + b_i)   (block-diagonal W_r, W_i)
     log a = -8 softplus(L) r;   h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t u_t);   y = W_o [ h * gelu(x W_g) ]
 
-The first token of a document enters without the root, so that a document starts at full size.
+The first token of a document is added without the factor sqrt(1 - a^2).
 State: one float32 per channel, and the last 3 inputs of the convolution.
 Source: De et al. 2024 (Griffin, arXiv 2402.19427), equations 1 to 4.
 """
@@ -17,38 +17,42 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer
-from recallax.layers.dense import Linear, parameter, residual_std
+from recallax.layers.dense import Linear, head_dim_of, parameter, residual_std
 from recallax.layers.short_convolution import ShortConvolution
-from recallax.layers.state_reset import head_dim_of, reset_for_prefill, reset_for_step
+from recallax.layers.state_reset import reset_for_prefill, reset_for_step
 from recallax.pallas_kernels.selective_scan import selective_scan, selective_scan_step
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
-SHARPNESS = 8.0
+DECAY_SCALE = 8.0
+"""Constant c in log a = -c softplus(L) r, from the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RGLRU(MixerConfig):
-    """Griffin's recurrent block."""
+    """Recurrent block with a real-gated linear recurrent unit (Griffin)."""
 
     num_heads: int = 4
-    """Blocks of the two gates' projections."""
+    """Blocks of the block-diagonal projections of the two gates."""
     lru_width: int | None = None
-    """Channels of the recurrence; None is d_model."""
+    """Channels of the recurrence; None: d_model."""
     conv_size: int = 4
+    """Taps of the short convolution."""
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "RGLRUMixer":
         return RGLRUMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class RGLRUState(NamedTuple):
-    """The channels and the last inputs of the convolution."""
+    """State of `RGLRU`."""
 
     recurrent_state: Float[Array, "B E 1"]
+    """State of each channel, float32."""
     conv_state: Float[Array, "B W-1 E"]
+    """Last inputs of the convolution in the compute dtype."""
 
 
 class RGLRUMixer(RecurrentMixer):
-    """See the head of the file."""
+    """Short convolution, real-gated linear recurrence, GELU gate and output projection."""
 
     def __init__(self, config: RGLRU, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
         inner = config.lru_width or d_model
@@ -63,8 +67,8 @@ class RGLRUMixer(RecurrentMixer):
         gates = block**-0.5 * jax.random.normal(rngs.params(), shape, precision.param)
         self.gates = parameter(gates, ("heads", None, None))
         self.gates_bias = parameter(jnp.zeros(shape[::2], precision.param), ("heads", None), weight_decay=False)
-        kept = jax.random.uniform(rngs.params(), (inner,), precision.param, 0.9, 0.999)
-        self.rate = parameter(jnp.log(jnp.expm1(-jnp.log(kept) / SHARPNESS)), ("heads",), weight_decay=False)
+        a = jax.random.uniform(rngs.params(), (inner,), precision.param, 0.9, 0.999)  # decay at r = 1
+        self.rate = parameter(jnp.log(jnp.expm1(-jnp.log(a) / DECAY_SCALE)), ("heads",), weight_decay=False)
         self.out = Linear(
             inner,
             d_model,
@@ -89,36 +93,36 @@ class RGLRUMixer(RecurrentMixer):
         return y, state, {}
 
     def step(self, x: Float[Array, "B D"], info: StepInfo, state: RGLRUState) -> tuple[Float[Array, "B D"], RGLRUState]:
-        active, (h, past) = jnp.asarray(info.active), reset_for_step(state, info)
-        u, past = self.conv.step(self.input(x), info, past)
-        fed, log_decay = self._scan_inputs(u, jnp.asarray(info.position))
-        y, h = selective_scan_step(fed, log_decay, h, active)
-        return jnp.where(active[:, None], self._output(y, x), 0), RGLRUState(h, past)
+        active, (recurrent_state, conv_state) = jnp.asarray(info.active), reset_for_step(state, info)
+        u, conv_state = self.conv.step(self.input(x), info, conv_state)
+        inputs, log_decay = self._scan_inputs(u, jnp.asarray(info.position))
+        h, recurrent_state = selective_scan_step(inputs, log_decay, recurrent_state, active)
+        return jnp.where(active[:, None], self._output(h, x), 0), RGLRUState(recurrent_state, conv_state)
 
     def _run(
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: RGLRUState | None
     ) -> tuple[Float[Array, "B T D"], RGLRUState]:
-        segments = jnp.asarray(seq.segment_ids)
-        h, past = (None, None) if state is None else state
-        u, past = self.conv(self.input(x), segments, past)
-        fed, log_decay = self._scan_inputs(u, jnp.asarray(seq.positions))
-        y, h = selective_scan(fed, log_decay, state=h, segment_ids=segments)
-        return self._output(y, x), RGLRUState(h, past)
+        segment_ids = jnp.asarray(seq.segment_ids)
+        recurrent_state, conv_state = (None, None) if state is None else state
+        u, conv_state = self.conv(self.input(x), segment_ids, conv_state)
+        inputs, log_decay = self._scan_inputs(u, jnp.asarray(seq.positions))
+        h, recurrent_state = selective_scan(inputs, log_decay, state=recurrent_state, segment_ids=segment_ids)
+        return self._output(h, x), RGLRUState(recurrent_state, conv_state)
 
     def _scan_inputs(self, u: Float[Array, "*batch E"], positions: Int[Array, "*batch"]) -> tuple[Array, Array]:
-        """What is fed and the log-decay, in float32."""
+        """Compute the inputs sqrt(1 - a^2) i u of the scan and its log-decay, in float32."""
         heads = self.gates.shape[0]
         blocks = u.reshape(*u.shape[:-1], heads, -1)
         exact = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
-        both = jnp.einsum("...hi,hio->...ho", blocks, self.gates[...].astype(u.dtype), precision=exact)
-        both = both.astype(jnp.float32) + jnp.broadcast_to(self.gates_bias[...], both.shape)
-        r, i = (jax.nn.sigmoid(part).reshape(u.shape) for part in jnp.split(both, 2, axis=-1))
-        log_decay = -SHARPNESS * jnp.broadcast_to(jax.nn.softplus(self.rate[...]), r.shape) * r
-        # The slope of a root is infinite at 0.
+        gates = jnp.einsum("...hi,hio->...ho", blocks, self.gates[...].astype(u.dtype), precision=exact)
+        gates = gates.astype(jnp.float32) + jnp.broadcast_to(self.gates_bias[...], gates.shape)
+        r, i = (jax.nn.sigmoid(gate).reshape(u.shape) for gate in jnp.split(gates, 2, axis=-1))
+        log_decay = -DECAY_SCALE * jnp.broadcast_to(jax.nn.softplus(self.rate[...]), r.shape) * r
+        # The derivative of the square root is infinite at 0.
         scale = jnp.sqrt(jnp.maximum(-jnp.expm1(2 * log_decay), 1e-12))
         scale = jnp.where((positions == 0)[..., None], 1, scale)
         return scale * i * u.astype(jnp.float32), log_decay
 
-    def _output(self, y: Float[Array, "*batch E"], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    def _output(self, h: Float[Array, "*batch E"], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         gate = jax.nn.gelu(self.gate(x).astype(jnp.float32), approximate=True)
-        return self.out((y * gate).astype(self.dtype))
+        return self.out((h * gate).astype(self.dtype))

@@ -1,20 +1,20 @@
-"""Selectors: which tokens of the past sparse global attention reads besides its window.
+"""Selectors, which score the tokens that sparse global attention reads in addition to its window.
 
-    TokenScore     score_j = w.x_j                                          gradient: through the attention's logits
-    AskedTokens    score_bj = (W_a x_b).(W_o x_j) / sqrt(R)                 the same; b: first token of a block
-    KeyScore       score_j = f([k_j ; m_j / |m_j|]),  m_j = sum_{i<=j} q_i  gradient: of a ranking loss alone
+    TokenScore               score_j = w.x_j                               gradient: from the attention's logits
+    QueryDependentSelector   score_bj = (W_q x_b).(W_k x_j) / sqrt(R)      the same; x_b: first token of query block b
+    KeyScore                 score_j = f([k_j ; m_j / |m_j|]),  m_j = sum_{i<=j} q_i      from a ranking loss only
 
-A score of `TokenScore` and `KeyScore` depends on the token and what lies before it, so what leaves the best never comes
-back; `QueryDependentSelector` chooses per block and needs every token at hand.
+A score of `TokenScore` or `KeyScore` depends only on the token and earlier ones, so a token that has left the top k
+never returns to it. `QueryDependentSelector` scores tokens per block of queries and needs a cache of all tokens.
 
-`KeyScore` is the key selection of HAX: f a ReLU perceptron of three layers on detached keys and queries, trained to put
-keys in the order of how much later queries want them, by a pairwise logistic loss over 64 keys. Its sum of sigmoids
-over all queries is here the mean over those from the key on, since a sum prefers early keys, and its keys are every
-n-th instead of random ones, so that a loss is a function of the batch. HAX normalises over the sequence, which tells
-the future; here the sum up to the token is normalised over its channels.
+`KeyScore` is the key selection of HAX: f is a ReLU perceptron with three layers on detached keys and queries. A
+pairwise logistic loss over 64 keys trains it to rank keys by the mean of sigmoid(q.k) over later queries. HAX takes the
+sum over all queries, which prefers early keys; here it is the mean over the queries from the key on. HAX samples random
+keys; here they are every n-th one, so that the loss is a function of the batch. HAX normalises over the sequence, which
+leaks future tokens; here the sum m_j is normalised over its channels.
 
-Sources: TokenScore and AskedTokens are proposals (Hydra, arXiv 2508.15099, leaves its controller open; asking by blocks
-resembles DeepSeek's indexer, arXiv 2512.02556); HAX: arXiv 2507.00449, section 4, and its code.
+Sources: TokenScore and QueryDependentSelector are our own, since Hydra (arXiv 2508.15099) does not specify its
+controller; scores per block resemble DeepSeek's indexer (arXiv 2512.02556). HAX: arXiv 2507.00449, section 4, and code.
 """
 
 import abc
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from recallax.config import Config, ConfigError, require_at_least
+from recallax.config import Config, require_at_least
 from recallax.layers.base import State
 from recallax.layers.dense import Linear
 from recallax.layers.norm import l2_normalize
@@ -37,24 +37,26 @@ from recallax.types import Aux, Mean, Precision, SeqInfo
 
 
 class SelectionScores(NamedTuple):
-    """What `sparse_global_attention` chooses by."""
+    """Factors of the scores by which `sparse_global_attention` selects tokens, float32."""
 
     key: Float[Array, "B T R"]
+    """Factor of the token that is scored; without `query` the score is its sum."""
     query: Float[Array, "B T R"] | None
+    """Factor of the query block's first token; None: the score does not depend on the query."""
 
 
 class Selector(nnx.Module, abc.ABC):
-    """Scores of tokens, in float32."""
+    """Base class of modules that score tokens, in float32."""
 
     score_dim: int
-    """R."""
+    """R: width of the factors of a score."""
     query_dependent: bool
-    """Whether scores depend on who asks."""
+    """True if scores depend on the block of queries."""
     bias_logits: bool
-    """Whether log sigmoid(score) is added to the attention's logits."""
+    """True if log sigmoid(score) is added to the attention's logits."""
 
     def init_state(self, batch: int) -> State:
-        """What the scores of later tokens need of earlier ones."""
+        """Create the selector's state of `batch` rows; `()` unless a subclass overrides it."""
         return ()
 
     @abc.abstractmethod
@@ -66,29 +68,51 @@ class Selector(nnx.Module, abc.ABC):
         seq: SeqInfo,
         state: State,
     ) -> tuple[SelectionScores, State, Aux]:
-        """Scores of T further tokens; queries and keys without positions."""
+        """Score T further tokens.
+
+        Args:
+            x: Inputs of the attention layer.
+            q: Queries before the rotary embedding.
+            k: Keys before the rotary embedding.
+            seq: Positions and documents of the tokens.
+            state: The selector's state.
+
+        Returns:
+            Scores, the new state, and auxiliary losses.
+        """
 
 
 class SelectorConfig(Config, abc.ABC):
-    """A config that is the constructor of its selector."""
+    """A config that builds its selector."""
 
     @abc.abstractmethod
     def build(self, d_model: int, query_dim: int, key_dim: int, *, precision: Precision, rngs: nnx.Rngs) -> Selector:
-        """The module; `query_dim` and `key_dim` are the widths of all heads together."""
+        """Build the module.
+
+        Args:
+            d_model: Width of the model.
+            query_dim: Width of the queries of all heads together.
+            key_dim: Width of the keys of all heads together.
+            precision: Dtypes of parameters and activations.
+            rngs: Source of the initial parameters.
+
+        Returns:
+            The selector.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScore(SelectorConfig):
-    """One score per token, linear in its input."""
+    """One score per token, a linear function of its input."""
 
     def build(self, d_model: int, query_dim: int, key_dim: int, *, precision: Precision, rngs: nnx.Rngs) -> Selector:
         return TokenScorer(d_model, precision=precision, rngs=rngs)
 
 
 class TokenScorer(Selector):
-    """See the head of the file."""
+    """Scores score_j = w.x_j."""
 
-    offers, asks, weighed = 1, False, True
+    score_dim, query_dependent, bias_logits = 1, False, True
 
     def __init__(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs):
         self.score = Linear(d_model, 1, precision=_float32_compute(precision), rngs=rngs, axes=("embed", None))
@@ -106,23 +130,22 @@ class TokenScorer(Selector):
 
 @dataclass(frozen=True, kw_only=True)
 class QueryDependentSelector(SelectorConfig):
-    """A score per block and token."""
+    """One score per token and block of queries, a product of two projections."""
 
     score_dim: int = 64
-    """R: width of what a block asks with and a token offers."""
+    """R: width of the projections."""
 
     def __post_init__(self) -> None:
-        if self.score_dim < 1:
-            raise ConfigError(f"score_dim is {self.score_dim}; what blocks ask with must be at least 1 wide")
+        require_at_least(1, score_dim=self.score_dim)
 
     def build(self, d_model: int, query_dim: int, key_dim: int, *, precision: Precision, rngs: nnx.Rngs) -> Selector:
         return QueryDependentScorer(d_model, self.score_dim, precision=precision, rngs=rngs)
 
 
 class QueryDependentScorer(Selector):
-    """See the head of the file."""
+    """Scores score_bj = (W_q x_b).(W_k x_j) / sqrt(R)."""
 
-    asks, weighed = True, True
+    query_dependent, bias_logits = True, True
 
     def __init__(self, d_model: int, score_dim: int, *, precision: Precision, rngs: nnx.Rngs):
         self.score_dim = score_dim
@@ -144,14 +167,14 @@ class QueryDependentScorer(Selector):
 
 @dataclass(frozen=True, kw_only=True)
 class KeyScore(SelectorConfig):
-    """The key selection of HAX."""
+    """One score per token from a perceptron on keys, trained by a ranking loss (HAX)."""
 
     hidden_size: int = 64
-    """Width of the perceptron's two inner layers."""
+    """Width of the perceptron's two hidden layers."""
     num_sampled_keys: int = 64
-    """Keys that the ranking loss puts in order."""
+    """Largest number of keys per row in the ranking loss."""
     ranking_loss_weight: float = 0.1
-    """Coefficient of the ranking loss, which enters the loss as `key_ranking` with this factor in it."""
+    """Coefficient of the ranking loss; it is included in the loss term `key_ranking`."""
 
     def __post_init__(self) -> None:
         require_at_least(1, hidden_size=self.hidden_size, num_sampled_keys=self.num_sampled_keys)
@@ -161,16 +184,13 @@ class KeyScore(SelectorConfig):
 
 
 class KeyScorer(Selector):
-    """See the head of the file. State: the sum of queries, one float32 per channel."""
+    """Perceptron on keys and the normalised running sum of queries; the state is that sum in float32."""
 
-    offers, asks, weighed = 1, False, False
+    score_dim, query_dependent, bias_logits = 1, False, False
 
     def __init__(self, config: KeyScore, query_dim: int, key_dim: int, *, precision: Precision, rngs: nnx.Rngs):
-        self.query_dim, self.num_sampled_keys, self.ranking_loss_weight = (
-            query_dim,
-            config.num_sampled_keys,
-            config.ranking_loss_weight,
-        )
+        self.query_dim, self.num_sampled_keys = query_dim, config.num_sampled_keys
+        self.ranking_loss_weight = config.ranking_loss_weight
         widths = (query_dim + key_dim, config.hidden_size, config.hidden_size, 1)
         self.layers = nnx.List(
             Linear(a, b, precision=_float32_compute(precision), rngs=rngs, std=a**-0.5, bias=True, axes=(None, None))
@@ -190,19 +210,16 @@ class KeyScorer(Selector):
     ) -> tuple[SelectionScores, State, Aux]:
         q, k = (jax.lax.stop_gradient(part.astype(jnp.float32)) for part in (q, k))
         flat_q, flat_k = (part.reshape(*part.shape[:2], -1) for part in (q, k))
-        total, state = selective_scan(
+        query_sum, state = selective_scan(
             flat_q, jnp.zeros_like(flat_q), state=state, segment_ids=jnp.asarray(seq.segment_ids)
         )
-        h = jnp.concatenate([flat_k, l2_normalize(total)], axis=-1)
+        h = jnp.concatenate([flat_k, l2_normalize(query_sum)], axis=-1)
         for layer in self.layers[:-1]:
             h = jax.nn.relu(layer(h))
         score = self.layers[-1](h)
         loss = ranking_loss(score[..., 0], q, k, seq, self.num_sampled_keys)
-        return (
-            SelectionScores(score, None),
-            state,
-            {"key_ranking": Mean(self.ranking_loss_weight * loss.total, loss.weight)},
-        )
+        aux = {"key_ranking": Mean(self.ranking_loss_weight * loss.total, loss.weight)}
+        return SelectionScores(score, None), state, aux
 
 
 def ranking_loss(
@@ -212,24 +229,38 @@ def ranking_loss(
     seq: SeqInfo,
     num_sampled_keys: int,
 ) -> Mean:
-    """How badly scores order keys: over pairs of one document's keys, -log sigmoid(better score - worse score).
+    """Compute the pairwise logistic ranking loss of scores.
 
-    A key is as good as the mean of sigmoid(q.k / sqrt(K)) over heads and the queries from it to its document's end.
+    The target of a key is the mean of sigmoid(q.k / sqrt(K)) over heads and over the queries from the key to the end of
+    its document. The loss of a pair of keys of one document is -log sigmoid(score of the better - score of the worse).
+
+    Args:
+        score: Scores of the keys.
+        q: Queries before the rotary embedding.
+        k: Keys before the rotary embedding.
+        seq: Documents of the tokens.
+        num_sampled_keys: Largest number of keys per row; every n-th key is used.
+
+    Returns:
+        The mean over pairs.
     """
     docs, length = index_documents(jnp.asarray(seq.segment_ids)), q.shape[1]
-    at = jnp.arange(0, length, -(-length // num_sampled_keys))
+    sampled = jnp.arange(0, length, -(-length // num_sampled_keys))
     groups, document = k.shape[2], jnp.where(docs.valid, docs.index, -1)
-    k = jnp.repeat(k[:, at], q.shape[2] // groups, axis=2)
-    wanted = jax.nn.sigmoid(jnp.einsum("bthk,bnhk->btnh", q, k) * q.shape[-1] ** -0.5).mean(axis=-1)
-    reads = (document[:, :, None] == document[:, None, at]) & (jnp.arange(length)[:, None] >= at[None])[None]
-    worth = jnp.sum(jnp.where(reads, wanted, 0), axis=1) / jnp.maximum(jnp.sum(reads, axis=1, dtype=jnp.float32), 1)
-    mine = document[:, at]
-    pairs = (mine[:, :, None] == mine[:, None]) & (mine >= 0)[:, :, None] & (worth[:, :, None] > worth[:, None])
-    score = score[:, at]
+    k = jnp.repeat(k[:, sampled], q.shape[2] // groups, axis=2)
+    affinity = jax.nn.sigmoid(jnp.einsum("bthk,bnhk->btnh", q, k) * q.shape[-1] ** -0.5).mean(axis=-1)
+    reads = document[:, :, None] == document[:, None, sampled]
+    reads &= (jnp.arange(length)[:, None] >= sampled[None])[None]
+    num_reads = jnp.sum(reads, axis=1, dtype=jnp.float32)
+    target = jnp.sum(jnp.where(reads, affinity, 0), axis=1) / jnp.maximum(num_reads, 1)
+    key_document = document[:, sampled]
+    pairs = (key_document[:, :, None] == key_document[:, None]) & (key_document >= 0)[:, :, None]
+    pairs &= target[:, :, None] > target[:, None]
+    score = score[:, sampled]
     loss = jax.nn.softplus(score[:, None] - score[:, :, None])
     return Mean(jnp.sum(jnp.where(pairs, loss, 0)), jnp.sum(pairs, dtype=jnp.float32))
 
 
 def _float32_compute(precision: Precision) -> Precision:
-    """Scores are float32: rounding would choose other tokens."""
+    """Set the compute dtype to float32, because rounded scores would select other tokens."""
     return precision._replace(compute=jnp.float32)

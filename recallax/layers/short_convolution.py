@@ -1,4 +1,4 @@
-"""The short convolution that mixers put in front of their recurrence: y = f(conv_w(x) (+ bias)), f = silu or nothing.
+"""Short causal convolution before a recurrence: y = f(conv_w(x) (+ bias)), where f is SiLU or the identity.
 
 State: the last w - 1 inputs, in the compute dtype.
 """
@@ -18,7 +18,7 @@ CONV_ACTIVATIONS = {"silu": jax.nn.silu, "none": lambda x: x}
 
 
 class ShortConvolution(nnx.Module):
-    """Causal, depthwise, `kernel_size` taps of which the last is the token's own."""
+    """Causal depthwise convolution; the last of its `kernel_size` taps belongs to the current token."""
 
     def __init__(
         self,
@@ -34,27 +34,45 @@ class ShortConvolution(nnx.Module):
         shape = (kernel_size, channels)
         taps = jax.random.uniform(rngs.params(), shape, precision.param, -bound, bound)
         self.taps = parameter(taps, (None, "heads"))
-        start = jax.random.uniform(rngs.params(), (channels,), precision.param, -bound, bound)
-        self.bias = parameter(start, ("heads",), weight_decay=False) if bias else None
+        initial_bias = jax.random.uniform(rngs.params(), (channels,), precision.param, -bound, bound)
+        self.bias = parameter(initial_bias, ("heads",), weight_decay=False) if bias else None
         self.activation = CONV_ACTIVATIONS[activation]
         self.dtype = precision.compute
 
     def __call__(
         self, x: Float[Array, "B T C"], segment_ids: Int[Array, "B T"], conv_state: Float[Array, "B P C"] | None
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B P C"]]:
-        """Outputs and the last inputs; `conv_state` belongs to the row's first document."""
+        """Convolve whole rows.
+
+        Args:
+            x: Inputs in the compute dtype.
+            segment_ids: Document ids, which the convolution does not cross; 0 is padding.
+            conv_state: Last inputs of the row's first document; None: no earlier inputs.
+
+        Returns:
+            Outputs after the activation, and the last inputs of each row's last document.
+        """
         y, conv_state = short_conv(x, self.taps[...], bias=self._bias(), state=conv_state, segment_ids=segment_ids)
         return self.activation(y), conv_state
 
     def step(
         self, x: Float[Array, "B C"], info: StepInfo, conv_state: Float[Array, "B P C"]
     ) -> tuple[Float[Array, "B C"], Float[Array, "B P C"]]:
-        """One token."""
+        """Convolve one token of each active row.
+
+        Args:
+            x: Inputs in the compute dtype.
+            info: Position and activity of each row.
+            conv_state: Last inputs; inactive rows keep theirs.
+
+        Returns:
+            Outputs after the activation, and the new last inputs.
+        """
         y, conv_state = short_conv_step(x, self.taps[...], conv_state, jnp.asarray(info.active), bias=self._bias())
         return self.activation(y), conv_state
 
     def init_state(self, batch: int) -> Float[Array, "B P C"]:
-        """No inputs yet."""
+        """Create the state before any input: zeros in the compute dtype."""
         width, channels = self.taps[...].shape
         return jnp.zeros((batch, width - 1, channels), self.dtype)
 

@@ -1,21 +1,34 @@
-"""The module behind full and sliding-window softmax attention: projections, rotary positions, the op, the cache."""
+"""Module of full and sliding-window softmax attention: projections, rotary positions, the op and its cache."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from recallax.config import ConfigError
+from recallax.config import require_at_least
+from recallax.layers.attention_heads import attention_head_dim
 from recallax.layers.base import RecurrentMixer
 from recallax.layers.dense import Linear, parameter, residual_std
 from recallax.layers.rotary import rotary
-from recallax.layers.state_reset import head_dim_of
 from recallax.pallas_kernels.window_attention import KVCache, PersistentKV, window_attention, window_attention_step
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
 
 class SoftmaxAttentionMixer(RecurrentMixer):
-    """y = W_o attention(W_q x, W_k x, W_v x); keys are cached after rotation."""
+    """y = W_o attention(W_q x, W_k x, W_v x); keys are cached after rotation.
+
+    Args:
+        d_model: Width of the model.
+        num_heads: Query heads.
+        num_kv_heads: Key/value heads, a divisor of `num_heads`.
+        head_dim: Width of a head; None: d_model / num_heads.
+        window: Tokens in the window, including the current one; None: all earlier tokens.
+        rope_theta: Base of the rotary embedding; None: no positional embedding.
+        num_persistent_tokens: Learned key/value tokens without a position.
+        num_layers: Layers of the model, for the initial scale of the output projection.
+        precision: Dtypes of parameters and activations.
+        rngs: Source of the initial parameters.
+    """
 
     def __init__(
         self,
@@ -31,16 +44,15 @@ class SoftmaxAttentionMixer(RecurrentMixer):
         precision: Precision,
         rngs: nnx.Rngs,
     ):
-        if head_dim is not None and head_dim < 1:
-            raise ConfigError(f"head_dim is {head_dim}; it must be at least 1 (or None for d_model / heads)")
-        self.head_dim = head_dim or head_dim_of("attention", d_model, num_heads)
-        head_dim_of("attention's query heads over key/value heads", num_heads, num_kv_heads)
-        if num_persistent_tokens < 0:
-            raise ConfigError(f"num_persistent_tokens is {num_persistent_tokens}; it must be at least 0 tokens")
-        if rope_theta is not None and self.head_dim % 2:
-            raise ConfigError(
-                f"a head is {self.head_dim} wide; rotary positions need an even width (or rotary_base=None)"
-            )
+        require_at_least(0, num_persistent_tokens=num_persistent_tokens)
+        self.head_dim = attention_head_dim(
+            "attention",
+            d_model,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rope_theta=rope_theta,
+        )
         self.num_heads, self.num_kv_heads, self.window, self.rope_theta = num_heads, num_kv_heads, window, rope_theta
         self.dtype = precision.compute
         q_width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
@@ -59,8 +71,8 @@ class SoftmaxAttentionMixer(RecurrentMixer):
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
         q, k, v = self.project_qkv(x, jnp.asarray(seq.positions))
-        always, segments = self.persistent_kv(), jnp.asarray(seq.segment_ids)
-        y, _ = window_attention(q, k, v, window=self.window, persistent=always, segment_ids=segments)
+        persistent, segment_ids = self.persistent_kv(), jnp.asarray(seq.segment_ids)
+        y, _ = window_attention(q, k, v, window=self.window, persistent=persistent, segment_ids=segment_ids)
         return self.out(y.reshape(*x.shape[:-1], -1)), {}
 
     def init_state(self, batch: int, max_len: int) -> KVCache:
@@ -71,7 +83,7 @@ class SoftmaxAttentionMixer(RecurrentMixer):
     def prefill(
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: KVCache
     ) -> tuple[Float[Array, "B T D"], KVCache, Aux]:
-        positions, segments = jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids)
+        positions, segment_ids = jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids)
         q, k, v = self.project_qkv(x, positions)
         y, cache = window_attention(
             q,
@@ -81,7 +93,7 @@ class SoftmaxAttentionMixer(RecurrentMixer):
             state=state,
             persistent=self.persistent_kv(),
             positions=positions,
-            segment_ids=segments,
+            segment_ids=segment_ids,
         )
         assert cache is not None
         return self.out(y.reshape(*x.shape[:-1], -1)), cache, {}
@@ -89,27 +101,40 @@ class SoftmaxAttentionMixer(RecurrentMixer):
     def step(self, x: Float[Array, "B D"], info: StepInfo, state: KVCache) -> tuple[Float[Array, "B D"], KVCache]:
         position, active = jnp.asarray(info.position), jnp.asarray(info.active)
         q, k, v = self.project_qkv(x[:, None], position[:, None])
-        token, always = (q[:, 0], k[:, 0], v[:, 0]), self.persistent_kv()
-        y, state = window_attention_step(*token, state, position, active, window=self.window, persistent=always)
+        q, k, v, persistent = q[:, 0], k[:, 0], v[:, 0], self.persistent_kv()
+        y, state = window_attention_step(q, k, v, state, position, active, window=self.window, persistent=persistent)
         return self.out(y.reshape(*x.shape[:-1], -1)), state
 
     def persistent_kv(self) -> PersistentKV | None:
-        """Keys and values of the persistent tokens."""
-        return (
-            None
-            if self.persistent is None
-            else PersistentKV(*self.unrotated_kv(self.persistent[...].astype(self.dtype)))
-        )
+        """Compute keys and values of the persistent tokens; None if there are none."""
+        if self.persistent is None:
+            return None
+        return PersistentKV(*self.unrotated_kv(self.persistent[...].astype(self.dtype)))
 
     def unrotated_kv(
         self, x: Float[Array, "*batch D"]
     ) -> tuple[Float[Array, "*batch G K"], Float[Array, "*batch G K"]]:
-        """Keys and values of what has no position."""
+        """Compute keys and values of vectors without a position.
+
+        Args:
+            x: Vectors of the model's width.
+
+        Returns:
+            Keys and values.
+        """
         k, v = (part(x).reshape(*x.shape[:-1], self.num_kv_heads, self.head_dim) for part in (self.k, self.v))
         return k, v
 
     def project_qkv(self, x: Float[Array, "B T D"], positions: Array) -> tuple[Array, Array, Array]:
-        """Queries [B, T, H, K], and keys and values [B, T, G, K], rotated to their positions."""
+        """Compute queries, keys and values, and rotate queries and keys to their positions.
+
+        Args:
+            x: Inputs.
+            positions: Position of each token [B, T].
+
+        Returns:
+            Queries [B, T, H, K], keys and values [B, T, G, K].
+        """
         q, k, v = (part(x).reshape(*x.shape[:2], -1, self.head_dim) for part in (self.q, self.k, self.v))
         if self.rope_theta is not None:
             q, k = rotary(q, positions, self.rope_theta), rotary(k, positions, self.rope_theta)

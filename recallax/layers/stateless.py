@@ -1,4 +1,4 @@
-"""The protocol of a module that treats every token alone: its state is `()`."""
+"""Base class of mixers that process every token by itself; their state is `()`."""
 
 import abc
 
@@ -10,11 +10,18 @@ from recallax.types import Aux, SeqInfo, StepInfo
 
 
 class StatelessMixer(RecurrentMixer):
-    """Subclasses give `apply`."""
+    """A mixer without a state. Subclasses define `apply`."""
 
     @abc.abstractmethod
     def apply(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        """The map of one token, over any leading axes."""
+        """Map tokens independently of each other.
+
+        Args:
+            x: Tokens with any leading axes.
+
+        Returns:
+            Outputs of the same shape.
+        """
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
         return self.apply(x), {}

@@ -1,6 +1,6 @@
-"""Step sizes below a threshold become 0: such a token neither decays a channel's state nor writes to it.
+"""Filter of step sizes for LongMamba: a token whose step size is below the threshold neither decays nor writes a state.
 
-The thresholds are no parameters; `models/long_context.py` finds them from data. See `layers/long_mamba.py`.
+The thresholds are not trained; `recallax.models.long_mamba_calibration` computes them from data.
 """
 
 import abc
@@ -13,7 +13,7 @@ from recallax.layers.base import Statistic
 
 
 class StepFilter(nnx.Module):
-    """A threshold per channel; 0 lets every step pass."""
+    """Sets step sizes below a threshold per channel to 0; a threshold of 0 changes nothing."""
 
     def __init__(self, channels: int, threshold: float):
         self.threshold = Statistic(jnp.full(channels, threshold, jnp.float32))
@@ -23,14 +23,22 @@ class StepFilter(nnx.Module):
 
 
 class StepFilteredModule(nnx.Module, abc.ABC):
-    """A module whose states decay and are written by step sizes, all of which pass `filter_steps`."""
+    """Base class of modules whose states are decayed and written by step sizes, all of which pass `filter_steps`."""
 
     filter: StepFilter | None = None
+    """The filter; None: step sizes are not changed."""
 
     @abc.abstractmethod
     def decay_rates(self) -> Float[Array, " C"]:
-        """How much log-decay a step of size 1 is in each channel; positive."""
+        """Compute the decay rates, that is minus the log-decay of a step of size 1 in each channel; positive."""
 
     def filter_steps(self, dt: Float[Array, "*batch C"]) -> Float[Array, "*batch C"]:
-        """The step sizes that pass, 0 in place of the others."""
+        """Apply the filter, if there is one.
+
+        Args:
+            dt: Step sizes.
+
+        Returns:
+            Step sizes, with 0 in place of those below the threshold.
+        """
         return dt if self.filter is None else self.filter(dt)

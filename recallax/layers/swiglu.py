@@ -1,6 +1,6 @@
-"""The SwiGLU channel mixer: y = W_out [ silu(W_gate x) * W_up x ].
+"""SwiGLU channel mixer: y = W_out [ silu(W_gate x) * W_up x ].
 
-Source: Shazeer 2020 (arXiv 2002.05202), equation 6. Remembers nothing.
+Source: Shazeer 2020 (arXiv 2002.05202), equation 6. There is no state.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from recallax.config import ConfigError, added_field
+from recallax.config import added_field, require_at_least
 from recallax.layers.base import LayerInfo, MixerConfig
 from recallax.layers.dense import Linear, residual_std
 from recallax.layers.stateless import StatelessMixer
@@ -19,25 +19,25 @@ from recallax.types import Precision
 
 @dataclass(frozen=True, kw_only=True)
 class SwiGLU(MixerConfig):
-    """A gated two-layer perceptron on each token."""
+    """Two-layer perceptron with a SiLU gate (SwiGLU)."""
 
     expand: float = 8 / 3
-    """Inner width as a multiple of the model's (BASED: 2; Llama: 8/3)."""
+    """Hidden width as a multiple of d_model (BASED: 2; Llama: 8/3)."""
     multiple_of: int = 1
-    """The inner width is rounded up to a multiple of this (BASED and Llama: 256)."""
+    """The hidden width is rounded up to a multiple of this (BASED and Llama: 256)."""
     intermediate_size: int | None = added_field(None)
-    """The inner width itself, in place of the two above."""
+    """Hidden width in place of `expand` and `multiple_of`."""
 
     def __post_init__(self) -> None:
-        if self.intermediate_size is not None and self.intermediate_size < 1:
-            raise ConfigError(f"intermediate_size is {self.intermediate_size}; swiglu's inner width must be at least 1")
+        if self.intermediate_size is not None:
+            require_at_least(1, intermediate_size=self.intermediate_size)
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "SwiGLUMixer":
         return SwiGLUMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class SwiGLUMixer(StatelessMixer):
-    """See the head of the file."""
+    """Perceptron with one hidden layer and a SiLU gate."""
 
     def __init__(self, config: SwiGLU, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
         rounded = -int(-config.expand * d_model // config.multiple_of) * config.multiple_of

@@ -17,7 +17,7 @@ from recallax.models.hgrn2_lower_bounds import HGRN2LowerBounds, hgrn2_cells_at
 from recallax.models.landmark_tokens import LandmarkTokens, drop_landmarks
 from recallax.models.lm_head import LMHead, LogitProjection, Tied
 from recallax.models.parameter_paths import layer_paths
-from recallax.models.pattern import flatten_pattern, parse_pattern
+from recallax.models.pattern import Term, flatten_pattern, parse_pattern
 from recallax.models.stack import Remat, Stack, StackSpec
 from recallax.types import Aux, Precision, SeqInfo, StepInfo, check_shapes
 
@@ -60,9 +60,14 @@ class LMConfig(Config):
             raise ConfigError(f"layers want landmarks every {sorted(found)} tokens; a model's must agree")
 
     @property
+    def terms(self) -> tuple[Term, ...]:
+        """The parsed pattern."""
+        return parse_pattern(self.pattern, list(self.blocks))
+
+    @property
     def layer_names(self) -> list[str]:
-        """The block names layer by layer."""
-        return flatten_pattern(parse_pattern(self.pattern, list(self.blocks)))
+        """The name of the block of each layer."""
+        return flatten_pattern(self.terms)
 
     @property
     def landmark_block_size(self) -> int | None:

@@ -104,7 +104,7 @@ def calibrate_step_filters(
     values = {path: np.array(leaf[...]) for path, leaf in flat.items()}
     for (place, path), (dt, rates) in found.items():
         chosen = step_thresholds(np.asarray(dt), np.asarray(rates), context, min_retention, clip_quantile)
-        values[(*place.path, *path, "filter", "threshold")][place.index] = chosen
+        values[(*place.path, *path, "filter", "threshold")][place.stack_index] = chosen
     new = [(path, leaf.replace(jnp.asarray(values[path]))) for path, leaf in flat.items()]
     nnx.update(model, nnx.from_flat_state(new))
     return model

@@ -7,6 +7,7 @@ one scan over stacked parameters; every occurrence of a name owns its weights.
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from recallax.config import ConfigError, suggest_name
@@ -46,6 +47,30 @@ def flatten_pattern(terms: tuple[Term, ...]) -> list[str]:
         for _ in range(term.repeat)
         for name in ([term.body] if isinstance(term.body, str) else flatten_pattern(term.body))
     ]
+
+
+def compress_pattern(block_names: Sequence[str]) -> str:
+    """Write layers as a pattern with repeats: whole periods as `(...)*n`, runs of one block as `name*n`.
+
+    Args:
+        block_names: The name of the block of each layer.
+
+    Returns:
+        The pattern. It is short, but not always the shortest.
+    """
+    names = list(block_names)
+    period = next(n for n in range(1, len(names) + 1) if names[:n] * (len(names) // n) == names)
+    runs: list[list[str]] = []
+    for name in names[:period]:
+        if runs and runs[-1][0] == name:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    body = " ".join(run[0] if len(run) == 1 else f"{run[0]}*{len(run)}" for run in runs)
+    count = len(names) // period
+    if count == 1:
+        return body
+    return f"{body}*{count}" if period == 1 else f"({body})*{count}"
 
 
 def _parse_terms(tokens: list[str], block_names: list[str], pattern: str) -> tuple[tuple[Term, ...], list[str]]:

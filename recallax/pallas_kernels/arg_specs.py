@@ -1,6 +1,6 @@
-"""Named sizes and difficulties, on which every form of every op is compared with its definition.
+"""Named test cases for which every implementation of every op is compared with its definition.
 
-Each op's own `cases.py` says what inputs they mean for it. Numbers are float64, from fixed seeds, for two rows.
+The `arg_specs.py` of each op builds the op's inputs from them: float64 arrays of two rows from fixed seeds.
 """
 
 from dataclasses import dataclass
@@ -13,21 +13,25 @@ from jaxtyping import Array, Int
 
 @dataclass(frozen=True)
 class ArgSpec:
-    """Sizes and how hard the numbers are."""
+    """Sizes and numerical difficulty of a test case."""
 
     length: int
     head_k_dim: int = 8
     head_v_dim: int = 8
     num_heads: int = 2
     key_correlation: float = 0.0
-    """Share of every key that is the same for all tokens."""
+    """Variance fraction of each key that all tokens share."""
     decay: str | None = None
-    """"constant" per head, "token", "channel"; "extreme" (per channel): mixtures of none and of total forgetting."""
+    """None, "constant" (per head), "token", "channel", "extreme" (per token) or "extreme channel".
+
+    The extreme ones mix tokens that decay nothing with tokens that decay everything.
+    """
     max_beta: float = 1.0
-    """Largest strength of erasing and writing."""
+    """Upper bound of the erase and write strengths of the delta rule."""
     document_lengths: tuple[int, ...] = ()
     """Lengths of the documents in the first row; the second row is one document."""
     num_padding: int = 0
+    """Padding tokens at the end of the first row."""
 
 
 ARG_SPECS = {
@@ -54,7 +58,15 @@ ARG_SPECS = {
 
 
 def random_inputs(spec: ArgSpec, num_k_heads: int | None = None) -> dict[str, Any]:
-    """Queries, keys, values, and the decay if the case has one; keys and values of `num_k_heads` heads."""
+    """Draw queries, keys, values and, if the case has one, the log-decay.
+
+    Args:
+        spec: The test case.
+        num_k_heads: Heads of keys and values; None: `spec.num_heads`.
+
+    Returns:
+        Arrays by argument name.
+    """
     rng = np.random.default_rng(hash(spec.length) + spec.head_k_dim)
     shape = (2, spec.length, spec.num_heads, spec.head_k_dim)
     kv = (2, spec.length, num_k_heads or spec.num_heads)
@@ -73,11 +85,11 @@ def random_inputs(spec: ArgSpec, num_k_heads: int | None = None) -> dict[str, An
 
 
 def segment_ids(spec: ArgSpec) -> Int[Array, "B T"]:
-    """Document ids of both rows."""
+    """Return the document ids of both rows; 0 is padding."""
     ids = np.ones((2, spec.length), np.int32)
     if spec.document_lengths:
         lengths = [*spec.document_lengths, spec.num_padding]
-        # ids need not be ordered: every other document has a larger one
-        names = [3 * i + 1 if i % 2 else 50 - i for i in range(len(spec.document_lengths))] + [0]
-        ids[0] = np.repeat(names, lengths)
+        # Not monotonic on purpose: ids need not be ordered.
+        document = [3 * i + 1 if i % 2 else 50 - i for i in range(len(spec.document_lengths))] + [0]
+        ids[0] = np.repeat(document, lengths)
     return jnp.asarray(ids)

@@ -9,21 +9,28 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 def accumulator_dtype(dtype: DTypeLike) -> DTypeLike:
-    """The dtype in which sums over time are taken: float32, or float64 for the tests' oracles."""
+    """Dtype of sums over time: float64 for float64 inputs (the tests' oracles), else float32."""
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 class DocumentIds(NamedTuple):
-    """The documents of each row. Padding counts to the document before it, leading padding to the first one."""
+    """Documents of each row. Padding belongs to the document before it; leading padding belongs to the first one."""
 
     index: Int[Array, "B T"]
-    """0 for the row's first document (the one an incoming state belongs to), then 1, 2, ... without gaps."""
+    """0 for the row's first document, which an incoming state belongs to, then 1, 2, ... without gaps."""
     valid: Bool[Array, "B T"]
     """False at padding."""
 
 
 def index_documents(segment_ids: Int[Array, "B T"]) -> DocumentIds:
-    """Number the documents of each row. Segment ids need not be ordered; 0 is padding."""
+    """Number the documents of each row.
+
+    Args:
+        segment_ids: Document ids in any order; 0 is padding.
+
+    Returns:
+        Consecutive document indices and the mask of valid tokens.
+    """
     valid = segment_ids > 0
     last = jax.lax.cummax(jnp.where(valid, jnp.arange(segment_ids.shape[1])[None], -1), axis=1)
     before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
@@ -33,31 +40,41 @@ def index_documents(segment_ids: Int[Array, "B T"]) -> DocumentIds:
 
 
 def single_document(batch: int, length: int) -> DocumentIds:
-    """Rows of one document each, without padding."""
+    """Document ids of rows that are one document each, without padding."""
     return DocumentIds(jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool))
 
 
+def to_segment_ids(document_ids: DocumentIds) -> Int[Array, "B T"]:
+    """Segment ids that `index_documents` maps to these documents: index + 1, and 0 for padding."""
+    return jnp.where(document_ids.valid, document_ids.index + 1, 0)
+
+
 def last_valid(document_ids: DocumentIds) -> Int[Array, " B"]:
-    """Index of the last token of each row that is not padding; -1 in an empty row."""
+    """Index of the last valid token of each row; -1 in a row without valid tokens."""
     time = jnp.arange(document_ids.valid.shape[1])[None]
     return jnp.max(jnp.where(document_ids.valid, time, -1), axis=1)
 
 
 class ChunkMasks(NamedTuple):
-    """What a chunk's tokens may see, given the document that the incoming state belongs to."""
+    """Masks of a chunk, given the document that the incoming state belongs to."""
 
     visible: Bool[Array, "B C C"]
-    """Token i may read token j: j <= i, one document, j is not padding."""
+    """True where token i reads token j: j <= i, same document, and j is not padding."""
     in_state_document: Bool[Array, "B C"]
-    """Tokens of the incoming state's document."""
+    """True for tokens of the incoming state's document."""
     in_last_document: Bool[Array, "B C"]
-    """Tokens that the outgoing state holds: those of the last document."""
+    """True for the valid tokens of the last document, which the outgoing state contains."""
     keeps_state: Bool[Array, " B"]
-    """The last document is the incoming state's."""
+    """True if the last document is the incoming state's document."""
 
 
 def chunk_masks(document_ids: DocumentIds, state_document: Int[Array, " B"]) -> ChunkMasks:
-    """The masks of one chunk; `state_document` is the index of the incoming state's document."""
+    """Return the masks of one chunk.
+
+    Args:
+        document_ids: Documents of the chunk's tokens.
+        state_document: Index of the incoming state's document.
+    """
     last = document_ids.index[:, -1]
     time = jnp.arange(document_ids.index.shape[1])
     same = document_ids.index[:, :, None] == document_ids.index[:, None, :]
@@ -71,7 +88,7 @@ def chunk_masks(document_ids: DocumentIds, state_document: Int[Array, " B"]) -> 
 
 
 def masked_exp(mask: Bool[Array, "..."], log_decay: Float[Array, "... H W"] | None) -> Float[Array, "... H W"]:
-    """exp(log) where the mask holds and 0 elsewhere, in float32; [..., 1, 1] without a decay."""
+    """Return exp(log_decay) where the mask is True and 0 elsewhere, in float32; the mask itself without a decay."""
     mask = mask[..., None, None]
     if log_decay is None:
         return mask.astype(jnp.float32)
@@ -79,7 +96,7 @@ def masked_exp(mask: Bool[Array, "..."], log_decay: Float[Array, "... H W"] | No
 
 
 def split_time(x: Shaped[Array, "B T ..."], chunk_size: int) -> Shaped[Array, "N B C ..."]:
-    """Cut time into chunks along a new leading axis, padding the end by repeating the last entry."""
+    """Split time into chunks along a new leading axis; the end is padded with copies of the last entry."""
     pad = -x.shape[1] % chunk_size
     if pad:
         x = jnp.concatenate([x, jnp.repeat(x[:, -1:], pad, axis=1)], axis=1)
@@ -87,6 +104,6 @@ def split_time(x: Shaped[Array, "B T ..."], chunk_size: int) -> Shaped[Array, "N
 
 
 def join_time(x: Shaped[Array, "N B C ..."], length: int) -> Shaped[Array, "B T ..."]:
-    """Undo `split_time`, dropping what it padded."""
+    """Undo `split_time` and remove its padding."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

@@ -1,9 +1,9 @@
-"""Chooses an implementation of an op: the one that is named, or the first that the device and the arguments allow.
+"""Select an implementation of an op: the one that is named, or the first that the device and the arguments allow.
 
-A form is a function with the op's own arguments. One that cannot run here, or not on these arguments, raises
-`Unsupported` with the reason while it is traced. A form that was named then fails with that reason; otherwise the next
-one is tried. Kernels need the device they are written for, except inside `interpreted()`, where Pallas' interpreters
-run them on any machine.
+An implementation is a function that takes the op's validated arguments. If it does not support the device or the
+arguments, it raises `Unsupported` with the reason while it is traced. A named implementation then fails with that
+reason; with `implementation=None` the next candidate is tried. Kernels need the device that they are written for,
+except within `interpret_kernels()`, where Pallas' interpreters run them on any machine.
 """
 
 import contextlib
@@ -23,25 +23,36 @@ IMPLEMENTATION_ORDER: dict[Platform, tuple[str, ...]] = {
     "gpu": ("mosaic_gpu", "cudnn", "xla"),
     "tpu": ("mosaic_tpu", "splash", "xla"),
 }
-"""What `implementation=None` tries. A kernel is tried for the ops in `VERIFIED` only; until then it runs by name."""
+"""Candidates of `implementation=None`. A kernel is a candidate for the ops in `VERIFIED` only; others run by name."""
 
 VERIFIED: frozenset[tuple[str, str]] = frozenset()
-"""(op, form) with a checked-in row that shows it agrees with the reference and is faster there than the XLA form."""
+"""(op, implementation) pairs with a checked-in benchmark row: it agrees with the reference and is faster than XLA."""
 
-_xla_only = contextvars.ContextVar("portable", default=False)
-_interpret_kernels = contextvars.ContextVar("interpreting", default=False)
+_xla_only = contextvars.ContextVar("xla_only", default=False)
+_interpret_kernels = contextvars.ContextVar("interpret_kernels", default=False)
 
 
 class Unsupported(NotImplementedError):
-    """Why a form declines its arguments or the device."""
+    """The reason why an implementation does not support its arguments or the device."""
 
 
 def call_implementation(
     op: str, implementations: Mapping[str, Callable[..., Any]], implementation: str | None, *arguments: Any
 ) -> Any:
-    """The result of the form that `implementation` names, or of the first that takes the arguments.
+    """Call the named implementation, or the first candidate that supports the arguments.
 
-    Raises ValueError for a name the op does not have, and Unsupported with the reasons of all that were tried.
+    Args:
+        op: Name of the op, for error messages and for `VERIFIED`.
+        implementations: Functions by name, all with the same arguments.
+        implementation: Name of the implementation; None tries the candidates of the platform in order.
+        *arguments: Arguments of the implementation.
+
+    Returns:
+        The result of the implementation.
+
+    Raises:
+        ValueError: The op has no implementation of that name.
+        Unsupported: No implementation that was tried supports the arguments; the message lists all reasons.
     """
     if implementation is not None and implementation not in implementations:
         raise ValueError(
@@ -57,7 +68,7 @@ def call_implementation(
 
 
 def candidate_implementations(op: str, implementations: Mapping[str, Callable[..., Any]]) -> list[str]:
-    """What `implementation=None` tries for the platform at hand, in order."""
+    """Names of the implementations that `implementation=None` tries on the current platform, in order."""
     if _xla_only.get():
         return ["xla"]
     return [
@@ -68,7 +79,7 @@ def candidate_implementations(op: str, implementations: Mapping[str, Callable[..
 
 
 def platform() -> Platform:
-    """What is being traced for: the device of an abstract mesh where one is set, else the default backend's."""
+    """The platform that is traced for: the device of an abstract mesh if one is set, else the default backend's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("gpu", "cuda", "rocm") else "tpu" if name == "tpu" else "cpu"
@@ -76,7 +87,10 @@ def platform() -> Platform:
 
 @contextlib.contextmanager
 def xla_only() -> Iterator[None]:
-    """Within it `implementation=None` takes the XLA form: for programs that are traced here and run anywhere."""
+    """Context in which `implementation=None` selects the XLA implementation.
+
+    For programs that are exported here and run on any platform.
+    """
     token = _xla_only.set(True)
     try:
         yield
@@ -85,36 +99,66 @@ def xla_only() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interpret_kernels() -> Iterator[None]:
-    """Within it Pallas' interpreters run the kernels on any machine: slow, for tests and to look inside."""
-    token = _interpret_kernels.set(True)
+def interpret_kernels(enabled: bool = True) -> Iterator[None]:
+    """Context in which Pallas' interpreters run the kernels on any machine. Slow; for tests and debugging.
+
+    Args:
+        enabled: False: kernels inside are compiled, also within another such context.
+    """
+    token = _interpret_kernels.set(enabled)
     try:
         yield
     finally:
         _interpret_kernels.reset(token)
 
 
-def use_interpreter(kernel_platform: Platform) -> bool:
-    """Whether a kernel for that platform is to be interpreted. Raises Unsupported where it can run in no way."""
-    if _interpret_kernels.get():
-        return True
-    if platform() != kernel_platform:
+def interpreting() -> bool:
+    """True within `interpret_kernels()`.
+
+    Kernels read it where they call `pl.pallas_call`, while they are traced. A function that `jax.jit` has already
+    traced keeps the value of that trace, and a backward pass that is traced outside the context is not interpreted, so
+    enter the context around the whole computation.
+    """
+    return _interpret_kernels.get()
+
+
+def require_platform(kernel_platform: Platform) -> None:
+    """Raise Unsupported unless kernels for a platform can run here, on a device or in the interpreter.
+
+    Args:
+        kernel_platform: The platform that the kernel is written for.
+
+    Raises:
+        Unsupported: The current platform differs and kernels are not interpreted.
+    """
+    if not interpreting() and platform() != kernel_platform:
         raise Unsupported(
-            f"it is for a {kernel_platform.upper()} and this is a {platform().upper()}; `interpreted()` runs it"
+            f"it is for a {kernel_platform.upper()} and this is a {platform().upper()}; "
+            "`recallax.pallas_kernels.dispatch.interpret_kernels()` runs it in an interpreter"
         )
-    return False
+
+
+def use_interpreter(kernel_platform: Platform) -> bool:
+    """Check `require_platform` and return `interpreting()`."""
+    require_platform(kernel_platform)
+    return interpreting()
 
 
 def lazy_kernel(module: str, name: str) -> Callable[..., Any]:
-    """The function `name` of a kernel's module, imported when it is first called: Pallas takes long to load."""
+    """Return a function that imports a kernel's module when it is first called: importing Pallas is slow.
 
-    def form(*arguments: Any) -> Any:
+    Args:
+        module: Import path of the module.
+        name: Name of the function in the module.
+    """
+
+    def kernel(*arguments: Any) -> Any:
         return getattr(importlib.import_module(module), name)(*arguments)
 
-    return form
+    return kernel
 
 
 def require(op: str, condition: bool, message: str) -> None:
-    """Raise ValueError `op: what` unless the condition holds."""
+    """Raise ValueError `op: message` unless the condition holds."""
     if not condition:
         raise ValueError(f"{op}: {message}")

@@ -1,4 +1,4 @@
-"""Matrix products whose sums are float32."""
+"""Matrix products with float32 accumulation."""
 
 import jax
 import jax.numpy as jnp
@@ -8,23 +8,38 @@ from recallax.pallas_kernels.chunking import accumulator_dtype
 
 
 def einsum_f32(spec: str, a: Array, b: Array) -> Array:
-    """`einsum(spec, a, b)` of operands of one dtype, accumulated and returned in float32; float64 stays what it is.
+    """Compute `einsum(spec, a, b)` with float32 accumulation; float64 operands are accumulated in float64.
 
-    float32 operands are multiplied exactly (accelerators would round them by default). XLA's CPU backend has no
-    bfloat16 product with float32 sums for every shape, so there the operands are widened first: the same numbers.
+    float32 operands use the highest precision, because accelerators round them by default. XLA's CPU backend does not
+    support bfloat16 products with float32 accumulation for every shape, so bfloat16 operands are cast to float32 there,
+    which gives the same values.
+
+    Args:
+        spec: Subscripts of `jnp.einsum`.
+        a: First operand.
+        b: Second operand, of the same dtype.
+
+    Returns:
+        The product in float32, or float64 for float64 operands.
     """
     if a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(spec, a, b, preferred_element_type=accumulator_dtype(a.dtype), precision=exact)
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(spec, a, b, preferred_element_type=accumulator_dtype(a.dtype), precision=precision)
 
 
 def ragged_dot_f32(x: Array, weights: Array, group_sizes: Array) -> Array:
-    """Rows of x [N, D] times their group's weights [M, D, W], in float32; group m is the next sizes[m] rows.
+    """Multiply the rows of each group by the group's matrix, with float32 accumulation as in `einsum_f32`.
 
-    As `einsum_f32`: float32 operands are multiplied exactly, bfloat16 ones are widened on a CPU.
+    Args:
+        x: Rows [N, D], sorted by group.
+        weights: One matrix per group [M, D, W].
+        group_sizes: Number of consecutive rows of each group [M].
+
+    Returns:
+        Products [N, W] in float32.
     """
     if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         x, weights = x.astype(jnp.float32), weights.astype(jnp.float32)
-    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.ragged_dot(x, weights, group_sizes, precision=exact, preferred_element_type=jnp.float32)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.ragged_dot(x, weights, group_sizes, precision=precision, preferred_element_type=jnp.float32)

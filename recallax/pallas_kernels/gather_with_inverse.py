@@ -1,4 +1,4 @@
-"""Rows moved to other places, and back in the backward pass."""
+"""A gather along time whose transpose is a gather as well."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +12,23 @@ from jaxtyping import Array, Int, Shaped
 def gather_with_inverse(
     x: Shaped[Array, "B N ..."], indices: Int[Array, "B M"], inverse_indices: Int[Array, "B N"]
 ) -> Shaped[Array, "B M ..."]:
-    """y[b, m] = x[b, source[b, m]], or 0 where source is N; each row of x goes to one place at most.
+    """Gather entries along axis 1: y[b, m] = x[b, indices[b, m]], or 0 where the index is N.
 
-    target is the inverse: where x[b, n] went, or M if nowhere. It makes the transpose a gather too, where autodiff's
-    scatter would add rows one by one.
+    The inverse indices make the gradient a gather too. Autodiff would emit a scatter, which adds rows one by one.
+
+    Args:
+        x: Entries; each is gathered at most once.
+        indices: Index of the entry of x for each output; N gives 0.
+        inverse_indices: Index of the output that holds each entry of x; M if none does.
+
+    Returns:
+        The gathered entries.
     """
-    at = jnp.minimum(indices, x.shape[1] - 1)
-    rank = [1] * (x.ndim - 2)
-    taken = jnp.take_along_axis(x, at.reshape(*at.shape, *rank), axis=1)
-    return jnp.where((indices < x.shape[1]).reshape(*at.shape, *rank), taken, jnp.zeros((), x.dtype))
+    clipped = jnp.minimum(indices, x.shape[1] - 1)
+    trailing_axes = [1] * (x.ndim - 2)
+    gathered = jnp.take_along_axis(x, clipped.reshape(*clipped.shape, *trailing_axes), axis=1)
+    in_range = (indices < x.shape[1]).reshape(*clipped.shape, *trailing_axes)
+    return jnp.where(in_range, gathered, jnp.zeros((), x.dtype))
 
 
 def _forward(x: Array, indices: Array, inverse_indices: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -28,8 +36,8 @@ def _forward(x: Array, indices: Array, inverse_indices: Array) -> tuple[Array, t
 
 
 def _backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, None, None]:
-    source, target = residuals
-    return gather_with_inverse(grad, target, source), None, None
+    indices, inverse_indices = residuals
+    return gather_with_inverse(grad, inverse_indices, indices), None, None
 
 
 _defvjp: Callable[..., Any] = gather_with_inverse.defvjp

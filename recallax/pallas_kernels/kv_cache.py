@@ -1,6 +1,6 @@
-"""The key/value cache: a ring buffer in which position p stands in slot p mod W.
+"""The key/value cache: a ring buffer that stores position p in slot p mod W.
 
-Full attention has a slot for every position. Which slots are filled follows from the number of tokens seen, so the
+A cache for full attention has a slot for every position. The filled slots follow from the number of tokens seen, so the
 state needs no bookkeeping of its own.
 """
 
@@ -20,7 +20,7 @@ class KVCache(NamedTuple):
 
 
 def cached_positions(num_seen: Int[Array, " B"], slots: int) -> Int[Array, "B W"]:
-    """The position that each slot holds after `num_seen` tokens of a document; negative where it is empty."""
+    """Return the position stored in each slot after `num_seen` tokens of a document; negative for empty slots."""
     newest = num_seen[:, None] - 1
     return newest - (newest - jnp.arange(slots)[None]) % slots
 
@@ -32,25 +32,33 @@ def update_kv_cache(
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
 ) -> KVCache:
-    """The cache after T further tokens: it holds the row's last document, continued if that is the cache's own.
+    """Return the cache after T more tokens.
 
-    Rows without any token keep their cache. Empty slots are zero.
+    It stores the row's last document, after the cached tokens if that is the cache's own document. Rows without valid
+    tokens keep their cache. Empty slots are zero.
+
+    Args:
+        cache: The cache before these tokens.
+        k: New keys.
+        v: New values.
+        positions: Positions within documents; the first one of a row is the number of tokens in its cache.
+        segment_ids: Document ids; 0 is padding.
     """
     docs = index_documents(segment_ids)
     last = jnp.maximum(last_valid(docs), 0)[:, None]
-    final = docs.index == jnp.take_along_axis(docs.index, last, axis=1)
-    first = jnp.argmax(final & docs.valid, axis=1, keepdims=True)
-    newest = jnp.take_along_axis(positions, last, axis=1)
-    begin = jnp.take_along_axis(positions, first, axis=1)
-    held = cached_positions(newest[:, 0] + 1, cache.k.shape[1])
-    source = jnp.clip(first + held - begin, 0, k.shape[1] - 1)[..., None, None]
-    from_new = (held >= begin)[..., None, None]
-    from_old = ((held >= 0) & (held < begin))[..., None, None]
+    in_last_document = docs.index == jnp.take_along_axis(docs.index, last, axis=1)
+    first = jnp.argmax(in_last_document & docs.valid, axis=1, keepdims=True)
+    last_position = jnp.take_along_axis(positions, last, axis=1)
+    first_position = jnp.take_along_axis(positions, first, axis=1)
+    slot_positions = cached_positions(last_position[:, 0] + 1, cache.k.shape[1])
+    source = jnp.clip(first + slot_positions - first_position, 0, k.shape[1] - 1)[..., None, None]
+    from_new = (slot_positions >= first_position)[..., None, None]
+    from_old = ((slot_positions >= 0) & (slot_positions < first_position))[..., None, None]
     empty_row = ~docs.valid.any(axis=1)[:, None, None, None]
 
     def merge(old: Array, new: Array) -> Array:
-        taken = jnp.take_along_axis(new, source, axis=1).astype(old.dtype)
-        return jnp.where(empty_row, old, jnp.where(from_new, taken, jnp.where(from_old, old, 0)))
+        gathered = jnp.take_along_axis(new, source, axis=1).astype(old.dtype)
+        return jnp.where(empty_row, old, jnp.where(from_new, gathered, jnp.where(from_old, old, 0)))
 
     return KVCache(merge(cache.k, k), merge(cache.v, v))
 
@@ -62,10 +70,13 @@ def update_kv_cache_step(
     position: Int[Array, " B"],
     active: Bool[Array, " B"],
 ) -> KVCache:
-    """The cache after one further token of each active row; a loop that gives its cache away writes only that token."""
+    """Return the cache after one more token of each active row.
+
+    If the caller donates the cache, only the token's slot is written.
+    """
     slots = cache.k.shape[1]
     row = jnp.arange(position.shape[0])
-    slot = jnp.where(active, position % slots, slots)  # an inactive row's lies outside
+    slot = jnp.where(active, position % slots, slots)  # inactive rows write out of range, which is dropped
 
     def put(old: Array, new: Array) -> Array:
         return old.at[row, slot].set(new.astype(old.dtype), mode="drop", unique_indices=True)
@@ -74,7 +85,7 @@ def update_kv_cache_step(
 
 
 class PersistentKV(NamedTuple):
-    """Keys and values that belong to no position and that every query sees."""
+    """Keys and values without a position that every query sees."""
 
     k: Float[Array, "P G K"]
     v: Float[Array, "P G V"]
@@ -86,13 +97,13 @@ def prepend_persistent(
     v: Float[Array, "B S G V"],
     visible: Bool[Array, "B T S"],
 ) -> tuple[Float[Array, "B N G K"], Float[Array, "B N G V"], Bool[Array, "B T N"]]:
-    """Keys, values and mask with the persistent ones in front."""
+    """Concatenate the persistent keys and values before k and v, and extend the mask; N = P + S."""
     if persistent is None:
         return k, v, visible
-    count = persistent.k.shape[0]
 
-    def joined(always: Array, x: Array) -> Array:
-        return jnp.concatenate([jnp.broadcast_to(always.astype(x.dtype), (x.shape[0], *always.shape)), x], axis=1)
+    def prepend(row: Array, x: Array) -> Array:
+        return jnp.concatenate([jnp.broadcast_to(row.astype(x.dtype), (x.shape[0], *row.shape)), x], axis=1)
 
-    seen = jnp.ones((*visible.shape[:2], count), bool)
-    return joined(persistent.k, k), joined(persistent.v, v), jnp.concatenate([seen, visible], axis=2)
+    always_visible = jnp.ones((*visible.shape[:2], persistent.k.shape[0]), bool)
+    mask = jnp.concatenate([always_visible, visible], axis=2)
+    return prepend(persistent.k, k), prepend(persistent.v, v), mask

@@ -1,10 +1,10 @@
-"""The inverse of unit lower triangular matrices, as delta-rule kernels need it.
+"""Inverse of unit lower triangular matrices, for the chunked delta rule.
 
     T = (I + A)^{-1},  A strictly lower triangular
 
-Diagonal blocks of 16 rows by forward substitution, then pairs of blocks merged:
+Diagonal blocks of 16 rows are inverted by forward substitution and then merged in pairs:
 [[P, 0], [L, Q]]^{-1} = [[P^{-1}, 0], [-Q^{-1} L P^{-1}, Q^{-1}]], all in float32. Products of powers of A (Neumann
-doubling) would need fewer steps but lose every digit for correlated keys: at .9 their float32 error exceeds 1.
+doubling) need fewer steps but are inaccurate: for keys with a correlation of 0.9 their float32 error exceeds 1.
 """
 
 import jax
@@ -14,11 +14,16 @@ from jaxtyping import Array, Float
 from recallax.pallas_kernels.einsum_f32 import einsum_f32
 
 DIAGONAL_BLOCK_ROWS = 16
+"""Rows of a block that is inverted by forward substitution; larger blocks take more sequential steps."""
 
 
 @jax.custom_vjp
 def unit_lower_inverse(a: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
-    """(I + a)^{-1} in float32; entries of `a` on and above the diagonal are not read."""
+    """Return (I + a)^{-1} in float32.
+
+    Args:
+        a: Square matrices; entries on and above the diagonal are ignored.
+    """
     length = a.shape[-1]
     whole = DIAGONAL_BLOCK_ROWS
     while whole < length:
@@ -37,14 +42,14 @@ def unit_lower_inverse(a: Float[Array, "*batch C C"]) -> Float[Array, "*batch C 
 
 
 def _diagonal_blocks(a: Float[Array, "N C C"], size: int) -> Float[Array, "N M S S"]:
-    """The blocks of `size` rows along the diagonal."""
+    """Return the blocks of `size` rows along the diagonal."""
     count = a.shape[-1] // size
     blocks = a.reshape(-1, count, size, count, size)
     return jnp.stack([blocks[:, i, :, i] for i in range(count)], axis=1)
 
 
 def _forward_substitution(a: Float[Array, "N M R R"]) -> Float[Array, "N M R R"]:
-    """Row i of the inverse is e_i minus row i of `a` times the rows above."""
+    """Invert I + a row by row: row i of the inverse is e_i minus row i of `a` times the rows above."""
     size = a.shape[-1]
 
     def row(i: Array, inverse: Array) -> Array:
@@ -62,7 +67,7 @@ def _forward(a: Array) -> tuple[Array, Array]:
 
 
 def _backward(inverse: Array, grad: Array) -> tuple[Array]:
-    """d(I + A)^{-1} = -T dA T, so A's slope is -T^T slope T^T below the diagonal."""
+    """With d(I + A)^{-1} = -T dA T, the gradient of A is -T^T grad T^T below the diagonal."""
     left = einsum_f32("...ji,...jk->...ik", inverse, grad)
     return (jnp.tril(-einsum_f32("...ij,...kj->...ik", left, inverse), -1),)
 

@@ -1,7 +1,7 @@
-"""A page about some runs, from their `config.json` and `log.jsonl` and nothing else.
+"""Reports about runs: an HTML page, a CSV table and a Markdown table, from `config.json` and `log.jsonl`.
 
-One HTML file that needs no network and runs no script, with a CSV and a Markdown table of the same numbers beside it.
-Names, configs and errors come from anywhere, so every string is escaped for the format that it goes into.
+The page is one file that needs no network and runs no script. Names and configs may come from untrusted runs, so every
+string is escaped for the format that it is written to.
 """
 
 from recallax.report.page import write_report

@@ -1,14 +1,13 @@
-"""The page: what it has, in which order."""
+"""The HTML page of a report, and the CSV and Markdown files beside it."""
 
 import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from recallax.report import heatmaps, pareto
 from recallax.report.figures import draw_curves, draw_group_accuracies, render_svg
 from recallax.report.grouping import Setting, group_by_model, group_by_setting
-from recallax.report.heatmaps import draw_heatmap, find_heatmaps
-from recallax.report.pareto import draw_pareto, models_with_state_bytes, pareto_caption
+from recallax.report.heatmaps import draw_heatmap, find_heatmaps, heatmap_height
+from recallax.report.pareto import draw_pareto, models_with_state_bytes, pareto_caption, pareto_height
 from recallax.report.runs import RunSummary, find_run_folders, read_run, with_unique_labels
 from recallax.report.tables import (
     Table,
@@ -23,10 +22,11 @@ from recallax.report.tables import (
 from recallax.train.run_folder import write_atomic
 
 MAX_INDIVIDUAL_RUNS = 12
-"""Runs up to which all have their own curves and bars, and their own columns in tables."""
+"""Number of runs up to which every run has its own curves, bars and table columns."""
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 )
+"""Policy of the page: browsers load nothing and run no script."""
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 68rem; margin: 2rem auto;
   padding: 0 1rem }
@@ -40,32 +40,41 @@ figcaption, .note { color: #555 } summary { cursor: pointer }
 
 
 def write_report(runs: Sequence[Path], out: Path) -> None:
-    """Write `out` (HTML) and, with the same stem, `.csv` and `.md`, from the folders of runs, or of sweeps.
+    """Write a report about runs: an HTML page, and a CSV and a Markdown table with the same stem.
 
-    A run that is not finished is shown as far as it got. Raises ReportError without runs, RunFolderError for a
-    folder that is not a run's, LogError for a damaged log, OSError if a file cannot be written.
+    An unfinished run is shown up to its last logged step.
+
+    Args:
+        runs: Folders of runs or of sweeps.
+        out: HTML file to write.
+
+    Raises:
+        ReportError: There is no run.
+        RunFolderError: A folder is not a run's.
+        LogError: A log is damaged.
+        OSError: A file cannot be written.
     """
-    read = with_unique_labels([read_run(folder) for folder in find_run_folders(runs)])
-    settings = group_by_setting(read)
-    write_atomic(out, _render_page(read, settings))
+    summaries = with_unique_labels([read_run(folder) for folder in find_run_folders(runs)])
+    settings = group_by_setting(summaries)
+    write_atomic(out, _render_page(summaries, settings))
     tables = zip(
-        summary_table(read),
-        values_table(read, RunSummary.group_accuracies),
-        values_table(read, RunSummary.metrics),
+        summary_table(summaries),
+        values_table(summaries, RunSummary.group_accuracies),
+        values_table(summaries, RunSummary.metrics),
         strict=True,
     )
-    numbers = [a + b[1:] + c[1:] for a, b, c in tables]
-    write_atomic(out.with_suffix(".csv"), as_csv(numbers))
+    rows = [summary + groups[1:] + metrics[1:] for summary, groups, metrics in tables]
+    write_atomic(out.with_suffix(".csv"), as_csv(rows))
     spread = "\n" + as_markdown(settings_table(settings)) if _has_several_seeds(settings) else ""
-    write_atomic(out.with_suffix(".md"), as_markdown(numbers) + spread)
+    write_atomic(out.with_suffix(".md"), as_markdown(rows) + spread)
 
 
 def _render_page(runs: list[RunSummary], settings: list[Setting]) -> str:
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     parts = [f"<h1>{html.escape(title, quote=True)}</h1>"]
-    whole = as_html(summary_table(runs))
+    summary = as_html(summary_table(runs))
     if len(runs) <= MAX_INDIVIDUAL_RUNS:
-        parts.append(whole)
+        parts.append(summary)
     parts += [
         *_seed_spread_section(settings),
         *_pareto_section(settings),
@@ -73,7 +82,7 @@ def _render_page(runs: list[RunSummary], settings: list[Setting]) -> str:
         *_individual_runs_section(runs, settings),
     ]
     if len(runs) > MAX_INDIVIDUAL_RUNS:
-        parts += ["<h2>Runs</h2>", whole]
+        parts += ["<h2>Runs</h2>", summary]
     parts += _config_section(runs)
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -84,75 +93,78 @@ def _render_page(runs: list[RunSummary], settings: list[Setting]) -> str:
 
 
 def _seed_spread_section(settings: list[Setting]) -> list[str]:
-    """By setting, where there are several seeds; of many settings first the best of each model."""
+    """Table of settings if there are several seeds; for many settings, first a table of each model's best one."""
     if not _has_several_seeds(settings):
         return []
-    parts, whole = ["<h2>Spread over seeds</h2>"], as_html(settings_table(settings))
+    parts, table = ["<h2>Spread over seeds</h2>"], as_html(settings_table(settings))
     if len(settings) <= MAX_INDIVIDUAL_RUNS:
-        return [*parts, whole]
-    best = sorted(
-        (model.best_setting() for model in group_by_model(settings)), key=lambda setting: -setting.mean_valid_accuracy()
-    )
-    parts += ["<p>Of each model, the setting that is best on valid:</p>", as_html(settings_table(best))]
-    return [*parts, f"<details><summary>All {len(settings)} settings</summary>{whole}</details>"]
+        return [*parts, table]
+    best = as_html(settings_table(_best_settings(settings)))
+    parts += ["<p>The setting of each model with the best valid accuracy:</p>", best]
+    return [*parts, f"<details><summary>All {len(settings)} settings</summary>{table}</details>"]
 
 
 def _pareto_section(settings: list[Setting]) -> list[str]:
     models = models_with_state_bytes(settings)
     if len(models) < 2:
         return []
-    drawn = render_svg(pareto_caption(models), pareto.pareto_height(models), lambda figure: draw_pareto(figure, models))
-    return ["<h2>Accuracy against memory</h2>", drawn]
+    figure = render_svg(pareto_caption(models), pareto_height(models), lambda figure: draw_pareto(figure, models))
+    return ["<h2>Accuracy against state size</h2>", figure]
 
 
 def _heatmap_section(settings: list[Setting]) -> list[str]:
-    found, more = find_heatmaps(settings)
-    if not found:
+    heatmaps, num_omitted = find_heatmaps(settings)
+    if not heatmaps:
         return []
-    drawn = [
-        render_svg(g.caption(), heatmaps.heatmap_height(g), lambda figure, g=g: draw_heatmap(figure, g)) for g in found
+    figures = [
+        render_svg(h.caption(), heatmap_height(h), lambda figure, h=h: draw_heatmap(figure, h)) for h in heatmaps
     ]
-    return ["<h2>Grids</h2>", *drawn, *([_render_note(f"{more} more pairs of fields are not drawn.")] if more else [])]
+    note = [_render_note(f"{num_omitted} more pairs of fields are not shown.")] if num_omitted else []
+    return ["<h2>Heat maps</h2>", *figures, *note]
 
 
 def _individual_runs_section(runs: list[RunSummary], settings: list[Setting]) -> list[str]:
-    """Curves and groups; of many runs, those of the settings that are best on valid."""
+    """Curves and group accuracies; for many runs, those of each model's best setting."""
     shown, parts = runs, ["<h2>Curves</h2>"]
     if len(runs) > MAX_INDIVIDUAL_RUNS:
-        best = sorted(
-            (model.best_setting() for model in group_by_model(settings)),
-            key=lambda setting: -setting.mean_valid_accuracy(),
-        )
-        shown = [run for setting in best for run in setting.runs][:MAX_INDIVIDUAL_RUNS] or runs[:MAX_INDIVIDUAL_RUNS]
-        parts.append(_render_note(f"{len(shown)} of {len(runs)} runs: of each model's setting that is best on valid."))
-    parts.append(render_svg("Loss and accuracy while training.", 3.4, lambda figure: draw_curves(figure, shown)))
+        best_runs = [run for setting in _best_settings(settings) for run in setting.runs]
+        shown = (best_runs or runs)[:MAX_INDIVIDUAL_RUNS]
+        note = f"{len(shown)} of {len(runs)} runs: those of each model's setting with the best valid accuracy."
+        parts.append(_render_note(note))
+    parts.append(render_svg("Training loss and valid accuracy.", 3.4, lambda figure: draw_curves(figure, shown)))
     parts.append("<h2>Accuracy by group</h2>")
     groups: Table = values_table(shown, RunSummary.group_accuracies)
     if len(groups[0]) == 1:
         return [*parts, _render_note("No run has been evaluated on the test split yet.")]
-    tall = 1.1 + 0.13 * (len(groups[0]) - 1) * (len(shown) + 1)
+    height = 1.1 + 0.13 * (len(groups[0]) - 1) * (len(shown) + 1)
     parts.append(
-        render_svg("Test accuracy by group.", tall, lambda figure: draw_group_accuracies(figure, shown, groups))
+        render_svg("Test accuracy by group.", height, lambda figure: draw_group_accuracies(figure, shown, groups))
     )
-    measures = values_table(runs, RunSummary.metrics)
-    other = ["<h2>Other measures</h2>", "<p>On the test split:</p>", as_html(measures)] if len(measures[0]) > 1 else []
-    return [*parts, as_html(values_table(runs, RunSummary.group_accuracies)), *other]
+    parts.append(as_html(values_table(runs, RunSummary.group_accuracies)))
+    metrics = values_table(runs, RunSummary.metrics)
+    if len(metrics[0]) > 1:
+        parts += ["<h2>Other metrics</h2>", "<p>On the test split:</p>", as_html(metrics)]
+    return parts
 
 
 def _config_section(runs: list[RunSummary]) -> list[str]:
-    """What differs between the runs, and, once, what they share."""
-    parts, shared, told = ["<h2>Config</h2>"], runs[0].config, "The whole config"
+    """Table of the fields that differ between the runs, and one of the fields that they share."""
+    parts, shared, title = ["<h2>Config</h2>"], runs[0].config, "All fields"
     if len(runs) > 1:
         table = config_differences(runs)
-        turned = [list(row) for row in zip(*table, strict=True)]  # runs as rows: a page scrolls better down
-        parts += [
-            "<p>What differs between the runs:</p>",
-            as_html(turned if len(runs) > MAX_INDIVIDUAL_RUNS else table),
-        ]
         differing = {row[0] for row in table[1:]}
-        shared, told = {k: v for k, v in shared.items() if k not in differing}, "What all of them share"
+        if len(runs) > MAX_INDIVIDUAL_RUNS:
+            table = [list(column) for column in zip(*table, strict=True)]  # one row per run keeps the page narrow
+        parts += ["<p>Fields that differ between the runs:</p>", as_html(table)]
+        shared, title = {k: v for k, v in shared.items() if k not in differing}, "Fields that all runs share"
     leaves: Table = [["field", "value"], *([k, v] for k, v in sorted(shared.items()))]
-    return [*parts, f"<details><summary>{told}</summary>{as_html(leaves)}</details>"]
+    return [*parts, f"<details><summary>{title}</summary>{as_html(leaves)}</details>"]
+
+
+def _best_settings(settings: list[Setting]) -> list[Setting]:
+    """Return each model's best setting, in descending order of valid accuracy."""
+    best = [model.best_setting() for model in group_by_model(settings)]
+    return sorted(best, key=lambda setting: -setting.mean_valid_accuracy())
 
 
 def _render_note(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What a report reads of a run."""
+"""Reading of runs for a report."""
 
 import json
 import math
@@ -16,66 +16,96 @@ type Curve = list[tuple[int, int | float]]
 
 
 class ReportError(ValueError):
-    """There is nothing to report on."""
+    """There is no run to report on."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What the report shows of one run; what the run has not reached yet is None or empty."""
+    """Data of one run that a report shows. Values that the run has not logged yet are None or empty."""
 
     label: str
+    """Name of the run in tables and figures."""
     config: dict[str, str]
-    """The resolved config's leaves by path, as JSON text."""
+    """Leaves of the resolved config by path, as JSON text."""
     info: LogRow
-    """The last "run" row: what the run is and where it ran."""
+    """The last "run" row of the log: facts about the config and the machine."""
     step: int
+    """The last optimizer step in the log."""
     train_loss: Curve
+    """Training loss in nats."""
     valid_accuracy: Curve
+    """Accuracy on the valid split, a fraction."""
     test: LogRow | None
     """The last evaluation on the test split."""
 
     def group_accuracies(self) -> dict[str, float | None]:
-        """Test accuracy by group."""
-        found = {
-            k.removeprefix("group/"): parse_number(v) for k, v in (self.test or {}).items() if k.startswith("group/")
-        }
-        return {printable(name): value for name, value in found.items()}
+        """Return the accuracy on the test split by group."""
+        return self._test_numbers("group/")
 
     def metrics(self) -> dict[str, float | None]:
-        """What the task measures besides accuracy on the test split, by name."""
-        found = {k.removeprefix("measure/"): v for k, v in (self.test or {}).items() if k.startswith("measure/")}
-        return {printable(name): parse_number(value) for name, value in found.items()}
+        """Return the task's metrics besides accuracy, on the test split, by name."""
+        return self._test_numbers("measure/")
 
     def info_number(self, name: str) -> float | None:
-        """A finite number of the "run" row."""
+        """Return a number of the "run" row; None if it is missing or not finite.
+
+        Args:
+            name: Key of the row.
+        """
         return _finite_number(self.info.get(name))
 
     def test_accuracy(self) -> float | None:
-        """On the whole test split, where it is finite."""
+        """Return the accuracy on the test split; None if it is missing or not finite."""
         return _finite_number((self.test or {}).get("accuracy"))
+
+    def _test_numbers(self, prefix: str) -> dict[str, float | None]:
+        """Return the numbers of the test evaluation whose keys have a prefix, without the prefix."""
+        test = self.test or {}
+        return {printable(k.removeprefix(prefix)): parse_number(v) for k, v in test.items() if k.startswith(prefix)}
 
 
 def find_run_folders(paths: Sequence[Path]) -> list[Path]:
-    """The folders of runs; a sweep's folder stands for all of its runs. Raises ReportError if there is none."""
-    found: list[Path] = []
+    """Replace the folders of sweeps by the folders of their runs.
+
+    Args:
+        paths: Folders of runs or of sweeps.
+
+    Returns:
+        Folders of runs.
+
+    Raises:
+        ReportError: There is no run.
+    """
+    folders: list[Path] = []
     for folder in map(Path, paths):
         sweep = (folder / "results.jsonl").exists() and not (folder / "config.json").exists()
-        found += sorted(path.parent for path in folder.glob("*/config.json")) if sweep else [folder]
-    if not found:
-        raise ReportError("a report needs at least one run folder, or the folder of a sweep that has begun")
-    return found
+        folders += sorted(path.parent for path in folder.glob("*/config.json")) if sweep else [folder]
+    if not folders:
+        raise ReportError("a report needs at least one run folder, or the folder of a sweep that has run folders")
+    return folders
 
 
 def read_run(folder: Path) -> RunSummary:
-    """A run from its folder. Raises RunFolderError or LogError."""
+    """Read a run.
+
+    Args:
+        folder: Folder of the run.
+
+    Returns:
+        The data of the run.
+
+    Raises:
+        RunFolderError: The folder is not a run's.
+        LogError: The log is damaged.
+    """
     config = read_config(folder)
     rows = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
-    about = _last_row(row for row in rows if row["kind"] == "run") or {}
+    info = _last_row(row for row in rows if row["kind"] == "run") or {}
     evals = [row for row in rows if row["kind"] == "eval"]
     return RunSummary(
-        label=printable(str(about.get("name") or folder.absolute().name)),
+        label=printable(str(info.get("name") or folder.absolute().name)),
         config=dict(_leaves(config, "")),
-        info=about,
+        info=info,
         step=max((row["step"] for row in rows), default=0),
         train_loss=_curve((row for row in rows if row["kind"] == "train"), "loss"),
         valid_accuracy=_curve((row for row in evals if row.get("split") == "valid"), "accuracy"),
@@ -84,24 +114,38 @@ def read_run(folder: Path) -> RunSummary:
 
 
 def with_unique_labels(runs: list[RunSummary]) -> list[RunSummary]:
-    """The runs with different labels: those that share a name get their fingerprint, or else a number, behind it."""
+    """Make labels unique: equal ones get the fingerprint of their run, and if that is equal too, a number.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        The runs with unique labels.
+    """
     labels = [run.label for run in runs]
-    prints = [printable(str(run.info.get("fingerprint") or "")) for run in runs]
-    named = [f"{x} {y}" if labels.count(x) > 1 else x for x, y in zip(labels, prints, strict=True)]
+    fingerprints = [printable(str(run.info.get("fingerprint") or "")) for run in runs]
+    named = [f"{x} {y}" if labels.count(x) > 1 else x for x, y in zip(labels, fingerprints, strict=True)]
     unique = [f"{x} #{i}" if named.count(x) > 1 else x for i, x in enumerate(named, 1)]
     return [replace(run, label=label) for run, label in zip(runs, unique, strict=True)]
 
 
 def parse_number(value: Any) -> int | float | None:
-    """The number in a row, which stands there as a string if JSON cannot hold it; None if it is no number."""
+    """Convert a value of a log row to a number.
+
+    Args:
+        value: A JSON value. Numbers that JSON cannot express are the strings "nan", "inf" and "-inf".
+
+    Returns:
+        The number, or None if the value is not a number.
+    """
     if value in ("nan", "inf", "-inf"):
         return float(value)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _finite_number(value: Any) -> float | None:
-    found = parse_number(value)
-    return float(found) if found is not None and math.isfinite(found) else None
+    number = parse_number(value)
+    return float(number) if number is not None and math.isfinite(number) else None
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, str]]:
@@ -111,8 +155,8 @@ def _leaves(value: Any, path: str) -> list[tuple[str, str]]:
 
 
 def _curve(rows: Iterable[LogRow], name: str) -> Curve:
-    found = [(row["step"], parse_number(row.get(name))) for row in rows]
-    return [(step, value) for step, value in found if value is not None and math.isfinite(value)]
+    points = [(row["step"], parse_number(row.get(name))) for row in rows]
+    return [(step, value) for step, value in points if value is not None and math.isfinite(value)]
 
 
 def _last_row(rows: Iterable[LogRow]) -> LogRow | None:

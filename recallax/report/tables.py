@@ -1,4 +1,4 @@
-"""Tables of a report, as HTML, CSV and Markdown."""
+"""Tables of a report, and their rendering as HTML, CSV and Markdown."""
 
 import csv
 import html
@@ -13,9 +13,18 @@ from recallax.train.progress import printable
 
 type TableCell = str | int | float | None
 type Table = list[list[TableCell]]
+"""Rows of cells. The first row is the header, the first column the label of a row."""
+
+COMMIT_DIGITS = 10
+"""Number of hex digits that tables show of a commit."""
 
 
 def summary_table(runs: list[RunSummary]) -> Table:
+    """Make the table of test results and facts about each run.
+
+    Args:
+        runs: The runs.
+    """
     header: list[TableCell] = ["run", "status", "test accuracy", "test loss", "chance", "oracle", "state bytes"]
     header += ["parameters", "device", "fingerprint", "commit"]
     table = [header]
@@ -24,19 +33,34 @@ def summary_table(runs: list[RunSummary]) -> Table:
         numbers = [parse_number(test.get(name)) for name in ("accuracy", "loss")]
         numbers += [parse_number(run.info.get(name)) for name in ("chance", "oracle", "state_bytes", "parameters")]
         status = "finished" if run.test else f"at step {run.step}"
-        texts = [printable(str(run.info.get(name) or "")) for name in ("device", "fingerprint", "commit")]
-        table.append([run.label, status, *numbers, *texts[:2], re.sub(r"^([0-9a-f]{10})[0-9a-f]{30}", r"\1", texts[2])])
+        device, fingerprint, commit = (
+            printable(str(run.info.get(name) or "")) for name in ("device", "fingerprint", "commit")
+        )
+        commit = re.sub(
+            r"^[0-9a-f]{40}", lambda match: match[0][:COMMIT_DIGITS], commit
+        )  # a suffix such as -dirty stays
+        table.append([run.label, status, *numbers, device, fingerprint, commit])
     return table
 
 
 def values_table(runs: list[RunSummary], values: Callable[[RunSummary], dict[str, float | None]]) -> Table:
+    """Make a table with a row per run and a column per named value.
+
+    Args:
+        runs: The runs.
+        values: Function that returns the values of a run by name.
+    """
     names = list(dict.fromkeys(name for run in runs for name in values(run)))
     table: Table = [["run", *names]]
     return table + [[run.label, *(values(run).get(name) for name in names)] for run in runs]
 
 
 def settings_table(settings: list[Setting]) -> Table:
-    """The spread over seeds, of settings with several and with one."""
+    """Make the table of accuracies by setting, with their spread over seeds.
+
+    Args:
+        settings: The settings.
+    """
     table: Table = [["setting", "state bytes", "seeds", "valid mean", "test mean", "test lowest", "test highest"]]
     for setting in settings:
         valid, test, size = setting.mean_valid_accuracy(), setting.test_accuracies(), setting.state_bytes()
@@ -47,7 +71,11 @@ def settings_table(settings: list[Setting]) -> Table:
 
 
 def config_differences(runs: list[RunSummary]) -> Table:
-    """Rows of config paths whose values differ between the runs, one column per run."""
+    """Make the table of config fields that differ between runs, with a column per run.
+
+    Args:
+        runs: The runs.
+    """
     paths = sorted({path for run in runs for path in run.config})
     table: Table = [["field", *(run.label for run in runs)]]
     for path in paths:
@@ -58,6 +86,12 @@ def config_differences(runs: list[RunSummary]) -> Table:
 
 
 def as_html(table: Table) -> str:
+    """Render a table as HTML.
+
+    Args:
+        table: The table.
+    """
+
     def row(cells: list[TableCell], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(_format_cell(c), quote=True)}</{tag}>" for c in cells) + "</tr>"
 
@@ -66,7 +100,11 @@ def as_html(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """A spreadsheet runs a text that starts like a formula, so such a text gets an apostrophe."""
+    """Render a table as CSV. Texts that a spreadsheet would execute as a formula get an apostrophe in front.
+
+    Args:
+        table: The table.
+    """
 
     def cell(value: TableCell) -> TableCell:
         risky = isinstance(value, str) and value.lstrip()[:1] in ("=", "+", "-", "@")
@@ -78,15 +116,20 @@ def as_csv(table: Table) -> str:
 
 
 def as_markdown(table: Table) -> str:
-    """Markdown passes HTML through, so both its own signs and HTML's are escaped."""
+    """Render a table as Markdown. Special characters of Markdown and of HTML, which Markdown allows, are escaped.
+
+    Args:
+        table: The table.
+    """
 
     def line(cells: Iterable[str]) -> str:
         return f"| {' | '.join(cells)} |\n"
 
-    shown = [
-        [re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", html.escape(_format_cell(c), quote=True)) for c in r] for r in table
-    ]
-    return line(shown[0]) + line(["---"] * len(shown[0])) + "".join(line(row) for row in shown[1:])
+    def escape(cell: TableCell) -> str:
+        return re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", html.escape(_format_cell(cell), quote=True))
+
+    header, *rows = [[escape(cell) for cell in row] for row in table]
+    return line(header) + line(["---"] * len(header)) + "".join(map(line, rows))
 
 
 def _format_cell(cell: TableCell) -> str:

@@ -1,4 +1,4 @@
-"""How far a sweep is: a live table on a terminal, a line per event elsewhere."""
+"""Progress of a sweep: a live table on a terminal, one line per event elsewhere."""
 
 import json
 import os
@@ -7,19 +7,28 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 from recallax.train.progress import printable
 
 
+class _RunningTrial(NamedTuple):
+    description: str
+    steps: int
+    start_time: float
+
+
 class SweepDisplay:
-    """A context manager; the table shows running cells with their step, and the last that ended."""
+    """Context manager that prints events, and on a terminal also a table of the running trials.
+
+    Args:
+        out: Folder of the sweep, from whose logs the table is filled.
+    """
 
     def __init__(self, out: Path):
-        self._out, self._live, self._title = out, None, ""
-        self._running: dict[str, tuple[str, int, float]] = {}
-        self._ended: list[tuple[str, str]] = []
-        self._count = self._total = 0
+        self._out, self._live = out, None
+        self._running: dict[str, _RunningTrial] = {}
+        self._num_ended = self._num_trials = 0
 
     def __enter__(self) -> "SweepDisplay":
         if sys.stdout.isatty():
@@ -37,48 +46,67 @@ class SweepDisplay:
             self._live.stop()
 
     def start_stage(self, stage: int, stages: int, trials: int) -> None:
-        """A round of cells starts."""
-        self._count, self._total = 0, trials
-        self._title = f"{self._out}: stage {stage} of {stages}, {trials} runs"
-        self.note(self._title)
+        """Announce the trials that a stage returned.
+
+        Args:
+            stage: Number of the stage, from 1.
+            stages: Number of stages.
+            trials: Number of trials.
+        """
+        self._num_ended, self._num_trials = 0, trials
+        self.print_line(f"{self._out}: stage {stage} of {stages}, {trials} runs")
 
     def trial_started(self, name: str, labels: Mapping[str, Any], steps: int) -> None:
-        """A cell's process starts, in whichever thread."""
-        text = printable(" ".join(f"{key} {value}" for key, value in labels.items()))
-        self._running[name] = (text, steps, time.monotonic())
+        """Add a trial to the table. May be called from any thread.
+
+        Args:
+            name: Fingerprint of the trial's config.
+            labels: Labels of the trial.
+            steps: Number of optimizer steps that it trains for.
+        """
+        description = printable(" ".join(f"{key} {value}" for key, value in labels.items()))
+        self._running[name] = _RunningTrial(description, steps, time.monotonic())
 
     def trial_ended(self, name: str, status: int, row: Mapping[str, Any] | None) -> None:
-        """A cell ended, with its row, stopped by another, or in failure."""
-        text, _, begun = self._running.pop(name)
-        self._count += 1
-        without = "stopped, and will go on" if status == os.EX_TEMPFAIL else "failed"
-        told = without if row is None else f"valid accuracy {row['valid']['accuracy']:.4f}"
-        told += f" in {time.monotonic() - begun:.0f} s"
-        self._ended.append((text, told))
-        self.note(f"[{self._count}/{self._total}] {text}: {told}")
+        """Announce the end of a trial.
 
-    def note(self, text: str) -> None:
-        """Say something once."""
+        Args:
+            name: Fingerprint of the trial's config.
+            status: Exit status of its worker.
+            row: Its result; None if it failed or was stopped.
+        """
+        trial = self._running.pop(name)
+        self._num_ended += 1
+        if row is not None:
+            outcome = f"valid accuracy {row['valid']['accuracy']:.4f}"
+        else:
+            outcome = "stopped, will be resumed" if status == os.EX_TEMPFAIL else "failed"
+        seconds = time.monotonic() - trial.start_time
+        self.print_line(f"[{self._num_ended}/{self._num_trials}] {trial.description}: {outcome} in {seconds:.0f} s")
+
+    def print_line(self, text: str) -> None:
+        """Print a line, above the table if there is one."""
         if self._live is None:
             print(text, flush=True)
         else:
             self._live.console.print(text, markup=False)
 
     def refresh(self) -> None:
-        """Draw the table anew."""
+        """Update the table from the logs of the running trials."""
         if self._live is None:
             return
         import rich.table
 
-        table = rich.table.Table("run", "step", "accuracy", "seconds", title=f"{self._count} of {self._total} ended")
-        for name, (text, steps, begun) in list(self._running.items()):
+        title = f"{self._num_ended} of {self._num_trials} ended"
+        table = rich.table.Table("run", "step", "accuracy", "seconds", title=title)
+        for name, trial in list(self._running.items()):
             step, accuracy = self._latest_metrics(name)
-            place = "waiting" if step is None else f"{step}/{steps}"
-            table.add_row(text, place, accuracy, f"{time.monotonic() - begun:.0f}")
+            progress = "waiting" if step is None else f"{step}/{trial.steps}"
+            table.add_row(trial.description, progress, accuracy, f"{time.monotonic() - trial.start_time:.0f}")
         self._live.update(table)
 
     def _latest_metrics(self, name: str) -> tuple[int | None, str]:
-        """Step and accuracy of the last whole train row of a log; no step before there is a log."""
+        """Return the step and the accuracy of the last complete "train" row of a log; no step without a log."""
         path = self._out / name / "log.jsonl"
         if not path.exists():
             return None, ""

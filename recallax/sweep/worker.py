@@ -1,6 +1,6 @@
-"""A cell of a sweep in a process of its own: `python -m recallax.sweep.worker FILE OUT ROWS FINGERPRINT...`.
+"""Worker process of a sweep: `python -m recallax.sweep.worker FILE OUT NUM_ROWS FINGERPRINT...`.
 
-Several, which may differ in their seeds alone, are trained at once.
+It trains one trial, or several that differ in their seeds only and are trained at once.
 """
 
 import json
@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 from recallax.config import ConfigError, fingerprint
-from recallax.sweep.runner import ResultRow, Trial, load_stages, read_results, result_row
+from recallax.sweep.results import read_results, result_row
+from recallax.sweep.trial import ResultRow, Trial, load_stages
 from recallax.train.checkpoint import Checkpoints
 from recallax.train.loop import train
 from recallax.train.metrics_logger import NonFiniteError
@@ -20,36 +21,58 @@ from recallax.train.vmapped_runs import train_vmapped
 
 
 def run_worker(arguments: list[str]) -> int:
-    """Train the cells that the arguments name, several at once; 0, or `os.EX_TEMPFAIL` if they can go on."""
-    file, out, seen, *wanted = arguments
+    """Train the trials that the command line names.
+
+    Args:
+        arguments: The sweep file, the folder of the sweep, the number of rows that the stages were called with, and the
+            fingerprints of the trials' configs.
+
+    Returns:
+        The number of failed trials, or `os.EX_TEMPFAIL` if the run was stopped and can be resumed.
+    """
+    file, out, num_rows, *fingerprints = arguments
     try:
-        return train_trials(Path(file), Path(out), int(seen), wanted)
+        return train_trials(Path(file), Path(out), int(num_rows), fingerprints)
     except Interrupted as stop:
         print(stop, flush=True)
         return os.EX_TEMPFAIL
 
 
 def train_trials(file: Path, out: Path, num_rows: int, fingerprints: list[str]) -> int:
-    """Train cells in their folders, or go on there, and write their rows; how many seeds failed beside others."""
+    """Train trials in their run folders, or resume them there, and write their rows.
+
+    Args:
+        file: The sweep file.
+        out: Folder of the sweep.
+        num_rows: Number of rows that the stages were called with.
+        fingerprints: Fingerprints of the trials' configs.
+
+    Returns:
+        The number of trials that failed beside others.
+
+    Raises:
+        ConfigError: The sweep file yields no such trial.
+        NonFiniteError: The only trial failed.
+    """
     rows = list(read_results(out).values())[:num_rows]
-    cells = [_find_trial(file, name, rows) for name in fingerprints]
+    trials = [_find_trial(file, name, rows) for name in fingerprints]
     folders = [out / name for name in fingerprints]
-    names = [" ".join(str(value) for value in cell.labels.values()) for cell in cells]
+    names = [" ".join(str(value) for value in trial.labels.values()) for trial in trials]
     errors: list[NonFiniteError | None] = [None]
-    if len(cells) == 1:
-        train(cells[0].config, folders[0], name=names[0])
+    if len(trials) == 1:
+        train(trials[0].config, folders[0], name=names[0])
     else:
-        errors = train_vmapped([cell.config for cell in cells], folders, names)
-    for cell, folder, error in zip(cells, folders, errors, strict=True):
+        errors = train_vmapped([trial.config for trial in trials], folders, names)
+    for trial, folder, error in zip(trials, folders, errors, strict=True):
         if error is None:
-            _write_result_row(cell, folder)
+            _write_result_row(trial, folder)
         else:
             print(f"{folder.name}: {error}", flush=True)
     return sum(error is not None for error in errors)
 
 
 def _write_result_row(trial: Trial, folder: Path) -> None:
-    """Probe what was trained, and write the row, which says that the run is finished."""
+    """Compute the extra metrics of a trained run, and write its row, which marks the run as finished."""
     row = result_row(trial, folder)
     if trial.extra_metrics is not None:
         program = Program(trial.config)
@@ -61,12 +84,12 @@ def _write_result_row(trial: Trial, folder: Path) -> None:
 
 
 def _find_trial(file: Path, trial_fingerprint: str, rows: list[ResultRow]) -> Trial:
-    """The file is asked as the sweep has asked it, since a cell may hold what no JSON gives back."""
+    """Find a trial by calling the stages, as the sweep did: a trial may hold functions, which JSON cannot store."""
     for stage in load_stages(file):
-        for cell in stage(rows):
-            if fingerprint(cell.config) == trial_fingerprint:
-                return cell
-    raise ConfigError(f"{file} has no cell {trial_fingerprint} any more; start the sweep again")
+        for trial in stage(rows):
+            if fingerprint(trial.config) == trial_fingerprint:
+                return trial
+    raise ConfigError(f"{file} has no trial {trial_fingerprint} any more; start the sweep again")
 
 
 if __name__ == "__main__":

@@ -12,21 +12,22 @@ from recallax.types import Batch, unpacked_seq_info
 
 @dataclass(frozen=True, kw_only=True)
 class Copying(Task):
-    """`$ s | s .`: the next token of the second half, from `|` on.
+    """Copy a string of random letters: a row is `$ s | s .`, and the targets are the second half.
 
-    s has independent uniform letters; `$`, `|` and `.` are the ids after the letters. From `|` on the targets are
-    the letters of s and then `.`, n + 1 of them for |s| = n, and their weights sum to 1 in each row. Train strings
-    have lengths uniform in `train_lengths`, mixed within a batch whose length fits the longest; a test batch has
-    one length. The closing `.` is only ever a target: tokens behind the second s are padding, filled with its id.
+    s has independent uniform letters; `$`, `|` and `.` are the ids after the letters. From `|` on the targets are the
+    letters of s and then `.`, n + 1 of them for |s| = n, and their weights sum to 1 in each row. Train strings have
+    lengths uniform in `train_lengths`, mixed within a batch; a test batch has one length. The closing `.` is a target
+    but never an input: the tokens after the second s are padding with its id.
 
-    One string per row; the release packs several into 220 tokens.
+    A row contains one string; the release packs several into 220 tokens.
     """
 
     alphabet_size: int = 26
+    """Number of letters."""
     train_lengths: tuple[int, int] = (5, 20)
-    """Shortest and longest string in train."""
+    """Lengths of the shortest and the longest train string."""
     test_lengths: tuple[int, ...] = (20, 40, 80, 160)
-    """String lengths in valid and test, taken in turn."""
+    """String lengths of the valid and test batches, which use them in turn."""
 
     def __post_init__(self) -> None:
         shortest, longest = self.train_lengths
@@ -44,7 +45,7 @@ class Copying(Task):
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Buckets of string lengths: "n20" holds what has at most 20 letters and fits no smaller bucket."""
+        """Ranges of string lengths: "n20" has the strings of at most 20 letters that fit no smaller range."""
         return tuple(f"n{n}" for n in self._length_buckets)
 
     def lengths(self, split: Split) -> tuple[int, ...]:
@@ -67,22 +68,22 @@ class Copying(Task):
 
         start, bar, stop = self.alphabet_size + np.arange(3)
         t = np.broadcast_to(np.arange(length), (size, length))
-        again = (t > n + 1) & (t < 2 * n + 2)
-        letter = np.take_along_axis(letters, np.clip(np.where(again, t - n - 2, t - 1), 0, longest - 1), axis=1)
-        tokens = np.where((t <= n) | again, letter, stop)
+        second_half = (t > n + 1) & (t < 2 * n + 2)
+        letter = np.take_along_axis(letters, np.clip(np.where(second_half, t - n - 2, t - 1), 0, longest - 1), axis=1)
+        tokens = np.where((t <= n) | second_half, letter, stop)
         tokens[:, 0] = start
         np.put_along_axis(tokens, n + 1, bar, axis=1)
 
-        asked = (t >= n + 1) & (t < 2 * n + 2)
+        labelled = (t >= n + 1) & (t < 2 * n + 2)
         targets = np.zeros((size, length), np.int32)
         targets[:, :-1], targets[:, -1] = tokens[:, 1:], stop
-        weights = np.where(asked, 1 / (n + 1), 0).astype(np.float32)
+        weights = np.where(labelled, 1 / (n + 1), 0).astype(np.float32)
         group = np.broadcast_to(np.searchsorted(self._length_buckets, n), (size, length)).astype(np.int32)
         seq = unpacked_seq_info(size, length)._replace(segment_ids=(t < 2 * n + 2).astype(np.int32), prefix=t <= n)
-        return Batch(tokens.astype(np.int32), targets * asked, weights, np.zeros_like(group), group, seq)
+        return Batch(tokens.astype(np.int32), targets * labelled, weights, np.zeros_like(group), group, seq)
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
-        """The string between `$` and `|`, then `.`, from `|` on."""
+        """Return the string between `$` and `|` and then `.`, from `|` on."""
         answers = np.zeros_like(tokens)
         for row, answer in zip(tokens.tolist(), answers, strict=True):
             n = row.index(self.alphabet_size + 1) - 1
@@ -90,7 +91,7 @@ class Copying(Task):
         return answers
 
     def chance(self) -> float:
-        """The commonest letter of the string."""
+        """Compute the accuracy of the most frequent letter of the string."""
         return most_frequent_token_accuracy(self, 0, self.alphabet_size - 1)
 
     @property

@@ -1,4 +1,4 @@
-"""What stands between text and the token ids of a task that has text."""
+"""The interface between text and the token ids of a task."""
 
 import abc
 from collections.abc import Sequence
@@ -8,19 +8,33 @@ from jaxtyping import Int
 
 
 class Encoder(abc.ABC):
-    """A tokenizer that is ready for use."""
+    """A loaded tokenizer."""
 
     bos_id: int
-    """The id that every document begins with, so that its first token is predicted too."""
+    """The id that begins every document, so that the document's first token is a target too."""
     eos_id: int
-    """The id that every document ends with."""
+    """The id that ends every document."""
     digest: str
-    """Equal where the same text becomes the same ids."""
+    """Equal for encoders that encode every text alike."""
 
     @abc.abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Int[np.ndarray, " _"]]:
-        """The ids of each text alone, int64; no text becomes `bos_id` or `eos_id`, whatever it says."""
+        """Encode texts.
+
+        Args:
+            texts: Any Unicode texts.
+
+        Returns:
+            The token ids of each text, int64. They never contain `bos_id` or `eos_id`, even if a text spells them.
+        """
 
     @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text; ids that stand for none are left out, bytes that are no UTF-8 are replaced."""
+        """Decode token ids.
+
+        Args:
+            ids: Any integers.
+
+        Returns:
+            The text. Special and unknown ids are skipped; bytes that are not UTF-8 become U+FFFD.
+        """

@@ -12,18 +12,19 @@ from recallax.types import Batch, unpacked_seq_info
 
 @dataclass(frozen=True, kw_only=True)
 class InductionHeads(Task):
-    """Recall the token that followed the cue, when the cue comes back at the end.
+    """Recall the token that followed a cue when the cue occurs again at the end.
 
-    Rows are uniform tokens below `num_symbols`; the cue, id `num_symbols`, stands at one uniform place 0..L - 3 and at the
-    last position, the only labelled one, whose target is the token behind the first cue. Tests extend the length:
-    what has to be remembered stays one token.
+    Rows are uniform tokens below `num_symbols`. The cue, id `num_symbols`, occurs at one uniform position 0..L - 3 and
+    at the last position. The last position has the only target, the token after the first cue. Test rows are longer
+    than train rows, with the same single token to remember.
     """
 
     num_symbols: int = 16
+    """Number of token ids besides the cue."""
     length: int = 256
-    """Length of the train rows."""
+    """Length of the train rows in tokens."""
     test_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
-    """Lengths in valid and test, taken in turn; the paper goes on to 2^20."""
+    """Lengths of the valid and test batches, which use them in turn; the paper has lengths up to 2^20."""
 
     def __post_init__(self) -> None:
         if not self.test_lengths or min(self.length, *self.test_lengths) < 3:
@@ -63,14 +64,14 @@ class InductionHeads(Task):
         return Batch(tokens, targets, weights, np.zeros_like(group), group, unpacked_seq_info(size, length, length - 1))
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
-        """The token behind the first cue, at the last position."""
+        """Return the token after the first cue, at the last position."""
         answers = np.zeros_like(tokens)
         first = (tokens == self.num_symbols).argmax(axis=1)
         answers[:, -1] = tokens[np.arange(len(tokens)), first + 1]
         return answers
 
     def chance(self) -> float:
-        """The commonest token of the row, which is likelier to have followed the cue; 1 / symbols in long rows."""
+        """Simulate the accuracy of the row's most frequent token, which approaches 1 / num_symbols in long rows."""
         rng = batch_rng(0, "test", 0, "share")
         even = [1 / self.num_symbols] * self.num_symbols
         return float(np.mean([rng.multinomial(n - 2, even, 2000).max(axis=1) / (n - 2) for n in self.test_lengths]))

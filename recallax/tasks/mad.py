@@ -1,9 +1,9 @@
 """Mechanistic Architecture Design's selective copying, compression and memorization (Poli et al. 2024, section 3.1).
 
-Fields are the published difficulty settings and their defaults the published baselines; a MAD score is a mean over
-runs that change one field at a time. For all six tasks (the recall tasks are in `mad_recall.py`): every batch is
-fresh, where the release repeats 12,800 rows (memorization: 256) for 200 epochs, so its axis of fewer rows has no
-counterpart; and accuracy counts every labelled position once.
+The fields are the published difficulty settings and the defaults are the published baselines. A MAD score is a mean
+over runs that change one field at a time. Two points differ from the release for all six tasks (`mad_recall.py` has the
+recall tasks): every batch is new, while the release repeats 12,800 rows (memorization: 256) for 200 epochs, so there is
+no setting for fewer rows; and accuracy counts every labelled position once.
 """
 
 from dataclasses import dataclass
@@ -18,25 +18,27 @@ from recallax.types import Batch, unpacked_seq_info
 
 @dataclass(frozen=True, kw_only=True)
 class SelectiveCopying(Task):
-    """Repeat in order the `num_tokens_to_copy` tokens that are scattered among blanks.
+    """Repeat the content tokens among blanks, in order.
 
-    A row is a body of content tokens and blanks (id V - 2), the copy token (id V - 1), and `num_tokens_to_copy` blanks, at
-    which the content tokens are the targets. Only these carry weight, in every split.
+    A row is a body of content tokens and blanks (id V - 2), the copy token (id V - 1) and `num_tokens_to_copy` blanks,
+    at which the content tokens are the targets. Only these have weight, in every split.
 
-    Each blank of the body falls into one of the content + 1 gaps with equal chance. The release leaves out the gap
-    behind the last content token, which therefore always stands right before the copy token, and draws the gaps
-    from numpy's unseeded generator.
+    Each blank of the body is placed in one of the num_tokens_to_copy + 1 gaps with equal probability. The release omits
+    the gap after the last content token, so that token always precedes the copy token, and it draws the gaps from
+    numpy's unseeded generator.
     """
 
     vocab_size: int = 16
     length: int = 256
+    """Row length in tokens."""
     num_tokens_to_copy: int = 16
+    """Number of content tokens."""
 
     def __post_init__(self) -> None:
         if self.num_tokens_to_copy < 1 or self.length < 2 * self.num_tokens_to_copy + 1:
             raise ConfigError(
-                f"SelectiveCopying.length is {self.length} with {self.num_tokens_to_copy} content tokens; it must be at least "
-                f"2 content + 1 = {2 * self.num_tokens_to_copy + 1}"
+                f"SelectiveCopying.length is {self.length}; it must be at least 2 num_tokens_to_copy + 1 = "
+                f"{2 * self.num_tokens_to_copy + 1}"
             )
         if self.vocab_size < 3:
             raise ConfigError(f"SelectiveCopying.vocab_size is {self.vocab_size}; it must be at least 3 (blank, copy)")
@@ -74,7 +76,7 @@ class SelectiveCopying(Task):
         return Batch(tokens, targets, weights, np.zeros_like(targets), np.zeros_like(targets), seq)
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
-        """What is neither blank nor the copy token, in order, at the end."""
+        """Return the content tokens, in order, at the end."""
         answers = np.zeros_like(tokens)
         answers[:, -self.num_tokens_to_copy :] = tokens[tokens < self.vocab_size - 2].reshape(
             len(tokens), self.num_tokens_to_copy
@@ -82,7 +84,7 @@ class SelectiveCopying(Task):
         return answers
 
     def chance(self) -> float:
-        """The commonest content token of the row."""
+        """Compute the accuracy of the most frequent content token of the row."""
         return most_frequent_token_accuracy(self, 0, self.vocab_size - 3)
 
     @property
@@ -92,11 +94,11 @@ class SelectiveCopying(Task):
 
 @dataclass(frozen=True, kw_only=True)
 class Compression(Task):
-    """Reconstruct a row of random tokens from the model's output at its last position.
+    """Reconstruct a row of random tokens from the model's output at the last position.
 
-    The target at t is the token at t itself. A causal head would copy its input, so the task is for a model with a
-    read-out of its own: the last output and the position t predict token t. The last token is the compress token
-    (id V - 1); it is the same in every row and carries no weight (the release scores it, which adds up to 1/length).
+    The target at t is the token at t. A causal head would copy its input, so the task needs a model whose head predicts
+    token t from the last output and the position t (`Autoencoder`). The last token is the compress token (id V - 1); it
+    is the same in every row and has no weight (the release scores it, which adds up to 1 / length).
     """
 
     vocab_size: int = 16
@@ -142,22 +144,23 @@ class Compression(Task):
         return tokens.copy()
 
     def chance(self) -> float:
-        """The commonest token of the row."""
+        """Compute the accuracy of the most frequent token of the row."""
         return most_frequent_token_accuracy(self, 0, self.vocab_size - 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memorization(Task):
-    """Learn by heart one table from keys to values that is the same in all rows, seeds and splits.
+    """Memorize one table from keys to values, which is the same in all rows, seeds and splits.
 
     A row alternates a random key (ids below (V - 1) / 2) and the insert token (id V - 1), at which the key's value
-    is the target; values never occur in a row. The table is one-to-one and depends on `vocab_size` and `table_seed`
-    only. Measures parameters rather than the mixer.
+    is the target; values never occur in a row. The table is one-to-one and depends only on `vocab_size` and
+    `table_seed`. The task measures the capacity of the parameters rather than the mixer.
     """
 
     vocab_size: int = 256
     length: int = 32
     table_seed: int = 12345
+    """Seed of the table."""
 
     def __post_init__(self) -> None:
         if self.length < 2 or self.length % 2:
@@ -200,11 +203,11 @@ class Memorization(Task):
         )
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
-        """Looks the key up in the table, which is part of the task."""
+        """Look the keys up in the table."""
         answers = np.zeros_like(tokens)
         answers[:, 1::2] = self.table[tokens[:, ::2]]
         return answers
 
     def chance(self) -> float:
-        """One of the table's values."""
+        """Compute the accuracy of one value of the table at random."""
         return 1 / len(self.table)

@@ -1,4 +1,4 @@
-"""JRT's training objective: masked tokens in the prefix, the task's own labels behind it.
+"""JRT's training objective: masked tokens in the prefix and the task's own targets after it.
 
 Source: Arora et al. 2024 (Just Read Twice, arXiv 2407.05483), section 4.
 """
@@ -19,24 +19,24 @@ MASKED_TOKEN_TERM = "masked_token"
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedPrefix(TaskTransform):
-    """Tokens of the prefix are replaced by a mask and become targets at their own places.
+    """Replace tokens of the prefix by a mask token and make them targets at their positions.
 
-    Labels that the task has within the prefix are dropped: the last prefix token predicts itself and not the next one.
-    The masked tokens are a loss term of their own, `masked_token`, a mean over masked tokens; `masked_prefix_loss_weights` has the
-    coefficients. Only train batches are masked (the published code masks valid and test too): there, accuracy is that
-    of the task on the whole context.
+    Targets that the task has within the prefix get weight 0: a masked token is predicted at its own position, not at
+    the one before. The masked tokens are a separate loss term, `masked_token`, a mean over masked tokens;
+    `masked_prefix_loss_weights` returns its coefficient. Only train batches are masked. (The published code masks valid
+    and test batches too.) So the accuracy on valid and test is that of the task on the whole context.
     """
 
     prefix_length: int | None = None
-    """Tokens that each document begins with; None keeps the prefix that the task marks."""
+    """Length in tokens of the prefix of each document; None keeps the prefix that the task marks."""
     mlm_probability: float = 0.15
     """Probability that a prefix token is masked."""
     mask_token_id: int | None = None
-    """The token that stands for a masked one; None adds an id to the vocabulary."""
+    """Id that replaces a masked token; None adds an id to the vocabulary."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mlm_probability < 1:
-            raise ConfigError(f"MaskedPrefix.mlm_probability is {self.mlm_probability}; it must lie between 0 and 1")
+            raise ConfigError(f"MaskedPrefix.mlm_probability is {self.mlm_probability}; it must be above 0 and below 1")
         if self.prefix_length is not None and self.prefix_length < 1:
             raise ConfigError(
                 f"MaskedPrefix.prefix_length is {self.prefix_length}; it must be at least 1, or None for the task's own"
@@ -55,8 +55,10 @@ class MaskedPrefix(TaskTransform):
         return (*self.task.terms, MASKED_TOKEN_TERM)
 
     def max_targets(self, split: Split, length: int) -> int:
-        own = self.task.max_targets(split, length)
-        return own if split != "train" else min(length, own + max(self.prefix_lengths(split, length)))
+        task_targets = self.task.max_targets(split, length)
+        if split != "train":
+            return task_targets
+        return min(length, task_targets + max(self.prefix_lengths(split, length)))
 
     def prefix_lengths(self, split: Split, length: int) -> tuple[int, ...]:
         return (
@@ -82,7 +84,7 @@ class MaskedPrefix(TaskTransform):
         )
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
-        """The task's own answers: what is not a train row has no masks."""
+        """Return the task's answers; rows of the test split have no masks."""
         return self.task.solve(tokens)
 
     @property
@@ -93,10 +95,15 @@ class MaskedPrefix(TaskTransform):
 def masked_prefix_loss_weights(
     normalization: Literal["paper", "code"], masked_weight: float = 0.25
 ) -> dict[str, float]:
-    """`Train.masked_prefix_loss_weights` of the objective, for a task whose own term is `next_token`.
+    """Return the value of `Train.loss_weights` for a task whose own term is `next_token`.
 
-    paper: (L_next + w L_masked) / (1 + w). code: L_next + w L_masked, which clips and learns as the paper's would at
-    1 + w times the rate.
+    Args:
+        normalization: "paper" for (L_next + w L_masked) / (1 + w), "code" for L_next + w L_masked, which is the paper's
+            loss times 1 + w.
+        masked_weight: Relative weight w of the masked tokens.
+
+    Returns:
+        The coefficient of each loss term.
     """
     total = 1 + masked_weight if normalization == "paper" else 1.0
     return {"next_token": 1 / total, MASKED_TOKEN_TERM: masked_weight / total}

@@ -1,4 +1,4 @@
-"""Associative recall with overwrites among noise: keys are written again and again, and the last value counts."""
+"""Associative recall with overwrites among noise: keys are written repeatedly, and the answer is the last value."""
 
 from dataclasses import dataclass
 
@@ -11,47 +11,53 @@ from recallax.tasks.random_ids import sample_without_replacement
 from recallax.types import Batch, unpacked_seq_info
 
 WRITE_COUNT_BUCKETS = ("once", "twice", "more")
-"""How often an asked key was written; metrics are sliced by it."""
+"""Groups of queries by the number of writes of their key."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OverwriteSlice(Config):
-    """One slice of a mixture: rows of `length` tokens in which `num_keys` keys are written `num_writes` times in all."""
+    """One slice of a mixture: rows of one length, number of keys and number of writes."""
 
     length: int
+    """Row length in tokens."""
     num_keys: int
+    """Keys of a row."""
     num_writes: int
+    """Writes of a row, to all keys together."""
     num_examples: int = 1
     """Relative weight of the slice among the train batches; without effect in valid and test."""
 
     @property
     def buckets(self) -> tuple[str, ...]:
-        """Those of `WRITE_COUNT_BUCKETS` that can occur: no key is written more often than writes - keys + 1 times."""
+        """The `WRITE_COUNT_BUCKETS` that can occur; a key has at most num_writes - num_keys + 1 writes."""
         return WRITE_COUNT_BUCKETS[: self.num_writes - self.num_keys + 1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OverwriteRecall(Task):
-    """Recall the value that each key was bound to last.
+    """Recall the last value that was written to each key.
 
-    A row is a context and then one slot `key noise` for each of its K keys, in random order. The context holds W
-    writes `key value` and noise tokens, in random order: each key is written once, and the other W - K writes fall on
-    keys at random, so a key may be written many times and the latest value is the answer. The target at a query is its
-    value, at the query's own position.
+    A row is a context followed by one slot `key noise` for each of its K keys, in random order. The context has W
+    writes `key value` and noise tokens, in random order. Each key is written at least once, and the other W - K writes
+    are to random keys. The answer is the value of the last write. The target at a query is its value, at the query's
+    position.
 
-    Of the V - `noise_vocab_size` ids below the noise, the lower half are keys and the rest values; keys of a row are
-    distinct, so are the K answers, and a write never repeats the value that its key holds. Noise is uniform over the
+    Of the V - `noise_vocab_size` ids below the noise, the lower half are keys and the rest values. The keys of a row
+    are distinct, and so are its K answers. A write always changes the value of its key. Noise is uniform over the
     `noise_vocab_size` highest ids. The weights of a row sum to 1.
 
-    MQAR (Arora et al. 2024, Zoology, section 4) with the overwrites and the noise that a memory has to forget (Titans,
-    arXiv 2501.00663, section 3.1, argues so); these sizes are no paper's. `length_extrapolation` keeps the density of writes over
-    longer rows: what is to be held stays the same, and what is to be forgotten grows.
+    The task is MQAR (Arora et al. 2024, Zoology, section 4) with overwrites and noise, which a memory must forget
+    (Titans, arXiv 2501.00663, section 3.1). The default sizes are not published. `length_extrapolation` keeps the
+    density of writes in longer rows, so the number of answers to remember stays the same and the number of writes to
+    forget grows.
     """
 
     vocab_size: int = 8192
+    """Number of ids, noise included."""
     noise_vocab_size: int = 2048
-    """How many of the ids are noise, the highest ones."""
+    """Number of noise ids, which are the highest ones."""
     mixture: tuple[OverwriteSlice, ...] = (OverwriteSlice(length=512, num_keys=16, num_writes=64),)
+    """Slices of the train split."""
     test_mixture: tuple[OverwriteSlice, ...] = tuple(
         OverwriteSlice(length=512 * n, num_keys=16, num_writes=64 * n) for n in (1, 2, 4)
     )
@@ -59,7 +65,9 @@ class OverwriteRecall(Task):
 
     def __post_init__(self) -> None:
         if not self.mixture or not self.test_mixture:
-            raise ConfigError("OverwriteRecall.mixture and OverwriteRecall.test_mixture must each hold a slice")
+            raise ConfigError(
+                "OverwriteRecall.mixture and OverwriteRecall.test_mixture must each have at least one slice"
+            )
         if self.noise_vocab_size < 1:
             raise ConfigError(f"OverwriteRecall.noise_vocab_size is {self.noise_vocab_size}; it must be at least 1")
         for part in (*self.mixture, *self.test_mixture):
@@ -76,7 +84,19 @@ class OverwriteRecall(Task):
         vocab_size: int = 8192,
         noise_vocab_size: int = 2048,
     ) -> "OverwriteRecall":
-        """One train slice, and test slices that are `length_factors` as long with as many times its writes (8 is an option)."""
+        """Make a task that is trained at one length and tested at several, with equal density of writes.
+
+        Args:
+            length: Length of the train rows in tokens.
+            num_keys: Keys of a row, in every split.
+            num_writes: Writes of a train row.
+            length_factors: Length and writes of each test slice, as multiples of the train slice's.
+            vocab_size: Number of token ids.
+            noise_vocab_size: Number of noise ids among them.
+
+        Returns:
+            The task.
+        """
         train = OverwriteSlice(length=length, num_keys=num_keys, num_writes=num_writes)
         test = tuple(
             OverwriteSlice(length=n * length, num_keys=num_keys, num_writes=n * num_writes) for n in length_factors
@@ -85,12 +105,12 @@ class OverwriteRecall(Task):
 
     @property
     def slices(self) -> tuple[tuple[int, int, int], ...]:
-        """Every (length, keys, writes) that occurs in any split, ascending."""
+        """All (length, num_keys, num_writes) of all splits, ascending."""
         return tuple(sorted({(s.length, s.num_keys, s.num_writes) for s in (*self.mixture, *self.test_mixture)}))
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Per slice how often the asked key was written."""
+        """The slices, each divided by the number of writes of the queried key."""
         parts = (OverwriteSlice(length=n, num_keys=k, num_writes=w) for n, k, w in self.slices)
         return tuple(f"L{s.length}_K{s.num_keys}_W{s.num_writes}_{bucket}" for s in parts for bucket in s.buckets)
 
@@ -112,33 +132,31 @@ class OverwriteRecall(Task):
         length, context = part.length, part.length - 2 * part.num_keys
         keys = sample_without_replacement(rng, size, part.num_keys, self._num_keys)
         written = _sample_write_keys(rng, size, part)
-        pool = self._first_noise - self._num_keys
-        answers = sample_without_replacement(rng, size, part.num_keys, pool)
-        values = self._num_keys + _sample_write_values(rng, written, answers, pool)
+        num_values = self._first_noise - self._num_keys
+        answers = sample_without_replacement(rng, size, part.num_keys, num_values)
+        values = self._num_keys + _sample_write_values(rng, written, answers, num_values)
 
         tokens = self._first_noise + rng.integers(self.noise_vocab_size, size=(size, length))
         at = _sample_write_positions(rng, size, part.num_writes, context - 2 * part.num_writes)
         np.put_along_axis(tokens, at, np.take_along_axis(keys, written, axis=1), axis=1)
         np.put_along_axis(tokens, at + 1, values, axis=1)
-        asked = sample_without_replacement(
-            rng, size, part.num_keys, part.num_keys
-        )  # a permutation: which key each slot asks for
-        query = np.broadcast_to(context + 2 * np.arange(part.num_keys), asked.shape)
-        np.put_along_axis(tokens, query, np.take_along_axis(keys, asked, axis=1), axis=1)
+        queried = sample_without_replacement(rng, size, part.num_keys, part.num_keys)  # a permutation of the keys
+        query = np.broadcast_to(context + 2 * np.arange(part.num_keys), queried.shape)
+        np.put_along_axis(tokens, query, np.take_along_axis(keys, queried, axis=1), axis=1)
 
         count = np.zeros((size, part.num_keys), np.int64)
         np.add.at(count, (np.arange(size)[:, None], written), 1)
         bucket = np.minimum(count, len(WRITE_COUNT_BUCKETS)) - 1 + self.groups.index(_first_group_name(part))
         targets, weights, group = (np.zeros((size, length), t) for t in (np.int32, np.float32, np.int32))
-        found = self._num_keys + np.take_along_axis(answers, asked, axis=1)
-        np.put_along_axis(targets, query, found.astype(np.int32), axis=1)
+        values_at_query = self._num_keys + np.take_along_axis(answers, queried, axis=1)
+        np.put_along_axis(targets, query, values_at_query.astype(np.int32), axis=1)
         np.put_along_axis(weights, query, np.float32(1 / part.num_keys), axis=1)
-        np.put_along_axis(group, query, np.take_along_axis(bucket, asked, axis=1).astype(np.int32), axis=1)
+        np.put_along_axis(group, query, np.take_along_axis(bucket, queried, axis=1).astype(np.int32), axis=1)
         seq = unpacked_seq_info(size, length, context)
         return Batch(tokens.astype(np.int32), targets, weights, np.zeros_like(group), group, seq)
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
-        """The token behind the latest earlier occurrence: noise is never a key, and a key is asked once."""
+        """Return the token after the last earlier occurrence of the key."""
         answers = np.zeros_like(tokens)
         for row, answer in zip(tokens.tolist(), answers, strict=True):
             value: dict[int, int] = {}
@@ -149,7 +167,7 @@ class OverwriteRecall(Task):
         return answers
 
     def chance(self) -> float:
-        """One of the row's K current values at random: the mean of 1/K over the test slices."""
+        """Compute the accuracy of a random answer of the row: the mean of 1 / num_keys over the test slices."""
         return float(np.mean([1 / s.num_keys for s in self.test_mixture]))
 
     @property
@@ -171,17 +189,17 @@ class OverwriteRecall(Task):
 
     def _check_slice(self, part: OverwriteSlice) -> None:
         if part.num_keys < 2 or part.num_writes < part.num_keys or part.num_examples < 1:
-            raise ConfigError(f"{part} must have keys >= 2, writes >= keys (each is written once) and rows >= 1")
+            raise ConfigError(f"{part} must have num_keys >= 2, num_writes >= num_keys and num_examples >= 1")
         needed = 2 * part.num_writes + 2 * part.num_keys
         if needed > part.length:
             raise ConfigError(
-                f"length {part.length} cannot hold {part.num_writes} writes and {part.num_keys} queries; 2 W + 2 K = {needed} "
-                "must be at most the length: lengthen it or lower writes or keys"
+                f"length {part.length} is too short for {part.num_writes} writes and {part.num_keys} queries; it must "
+                f"be at least 2 W + 2 K = {needed}: increase length, or reduce num_writes or num_keys"
             )
         if part.num_keys > self._num_keys:
             raise ConfigError(
-                f"vocab_size {self.vocab_size} with {self.noise_vocab_size} ids of noise has {self._num_keys} keys but a "
-                f"slice asks for {part.num_keys}; vocab_size must be at least {2 * part.num_keys + self.noise_vocab_size}"
+                f"vocab_size {self.vocab_size} with {self.noise_vocab_size} noise ids has {self._num_keys} keys but a "
+                f"slice has {part.num_keys}; vocab_size must be at least {2 * part.num_keys + self.noise_vocab_size}"
             )
 
 
@@ -190,30 +208,35 @@ def _first_group_name(part: OverwriteSlice) -> str:
 
 
 def _sample_write_keys(rng: np.random.Generator, size: int, part: OverwriteSlice) -> Int[np.ndarray, "B W"]:
-    """Which of the K keys each write is of: every key once, the other writes at random, in random order."""
-    once = np.broadcast_to(np.arange(part.num_keys), (size, part.num_keys))
-    again = rng.integers(part.num_keys, size=(size, part.num_writes - part.num_keys))
-    return rng.permuted(np.concatenate((once, again), axis=1), axis=1)
+    """Draw the key of each write: every key at least once, the others uniformly, in random order."""
+    first_writes = np.broadcast_to(np.arange(part.num_keys), (size, part.num_keys))
+    other_writes = rng.integers(part.num_keys, size=(size, part.num_writes - part.num_keys))
+    return rng.permuted(np.concatenate((first_writes, other_writes), axis=1), axis=1)
 
 
 def _sample_write_values(
     rng: np.random.Generator, written: Int[np.ndarray, "B W"], answers: Int[np.ndarray, "B K"], num_values: int
 ) -> Int[np.ndarray, "B W"]:
-    """What each write binds, below `num_values`: from a key's answer backwards, each a step round a circle, never a turn."""
+    """Draw the value of each write, below `num_values`, such that it differs from the key's next value.
+
+    Backwards from a key's answer, each value is the next one plus a step of 1 to num_values - 1, modulo num_values.
+    """
     step = rng.integers(1, num_values, size=written.shape)
     order = np.argsort(written, axis=1, kind="stable")  # by key, and by time within a key
-    which = np.take_along_axis(written, order, axis=1)
-    later = np.cumsum(np.take_along_axis(step, order, axis=1)[:, ::-1], axis=1)[:, ::-1]
-    # These sums run on over the keys that follow: take off what they are at the key's own last write.
-    last = np.diff(which, axis=1, append=answers.shape[1]) != 0
-    beyond = np.maximum.accumulate(np.where(last, later, 0)[:, ::-1], axis=1)[:, ::-1]
+    key = np.take_along_axis(written, order, axis=1)
+    step_sum = np.cumsum(np.take_along_axis(step, order, axis=1)[:, ::-1], axis=1)[:, ::-1]
+    # The sums include the steps of all following keys: subtract their value at the key's last write.
+    last = np.diff(key, axis=1, append=answers.shape[1]) != 0
+    following = np.maximum.accumulate(np.where(last, step_sum, 0)[:, ::-1], axis=1)[:, ::-1]
     values = np.empty_like(written)
-    np.put_along_axis(values, order, (np.take_along_axis(answers, which, axis=1) + later - beyond) % num_values, axis=1)
+    np.put_along_axis(
+        values, order, (np.take_along_axis(answers, key, axis=1) + step_sum - following) % num_values, axis=1
+    )
     return values
 
 
 def _sample_write_positions(rng: np.random.Generator, size: int, writes: int, num_noise: int) -> Int[np.ndarray, "B W"]:
-    """Where each write begins if writes of two tokens and single noise tokens follow one another in random order."""
-    wide = rng.permuted(np.arange(writes + num_noise) < np.full((size, 1), writes), axis=1)
-    item = np.nonzero(wide)[1].reshape(size, writes)
+    """Draw the start of each write, with writes of two tokens and single noise tokens in random order."""
+    is_write = rng.permuted(np.arange(writes + num_noise) < np.full((size, 1), writes), axis=1)
+    item = np.nonzero(is_write)[1].reshape(size, writes)
     return item + np.arange(writes)

@@ -1,20 +1,26 @@
-"""Repeats within rows, and draws without repeats: for many rows at once, and without touching the whole pool."""
+"""Sampling without replacement and the detection of repeats, vectorized over rows."""
 
 import numpy as np
 from jaxtyping import Int
 
 
 def first_occurrence(ids: Int[np.ndarray, "B N"]) -> Int[np.ndarray, "B N"]:
-    """For each entry the index of the first entry of its row that equals it (its own index where it is the first).
+    """Find the first occurrence of each entry's value in its row.
 
-    One sort per row: O(N log N) whatever the range of the ids, which must be at least 0.
+    It sorts each row, so it takes O(N log N) time for any range of ids.
+
+    Args:
+        ids: Integers of at least 0.
+
+    Returns:
+        For each entry the index of the first equal entry of its row; its own index if it is the first.
     """
     rows, count = ids.shape
     packed = np.sort(ids.astype(np.int64) * count + np.arange(count), axis=1)
     index = packed % count
     head = np.ones((rows, count), bool)
     head[:, 1:] = np.diff(packed // count, axis=1) != 0
-    # Within a run of equal ids the indices ascend, so its head holds the first occurrence.
+    # Within a run of equal ids the indices ascend, so its head is the first occurrence.
     start = np.maximum.accumulate(np.where(head, np.arange(count), 0), axis=1)
     first = np.empty_like(index)
     np.put_along_axis(first, index, np.take_along_axis(index, start, axis=1), axis=1)
@@ -24,15 +30,25 @@ def first_occurrence(ids: Int[np.ndarray, "B N"]) -> Int[np.ndarray, "B N"]:
 def sample_without_replacement(
     rng: np.random.Generator, rows: int, count: int, population: int
 ) -> Int[np.ndarray, "B N"]:
-    """[rows, count] integers of range(pool); each row is a uniform draw without replacement, in random order.
+    """Draw uniformly without replacement, independently per row and in random order.
 
-    Where `count` is small against `population`, repeats are drawn again until none is left. That is exact: the procedure
-    treats all ids alike, so all ordered tuples of distinct ids are equally likely. Raises ValueError if count > pool.
+    If `count` is small compared with `population`, repeats are redrawn until none is left. This is exact: the procedure
+    treats all ids alike, so all ordered tuples of distinct ids are equally likely.
+
+    Args:
+        rng: Random generator.
+        rows: Number of rows B.
+        count: Draws per row N.
+        population: Draws are from `range(population)`.
+
+    Returns:
+        The drawn integers.
+
+    Raises:
+        ValueError: `count` exceeds `population`.
     """
     if count > population:
-        raise ValueError(
-            f"cannot draw {count} distinct ids from {population}; ask for fewer, or enlarge the vocabulary"
-        )
+        raise ValueError(f"cannot draw {count} distinct ids from {population}; draw fewer, or enlarge the vocabulary")
     if 4 * count > population:
         return rng.permuted(np.tile(np.arange(population), (rows, 1)), axis=1)[:, :count]
     drawn = rng.integers(population, size=(rows, count))

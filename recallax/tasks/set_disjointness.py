@@ -13,35 +13,36 @@ from recallax.types import Batch, unpacked_seq_info
 
 SetOrder = Literal["short_first", "long_first", "both"]
 START_ID, SEPARATOR_ID, QUERY_ID = 1, 2, 3
-"""Special ids: before the first set, between the sets, after the second; id 0 is kept for JRT's mask."""
+"""Special ids: before the first set, between the sets, and after the second."""
 NUM_SPECIAL_IDS = 4
+"""Ids that are not set elements; id 0 is reserved for JRT's mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SetDisjointness(Task):
-    """Name the common token of a short and a long set, read one after the other.
+    """Find the common token of a short and a long set.
 
-    A row is `[1] A [2] B [3]` with |A| + |B| + 3 tokens. Neither set repeats a token and they share exactly one,
-    which is the target at `[3]`, the only labelled position. It is also the only token that stands twice.
+    A row is `[1] A [2] B [3]` with |A| + |B| + 3 tokens. Neither set repeats a token and they share exactly one, which
+    is the target at `[3]`, the only labelled position. It is also the only token that occurs twice.
 
-    A model that reads once must remember the first set, so the gap between the orders ("short_first_..." against
-    "long_first_..." groups) measures what causality costs; one that reads twice has none.
+    A model that reads the row once must remember the first set. So the gap between the orders (the groups
+    "short_first_..." and "long_first_...") measures the cost of causality; a model that reads twice has no gap.
 
     The release draws the sets from two halves of a random permutation and overwrites one element of B by one of A.
     That is the same distribution as here: |A| + |B| - 1 distinct ids, of which one belongs to both sets.
     """
 
     vocab_size: int = 2048
-    """Ids from 4 up are set elements."""
+    """Number of ids; those from 4 are set elements."""
     set_sizes: tuple[tuple[int, int], ...] = ((4, 16), (8, 32), (16, 64), (4, 128), (16, 256), (4, 256))
-    """(short, long) sizes of the train batches, equally often; all rows of a batch have one pair of sizes."""
+    """(short, long) sizes of the train batches, drawn with equal probability and equal within a batch."""
     test_set_sizes: tuple[tuple[int, int], ...] = (
         *((1, 32), (4, 32), (4, 128), (16, 256), (4, 256)),
         *((16, 512), (4, 512), (8, 768), (16, 768), (4, 768)),
     )
-    """Sizes of the valid and test batches, taken in turn."""
+    """(short, long) sizes of the valid and test batches, which use them in turn."""
     order: SetOrder = "both"
-    """Which set comes first; "both" alternates from row to row."""
+    """The set that comes first; "both" alternates from row to row."""
 
     def __post_init__(self) -> None:
         if self.order not in get_args(SetOrder):
@@ -49,7 +50,7 @@ class SetDisjointness(Task):
                 f"SetDisjointness.order is {self.order!r}{suggest_name(self.order, list(get_args(SetOrder)))}"
             )
         if not self.set_sizes or not self.test_set_sizes:
-            raise ConfigError("SetDisjointness.pairs and test_pairs must each hold at least one (short, long)")
+            raise ConfigError("SetDisjointness.set_sizes and test_set_sizes must each have at least one (short, long)")
         for short, long in (*self.set_sizes, *self.test_set_sizes):
             if not 1 <= short <= long:
                 raise ConfigError(
@@ -82,8 +83,8 @@ class SetDisjointness(Task):
         ids = NUM_SPECIAL_IDS + sample_without_replacement(
             rng, size, short + long - 1, self.vocab_size - NUM_SPECIAL_IDS
         )
-        # The ids stand in random order, so the last of the short set may serve as the first of the long one;
-        # then each set is put in an order of its own.
+        # The ids are in random order, so the last of the short set can be the first of the long one;
+        # then each set is permuted separately.
         small = rng.permuted(ids[:, :short], axis=1)
         large = rng.permuted(ids[:, short - 1 :], axis=1)
         swapped = self._is_long_first(index // len(pairs), size)
@@ -102,7 +103,7 @@ class SetDisjointness(Task):
         return Batch(tokens, targets, weights, np.zeros_like(group), group, unpacked_seq_info(size, length, length - 1))
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
-        """The intersection of what stands before and after the separator, at the last position."""
+        """Return the intersection of the sets before and after the separator, at the last position."""
         answers = np.zeros_like(tokens)
         for row, answer in zip(tokens.tolist(), answers, strict=True):
             cut = row.index(SEPARATOR_ID)
@@ -110,7 +111,7 @@ class SetDisjointness(Task):
         return answers
 
     def chance(self) -> float:
-        """Any token of the smaller set: the mean of 1 / short over the test sizes (1 for a set of one token)."""
+        """Compute the accuracy of a random token of the short set: the mean of 1 / short over the test sizes."""
         return float(np.mean([1 / short for short, _ in self.test_set_sizes]))
 
     @property
@@ -123,5 +124,5 @@ class SetDisjointness(Task):
     def _is_long_first(self, cycle: int, size: int) -> np.ndarray:
         if self.order != "both":
             return np.full(size, self.order == "long_first")
-        # Starting with the other order in each cycle over the sizes keeps the two equal for odd batch sizes too.
+        # Each cycle over the sizes starts with the other order, so both are equally frequent for odd batch sizes too.
         return (np.arange(size) + cycle) % 2 == 1

@@ -17,22 +17,23 @@ FiniteGroup = Literal["parity", "S3", "A5", "Z60", "S5"]
 
 @dataclass(frozen=True, kw_only=True)
 class StateTracking(Task):
-    """Name the product of all group elements read so far, at every position.
+    """Compute the product of all group elements so far, at every position.
 
-    Tokens are uniform elements of the group and the target at t is the product of tokens 0..t, the earliest acting
-    first. Elements are permutations numbered in lexicographic order, so id 0 is the identity; Z60 are the rotations
-    of 60 points and parity those of 2, where ids are residues and the product is their sum.
+    Tokens are uniform elements of the group and the target at t is the product of tokens 0..t, with the earliest token
+    acting first. Elements are permutations numbered in lexicographic order, so id 0 is the identity. Z60 is the group
+    of rotations of 60 points and parity that of 2 points; their ids are residues and the product is the sum.
 
-    Every prefix is a shorter example of its own, so train rows have one length; test rows are longer. Groups are
-    buckets of positions ("t33_64": the 33rd to the 64th), since accuracy falls with the distance from the start.
-    A row's weights sum to 1. S5 and A5 are the groups that a fixed depth of diagonal recurrences cannot track.
+    Every prefix of a row is an example too, so train rows have one length; test rows are longer. Metrics are reported
+    for ranges of positions ("t33_64": the 33rd to the 64th), since accuracy falls with the distance from the start. The
+    weights of a row sum to 1. A fixed depth of diagonal recurrences cannot track S5 and A5.
     """
 
     group: FiniteGroup = "S5"
+    """The group: parity (Z2), S3, A5, Z60 or S5."""
     length: int = 32
-    """Length of the train rows."""
+    """Length of the train rows in tokens."""
     test_lengths: tuple[int, ...] = (32, 64, 128, 256)
-    """Lengths in valid and test, taken in turn."""
+    """Lengths of the valid and test batches, which use them in turn."""
 
     def __post_init__(self) -> None:
         if self.group not in get_args(FiniteGroup):
@@ -72,7 +73,7 @@ class StateTracking(Task):
         return Batch(tokens, targets, weights, np.zeros_like(group), group, unpacked_seq_info(size, length))
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
-        """Moves the points themselves, without the multiplication table."""
+        """Apply the permutations to points, without the multiplication table."""
         permutations = group_elements(self.group)
         number = {tuple(p): i for i, p in enumerate(permutations.tolist())}
         answers = np.zeros_like(tokens)
@@ -84,7 +85,7 @@ class StateTracking(Task):
         return answers
 
     def chance(self) -> float:
-        """An element at random: products with a uniform factor are uniform."""
+        """Return the accuracy of a random element: a product with a uniform factor is uniform."""
         return 1 / self.vocab_size
 
     @property
@@ -94,21 +95,35 @@ class StateTracking(Task):
 
 @cache
 def group_elements(group: FiniteGroup) -> Int[np.ndarray, "G N"]:
-    """The group's permutations p (point i goes to p[i]) in lexicographic order."""
+    """List a group's permutations.
+
+    Args:
+        group: Name of the group.
+
+    Returns:
+        The permutations p in lexicographic order, [elements, points]; they map point i to p[i].
+    """
     degree = int(group[1:]) if group != "parity" else 2
     if group in ("parity", "Z60"):
         return np.add.outer(np.arange(degree), np.arange(degree)) % degree
-    found = np.array(list(itertools.permutations(range(degree))))
+    permutations = np.array(list(itertools.permutations(range(degree))))
     if group.startswith("S"):
-        return found
+        return permutations
     first, second = np.triu_indices(degree, 1)
-    inversions = (found[:, first] > found[:, second]).sum(axis=1)
-    return found[inversions % 2 == 0]
+    inversions = (permutations[:, first] > permutations[:, second]).sum(axis=1)
+    return permutations[inversions % 2 == 0]
 
 
 @cache
 def cayley_table(group: FiniteGroup) -> Int[np.ndarray, "G G"]:
-    """The multiplication table: entry [a, b] is "a, then b"."""
+    """Compute a group's multiplication table.
+
+    Args:
+        group: Name of the group.
+
+    Returns:
+        The table, int32; entry [a, b] is the element that applies a and then b.
+    """
     permutations = group_elements(group)
     number = {p.tobytes(): i for i, p in enumerate(permutations)}
     size = len(permutations)

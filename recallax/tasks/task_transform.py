@@ -1,4 +1,4 @@
-"""Tasks made of another task: its batches, changed after they were drawn."""
+"""The base class of tasks that change the batches of another task."""
 
 import abc
 from collections.abc import Mapping
@@ -13,9 +13,10 @@ from recallax.tasks.encoder import Encoder
 
 @dataclass(frozen=True, kw_only=True)
 class TaskTransform(Task, abc.ABC):
-    """The task within, of which subclasses change the batches; what they do not change is that task's."""
+    """Wrap a task. Subclasses change its batches; everything else is the wrapped task's."""
 
     task: Task
+    """The wrapped task."""
 
     @property
     def vocab_size(self) -> int:

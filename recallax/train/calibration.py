@@ -48,10 +48,10 @@ class CalibrationOptions(NamedTuple):
 
     def validate(self) -> None:
         """Raises ConfigError for numbers that mean nothing."""
-        require_at_least(1, "--", context=self.context_length, rows=self.num_rows)
-        for name, value in (("keeps", self.min_retention), ("outliers", self.clip_quantile)):
+        require_at_least(1, context_length=self.context_length, num_rows=self.num_rows)
+        for name, value in (("min_retention", self.min_retention), ("clip_quantile", self.clip_quantile)):
             if not 0 < value <= 1:
-                raise ConfigError(f"--{name} is {value}; it must be above 0 and at most 1")
+                raise ConfigError(f"{name} is {value}; it must be above 0 and at most 1")
 
 
 def calibrate_run(folder: Path, options: CalibrationOptions, out: Path | None = None) -> tuple[Path, list[str]]:
@@ -124,7 +124,7 @@ def _calibration_rows(task: Task, seed: int, length: int, count: int) -> tuple[I
     splits: list[Split] = [split for split in ("valid", "train") if length in task.lengths(split)]
     if not splits:
         known = sorted({n for split in ("valid", "train") for n in task.lengths(split)})
-        raise ConfigError(f"no row of the task has {length} tokens; --length must be among {known}")
+        raise ConfigError(f"no row of the task has {length} tokens; train_length must be among {known}")
     found: list[np.ndarray] = []
     for index in range(MAX_BATCHES):
         batch = task.batch(seed, splits[0], index, count)
@@ -135,4 +135,4 @@ def _calibration_rows(task: Task, seed: int, length: int, count: int) -> tuple[I
         found.append(np.asarray(batch.tokens))
         if sum(map(len, found)) >= count:
             return np.concatenate(found)[:count], splits[0]
-    raise ConfigError(f"{MAX_BATCHES} batches of {splits[0]} have no {count} rows of {length} tokens; lower --rows")
+    raise ConfigError(f"{MAX_BATCHES} batches of {splits[0]} have no {count} rows of {length} tokens; lower num_rows")

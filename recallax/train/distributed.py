@@ -1,4 +1,4 @@
-"""Several processes as one run, by `jax.distributed`."""
+"""Runs of several processes, with `jax.distributed`."""
 
 from dataclasses import dataclass
 
@@ -9,20 +9,27 @@ from recallax.config import Config, ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Distributed(Config):
-    """Where this process stands among those of a run; not part of the run's config, since it changes no number."""
+    """The processes of a run. They are not part of its config, because they do not change its results."""
 
     coordinator_address: str | None = None
-    """HOST:PORT of process 0, or "auto" where the cluster tells (SLURM, TPU pods, Open MPI). None: one process."""
+    """HOST:PORT of process 0, or "auto" to detect it (SLURM, TPU pods, Open MPI). None: one process."""
     num_processes: int | None = None
     """Number of processes."""
     process_id: int | None = None
     """Number of this process, from 0."""
 
     def initialize(self) -> None:
-        """Join the others. Must come before anything else asks jax for its devices."""
+        """Connect to the other processes; must be called before JAX initializes its devices.
+
+        Raises:
+            ConfigError: The fields are inconsistent.
+        """
         if self.coordinator_address is None:
             if self.num_processes is not None or self.process_id is not None:
-                raise ConfigError("distributed.processes and .process need distributed.coordinator, HOST:PORT or auto")
+                raise ConfigError(
+                    "distributed.num_processes and distributed.process_id need distributed.coordinator_address, which "
+                    "must be HOST:PORT or auto"
+                )
             return
         if self.coordinator_address == "auto":
             jax.distributed.initialize()
@@ -34,12 +41,11 @@ class Distributed(Config):
             )
         if self.num_processes is None or self.process_id is None or not 0 <= self.process_id < self.num_processes:
             raise ConfigError(
-                f"distributed.process_id is {self.process_id} of distributed.processes {self.num_processes}; with a coordinator "
-                f"both must be given, and the processes are numbered from 0"
+                f"distributed.process_id is {self.process_id} and distributed.num_processes is {self.num_processes}; "
+                "with a coordinator both must be given, and processes are numbered from 0"
             )
-        bind = (
-            self.coordinator_address if host in ("127.0.0.1", "localhost") else None
-        )  # loopback is not opened to the network
+        # A coordinator on the loopback address must not listen on other interfaces.
+        bind = self.coordinator_address if host in ("127.0.0.1", "localhost") else None
         jax.distributed.initialize(
             self.coordinator_address,
             self.num_processes,

@@ -1,4 +1,4 @@
-"""Evaluation: exact weighted means over a split, overall and per group."""
+"""Evaluation: exact weighted means over a split, in total and per group."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,12 +29,22 @@ type Evaluator = Callable[[dict, dict, Batch], GroupSums]
 
 
 def make_evaluator(graphdef: nnx.GraphDef, task: Task, split: Split, replicated: NamedSharding) -> Evaluator:
-    """The compiled sums of a batch, whole on every device; one compilation per length."""
+    """Return the compiled function that sums loss and correctness over a batch.
+
+    Args:
+        graphdef: The model without its variables.
+        task: The task.
+        split: The split that batches come from.
+        replicated: Sharding of the result.
+
+    Returns:
+        A function of parameters, statistics and a batch, which compiles once per row length.
+    """
 
     @partial(jax.jit, out_shardings=replicated)
     def sums(params: dict, statistics: dict, batch: Batch) -> GroupSums:
-        at, targets, weights, _, group = select_labelled(task, split, batch)
-        projection, _, _ = predict(graphdef, params, statistics, batch, at, None)
+        indices, targets, weights, _, group = select_labelled(task, split, batch)
+        projection, _, _ = predict(graphdef, params, statistics, batch, indices, None)
         scores = score(projection, targets, weights)
         loss, correct = weights * scores.loss, jnp.where(scores.correct, weights, 0)
         per_group = [jnp.zeros(len(task.groups)).at[group.ravel()].add(x.ravel()) for x in (loss, correct, weights)]
@@ -55,8 +65,22 @@ def evaluate(
     batch_size: int,
     sharding: NamedSharding,
 ) -> dict[str, float]:
-    """`loss`, `accuracy`, the task's own as `measure/<name>`, and `group/<name>` accuracies over the first `batches` of
-    a split; sums are float64.
+    """Compute metrics over the first batches of a split, summed in float64.
+
+    Args:
+        evaluator: Function of `make_evaluator` for this task and split.
+        params: Parameters of the model.
+        statistics: Statistics of the model.
+        task: The task.
+        split: The split.
+        seed: Seed of the data.
+        batches: Number of batches.
+        batch_size: Rows per batch.
+        sharding: Sharding of the rows.
+
+    Returns:
+        `loss` (nats per target), `accuracy`, the metrics of the task as `measure/<name>`, and the accuracy of each
+        group that occurs as `group/<name>`.
     """
     total = np.zeros((3, len(task.groups)))
     pending: list[GroupSums] = []
@@ -66,10 +90,10 @@ def evaluate(
     for sums in jax.device_get(pending):
         total += np.array(sums, np.float64)
     loss, correct, weight = total
-    seen = {name: c / w for name, c, w in zip(task.groups, correct, weight, strict=True) if w > 0}
+    groups = {name: c / w for name, c, w in zip(task.groups, correct, weight, strict=True) if w > 0}
     return {
         "loss": float(loss.sum() / weight.sum()),
         "accuracy": float(correct.sum() / weight.sum()),
         **{f"measure/{name}": value for name, value in task.metrics(split, loss, weight).items()},
-        **{f"group/{name}": float(value) for name, value in seen.items()},
+        **{f"group/{name}": float(value) for name, value in groups.items()},
     }

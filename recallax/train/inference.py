@@ -66,7 +66,7 @@ def continue_prompts(
     Raises what `restore_run` raises, ConfigError and PromptError.
     """
     if context is None and rereading != ContextRepetition():
-        raise ConfigError("--repeat, --fill and --prefix are about a context; give --context, and ask with --prompt")
+        raise ConfigError("num_repeats, fill_strategy and prefix_length apply to a context; give one with --context")
     encoder = load_task(run).encoder
     asked = [_encode_prompt(prompt, "prompt", encoder, first=context is None) for prompt in prompts]
     ahead = None if context is None else _encode_prompt(context, "context", encoder, first=True)
@@ -98,7 +98,7 @@ def answer_task(
 
     Raises what `restore_run` raises, ConfigError and PromptError."""
     if num_rows < 1:
-        raise ConfigError(f"--task is {num_rows}; it must be at least 1 row")
+        raise ConfigError(f"--task-rows is {num_rows}; it must be at least 1")
     task, model = load_trained_model(run)
     task = rereading.apply_to_task(task)
     questions = [first_question(task, split, index) for index in range(num_rows)]

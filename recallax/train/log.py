@@ -1,8 +1,8 @@
-"""What a run reports: one JSON object per line, and TensorBoard beside it.
+"""The log of a run: one JSON object per line, and the same values for TensorBoard.
 
-`log.jsonl` is the ground truth; reports read nothing else. Every row has `kind`, `step`, `fingerprint` (of the
-config) and `seconds`, then its values. Numbers that JSON cannot hold are the strings "nan", "inf" and "-inf", so that
-`float(value)` reads every number. Only process 0 of a multi-process run writes.
+Reports read `log.jsonl` only. Every row has `kind`, `step`, `fingerprint` (of the config) and `seconds`, then its
+values. Numbers that JSON cannot represent are the strings "nan", "inf" and "-inf", so that `float(value)` reads every
+number. Only process 0 of a multi-process run writes.
 """
 
 import importlib.metadata
@@ -24,18 +24,28 @@ from recallax.train.run_folder import write_atomic
 type RowKind = Literal["run", "train", "eval", "event"]
 type LogRow = dict[str, Any]
 RESERVED_KEYS = ("kind", "step", "fingerprint", "seconds")
+"""Keys that every row has; values must have other names."""
+GIT_TIMEOUT_SECONDS = 10
 
 
 class LogError(RuntimeError):
-    """A log cannot be written, or what is in it is not a log."""
+    """A log cannot be written, or a file is not a log."""
 
 
 class RunLog:
-    """Appends rows to a run's log; a context manager.
+    """Appends rows to the log of a run; a context manager.
 
-    Opening repairs a last line that a kill has torn. `seconds` is monotonic time since the run's start, and goes on
-    from the last row where a run is resumed. Each row is one write to the operating system, so a kill tears at most
-    the last. Raises LogError when a row cannot be written.
+    Each row is one write to the operating system, so a kill can truncate the last row only; opening removes such a row.
+    `seconds` is the time since the start of the run; a resumed run continues from its last row.
+
+    Args:
+        path: The log file.
+        fingerprint: Fingerprint of the config.
+        tensorboard: Folder of the TensorBoard files; None for no such files.
+        process_index: Index of this process; only process 0 writes.
+
+    Raises:
+        LogError: The log cannot be read or written.
     """
 
     def __init__(self, path: Path, fingerprint: str, *, tensorboard: Path | None = None, process_index: int = 0):
@@ -50,20 +60,36 @@ class RunLog:
             self._rewrite(read_log(path))
 
     def write_run_row(self, step: int, values: Mapping[str, Any]) -> None:
-        """Write the "run" row: where the run starts or goes on, `environment()`, the commit, and `values`."""
+        """Append the "run" row, with `environment()` and the git commit.
+
+        Args:
+            step: Step from which the run starts or resumes.
+            values: Additional values.
+
+        Raises:
+            LogError: The row cannot be written.
+        """
         if self._is_writer:
             self.write("run", step, {**environment(), "commit": git_commit(), **values})
 
     def write(self, kind: RowKind, step: int, values: Mapping[str, Any]) -> None:
-        """Append one row. Values are numbers (0-d arrays too), strings, booleans or None.
+        """Append one row.
 
-        Numbers of "train" and "eval" rows go to TensorBoard as `train/<name>` and `<split>/<name>`.
-        Raises ValueError for a value named like one of the row's own fields.
+        Numbers of "train" and "eval" rows are also written to TensorBoard, as `train/<name>` and `<split>/<name>`.
+
+        Args:
+            kind: Kind of the row.
+            step: Number of steps so far.
+            values: Numbers (0-d arrays too), strings, booleans or None, by name.
+
+        Raises:
+            ValueError: A value has the name of a reserved key.
+            LogError: The row cannot be written.
         """
         if not self._is_writer:
             return
-        if taken := [name for name in RESERVED_KEYS if name in values]:
-            raise ValueError(f"a row has its own {', '.join(taken)}; rename these values")
+        if reserved := [name for name in RESERVED_KEYS if name in values]:
+            raise ValueError(f"{', '.join(reserved)} is a reserved key of log rows; rename the value")
         seconds = round(time.monotonic() - self._start, 3)
         row = {"kind": kind, "step": step, "fingerprint": self._fingerprint, "seconds": seconds}
         row |= {name: _to_json_scalar(value) for name, value in values.items()}
@@ -72,16 +98,22 @@ class RunLog:
             self._write_tensorboard(str(values.get("split", kind)), step, row)
 
     def truncate(self, step: int) -> None:
-        """Drop the rows after `step`, the step a run resumes from, so that no step is reported twice.
+        """Remove the rows after a step, so that a resumed run does not log a step twice.
 
-        TensorBoard's files cannot be cut; its reader is told to forget the same steps.
+        TensorBoard files cannot be truncated; its reader is told to purge the same steps.
+
+        Args:
+            step: Step from which the run resumes.
+
+        Raises:
+            LogError: The log cannot be read or written.
         """
         if self._is_writer and self.path.exists():
             self._rewrite([row for row in read_log(self.path) if row["step"] <= step])
             self._purge_step = step + 1
 
     def close(self) -> None:
-        """Flush TensorBoard; the rows are already written. Closing twice does nothing."""
+        """Flush the TensorBoard files; closing twice does nothing."""
         if self._summary_writer is not None:
             self._summary_writer.close()
             self._summary_writer = None
@@ -101,7 +133,9 @@ class RunLog:
         except OSError as error:
             raise LogError(f"{self.path} cannot be written: {error}") from error
         if written != len(line):
-            raise LogError(f"{self.path} took {written} of {len(line)} bytes of a row; the disk is probably full")
+            raise LogError(
+                f"{self.path}: {written} of {len(line)} bytes of a row were written; the disk is probably full"
+            )
 
     def _rewrite(self, rows: list[LogRow]) -> None:
         try:
@@ -121,9 +155,16 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[LogRow]:
-    """The rows of a log, oldest first. A torn last line, which a kill may leave, is skipped.
+    """Read the rows of a log.
 
-    Raises LogError if the file cannot be read or any other line is not a row, naming the line.
+    Args:
+        path: The log file.
+
+    Returns:
+        Its rows, oldest first, without a truncated last line, which a kill may leave.
+
+    Raises:
+        LogError: The file cannot be read, or a line other than the last is not a row.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -142,7 +183,7 @@ def read_log(path: Path) -> list[LogRow]:
 
 
 def environment() -> dict[str, str | int]:
-    """What besides the config can change a run's bits: versions, devices, cores, XLA's flags."""
+    """Return the versions, devices, cores and XLA flags, which may change the rounding of results."""
     import jax
 
     return {
@@ -159,11 +200,11 @@ def environment() -> dict[str, str | int]:
 
 
 def git_commit() -> str | None:
-    """Git commit of recallax's source, with "+dirty" if tracked files differ; None outside git.
+    """Return the git commit of the source of recallax.
 
-    Rows of results (*.jsonl) are no source: a measurement that appends them stays what the commit measures.
-
-    An installed copy inside somebody's repository is not taken for that repository's commit.
+    Returns:
+        The commit, with "+dirty" if tracked files other than results (*.jsonl) differ from it. None if the source is
+        not tracked by git, such as an installed copy inside another repository.
     """
     folder = Path(__file__).parent
     try:
@@ -176,11 +217,13 @@ def git_commit() -> str | None:
 
 def _git(folder: Path, *arguments: str) -> str:
     command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, timeout=GIT_TIMEOUT_SECONDS
+    ).stdout.strip()
 
 
 def available_cores() -> int:
-    """Cores this process may use: pinning a run to fewer changes its bits, though the machine has more."""
+    """Return the number of cores that this process may use, which affects the rounding of results on CPU."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS

@@ -1,177 +1,144 @@
-"""Training as one linear story: folder, program, resume or start, steps, test."""
+"""The training loop, and restoring and evaluating what it trained."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
-
-from recallax.config import ConfigError, fingerprint, from_json, to_json
-from recallax.models import accounting
+from recallax.config import ConfigError, from_json
 from recallax.tasks.base import Split, Task
-from recallax.train.checkpoint import CheckpointError, Checkpoints, RestoredCheckpoint
-from recallax.train.curriculum.stages import (
-    INITIAL_CURRICULUM_STATE,
-    CurriculumRunner,
-    CurriculumState,
-    curriculum_state_from_json,
-)
-from recallax.train.log import RunLog, read_log
-from recallax.train.metrics_logger import MetricsLogger
-from recallax.train.profiler import Profiler
+from recallax.train.checkpoint import Checkpoints, RestoredCheckpoint
 from recallax.train.program import Program
-from recallax.train.progress import Progress, make_progress
+from recallax.train.progress import make_progress
 from recallax.train.run_config import RunConfig
-from recallax.train.run_folder import RunFolder, RunFolderError, read_config
-from recallax.train.step import TrainState
+from recallax.train.run_folder import RunFolderError, read_config
+from recallax.train.step_executor import SingleRunExecutor, StepExecutor
 from recallax.train.stop_signals import Interrupted, StopSignals
+from recallax.train.training_run import TrainingRun, open_run_files
 from recallax.types import Batch
 
 
-def train(config: RunConfig, folder: Path, *, name: str, profile: bool = False) -> dict[str, float]:
-    """Train in `folder`, going on where a run there stopped; returns the metrics of the test split.
+def train(config: RunConfig, folder: Path, *, name: str | None = None, profile: bool = False) -> dict[str, float]:
+    """Train a run in a folder, or resume it from its newest checkpoint there, and evaluate it.
 
-    Raises what the checks of folder, checkpoint and config raise; NonFiniteError; Interrupted after SIGINT or SIGTERM.
+    Args:
+        config: Config of the run.
+        folder: Folder of the run, which is created if it does not exist.
+        name: Name of the run in its log; None for the name of the folder.
+        profile: Write a profiler trace of a few steps, and log the model FLOPs utilization.
+
+    Returns:
+        Metrics on the test split, as `recallax.train.evaluate.evaluate` returns them.
+
+    Raises:
+        ConfigError: The config does not fit the devices, the data or the model.
+        RunFolderError: The folder cannot be used, or holds another run.
+        CheckpointError: No checkpoint can be restored or written, or the data has changed.
+        NonFiniteError: Too many steps in a row were not finite.
+        Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written first.
     """
-    process = jax.process_index()
-    program, data = Program(config), data_digest(config)  # first: a config that cannot run claims no folder
-    program.check_stages()
-    with (
-        _open_run_folder(folder, config, process) as run,
-        Checkpoints(run.checkpoints, config.train.max_to_keep) as checkpoints,
-        RunLog(run.log_file, fingerprint(config), tensorboard=run.tensorboard, process_index=process) as log,
-        make_progress(config.train.steps) as display,
-        StopSignals() as signals,
-        ExitStack() as stack,
-    ):
+    program = Program(config)  # before the folder is created: a config that cannot run must not leave one
+    program.check_phases()
+    with ExitStack() as stack:
+        files = open_run_files(program, folder, stack)
+        display = stack.enter_context(make_progress(config.train.steps))
+        signals = stack.enter_context(StopSignals())
         display.show_compiling("the initial state")
-        restored = checkpoints.restore(program.abstract_state)
-        state: TrainState = restored.state if restored else program.init_state()
-        start = int(state.step)
-        if restored:
-            check_same_data(restored, data)
-        log.truncate(start if restored else -1)
-        log.write_run_row(start, run_info(config, name))
-        logged = logged_evaluations(run.log_file) if process == 0 else set()
-        course = CurriculumRunner(config.curriculum, _restore_curriculum_state(config, restored))
-        if restored:
-            display.note(f"resuming at step {start} of {config.train.steps}")
-        elif config.curriculum is not None:
-            _log_stage_start(course, 0, "the run begins", log, display)
-
-        def save(state: TrainState) -> None:
-            if int(state.step) not in checkpoints.steps():
-                more = {} if config.curriculum is None else {"curriculum": course.state.to_json()}
-                checkpoints.save(int(state.step), state, checkpoint_metadata(config, data) | more)
-
-        trace = Profiler(folder / "profile", config.train.steps - start) if profile else None
-        meter = MetricsLogger(program, course, log, display, trace)
-        stack.callback(meter.close)
+        run = TrainingRun(program, files, name or folder.name, display, profile=profile)
+        stack.callback(run.metrics.close)
         display.show_compiling("the training step")
-        for index, batch in prefetch(program, course, start, config.train.steps):
-            meter.before_step(index - start)
-            state, report = program.step(state, batch, course.state)
-            meter.add(report, batch)
-            done = index + 1
-            due = done % config.train.log_every == 0 or done == config.train.steps
-            if due:
-                meter.write(done, state)
-            evaluated = done % config.evaluate.every == 0 and done < config.train.steps
-            if evaluated:
-                metrics = evaluate_and_log(program, state, "valid", log, logged, display)
-                if course.needs_evaluation:
-                    own = course.stage.task is not None
-                    course.add_evaluation(
-                        program.evaluate(state, "valid", stage=course.state.stage_index) if own else metrics
-                    )
-                meter.restart_clock()
-            if (reason := course.stage_end_reason(done, evaluated)) is not None:
-                if not due:
-                    meter.write(done, state)  # no row tells of two stages
-                course.start_next_stage(done)
-                _log_stage_start(course, done, reason, log, display)
-            if done % config.train.save_every == 0 or done == config.train.steps:
-                save(state)
-                meter.restart_clock()
-            if signals.stop_requested(done):
-                save(state)
-                log.write("event", done, {"event": "interrupted"})
-                raise Interrupted(f"stopped at step {done}; the same command goes on from there")
-        meter.close()
-        evaluate_and_log(program, state, "valid", log, logged, display)
-        return evaluate_and_log(program, state, "test", log, logged, display)
+        run_steps(SingleRunExecutor(run), signals)
+        run.metrics.close()
+        run.evaluate("valid")
+        return run.evaluate("test")
 
 
-def data_digest(config: RunConfig) -> str:
-    """The digest of what the run and its stages train on besides the config."""
-    stages = () if config.curriculum is None else config.curriculum.stages
-    found = [config.task.data_digest(), *(stage.task.data_digest() for stage in stages if stage.task is not None)]
-    return "+".join(dict.fromkeys(digest for digest in found if digest))
+def run_steps(executor: StepExecutor, signals: StopSignals) -> None:
+    """Train runs from the step that all of them are at to the last step, with logging, evaluation and checkpoints.
+
+    Args:
+        executor: The runs and their steps.
+        signals: Requests to stop.
+
+    Raises:
+        NonFiniteError: The only run has too many non-finite steps in a row.
+        Interrupted: A signal arrived; all runs were saved first.
+    """
+    runs = executor.runs
+    config, start = runs[0].program.config, runs[0].start_step
+    last, log_every, save_every = config.train.steps, config.train.log_every, config.train.save_every
+    for index, batches in enumerate(zip(*(prefetch(run, last) for run in runs), strict=True), start):
+        for run in runs:
+            run.metrics.before_step(index - start)
+        executor.step(batches)
+        step = index + 1
+        log_due = step % log_every == 0 or step == last
+        evaluation_due = step % config.evaluate.every == 0 and step < last
+        if log_due:
+            executor.write_metrics(step)
+        if evaluation_due:
+            executor.update_states()
+            for run in executor.active_runs:
+                run.evaluate_for_schedule()
+            _restart_clocks(executor)
+        ends = [(run, run.schedule.phase_end_reason(step, evaluation_due)) for run in runs]
+        if any(reason is not None for _, reason in ends) and not log_due:
+            executor.write_metrics(step)  # a row never covers steps of two phases
+        for run, reason in ends:
+            if reason is not None:
+                run.start_next_phase(step, reason)
+        if step % save_every == 0 or step == last:
+            _save(executor)
+            _restart_clocks(executor)
+        if signals.stop_requested(step):
+            _save(executor)
+            for run in runs:
+                run.log_interruption()
+            raise Interrupted(f"stopped at step {step}; run the same command again to resume")
 
 
-def _restore_curriculum_state(config: RunConfig, restored: RestoredCheckpoint | None) -> CurriculumState:
-    """Where in its curriculum a checkpoint left a run."""
-    if config.curriculum is None or restored is None:
-        return INITIAL_CURRICULUM_STATE
-    if "curriculum" in restored.metadata:
-        return curriculum_state_from_json(restored.metadata["curriculum"])
-    if restored.step == 0:
-        return INITIAL_CURRICULUM_STATE  # an imported model
-    raise CheckpointError(
-        f"the checkpoint of step {restored.step} does not say in which stage of the curriculum it was written; "
-        "train the config in a new folder"
-    )
+def prefetch(run: TrainingRun, stop: int) -> Iterator[Batch]:
+    """Yield the training batches of a run in order; a thread makes the next one while the device computes.
 
+    Args:
+        run: The run. When it enters another phase, the batch that was made ahead for the previous phase is dropped.
+        stop: Number of batches from the start of the data, at which the iterator ends.
 
-def _log_stage_start(curriculum: CurriculumRunner, step: int, reason: str, log: RunLog, display: Progress) -> None:
-    """Say that a stage begins."""
-    row = {"event": "stage", "stage": curriculum.state.stage_index, "name": curriculum.stage.name, "reason": reason}
-    log.write("event", step, row)
-    display.note(f"step {step}: the stage {curriculum.stage.name!r} begins ({reason})")
-
-
-def checkpoint_metadata(config: RunConfig, data: str) -> dict[str, Any]:
-    """What a checkpoint says of where it comes from; `data`: what the task read (`Task.data`)."""
-    return {"config": to_json(config), "fingerprint": fingerprint(config), "data": data}
-
-
-def check_same_data(restored: RestoredCheckpoint, data: str) -> None:
-    """Raises CheckpointError if it was trained on other data than there is now."""
-    before = restored.metadata.get("data", data)
-    if before != data:
-        raise CheckpointError(
-            f"step {restored.step} was trained on other data ({before}, now {data}): the corpus or the tokenizer's "
-            "file has changed; bring the old one back, or start in a new folder"
-        )
-
-
-def run_info(config: RunConfig, name: str) -> dict[str, Any]:
-    """What a run's first row says of its config: name, parameters, bytes of state at the task's longest length."""
-    vocab, task = config.task.vocab_size, config.task
-    longest = max(task.lengths("test"))
-    return {
-        "name": name,
-        "parameters": accounting.count_parameters(config.model, vocab),
-        "state_bytes": accounting.state_bytes(config.model, longest, vocab),
-        "context": longest,
-        "chance": task.chance(),
-        "oracle": 1.0,
-    }
+    Yields:
+        Batches of numpy arrays, from number `run.start_step`.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        phase = run.schedule.position.index
+        pending = pool.submit(run.program.batch, run.start_step, phase)
+        for index in range(run.start_step, stop):
+            if run.schedule.position.index != phase:
+                phase = run.schedule.position.index
+                pending = pool.submit(run.program.batch, index, phase)
+            batch = pending.result()
+            if index + 1 < stop:
+                pending = pool.submit(run.program.batch, index + 1, phase)
+            yield batch
 
 
 def evaluate_run(
     folder: Path, split: Split, batches: int | None = None, transform_task: Callable[[Task], Task] = lambda task: task
 ) -> dict[str, float]:
-    """Metrics of a run's newest checkpoint, which may still be training; nothing in its folder is touched.
+    """Evaluate the newest checkpoint of a run, which may still be training; the folder is not changed.
 
-    change: what is evaluated instead of the run's task; it may not need more token ids.
+    Args:
+        folder: Folder of the run.
+        split: The split.
+        batches: Number of batches; None for `evaluate.batches` of the run's config.
+        transform_task: Maps the task of the run to the task to evaluate, which must not need more token ids.
 
-    Raises RunFolderError, CheckpointError or ConfigError if there is nothing to evaluate.
+    Returns:
+        Metrics by name, and the step of the checkpoint as "step".
+
+    Raises:
+        RunFolderError: The folder is not that of a run, or has no checkpoint.
+        CheckpointError: No checkpoint can be restored.
+        ConfigError: `batches` is below 1, or the config does not fit this version.
     """
     if batches is not None and batches < 1:
         raise ConfigError(f"batches is {batches}; it must be at least 1")
@@ -182,9 +149,19 @@ def evaluate_run(
 def restore_run(
     folder: Path, transform_task: Callable[[Task], Task] = lambda task: task
 ) -> tuple[Program, RestoredCheckpoint]:
-    """A run's newest checkpoint and what executes it; nothing in its folder is touched.
+    """Restore the newest checkpoint of a run; the folder is not changed.
 
-    Raises RunFolderError, CheckpointError or ConfigError if there is none.
+    Args:
+        folder: Folder of the run.
+        transform_task: Maps the task of the run to the task of the program, which must not need more token ids.
+
+    Returns:
+        The program of the run, and its newest checkpoint.
+
+    Raises:
+        RunFolderError: The folder is not that of a run, or has no checkpoint.
+        CheckpointError: No checkpoint can be restored.
+        ConfigError: The config does not fit this version.
     """
     config = from_json(read_config(folder), RunConfig)
     program = Program(replace(config, task=transform_task(config.task)))
@@ -195,50 +172,13 @@ def restore_run(
     return program, restored
 
 
-def _open_run_folder(folder: Path, config: RunConfig, process_index: int) -> RunFolder:
-    """Process 0 opens the folder; where it refuses, the others stop with it instead of waiting for it."""
-    run, error = None, RunFolderError(f"process 0 refused the folder {folder}; its message says why")
-    try:
-        run = RunFolder(folder, config, process_index=process_index)
-    except RunFolderError as refusal:
-        error = refusal
-    refused = run is None
-    if jax.process_count() > 1:
-        refused = bool(multihost_utils.process_allgather(np.asarray(refused)).any())
-    if run is None or refused:
-        raise error
-    return run
+def _save(executor: StepExecutor) -> None:
+    executor.update_states()
+    for run in executor.active_runs:
+        run.save()
 
 
-def logged_evaluations(log_file: Path) -> set[tuple[int, str]]:
-    """Step and split of the evaluations that are in the log: those at a run's end come after its last checkpoint."""
-    return {(row["step"], row["split"]) for row in read_log(log_file) if row["kind"] == "eval"}
-
-
-def evaluate_and_log(
-    program: Program, state: TrainState, split: Split, log: RunLog, logged: set[tuple[int, str]], display: Progress
-) -> dict[str, float]:
-    metrics, step = program.evaluate(state, split), int(state.step)
-    if (step, split) not in logged:
-        log.write("eval", step, {"split": split, **metrics})
-    own = "".join(f"  {k.removeprefix('measure/')} {v:.4g}" for k, v in metrics.items() if k.startswith("measure/"))
-    display.note(f"{split}  accuracy {metrics['accuracy']:.4f}  loss {metrics['loss']:.4f}{own}")
-    return metrics
-
-
-def prefetch(program: Program, curriculum: CurriculumRunner, start: int, stop: int) -> Iterator[tuple[int, Batch]]:
-    """Train batches in order; the next one is made while the device works on this one.
-
-    Where a stage begins, what was made ahead for the one before is dropped.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        stage = curriculum.state.stage_index
-        pending = pool.submit(program.batch, start, stage)
-        for index in range(start, stop):
-            if curriculum.state.stage_index != stage:
-                stage = curriculum.state.stage_index
-                pending = pool.submit(program.batch, index, stage)
-            batch = pending.result()
-            if index + 1 < stop:
-                pending = pool.submit(program.batch, index + 1, stage)
-            yield index, batch
+def _restart_clocks(executor: StepExecutor) -> None:
+    """Exclude the time of an evaluation or a checkpoint from the training speed."""
+    for run in executor.runs:
+        run.metrics.restart_clock()

@@ -1,8 +1,10 @@
-"""Devices: a mesh with a data and an fsdp axis, and where every array lies on it.
+"""The device mesh, with a data and an fsdp axis, and the shardings of batches and states.
 
-Rows of a batch are spread over both axes; parameters and their optimizer state are cut over fsdp along the largest of
-their named logical axes that divides evenly, and are whole elsewhere. XLA's partitioner adds the communication.
+Rows of a batch are sharded over both axes. Parameters and their optimizer state are sharded over fsdp along the largest
+of their named logical axes that divides evenly, and replicated otherwise. XLA's partitioner adds the communication.
 """
+
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,18 +14,29 @@ from jax.sharding import PartitionSpec as P
 
 from recallax.config import ConfigError
 from recallax.train.run_config import RunConfig
+from recallax.train.step import TrainState
 from recallax.types import Batch
 
 
 def make_mesh(config: RunConfig) -> Mesh:
-    """The mesh that a config asks for. Raises ConfigError where devices or rows cannot be divided so."""
+    """Return the device mesh of a run.
+
+    Args:
+        config: Config of the run.
+
+    Returns:
+        A mesh with the axes "data" and "fsdp".
+
+    Raises:
+        ConfigError: The mesh does not fit the devices, or batches do not divide over it.
+    """
     train, available = config.train, jax.device_count()
     data = train.data_parallel or available // train.fsdp
     used = data * train.fsdp
     if not 1 <= used <= available or (jax.process_count() > 1 and used != available):
         raise ConfigError(
             f"train.data_parallel {train.data_parallel} x train.fsdp {train.fsdp} does not fit {available} devices; "
-            f"data = 0 takes what fsdp leaves, and several processes use all devices"
+            f"data_parallel = 0 uses all devices that fsdp leaves, and a run of several processes must use all devices"
         )
     rows = {
         "train.batch_size / train.gradient_accumulation_steps": train.batch_size // train.gradient_accumulation_steps,
@@ -39,19 +52,36 @@ def make_mesh(config: RunConfig) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over all devices."""
+    """Return the sharding of batches: rows over all devices."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def shard_batch(batch: Batch, sharding: NamedSharding) -> Batch:
-    """A numpy batch on the devices; each process contributes its own rows of what all of them generate."""
+    """Move a batch to the devices.
+
+    Args:
+        batch: The whole batch as numpy arrays, equal in all processes.
+        sharding: Sharding of its rows.
+
+    Returns:
+        The batch; each process has transferred its own rows.
+    """
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda i: x[i]), batch)
 
 
 def parameter_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """Where a parameter lies: `axes` are its logical names; leading axes beyond them are stacked layers."""
+    """Return the sharding of a parameter.
+
+    Args:
+        mesh: The mesh.
+        axes: Logical names of its last axes; None for an axis that is never sharded.
+        shape: Its shape, which may have additional leading axes of stacked layers.
+
+    Returns:
+        A sharding over fsdp, or a replicated one if no named axis divides evenly.
+    """
     parts, stacked = mesh.shape["fsdp"], len(shape) - len(axes)
     named = [stacked + i for i, name in enumerate(axes) if name is not None and shape[stacked + i] % parts == 0]
     spec: list[str | None] = [None] * len(shape)
@@ -60,12 +90,22 @@ def parameter_sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[in
     return NamedSharding(mesh, P(*spec))
 
 
-def state_shardings(mesh: Mesh, state, axes, optimizer: optax.GradientTransformation):
-    """Shardings of a whole abstract train state; everything that is not shaped like a parameter is replicated."""
-    whole = NamedSharding(mesh, P())
+def state_shardings(mesh: Mesh, state: TrainState, axes: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    """Return the shardings of a training state.
+
+    Args:
+        mesh: The mesh.
+        state: The abstract state.
+        axes: Logical axis names of every parameter, as `optimizer.logical_axes` returns them.
+        optimizer: The optimizer.
+
+    Returns:
+        A state of shardings. Everything that does not have the shape of a parameter is replicated.
+    """
+    replicated: Any = NamedSharding(mesh, P())
     params = jax.tree.map(lambda names, leaf: parameter_sharding(mesh, names, leaf.shape), axes, state.params)
     moments = optax.tree_map_params(
-        optimizer, lambda _, sharding: sharding, state.optimizer, params, transform_non_params=lambda _: whole
+        optimizer, lambda _, sharding: sharding, state.optimizer, params, transform_non_params=lambda _: replicated
     )
-    rest = jax.tree.map(lambda _: whole, state._replace(params=(), optimizer=()))
+    rest = jax.tree.map(lambda _: replicated, state._replace(params=(), optimizer=()))
     return rest._replace(params=params, optimizer=moments)

@@ -1,18 +1,29 @@
-"""AdamW with warm-up, cosine decay and clipping; weight decay, rates and sparse rows by the parameters' own tags."""
+"""AdamW with warm-up, cosine decay and gradient clipping.
 
-from typing import Any, NamedTuple
+Parameters carry metadata that the optimizer reads: `decay` (whether weight decay applies), `lr` (a multiplier of the
+learning rate), `sparse` (skip rows whose gradient is zero) and `axes` (logical axis names).
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Int
 
 from recallax.train.run_config import RunConfig
 
 
 def learning_rate_schedule(config: RunConfig) -> optax.Schedule:
-    """Learning rate by step: linear from 0 to the peak, then a cosine down to `final` times the peak."""
+    """Return the learning rate by step: linear warm-up from 0 to `optim.lr`, then cosine decay.
+
+    Args:
+        config: Config of the run.
+
+    Returns:
+        A schedule that ends at `optim.min_lr_ratio * optim.lr` after `train.steps` steps.
+    """
     optim, steps = config.optim, config.train.steps
     warmup = max(1, round(optim.warmup_ratio * steps))
     return optax.warmup_cosine_decay_schedule(
@@ -20,101 +31,100 @@ def learning_rate_schedule(config: RunConfig) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: RunConfig, params: nnx.State, trainable: dict | None = None) -> optax.GradientTransformation:
-    """The transformation for parameters held as plain dicts; `params` only gives their tags.
+def make_optimizer(config: RunConfig, params: nnx.State) -> optax.GradientTransformation:
+    """Return the optimizer of a run.
 
-    trains: in a stage of a curriculum, a bool per parameter. The state has the same form in all stages.
+    Args:
+        config: Config of the run.
+        params: The parameters, or their abstract values; only their metadata is read.
+
+    Returns:
+        A gradient transformation for parameters as plain dicts.
     """
     optim = config.optim
-    mask = map_parameters(params, lambda p: p.get_metadata()["decay"] and len(p.get_metadata()["axes"]) >= 2)
-    if trainable is None:
-        adam = optax.adamw(
-            learning_rate_schedule(config),
-            b1=optim.b1,
-            b2=optim.b2,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            mask=mask,
-        )
-    else:
-        mask = jax.tree.map(lambda decays, on: decays and on, mask, trainable)
-        adam = optax.chain(
-            scale_by_adam_per_parameter(trainable, optim.b1, optim.b2, optim.eps),
-            optax.add_decayed_weights(optim.weight_decay, mask),
-            optax.scale_by_learning_rate(learning_rate_schedule(config)),
-        )
+    adam = optax.adamw(
+        learning_rate_schedule(config),
+        b1=optim.b1,
+        b2=optim.b2,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        mask=weight_decay_mask(params),
+    )
+    return compose_optimizer(config, params, adam)
+
+
+def compose_optimizer(
+    config: RunConfig, params: nnx.State, adam: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Add gradient clipping, sparse rows and learning-rate multipliers to an optimizer.
+
+    Args:
+        config: Config of the run.
+        params: The parameters, or their abstract values; only their metadata is read.
+        adam: The inner optimizer, with learning rate and weight decay.
+
+    Returns:
+        The composed gradient transformation.
+    """
     sparse, rates = (map_parameters(params, lambda p, name=name: p.get_metadata()[name]) for name in ("sparse", "lr"))
     if any(jax.tree.leaves(sparse)):
         adam = skip_zero_gradient_rows(adam, sparse)
-    parts = [optax.clip_by_global_norm(optim.max_grad_norm), adam]
+    parts = [optax.clip_by_global_norm(config.optim.max_grad_norm), adam]
     if any(rate != 1.0 for rate in jax.tree.leaves(rates)):
         parts.append(optax.stateless(lambda updates, _: jax.tree.map(lambda u, rate: u * rate, updates, rates)))
     return optax.chain(*parts)
 
 
-class PerParameterAdamState(NamedTuple):
-    """Adam's state with a count of its own for every parameter, in `jax.tree` order."""
-
-    counts: Int[Array, " P"]
-    mu: dict
-    nu: dict
-
-
-def scale_by_adam_per_parameter(trainable: dict, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam without its rate, where parameters that do not train keep their moments and do not count the step.
-
-    So the first update of a parameter that wakes late is corrected as any first update is: with a count for all, it
-    would be (1 - b1) / sqrt(1 - b2) times as large, .45 at b2 = .95 and 3.2 at .999. PyTorch counts this way too.
-    """
-    inner = optax.scale_by_adam(b1, b2, eps)
-
-    def init(params) -> PerParameterAdamState:
-        zeros = [jax.tree.map(jnp.zeros_like, params) for _ in ("mu", "nu")]
-        return PerParameterAdamState(jnp.zeros(len(jax.tree.leaves(params)), jnp.int32), *zeros)
-
-    def update(updates, state, params=None):
-        on, tree = jax.tree.flatten(trainable)
-        leaves = (jax.tree.leaves(part) for part in (updates, state.mu, state.nu))
-        moved, mu, nu = [], [], []
-        for trained, grad, m, v, count in zip(on, *leaves, state.counts, strict=True):
-            if trained:
-                found: Any = inner.update(grad, optax.ScaleByAdamState(count, m, v))
-                grad, (_, m, v) = found
-            moved, mu, nu = [*moved, grad], [*mu, m], [*nu, v]
-        counts = state.counts + jnp.array(on, jnp.int32)
-        return tree.unflatten(moved), PerParameterAdamState(counts, tree.unflatten(mu), tree.unflatten(nu))
-
-    return optax.GradientTransformation(init, update)
+def weight_decay_mask(params: nnx.State) -> dict:
+    """Return a bool per parameter: True for those of rank 2 and more that do not opt out of weight decay."""
+    return map_parameters(params, lambda p: p.get_metadata()["decay"] and len(p.get_metadata()["axes"]) >= 2)
 
 
 def skip_zero_gradient_rows(inner: optax.GradientTransformation, sparse: dict) -> optax.GradientTransformation:
-    """The same, but rows of tagged parameters whose gradient is zero stay as they are, and so do their moments.
+    """Leave rows of tagged parameters, and their moments, unchanged in steps where their gradient is zero.
 
-    What SparseAdam does in PyTorch; here the arrays are dense, so it saves no traffic and no memory.
+    This is the rule of PyTorch's SparseAdam. The arrays are dense, so it saves no memory.
+
+    Args:
+        inner: The optimizer to wrap.
+        sparse: A bool per parameter.
+
+    Returns:
+        The wrapped gradient transformation, with the state of `inner`.
     """
 
     def update(updates, state, params=None):
-        def touched(grad: jax.Array, tagged: bool) -> jax.Array:
+        def has_gradient(grad: jax.Array, tagged: bool) -> jax.Array:
             return (grad != 0).any(axis=-1, keepdims=True) if tagged else jnp.ones((), bool)
 
-        rows, every = jax.tree.map(touched, updates, sparse), jnp.ones((), bool)
-        updates, new = inner.update(updates, state, params)
-        moved = optax.tree_map_params(inner, lambda _, row: row, new, rows, transform_non_params=lambda _: every)
-        state = jax.tree.map(jnp.where, moved, new, state)
+        rows, all_rows = jax.tree.map(has_gradient, updates, sparse), jnp.ones((), bool)
+        updates, new_state = inner.update(updates, state, params)
+        changed = optax.tree_map_params(
+            inner, lambda _, row: row, new_state, rows, transform_non_params=lambda _: all_rows
+        )
+        state = jax.tree.map(jnp.where, changed, new_state, state)
         return jax.tree.map(lambda row, u: jnp.where(row, u, 0), rows, updates), state
 
     return optax.GradientTransformation(inner.init, update)
 
 
+class AxisNames(tuple[str | None, ...]):
+    """Logical axis names of one parameter; a leaf in `jax.tree`, unlike a plain tuple."""
+
+
 def logical_axes(params: nnx.State) -> dict:
-    """The logical axis names of every parameter, as a plain dict of tuples without the stacked leading axes."""
+    """Return the `AxisNames` of every parameter, without the leading axes of stacked layers."""
     return map_parameters(params, lambda p: AxisNames(p.get_metadata()["axes"]))
 
 
-class AxisNames(tuple[str | None, ...]):
-    """A tuple that jax.tree takes for a leaf."""
+def map_parameters(params: nnx.State, fn: Callable[[nnx.Variable], Any]) -> dict:
+    """Apply a function to every parameter.
 
+    Args:
+        params: The parameters, or their abstract values.
+        fn: The function.
 
-def map_parameters(params: nnx.State, fn) -> dict:
-    """`read(parameter)` for every parameter, as a plain dict with the parameters' structure."""
+    Returns:
+        Its results, as a plain dict with the structure of the parameters.
+    """
     return nnx.to_pure_dict(jax.tree.map(fn, params, is_leaf=lambda x: isinstance(x, nnx.Variable)))

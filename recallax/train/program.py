@@ -1,4 +1,4 @@
-"""A config made executable: the model's graph, the compiled step and evaluation, and where the state lies."""
+"""The compiled functions of a run: initialization, training steps and evaluation, and the sharding of its state."""
 
 import copy
 from collections.abc import Callable
@@ -13,20 +13,26 @@ from jax.sharding import NamedSharding, PartitionSpec
 from recallax.layers.base import Statistic
 from recallax.models import accounting
 from recallax.tasks.base import Split
-from recallax.train.curriculum.parameter_masks import ResolvedStage, resolve_stages
-from recallax.train.curriculum.stages import INITIAL_CURRICULUM_STATE, CurriculumState
 from recallax.train.evaluate import Evaluator, evaluate, make_evaluator
 from recallax.train.mesh import batch_sharding, make_mesh, shard_batch, state_shardings
-from recallax.train.optimizer import learning_rate_schedule, logical_axes, make_optimizer
+from recallax.train.optimizer import learning_rate_schedule, logical_axes
+from recallax.train.phases import Phase, PhasePosition, make_phases
 from recallax.train.run_config import RunConfig
-from recallax.train.step import StepMetrics, TrainState, make_step
+from recallax.train.step import StepFn, StepMetrics, TrainState, make_step
 from recallax.types import Batch
 
-type StepFn = Callable[..., tuple[TrainState, StepMetrics]]
+FIRST_PHASE = PhasePosition()
 
 
 class Program:
-    """What a run executes; holds no state of its own besides compiled functions."""
+    """The compiled functions of a run; it holds no training state.
+
+    Args:
+        config: Config of the run.
+
+    Raises:
+        ConfigError: The config does not fit the devices, or a stage of its curriculum does not fit the model.
+    """
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -36,11 +42,9 @@ class Program:
         self.learning_rate = learning_rate_schedule(config)
         model = accounting.abstract_model(config.model, config.task.vocab_size)
         self.graphdef, params, _ = nnx.split(model, nnx.Param, Statistic)
-        self.stages = resolve_stages(config)
-        """The stages of the run; a single one without a curriculum."""
-        optimizers = [
-            make_optimizer(config, params, None if part is None else part.trainable) for _, part in self.stages
-        ]
+        self.phases = make_phases(config)
+        """The phases of the run, in order; one without a curriculum."""
+        optimizers = [phase.make_optimizer(params) for phase in self.phases]
         self._optimizer = optimizers[0]
         shapes = jax.eval_shape(self._init_state)
         self._shardings = state_shardings(self.mesh, shapes, logical_axes(params), self._optimizer)
@@ -51,47 +55,77 @@ class Program:
         )
         """Shapes, dtypes and shardings of the state."""
         self.leaf_names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes.params)]
-        self._step_fns = [self._compile_step(*both) for both in zip(self.stages, optimizers, strict=True)]
+        """Paths of the parameters, in `jax.tree` order."""
+        pairs = zip(self.phases, optimizers, strict=True)
+        self._step_fns = [self._compile_step(phase, optimizer) for phase, optimizer in pairs]
         self._evaluators: dict[tuple[int | None, Split], Evaluator] = {}
 
     def init_state(self) -> TrainState:
-        """The state at step 0, a function of the config's seed alone."""
+        """Return the state at step 0, which depends on `train.seed` only."""
         return jax.jit(self._init_state, out_shardings=self._shardings)()
 
     def init_state_from(self, params: dict, statistics: dict) -> TrainState:
-        """The state at step 0 of a run that begins with these parameters in place of its own."""
+        """Return the state at step 0 with given parameters and statistics.
+
+        Args:
+            params: Parameters, with the structure of `TrainState.params`.
+            statistics: Statistics, with the structure of `TrainState.statistics`.
+
+        Returns:
+            The state, with fresh optimizer moments.
+        """
         return jax.jit(self._state_from_params, out_shardings=self._shardings)(params, statistics)
 
-    def batch(self, index: int, stage: int = 0) -> Batch:
-        """Train batch number `index`, as numpy."""
+    def batch(self, index: int, phase: int = 0) -> Batch:
+        """Return training batch number `index` of the task of a phase, as numpy arrays."""
         train = self.config.train
-        return self.stages[stage].config.task.batch(train.data_seed, "train", index, train.batch_size)
+        return self.phases[phase].config.task.batch(train.data_seed, "train", index, train.batch_size)
 
     def step(
-        self, state: TrainState, batch: Batch, curriculum_state: CurriculumState = INITIAL_CURRICULUM_STATE
+        self, state: TrainState, batch: Batch, position: PhasePosition = FIRST_PHASE
     ) -> tuple[TrainState, StepMetrics]:
-        """One optimizer step on a numpy batch; the given state's buffers are used up."""
-        step, begin = self._step_fns[curriculum_state.stage_index], np.int32(curriculum_state.start_step)
-        more = () if self.config.curriculum is None else (begin,)
-        return step(state, shard_batch(batch, self.batch_sharding), *more)
+        """Take one optimizer step.
 
-    def check_stages(self) -> None:
-        """Trace the step of every stage, so that one that cannot run says so before the first has begun."""
-        for stage, step in enumerate(self._step_fns if self.config.curriculum is not None else []):
-            jax.eval_shape(step, self.abstract_state, self.batch(0, stage), np.int32(0))
+        Args:
+            state: The state; its buffers are donated.
+            batch: A batch of numpy arrays.
+            position: The phase of the run.
+
+        Returns:
+            The next state, and the metrics of the step, both on the devices.
+        """
+        step = self._step_fns[position.index]
+        return step(state, shard_batch(batch, self.batch_sharding), np.int32(position.start_step))
+
+    def check_phases(self) -> None:
+        """Trace the step of every phase of a run that has several, so that errors appear before training starts."""
+        for index, step in enumerate(self._step_fns if len(self._step_fns) > 1 else []):
+            jax.eval_shape(step, self.abstract_state, self.batch(0, index), np.int32(0))
+
+    def data_digest(self) -> str:
+        """Return a digest of the data outside the config, such as a text corpus, that the run trains on."""
+        tasks = [self.config.task, *(phase.config.task for phase in self.phases)]
+        return "+".join(dict.fromkeys(digest for task in tasks if (digest := task.data_digest())))
 
     def evaluate(
-        self, state: TrainState, split: Split, batches: int | None = None, stage: int | None = None
+        self, state: TrainState, split: Split, batches: int | None = None, phase: int | None = None
     ) -> dict[str, float]:
-        """Exact weighted means over the first batches of a split (`RunConfig.evaluate` says how many).
+        """Compute exact weighted means over the first batches of a split.
 
-        stage: of the task of that stage instead of the run's.
+        Args:
+            state: The state.
+            split: The split.
+            batches: Number of batches; None for `evaluate.batches` of the config.
+            phase: Index of the phase whose task is used; None for the task of the run.
+
+        Returns:
+            Metrics by name, as `recallax.train.evaluate.evaluate` returns them.
         """
-        task = self.config.task if stage is None else self.stages[stage].config.task
-        if (stage, split) not in self._evaluators:
-            self._evaluators[stage, split] = make_evaluator(self.graphdef, task, split, self._replicated)
+        task = self.config.task if phase is None else self.phases[phase].config.task
+        if (phase, split) not in self._evaluators:
+            self._evaluators[phase, split] = make_evaluator(self.graphdef, task, split, self._replicated)
         return evaluate(
-            self._evaluators[stage, split],
+            self._evaluators[phase, split],
             state.params,
             state.statistics,
             task,
@@ -103,21 +137,21 @@ class Program:
         )
 
     def with_seeds_of(self, config: RunConfig) -> "Program":
-        """The same compiled functions for a config that differs in its seeds alone, of which they know nothing."""
+        """Return a program that shares the compiled functions, for a config that differs in its seeds only."""
         other = copy.copy(self)
         other.config = config
         return other
 
     def vmapped_step(self) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-        """The step of several states at once, each on its own batch; all leaves have a leading axis, of one device."""
-        return jax.jit(jax.vmap(make_step(self.config, self.graphdef, self._optimizer)), donate_argnums=0)
+        """Return a step of several runs on one device; all leaves have a leading axis with one entry per run."""
+        step = make_step(self.phases[0], self.graphdef, self._optimizer)
+        return jax.jit(jax.vmap(lambda state, batch: step(state, batch, jnp.zeros((), jnp.int32))), donate_argnums=0)
 
-    def _compile_step(self, stage: ResolvedStage, optimizer: optax.GradientTransformation) -> StepFn:
-        more = () if stage.mask is None else (self._replicated,)
+    def _compile_step(self, phase: Phase, optimizer: optax.GradientTransformation) -> StepFn:
         return jax.jit(
-            make_step(stage.config, self.graphdef, optimizer, stage.mask),
-            in_shardings=(self._shardings, self.batch_sharding, *more),
-            out_shardings=(self._shardings, self._replicated),  # every process reads the whole report
+            make_step(phase, self.graphdef, optimizer),
+            in_shardings=(self._shardings, self.batch_sharding, self._replicated),
+            out_shardings=(self._shardings, self._replicated),  # every process reads all metrics
             donate_argnums=0,
         )
 

@@ -1,7 +1,7 @@
-"""How far a run is: a live bar on a terminal, plain lines elsewhere.
+"""Display of the progress of a run: a live bar on a terminal, plain lines elsewhere.
 
-Both show the same; choose with `make_progress`. Text that came from a config or an error is shown without control
-characters, so a name cannot move the cursor or retitle the window.
+Both show the same; `make_progress` selects one. Text from configs and errors is shown without control characters, so
+that a name cannot move the cursor or change the title of the window.
 """
 
 import abc
@@ -13,27 +13,33 @@ from types import TracebackType
 from typing import Any
 
 type Console = Any
-"""rich's, which is imported only for a terminal."""
+"""A `rich.console.Console`; rich is imported only for a terminal."""
 
 
 class Progress(abc.ABC):
-    """A display of one run; a context manager."""
+    """Display of one run; a context manager that closes it."""
 
     @abc.abstractmethod
     def show_compiling(self, what: str) -> None:
-        """Say that something is being compiled; the next `update` ends it."""
+        """Show that a function is being compiled, until the next `update`; `what` names it."""
 
     @abc.abstractmethod
     def update(self, step: int, metrics: Mapping[str, int | float], tokens_per_second: int | float) -> None:
-        """Show the run after `step` optimizer steps."""
+        """Show metrics.
+
+        Args:
+            step: Number of optimizer steps so far.
+            metrics: Values by name.
+            tokens_per_second: Training speed.
+        """
 
     @abc.abstractmethod
     def note(self, text: str) -> None:
-        """Say something once: a checkpoint, a skipped step."""
+        """Print a line, such as the metrics of an evaluation."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """End the display; what it showed last stays. Closing twice does nothing."""
+        """End the display and leave its last output; closing twice does nothing."""
 
     def __enter__(self) -> "Progress":
         return self
@@ -45,7 +51,7 @@ class Progress(abc.ABC):
 
 
 def make_progress(steps: int) -> Progress:
-    """The display that suits standard output: live on a terminal, lines elsewhere."""
+    """Return a live display if standard output is a terminal, else a plain one; `steps` is the length of the run."""
     if not sys.stdout.isatty():
         return PlainProgress(steps)
     import rich
@@ -54,7 +60,7 @@ def make_progress(steps: int) -> Progress:
 
 
 class PlainProgress(Progress):
-    """One line per call."""
+    """Prints one line per call."""
 
     def __init__(self, steps: int) -> None:
         self._remaining_time = _RemainingTime(steps)
@@ -76,13 +82,13 @@ class PlainProgress(Progress):
 
 
 class LiveProgress(Progress):
-    """A bar that stays at the bottom; notes scroll above it."""
+    """A bar at the bottom of the terminal, with notes scrolling above it."""
 
     def __init__(self, steps: int, console: Console) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
-        # markup=False: a metric may be called anything, also something that rich would take for a style
+        # markup=False: the name of a metric may look like a style of rich
         text = [TextColumn(f"{{task.fields[{name}]}}", markup=False) for name in ("status", "left")]
         self._bar = RichProgress(BarColumn(20), MofNCompleteColumn(), *text, console=console)
         self._task = self._bar.add_task("", total=steps, status="starting", left="")
@@ -93,10 +99,8 @@ class LiveProgress(Progress):
         self._bar.update(self._task, status=printable(f"compiling {what}"), refresh=True)
 
     def update(self, step: int, metrics: Mapping[str, int | float], tokens_per_second: int | float) -> None:
-        status, left = (
-            printable(_format_metrics(metrics, tokens_per_second)),
-            f"{self._remaining_time.remaining(step)} left",
-        )
+        status = printable(_format_metrics(metrics, tokens_per_second))
+        left = f"{self._remaining_time.remaining(step)} left"
         self._bar.update(self._task, completed=step, status=status, left=left, refresh=True)
 
     def note(self, text: str) -> None:
@@ -107,13 +111,14 @@ class LiveProgress(Progress):
 
 
 class _RemainingTime:
-    """Time left, from the steps since the first update: compilation and the steps before a resume do not count."""
+    """Estimate of the remaining time, from the steps since the first update, without compilation and resumed steps."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self._first_update: tuple[int, float] | None = None
 
     def remaining(self, step: int) -> str:
+        """Return the remaining time as text; "?" at the first update."""
         now = time.monotonic()
         first_step, first_time = self._first_update = self._first_update or (step, now)
         if step >= self.steps:
@@ -124,7 +129,7 @@ class _RemainingTime:
 
 
 def printable(text: str) -> str:
-    """The text on one line, every control or format character replaced by a space."""
+    """Return the text on one line, with control and format characters replaced by spaces."""
     return "".join(c if c.isprintable() else " " for c in text)
 
 
@@ -134,7 +139,7 @@ def _format_metrics(metrics: Mapping[str, int | float], tokens_per_second: int |
 
 
 def _format_number(number: int | float) -> str:
-    """Three digits and a suffix: 1.23k, 45.6M."""
+    """Format with three digits and a suffix: 1.23k, 45.6M."""
     if not math.isfinite(number) or number < 1000:
         return f"{number:.3g}"
     power = min(int(math.log10(number) // 3), 4)

@@ -1,20 +1,21 @@
-"""One run as a value: everything that decides its numbers, and nothing else."""
+"""The config of a run: everything that determines its results, and nothing else."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import recallax.layers
-import recallax.tasks  # noqa: F401  reading a config from JSON needs every config class to be known
+import recallax.tasks  # noqa: F401  from_json finds config classes among the imported ones
 from recallax.config import Config, ConfigError, added_field
 from recallax.models.lm import LMConfig
 from recallax.tasks.base import Task
 from recallax.train.curriculum.stages import Curriculum
 
 
-def _validate_fields(owner: str, config: Config, names: str, holds: Callable[[float], bool], rule: str) -> None:
+def _validate_fields(owner: str, config: Config, names: str, is_valid: Callable[[float], bool], rule: str) -> None:
+    """Raise ConfigError for the fields in `names` (separated by spaces) that are not valid."""
     for name in names.split():
-        if not holds(getattr(config, name)):
+        if not is_valid(getattr(config, name)):
             raise ConfigError(f"{owner}.{name} is {getattr(config, name)}; it must be {rule}")
 
 
@@ -25,16 +26,19 @@ class AdamW(Config):
     lr: float = 3e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
-    """Decoupled decay, on parameters of rank 2 and more that do not opt out."""
+    """Decoupled weight decay of parameters of rank 2 and more that do not opt out."""
     b1: float = 0.9
+    """Decay of the first moment."""
     b2: float = 0.95
+    """Decay of the second moment."""
     eps: float = 1e-8
+    """Constant added to the root of the second moment."""
     warmup_ratio: float = 0.05
-    """Fraction of the steps over which the rate rises linearly from 0."""
+    """Fraction of the steps over which the learning rate rises linearly from 0."""
     min_lr_ratio: float = 0.1
-    """Rate at the last step as a fraction of the peak."""
+    """Learning rate at the last step as a fraction of the peak."""
     max_grad_norm: float = 1.0
-    """Largest global norm of the gradient."""
+    """Global norm to which larger gradients are clipped."""
 
     def __post_init__(self) -> None:
         _validate_fields("optim", self, "lr weight_decay", lambda x: 0 <= x < math.inf, "at least 0 and finite")
@@ -45,27 +49,30 @@ class AdamW(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Config):
-    """How long, on what, and how to spread it over devices."""
+    """Length of the training, batches, seeds, logging, checkpoints and devices."""
 
     steps: int = 2000
+    """Optimizer steps."""
     batch_size: int = 64
     """Rows per optimizer step, over all devices and microbatches."""
     seed: int = 0
-    """Seed of initialisation and dropout."""
+    """Seed of initialization and dropout."""
     data_seed: int = 0
-    """Seed of the task's streams."""
+    """Seed of the batches."""
     gradient_accumulation_steps: int = 1
-    """Microbatches per optimizer step; the result is that of the whole batch."""
+    """Microbatches per optimizer step; the result does not depend on it."""
     loss_weights: dict[str, float] = field(default_factory=dict)
     """Coefficient of each loss term by name (the task's terms and the modules' auxiliary ones); 1 where absent."""
     z_loss: float = added_field(0.0)
     """Coefficient of logsumexp(logits)^2 per labelled position (PaLM, arXiv 2204.02311, section 5, uses 1e-4)."""
     log_every: int = 50
+    """Steps between rows of the log."""
     save_every: int = 500
+    """Steps between checkpoints."""
     max_to_keep: int = 2
-    """Newest checkpoints to keep."""
+    """Number of checkpoints to keep; older ones are deleted."""
     data_parallel: int = 0
-    """Devices on the data axis of the mesh; 0 takes all that the fsdp axis leaves."""
+    """Devices on the data axis of the mesh; 0: all devices divided by `fsdp`."""
     fsdp: int = 1
     """Devices over which parameters and optimizer state are sharded."""
 
@@ -76,18 +83,21 @@ class Train(Config):
         _validate_fields("train", self, "seed data_seed", lambda x: 0 <= x < 2**32, "at least 0 and below 2**32")
         if self.batch_size % self.gradient_accumulation_steps:
             raise ConfigError(
-                f"train.batch_size {self.batch_size} is not a multiple of train.gradient_accumulation_steps {self.gradient_accumulation_steps}"
+                f"train.batch_size {self.batch_size} is not a multiple of train.gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Config):
-    """When to evaluate, and on how much."""
+    """Frequency and size of evaluations."""
 
     every: int = 500
-    """Steps between evaluations on the valid split; the test split is read once, at the end."""
+    """Steps between evaluations on the valid split; the test split is evaluated once, at the end."""
     batches: int = 16
+    """Batches per evaluation."""
     batch_size: int = 64
+    """Rows per batch."""
 
     def __post_init__(self) -> None:
         _validate_fields("evaluate", self, "every batches batch_size", lambda x: x >= 1, "at least 1")
@@ -95,7 +105,7 @@ class Evaluate(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
-    """A run; the file in `recallax/configs` that returns it is its name."""
+    """A run. Its name is that of the file in `recallax/configs` that returns it."""
 
     task: Task
     model: LMConfig
@@ -103,7 +113,7 @@ class RunConfig(Config):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     curriculum: Curriculum | None = added_field(None)
-    """Stages; None trains everything on the task from the first step."""
+    """Stages of the training; None: train all parameters on the task in all steps."""
 
     def __post_init__(self) -> None:
         if self.curriculum is not None:
@@ -111,7 +121,16 @@ class RunConfig(Config):
 
 
 def tiny_run(config: RunConfig, *, task: Task | None = None, model: LMConfig | None = None) -> RunConfig:
-    """The same run cut to seconds: four steps of eight rows, on a smaller task or model where one is given."""
+    """Return a run that takes seconds: four steps of eight rows, without a curriculum.
+
+    Args:
+        config: The run to shorten.
+        task: A smaller task; None for that of `config`.
+        model: A smaller model; None for that of `config`.
+
+    Returns:
+        The shortened run.
+    """
     return RunConfig(
         task=task or config.task,
         model=model or config.model,

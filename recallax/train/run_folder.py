@@ -1,9 +1,9 @@
-"""The folder of one run: what is in it, who may write there, and for which config.
+"""The folder of one run: its files, its lock, and the check of its config.
 
     config.json  log.jsonl  tensorboard/  checkpoints/  lock
 
-A folder belongs to one config for ever and to one job at a time. Only process 0 of a multi-process run takes the
-lock and writes; the other processes hold the same paths and touch nothing.
+A folder belongs to one config permanently, and to one job at a time. Only process 0 of a multi-process run takes the
+lock and writes; the other processes use the same paths and write nothing.
 """
 
 import fcntl
@@ -19,31 +19,83 @@ from typing import Any
 
 from recallax.config import Config, ConfigError, diff, fingerprint, from_json, to_json
 
+EARLIER_SCHEMAS = (1,)
+"""Schemas of configs whose fingerprints may name folders."""
+
 
 class RunFolderError(RuntimeError):
-    """A run cannot use its folder; the message says what, where, and the remedy."""
+    """A run cannot use its folder; the message has the path, the problem and the remedy."""
 
 
 class RunFolderWarning(UserWarning):
-    """A run goes on in its folder, but something there deserves a look."""
+    """A run can use its folder, but another job may be using it too."""
 
 
 def run_folder_name(name: str, config: Config) -> str:
-    """`<name>-<fingerprint>`: equal configs share a folder, different ones never do.
+    """Return the name of the folder of a new run, `<name>-<fingerprint>`.
 
-    Raises RunFolderError for a name that could leave the parent folder or confuse a terminal.
+    Args:
+        name: Name of the config.
+        config: The config.
+
+    Returns:
+        A name that is equal for two runs exactly when name and config are equal.
+
+    Raises:
+        RunFolderError: The name contains other characters than A-Z a-z 0-9 . _ - or starts with a dot.
     """
-    if not re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,100}", name):
-        raise RunFolderError(
-            f"{name!r} cannot name a run; use 1 to 100 of the characters A-Z a-z 0-9 . _ - and no leading dot"
-        )
-    return f"{name}-{fingerprint(config)}"
+    return f"{_validate_name(name)}-{fingerprint(config)}"
+
+
+def run_folder_path(parent: Path, name: str, config: Config) -> Path:
+    """Return the folder of a run, which may have been created by an earlier version of recallax.
+
+    Args:
+        parent: Folder of runs.
+        name: Name of the config.
+        config: The config.
+
+    Returns:
+        `parent / <name>-<fingerprint>`, where the fingerprint is that of `recorded_fingerprint`.
+
+    Raises:
+        RunFolderError: The name is not valid, as in `run_folder_name`.
+    """
+    prefix = f"{_validate_name(name)}-"
+    return parent / (prefix + recorded_fingerprint(parent, config, prefix=prefix))
+
+
+def recorded_fingerprint(parent: Path, config: Config, *, prefix: str = "") -> str:
+    """Return the fingerprint that names the folder of a run, or would name it.
+
+    Fingerprints depend on the schema of configs, so the folders of earlier versions have other names.
+
+    Args:
+        parent: Folder of runs.
+        config: The config.
+        prefix: Text before the fingerprint in the name of the folder.
+
+    Returns:
+        The fingerprint of an earlier schema if only a folder of that name exists, else that of the current schema.
+    """
+    current = fingerprint(config)
+    if not (parent / (prefix + current)).exists():
+        for schema in EARLIER_SCHEMAS:
+            earlier = fingerprint(config, schema=schema)
+            if (parent / (prefix + earlier)).is_dir():
+                return earlier
+    return current
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a kill at any moment, sees the old text or the new, never a part.
+    """Replace a file atomically, so that a reader sees the old text or the new one, also after a kill.
 
-    A symbolic link at `path` is replaced, not followed. Raises OSError; the temporary file is gone either way.
+    Args:
+        path: The file; a symbolic link is replaced, not followed.
+        text: Its new content.
+
+    Raises:
+        OSError: The file cannot be written; the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
@@ -57,11 +109,18 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 class RunFolder:
-    """An open run folder; a context manager that gives the lock back.
+    """An open run folder, created if it does not exist; a context manager that releases its lock.
 
-    Opening creates the folder or re-opens it, in a fraction of a second either way. Raises RunFolderError if the
-    folder cannot be written, holds something that is not a run, holds a run of another config (the message shows
-    how the configs differ), or is in use by another job. The lock of a process that died is taken over.
+    The lock of a process that died is taken over.
+
+    Args:
+        path: The folder.
+        config: Config of the run.
+        process_index: Index of this process; only process 0 locks and writes.
+
+    Raises:
+        RunFolderError: The folder cannot be written, contains something that is not a run or a run of another config
+            (the message shows how the configs differ), or is in use by another job.
     """
 
     def __init__(self, path: Path | str, config: Config, *, process_index: int = 0) -> None:
@@ -79,7 +138,7 @@ class RunFolder:
             self.close()
             raise RunFolderError(
                 f"the run folder {self.path} cannot be written: {error}; "
-                "choose another folder, or make this one writable and give it space"
+                "choose another folder, or make this one writable and free some space"
             ) from error
         except RunFolderError:
             self.close()
@@ -89,7 +148,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.config_file.exists() and any(not _is_run_file(name) for name in os.listdir(self.path)):
             raise RunFolderError(
-                f"{self.path} is not empty and holds no config.json, so it is not a run; choose a new folder"
+                f"{self.path} is not empty and contains no config.json, so it is not a run; choose a new folder"
             )
         self._lock = _acquire_lock(self.path / "lock")
         if self.config_file.exists():
@@ -99,12 +158,9 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
 
     def close(self) -> None:
-        """Give the lock back; closing twice does nothing.
-
-        The lock file is emptied and stays: removing it would let two later jobs lock two different files.
-        """
+        """Release the lock; closing twice does nothing."""
         if self._lock is not None:
-            os.ftruncate(self._lock, 0)
+            os.ftruncate(self._lock, 0)  # not removed: two later jobs could then lock two different files
             os.close(self._lock)
             self._lock = None
 
@@ -118,44 +174,67 @@ class RunFolder:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The JSON of a run's config. Raises RunFolderError if the folder is not a run's, or the file is damaged."""
+    """Read the config of a run.
+
+    Args:
+        folder: Folder of the run.
+
+    Returns:
+        The decoded JSON, for `recallax.config.from_json`.
+
+    Raises:
+        RunFolderError: The folder is not that of a run, or the file is damaged.
+    """
     path = folder / "config.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RunFolderError(f"{folder} is not a run's folder: {error}") from error
+        raise RunFolderError(f"{folder} is not a run folder: {error}") from error
     except ValueError as error:
         raise RunFolderError(f"{path} is not JSON ({error}); restore it, or choose a new folder") from error
     if not isinstance(data, dict):
-        raise RunFolderError(f"{path} does not hold an object; restore it, or choose a new folder")
+        raise RunFolderError(f"{path} does not contain an object; restore it, or choose a new folder")
     return data
 
 
 def _is_run_file(name: str) -> bool:
-    """Whether an interrupted first opening may have left this file."""
+    """Return True for a file that an interrupted creation of the folder may have left."""
     return name == "lock" or (name.startswith(".config.json.") and name.endswith(".tmp"))
 
 
 def _check_same_config(path: Path, config: Config) -> None:
     data = read_config(path.parent)
-    if data == json.loads(json.dumps(to_json(config))):
+    expected = json.loads(json.dumps(to_json(config)))
+    if data == expected:
         return
     try:
-        lines = diff(from_json(data, Config), config)
-    except ConfigError as error:  # written by another version of recallax: it differs, but cannot be compared
-        lines = [str(error)]
+        recorded = from_json(data, Config)
+        if to_json(recorded) == expected:  # written in an earlier schema
+            return
+        differences = diff(recorded, config)
+    except ConfigError as error:  # written by another version of recallax, or with classes that are not imported
+        differences = [str(error)]
     raise RunFolderError(
         f"{path.parent} belongs to a run of another config:\n  "
-        + "\n  ".join(lines)
-        + "\nchoose a new folder for this config, or run the one that is there"
+        + "\n  ".join(differences)
+        + "\nchoose a new folder for this config, or train the config of that folder"
     )
 
 
-def _acquire_lock(path: Path) -> int:
-    """Lock the file and write who holds it; returns the descriptor that holds the lock.
+def _validate_name(name: str) -> str:
+    """Reject names that could leave the parent folder or send control codes to a terminal."""
+    if not re.fullmatch(r"(?!\.)[A-Za-z0-9._-]{1,100}", name):
+        raise RunFolderError(
+            f"{name!r} cannot name a run; use 1 to 100 of the characters A-Z a-z 0-9 . _ - and no leading dot"
+        )
+    return name
 
-    The kernel's lock decides, because it dies with its process: what the file says is only for the message. A
-    file made with O_EXCL would outlive a killed job, and taking such a file over is a race.
+
+def _acquire_lock(path: Path) -> int:
+    """Lock the file, write the name of this process to it, and return the descriptor that keeps the lock.
+
+    The kernel releases the lock when the process ends; the text in the file is only for messages. A file created with
+    O_EXCL would outlive a killed job, and taking it over would be a race.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
@@ -169,20 +248,20 @@ def _acquire_lock(path: Path) -> int:
     except OSError:
         os.close(descriptor)
         raise
-    here = socket.gethostname()
+    host = socket.gethostname()
     holder = _lock_holder(descriptor)
-    if holder and not holder.endswith(f" on {here}"):
+    if holder and not holder.endswith(f" on {host}"):
         warnings.warn(
             f"took over {path.parent} from {holder}, which did not close it; if it still runs, stop one of the two",
             RunFolderWarning,
             stacklevel=4,
         )
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {here}".encode(), 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {host}".encode(), 0)
     return descriptor
 
 
 def _lock_holder(descriptor: int) -> str:
-    """Who the lock file names, as printable text (another program may have written anything there)."""
+    """Return the process that the lock file names, as printable text."""
     text = os.pread(descriptor, 300, 0).decode("utf-8", "replace")
     return "".join(c for c in text if c.isprintable())

@@ -1,4 +1,4 @@
-"""Runs that are asked to stop, and go on another time."""
+"""Graceful interruption of training by SIGINT and SIGTERM."""
 
 import signal
 from types import FrameType
@@ -10,18 +10,28 @@ from jax.experimental import multihost_utils
 
 
 class Interrupted(Exception):
-    """The run was asked to stop."""
+    """A signal stopped the run; it can be resumed."""
 
 
 class StopSignals:
-    """Turns SIGINT and SIGTERM into a question that the loop asks after every step; a second signal ends at once."""
+    """Records SIGINT and SIGTERM, so that the loop can stop after a step; a second signal has its previous effect.
+
+    A context manager that installs signal handlers and restores the previous ones.
+    """
 
     def __init__(self) -> None:
         self._requested = False
         self._previous_handlers: dict[int, Any] = {}
 
     def stop_requested(self, step: int) -> bool:
-        """Whether to save and stop now; all processes of a run get the same answer for the same step."""
+        """Return True if any process of the run received a signal.
+
+        Args:
+            step: Number of steps so far; all processes must call this for the same steps.
+
+        Returns:
+            The same value in all processes.
+        """
         if jax.process_count() == 1:
             return self._requested
         return bool(multihost_utils.process_allgather(np.asarray(self._requested)).any())

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import optax
 
-from recallax.__main__ import config_names
+from recallax.cli.config_files import config_names
 from recallax.train.program import Program
 from recallax.train.run_config import RunConfig
 

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from recallax.__main__ import load_config, main
+from recallax.cli.config_files import load_config
+from recallax.cli.main import main
 from recallax.config import to_json
-from recallax.convert.layouts.fla_layout import HGRN2_NORM_EPS
-from recallax.convert.run_conversion import read_run_state
+from recallax.convert.layouts.fla_linear_mixers import HGRN2_NORM_EPS
+from recallax.convert import read_run_state
 from recallax.layers import (
     GLA,
     HGRN2,

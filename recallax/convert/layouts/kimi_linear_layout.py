@@ -1,4 +1,4 @@
-"""Kimi Linear: Kimi Delta Attention with the softplus gate, and SwiGLU; without its latent attention and experts."""
+"""Kimi Linear: Kimi Delta Attention with the softplus gate, and SwiGLU. Its latent attention and experts are missing."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,71 +7,67 @@ from recallax.convert.array_transforms import DEPTHWISE_CONV, reshape
 from recallax.convert.config_fields import ConfigFields
 from recallax.convert.key_map import KeyMapEntry, linear_entry, parameter_entry
 from recallax.convert.layouts import decoder_parts
-from recallax.convert.layouts.mamba2_layout import conv_size_of
+from recallax.convert.layouts.checkpoint_layout import CheckpointLayout
+from recallax.convert.layouts.mamba2_parts import conv_size_of
 from recallax.layers import KDA
 from recallax.layers.kda import KDACell
-from recallax.layers.memory import MemoryMixer
 from recallax.layers.swiglu import SwiGLUMixer
 from recallax.models.block import Block, BlockModule
 from recallax.models.lm import LM, LMConfig
+from recallax.models.pattern import compress_pattern
 
 
-def from_config_json(fields: ConfigFields) -> LMConfig:
-    """`KimiLinearForCausalLM` of linear layers with dense perceptrons."""
-    kinds = fields.required("layer_types", list)
-    if "full_attention" in kinds:
-        raise fields.unsupported("layer_types holds 'full_attention', and recallax has no latent attention")
-    if "sparse" in fields.required("mlp_layer_types", list):
-        raise fields.unsupported("mlp_layer_types holds 'sparse', and recallax has no mixture of experts")
-    mixer = KDA(
-        num_heads=fields.required("linear_num_heads", int),
-        head_k_dim=fields.required("linear_head_dim", int),
-        decay_gate="softplus",
-        conv_size=fields.required("linear_conv_kernel_dim", int),
-        norm_eps=fields.required("rms_norm_eps", float),
-    )
-    return LMConfig(
-        d_model=fields.required("hidden_size", int),
-        vocab_size=fields.required("vocab_size", int),
-        pattern=decoder_parts.compress_pattern(["layer"] * len(kinds)),
-        blocks={"layer": Block(mixer=mixer, channel=decoder_parts.swiglu_config(fields))},
-        lm_head=decoder_parts.lm_head_config(fields),
-        norm_eps=fields.required("rms_norm_eps", float),
-    )
+class KimiLinearLayout(CheckpointLayout):
+    """`KimiLinearForCausalLM` of transformers, if all layers are linear and have dense MLPs."""
 
+    architecture = "KimiLinearForCausalLM"
 
-def to_config_json(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
-    """The config of `KimiLinearForCausalLM`."""
-    cell = decoder_parts.collect_modules(decoder_parts.collect_modules(layers, "mixer", MemoryMixer), "cell", KDACell)[
-        0
-    ]
-    return (
-        decoder_parts.embedding_fields(model, len(layers))
-        | decoder_parts.swiglu_fields(decoder_parts.collect_modules(layers, "channel", SwiGLUMixer)[0])
-        | {
-            "layer_types": ["linear_attention"] * len(layers),
-            "mlp_layer_types": ["dense"] * len(layers),
-            "linear_num_heads": cell.head_dims.num_v_heads,
-            "linear_head_dim": cell.head_dims.head_k_dim,
-            "linear_conv_kernel_dim": conv_size_of(cell),
-            "rms_norm_eps": model.norm.eps,
-        }
-    )
-
-
-def key_map(fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
-    """The key map."""
-    found = decoder_parts.embedding_and_head_entries(model, "model.embed_tokens", "model.norm")
-    heads = fields.required("linear_num_heads", int)
-    for layer in range(len(model.layer_names)):
-        theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
-        found += _mixer_entries(heads, f"{theirs}.self_attn", f"{ours}.mixer")
-        found += decoder_parts.swiglu_entries(
-            fields.required("intermediate_size", int), f"{theirs}.mlp", f"{ours}.channel"
+    def from_config_json(self, fields: ConfigFields) -> LMConfig:
+        layer_types = fields.required("layer_types", list)
+        if "full_attention" in layer_types:
+            raise fields.unsupported("layer_types contains 'full_attention', and recallax has no latent attention")
+        if "sparse" in fields.required("mlp_layer_types", list):
+            raise fields.unsupported("mlp_layer_types contains 'sparse', and recallax has no mixture of experts")
+        mixer = KDA(
+            num_heads=fields.required("linear_num_heads", int),
+            head_k_dim=fields.required("linear_head_dim", int),
+            decay_gate="softplus",
+            conv_size=fields.required("linear_conv_kernel_dim", int),
+            norm_eps=fields.required("rms_norm_eps", float),
         )
-        found.append(decoder_parts.norm_entry(f"{theirs}.input_layernorm", f"{ours}.mixer_norm"))
-        found.append(decoder_parts.norm_entry(f"{theirs}.post_attention_layernorm", f"{ours}.channel_norm"))
-    return found
+        return LMConfig(
+            d_model=fields.required("hidden_size", int),
+            vocab_size=fields.required("vocab_size", int),
+            pattern=compress_pattern(["layer"] * len(layer_types)),
+            blocks={"layer": Block(mixer=mixer, channel=decoder_parts.swiglu_config(fields))},
+            lm_head=decoder_parts.lm_head_config(fields),
+            norm_eps=fields.required("rms_norm_eps", float),
+        )
+
+    def key_map(self, fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
+        entries = decoder_parts.embedding_and_head_entries(model, "model.embed_tokens", "model.norm")
+        num_heads, inner = fields.required("linear_num_heads", int), fields.required("intermediate_size", int)
+        for layer in range(len(model.layer_names)):
+            source, target = f"model.layers.{layer}", f"layers.{layer}"
+            entries += _mixer_entries(num_heads, f"{source}.self_attn", f"{target}.mixer")
+            entries += decoder_parts.swiglu_entries(inner, f"{source}.mlp", f"{target}.channel")
+            entries += decoder_parts.block_norm_entries(source, target)
+        return entries
+
+    def to_config_json(self, model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+        cell = decoder_parts.collect_cells(layers, KDACell)[0]
+        return (
+            decoder_parts.embedding_fields(model, len(layers))
+            | decoder_parts.swiglu_fields(decoder_parts.collect_modules(layers, "channel", SwiGLUMixer)[0])
+            | {
+                "layer_types": ["linear_attention"] * len(layers),
+                "mlp_layer_types": ["dense"] * len(layers),
+                "linear_num_heads": cell.head_dims.num_v_heads,
+                "linear_head_dim": cell.head_dims.head_k_dim,
+                "linear_conv_kernel_dim": conv_size_of(cell),
+                "rms_norm_eps": model.norm.eps,
+            }
+        )
 
 
 def _mixer_entries(num_heads: int, source: str, target: str) -> list[KeyMapEntry]:

@@ -1,54 +1,56 @@
-"""Llama and Mistral: rotary attention with grouped queries, over everything or over a window, and SwiGLU."""
+"""Llama and Mistral: rotary attention with grouped queries, full or in a sliding window, and SwiGLU."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from recallax.convert.config_fields import ConfigFields
 from recallax.convert.key_map import KeyMapEntry
-from recallax.convert.layouts import decoder_parts
+from recallax.convert.layouts import attention_parts, decoder_parts
+from recallax.convert.layouts.checkpoint_layout import CheckpointLayout
 from recallax.layers import Attention, SlidingWindow
 from recallax.layers.softmax_attention import SoftmaxAttentionMixer
 from recallax.layers.swiglu import SwiGLUMixer
 from recallax.models.block import Block, BlockModule
 from recallax.models.lm import LM, LMConfig
+from recallax.models.pattern import compress_pattern
 
 
-def llama_from_config_json(fields: ConfigFields) -> LMConfig:
-    """`LlamaForCausalLM`."""
-    return _model_config(fields, decoder_parts.attention_config(fields))
+class LlamaLayout(CheckpointLayout):
+    """`LlamaForCausalLM` of transformers."""
+
+    architecture = "LlamaForCausalLM"
+
+    def from_config_json(self, fields: ConfigFields) -> LMConfig:
+        return _model_config(fields, attention_parts.attention_config(fields))
+
+    def key_map(self, fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
+        intermediate_size = fields.required("intermediate_size", int)
+        entries = decoder_parts.embedding_and_head_entries(model, "model.embed_tokens", "model.norm")
+        for layer in range(len(model.layer_names)):
+            source, target = f"model.layers.{layer}", f"layers.{layer}"
+            entries += attention_parts.attention_entries(f"{source}.self_attn", f"{target}.mixer")
+            entries += decoder_parts.swiglu_entries(intermediate_size, f"{source}.mlp", f"{target}.channel")
+            entries += decoder_parts.block_norm_entries(source, target)
+        return entries
+
+    def to_config_json(self, model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+        return _shared_fields(model, layers) | {"mlp_bias": False}
 
 
-def mistral_from_config_json(fields: ConfigFields) -> LMConfig:
-    """`MistralForCausalLM`; its window counts the token itself, as ours does. A null window is none."""
-    fields.require_values("all layers have the same window", layer_types=None)
-    fields.require_present("num_key_value_heads", "sliding_window")
-    window = fields.required("sliding_window", int) if fields.values["sliding_window"] is not None else None
-    return _model_config(fields, decoder_parts.attention_config(fields, window))
+class MistralLayout(LlamaLayout):
+    """`MistralForCausalLM` of transformers. Its window counts the current token, as recallax's does; null is no window."""
 
+    architecture = "MistralForCausalLM"
 
-def llama_to_config_json(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
-    """The config of `LlamaForCausalLM`."""
-    return _shared_config_json(model, layers) | {"mlp_bias": False}
+    def from_config_json(self, fields: ConfigFields) -> LMConfig:
+        fields.require_values("all layers must have the same window", layer_types=None)
+        fields.require_present("num_key_value_heads", "sliding_window")
+        window = fields.required("sliding_window", int) if fields.values["sliding_window"] is not None else None
+        return _model_config(fields, attention_parts.attention_config(fields, window))
 
-
-def mistral_to_config_json(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
-    """The config of `MistralForCausalLM`."""
-    fields = _shared_config_json(model, layers)
-    return fields | {"sliding_window": decoder_parts.collect_modules(layers, "mixer", SoftmaxAttentionMixer)[0].window}
-
-
-def key_map(fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
-    """The key map of both."""
-    found = decoder_parts.embedding_and_head_entries(model, "model.embed_tokens", "model.norm")
-    for layer in range(len(model.layer_names)):
-        theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
-        found += decoder_parts.attention_entries(f"{theirs}.self_attn", f"{ours}.mixer")
-        found += decoder_parts.swiglu_entries(
-            fields.required("intermediate_size", int), f"{theirs}.mlp", f"{ours}.channel"
-        )
-        found.append(decoder_parts.norm_entry(f"{theirs}.input_layernorm", f"{ours}.mixer_norm"))
-        found.append(decoder_parts.norm_entry(f"{theirs}.post_attention_layernorm", f"{ours}.channel_norm"))
-    return found
+    def to_config_json(self, model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+        mixer = decoder_parts.collect_modules(layers, "mixer", SoftmaxAttentionMixer)[0]
+        return _shared_fields(model, layers) | {"sliding_window": mixer.window}
 
 
 def _model_config(fields: ConfigFields, mixer: Attention | SlidingWindow) -> LMConfig:
@@ -56,19 +58,19 @@ def _model_config(fields: ConfigFields, mixer: Attention | SlidingWindow) -> LMC
     return LMConfig(
         d_model=fields.required("hidden_size", int),
         vocab_size=fields.required("vocab_size", int),
-        pattern=decoder_parts.compress_pattern(["layer"] * fields.required("num_hidden_layers", int)),
+        pattern=compress_pattern(["layer"] * fields.required("num_hidden_layers", int)),
         blocks={"layer": Block(mixer=mixer, channel=decoder_parts.swiglu_config(fields))},
         lm_head=decoder_parts.lm_head_config(fields),
         norm_eps=fields.required("rms_norm_eps", float),
     )
 
 
-def _shared_config_json(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+def _shared_fields(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
     mixer = decoder_parts.collect_modules(layers, "mixer", SoftmaxAttentionMixer)[0]
     return (
         decoder_parts.embedding_fields(model, len(layers))
-        | decoder_parts.attention_fields(mixer)
-        | decoder_parts.rope_fields(mixer.rope_theta)
+        | attention_parts.attention_fields(mixer)
+        | attention_parts.rope_fields(mixer.rope_theta)
         | decoder_parts.swiglu_fields(decoder_parts.collect_modules(layers, "channel", SwiGLUMixer)[0])
         | {"rms_norm_eps": model.norm.eps}
     )

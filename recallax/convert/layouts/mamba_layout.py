@@ -1,4 +1,4 @@
-"""Mamba: layers of one sublayer, the embedding tied by default."""
+"""Mamba: one sublayer per layer, and tied embeddings by default."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,58 +7,60 @@ from recallax.convert.array_transforms import DEPTHWISE_CONV
 from recallax.convert.config_fields import ConfigFields
 from recallax.convert.key_map import KeyMapEntry, linear_entry, parameter_entry
 from recallax.convert.layouts import decoder_parts
+from recallax.convert.layouts.checkpoint_layout import CheckpointLayout
 from recallax.layers import Mamba, NoChannelMixer
 from recallax.layers.mamba import MambaMixer
 from recallax.models.block import Block, BlockModule
 from recallax.models.lm import LM, LMConfig
+from recallax.models.pattern import compress_pattern
 
 
-def from_config_json(fields: ConfigFields) -> LMConfig:
-    """`MambaForCausalLM`."""
-    fields.require_values("projections have no biases", use_bias=False)
-    fields.require_values("the convolution has a bias", use_conv_bias=True)
-    fields.require_values("convolution and gate are followed by silu", hidden_act="silu")
-    rank = fields.values.get("time_step_rank")
-    mixer = Mamba(
-        state_dim=fields.required("state_size", int),
-        expand=fields.required("expand", int),
-        conv_size=fields.required("conv_kernel", int),
-        dt_rank=None if rank in (None, "auto") else fields.required("time_step_rank", int),
-    )
-    return LMConfig(
-        d_model=fields.required("hidden_size", int),
-        vocab_size=fields.required("vocab_size", int),
-        pattern=decoder_parts.compress_pattern(["mamba"] * fields.required("num_hidden_layers", int)),
-        blocks={"mamba": Block(mixer=mixer, channel=NoChannelMixer())},
-        lm_head=decoder_parts.lm_head_config(fields, tied_by_default=True),
-        norm_eps=fields.required("layer_norm_epsilon", float),
-    )
+class MambaLayout(CheckpointLayout):
+    """`MambaForCausalLM` of transformers."""
 
+    architecture = "MambaForCausalLM"
 
-def to_config_json(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
-    """The config of `MambaForCausalLM`."""
-    mixer = decoder_parts.collect_modules(layers, "mixer", MambaMixer)[0]
-    width, inner = model.embedding.shape[1], mixer.d.shape[0]
-    return decoder_parts.embedding_fields(model, len(layers)) | {
-        "state_size": mixer.state_dim,
-        "expand": decoder_parts.integer_ratio(inner, width),
-        "conv_kernel": mixer.conv.taps.shape[0],
-        "time_step_rank": mixer.dt_rank,
-        "use_bias": False,
-        "use_conv_bias": True,
-        "hidden_act": "silu",
-        "layer_norm_epsilon": model.norm.eps,
-    }
+    def from_config_json(self, fields: ConfigFields) -> LMConfig:
+        fields.require_values("projections have no biases", use_bias=False)
+        fields.require_values("the convolution has a bias", use_conv_bias=True)
+        fields.require_values("convolution and gate are followed by silu", hidden_act="silu")
+        dt_rank = fields.values.get("time_step_rank")
+        mixer = Mamba(
+            state_dim=fields.required("state_size", int),
+            expand=fields.required("expand", int),
+            conv_size=fields.required("conv_kernel", int),
+            dt_rank=None if dt_rank in (None, "auto") else fields.required("time_step_rank", int),
+        )
+        return LMConfig(
+            d_model=fields.required("hidden_size", int),
+            vocab_size=fields.required("vocab_size", int),
+            pattern=compress_pattern(["mamba"] * fields.required("num_hidden_layers", int)),
+            blocks={"mamba": Block(mixer=mixer, channel=NoChannelMixer())},
+            lm_head=decoder_parts.lm_head_config(fields, tied_by_default=True),
+            norm_eps=fields.required("layer_norm_epsilon", float),
+        )
 
+    def key_map(self, fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
+        entries = decoder_parts.embedding_and_head_entries(model, "backbone.embeddings", "backbone.norm_f")
+        for layer in range(len(model.layer_names)):
+            source, target = f"backbone.layers.{layer}", f"layers.{layer}"
+            entries.append(decoder_parts.norm_entry(f"{source}.norm", f"{target}.mixer_norm"))
+            entries += _mixer_entries(f"{source}.mixer", f"{target}.mixer")
+        return entries
 
-def key_map(fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
-    """The key map."""
-    found = decoder_parts.embedding_and_head_entries(model, "backbone.embeddings", "backbone.norm_f")
-    for layer in range(len(model.layer_names)):
-        theirs, ours = f"backbone.layers.{layer}", f"layers.{layer}"
-        found.append(decoder_parts.norm_entry(f"{theirs}.norm", f"{ours}.mixer_norm"))
-        found += _mixer_entries(f"{theirs}.mixer", f"{ours}.mixer")
-    return found
+    def to_config_json(self, model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+        mixer = decoder_parts.collect_modules(layers, "mixer", MambaMixer)[0]
+        d_model, intermediate_size = model.embedding.shape[1], mixer.d.shape[0]
+        return decoder_parts.embedding_fields(model, len(layers)) | {
+            "state_size": mixer.state_dim,
+            "expand": decoder_parts.integer_ratio(intermediate_size, d_model),
+            "conv_kernel": mixer.conv.taps.shape[0],
+            "time_step_rank": mixer.dt_rank,
+            "use_bias": False,
+            "use_conv_bias": True,
+            "hidden_act": "silu",
+            "layer_norm_epsilon": model.norm.eps,
+        }
 
 
 def _mixer_entries(source: str, target: str) -> list[KeyMapEntry]:

@@ -1,23 +1,28 @@
-"""The checkpoints of state-spaces: Mamba and Mamba-2 in the words of their authors, said in those of transformers.
+"""Checkpoints of state-spaces: Mamba and Mamba-2 with the field names of their authors.
 
-Their config.json has no model_type, and the embedding another name; the rest are the keys of transformers. Source: the
-config and the model of github.com/state-spaces/mamba (`config_mamba.py`, `mixer_seq_simple.py`).
+Their config.json has no model_type, and their embedding has another key; the other keys are those of transformers.
+Source: the config and the model of github.com/state-spaces/mamba (`config_mamba.py`, `mixer_seq_simple.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from recallax.config import ConfigError
 from recallax.convert.config_fields import ConfigFields
 from recallax.convert.key_map import KeyMapEntry
-from recallax.convert.layouts import decoder_parts, mamba2_layout, mamba_layout
+from recallax.convert.layouts import decoder_parts
+from recallax.convert.layouts.checkpoint_layout import CheckpointLayout
+from recallax.convert.layouts.mamba2_layout import Mamba2Layout
+from recallax.convert.layouts.mamba_layout import MambaLayout
 from recallax.layers.mamba import MambaMixer
 from recallax.models.block import BlockModule
 from recallax.models.lm import LM, LMConfig
 
 EMBEDDING_KEY = "backbone.embedding.weight"
 NORM_EPS = 1e-5
-"""Of all norms, which their config cannot say."""
+"""The epsilon of all norms, which their config does not contain."""
+CHANNELS_PER_DT_RANK = 16
+"""The rank of the step sizes is the width divided by this, rounded up, if `dt_rank` is "auto"."""
 IGNORED_CONFIG_FIELDS = {"residual_in_fp32", "fused_add_norm", "initializer_cfg", "pad_vocab_size_multiple"}
 MODEL_FIELDS = {
     "d_model",
@@ -28,10 +33,11 @@ MODEL_FIELDS = {
     "norm_epsilon",
     "tie_embeddings",
     "d_intermediate",
+    "attn_layer_idx",
+    "attn_cfg",
 }
-MODEL_FIELDS |= {"attn_layer_idx", "attn_cfg"}
 LAYER_NAMES = {"mamba": "Mamba1", "mamba2": "Mamba2"}
-"""Their layer of a model_type of transformers."""
+"""Their layer names by the model_type of transformers."""
 MIXER_FIELD_NAMES = {
     "Mamba1": {"d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "dt_rank": "time_step_rank"},
     "Mamba2": {
@@ -43,85 +49,65 @@ MIXER_FIELD_NAMES = {
         "chunk_size": "chunk_size",
     },
 }
-"""Fields of a layer, and what transformers calls them."""
+"""Names of transformers' fields by those of a layer."""
 MIXER_DEFAULTS = {
     "Mamba1": {"d_state": 16, "d_conv": 4, "expand": 2},
     "Mamba2": {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "chunk_size": 256},
 }
-"""What they are where they are not said."""
+"""Defaults of omitted fields."""
+TRANSFORMERS_LAYOUTS: dict[str, CheckpointLayout] = {"mamba": MambaLayout(), "mamba2": Mamba2Layout()}
 
 
-class _TransformersLayout(NamedTuple):
-    """What is said of a model in transformers' words."""
+class StateSpacesLayout(CheckpointLayout):
+    """`MambaLMHeadModel` of mamba_ssm, with Mamba or Mamba-2 layers."""
 
-    from_config_json: Callable[[ConfigFields], LMConfig]
-    key_map: Callable[[ConfigFields, LMConfig], list[KeyMapEntry]]
-    to_config_json: Callable[[LM, Sequence[BlockModule]], dict[str, Any]]
+    duplicates_tied_head = True
 
+    def from_config_json(self, fields: ConfigFields) -> LMConfig:
+        converted = _to_transformers_fields(fields)
+        return TRANSFORMERS_LAYOUTS[converted.model_name].from_config_json(converted)
 
-TRANSFORMERS_LAYOUTS = {
-    "mamba": _TransformersLayout(mamba_layout.from_config_json, mamba_layout.key_map, mamba_layout.to_config_json),
-    "mamba2": _TransformersLayout(mamba2_layout.from_config_json, mamba2_layout.key_map, mamba2_layout.to_config_json),
-}
+    def key_map(self, fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
+        converted = _to_transformers_fields(fields)
+        entries = TRANSFORMERS_LAYOUTS[converted.model_name].key_map(converted, model)
+        return [e._replace(source=(EMBEDDING_KEY,)) if e.target == ("embedding",) else e for e in entries]
 
+    def to_config_json(self, model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
+        model_type = "mamba" if isinstance(layers[0].mixer, MambaMixer) else "mamba2"
+        config = TRANSFORMERS_LAYOUTS[model_type].to_config_json(model, layers)
+        if config["layer_norm_epsilon"] != NORM_EPS:
+            raise ConfigError(
+                f"its norms have eps {config['layer_norm_epsilon']}, and this layout supports only {NORM_EPS}"
+            )
+        layer = LAYER_NAMES[model_type]
+        mixer = {name: config[source] for name, source in MIXER_FIELD_NAMES[layer].items() if source in config}
+        return {
+            "d_model": config["hidden_size"],
+            "n_layer": config["num_hidden_layers"],
+            "vocab_size": config["vocab_size"],
+            "pad_vocab_size_multiple": 1,
+            "ssm_cfg": {"layer": layer, **mixer},
+            "rms_norm": True,
+            "residual_in_fp32": True,
+            "fused_add_norm": True,
+            "tie_embeddings": config["tie_word_embeddings"],
+        }
 
-def is_state_spaces(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is one of theirs."""
-    return "model_type" not in config and {"d_model", "n_layer", "ssm_cfg"} <= config.keys()
-
-
-def from_config_json(fields: ConfigFields) -> LMConfig:
-    """`MambaLMHeadModel` of either kind of layer."""
-    made = _to_transformers_fields(fields)
-    return TRANSFORMERS_LAYOUTS[made.model_name].from_config_json(made)
-
-
-def key_map(fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
-    """The key map: that of transformers, but for the embedding."""
-    made = _to_transformers_fields(fields)
-    found = TRANSFORMERS_LAYOUTS[made.model_name].key_map(made, model)
-    return [entry._replace(source=(EMBEDDING_KEY,)) if entry.target == ("embedding",) else entry for entry in found]
-
-
-def to_config_json(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
-    """Their config, written from that of transformers."""
-    kind = "mamba" if isinstance(layers[0].mixer, MambaMixer) else "mamba2"
-    said = TRANSFORMERS_LAYOUTS[kind].to_config_json(model, layers)
-    if said["layer_norm_epsilon"] != NORM_EPS:
-        raise ConfigError(f"its norms have eps {said['layer_norm_epsilon']}, and this layout has only {NORM_EPS}")
-    mixer = {name: said[theirs] for name, theirs in MIXER_FIELD_NAMES[LAYER_NAMES[kind]].items() if theirs in said}
-    return {
-        "d_model": said["hidden_size"],
-        "n_layer": said["num_hidden_layers"],
-        "vocab_size": said["vocab_size"],
-        "pad_vocab_size_multiple": 1,
-        "ssm_cfg": {"layer": LAYER_NAMES[kind], **mixer},
-        "rms_norm": True,
-        "residual_in_fp32": True,
-        "fused_add_norm": True,
-        "tie_embeddings": said["tie_word_embeddings"],
-    }
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        return "model_type" not in config and {"d_model", "n_layer", "ssm_cfg"} <= config.keys()
 
 
 def _to_transformers_fields(fields: ConfigFields) -> ConfigFields:
-    """The config as transformers has it. Raises ConfigError for what has no meaning there or here."""
+    """Convert the fields to those of transformers. Raises ConfigError for unsupported values."""
     mixer = ConfigFields(fields.optional("ssm_cfg", dict, {}), f"{fields.model_name}' ssm_cfg")
-    layer = mixer.optional("layer", str, "Mamba1")
-    if layer not in MIXER_FIELD_NAMES:
-        raise mixer.unsupported(f"layer is {layer!r}; only {', '.join(MIXER_FIELD_NAMES)} can be imported")
-    for said, known in ((fields, MODEL_FIELDS | IGNORED_CONFIG_FIELDS), (mixer, {"layer", *MIXER_FIELD_NAMES[layer]})):
-        if unknown := sorted(said.values.keys() - known):
-            raise said.unsupported(f"recallax does not know the field {unknown[0]!r}")
-    fields.require_values("it has no layers besides Mamba", attn_layer_idx=[], d_intermediate=0)
-    fields.require_values("norms have no mean and no bias", rms_norm=True)
-    width = fields.required("d_model", int)
-    made: dict[str, Any] = {
-        theirs: mixer.optional(name, int, MIXER_DEFAULTS[layer][name])
-        for name, theirs in MIXER_FIELD_NAMES[layer].items()
-        if name in MIXER_DEFAULTS[layer]
+    layer = _layer_name(fields, mixer)
+    names = MIXER_FIELD_NAMES[layer]
+    d_model = fields.required("d_model", int)
+    values: dict[str, Any] = {
+        names[name]: mixer.optional(name, int, default) for name, default in MIXER_DEFAULTS[layer].items()
     }
-    made |= {
-        "hidden_size": width,
+    values |= {
+        "hidden_size": d_model,
         "num_hidden_layers": fields.required("n_layer", int),
         "vocab_size": decoder_parts.padded_vocab_size(fields),
         "use_bias": False,
@@ -131,8 +117,22 @@ def _to_transformers_fields(fields: ConfigFields) -> ConfigFields:
         "tie_word_embeddings": fields.optional("tie_embeddings", bool, True),
     }
     if layer == "Mamba2":
-        made["num_heads"] = made["expand"] * width // made["head_dim"]
+        values["num_heads"] = values["expand"] * d_model // values["head_dim"]
+    elif mixer.values.get("dt_rank", "auto") == "auto":
+        values["time_step_rank"] = -(-d_model // CHANNELS_PER_DT_RANK)
     else:
-        rank = mixer.values.get("dt_rank", "auto")
-        made["time_step_rank"] = -(-width // 16) if rank == "auto" else mixer.required("dt_rank", int)
-    return ConfigFields(made, next(kind for kind, name in LAYER_NAMES.items() if name == layer))
+        values["time_step_rank"] = mixer.required("dt_rank", int)
+    return ConfigFields(values, next(model_type for model_type, name in LAYER_NAMES.items() if name == layer))
+
+
+def _layer_name(fields: ConfigFields, mixer: ConfigFields) -> str:
+    """Return the name of the layers, after a check for unsupported fields and values."""
+    layer = mixer.optional("layer", str, "Mamba1")
+    if layer not in MIXER_FIELD_NAMES:
+        raise mixer.unsupported(f"layer is {layer!r}; only {', '.join(MIXER_FIELD_NAMES)} can be imported")
+    for part, known in ((fields, MODEL_FIELDS | IGNORED_CONFIG_FIELDS), (mixer, {"layer", *MIXER_FIELD_NAMES[layer]})):
+        if unknown := sorted(part.values.keys() - known):
+            raise part.unsupported(f"recallax does not know the field {unknown[0]!r}")
+    fields.require_values("all its layers must be Mamba", attn_layer_idx=[], d_intermediate=0)
+    fields.require_values("its norms must have no mean and no bias", rms_norm=True)
+    return layer

@@ -1,4 +1,4 @@
-"""What the cases mean for linear attention."""
+"""Inputs of linear attention for the named test cases."""
 
 from typing import Any
 
@@ -13,5 +13,5 @@ def inputs(spec: ArgSpec) -> dict[str, Any]:
 
 
 def state(spec: ArgSpec) -> np.ndarray:
-    """[2, H, K, V]"""
+    """Random state [2, H, K, V] in float64."""
     return np.random.default_rng(5).normal(size=(2, spec.num_heads, spec.head_k_dim, spec.head_v_dim))

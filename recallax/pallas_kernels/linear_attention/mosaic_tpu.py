@@ -1,16 +1,17 @@
-"""Linear attention on TPUs: each pass walks over the chunks with its state in VMEM, and no other state is ever stored.
+"""Linear attention on TPUs: chunk scans with the state in VMEM; intermediate states are never stored.
 
-Forward as in `xla.py`. Backward in two passes, of which each needs one of the two states: the queries' slopes need
-the state S, forward in time; those of keys and values need the slope of the state, backward in time. That of the
-log-decay needs both at each token, but it is also a sum over them,
+The forward pass is that of `chunked_linear_attention.py`. The backward pass consists of two scans, each with one state:
+the gradients of the queries need the state S, forward in time; those of keys and values need the gradient of the state,
+backward in time. The gradient of the log-decay needs both at each token, but it equals a sum over tokens,
 
     dg_t = sum_{i >= t} (q_i.dq_i - k_i.dk_i) + <dS_T, S_T>
 
-since g_t scales everything that passes from before t to the readers from t on (as in FlashLinearAttention; GLA, arXiv
-2312.06635, appendix C). The sum ends where everything is forgotten, so no rounding leaks over a document's border.
+because g_t scales all contributions from tokens before t to outputs at t and later (as in flash-linear-attention; GLA,
+arXiv 2312.06635, appendix C). The sum ends at the next document start, so no rounding error crosses documents.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,9 @@ from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
 )
 
 CHUNK = 128
+"""Tokens of a chunk."""
 CHANNEL_CHUNK = 64
-"""With a decay per channel."""
+"""Tokens of a chunk with a decay per channel, whose scores need more VMEM."""
 
 
 def linear_attention(
@@ -52,35 +54,66 @@ def linear_attention(
     document_ids: DocumentIds | None,
     scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """The op's form for TPUs, of float32 or bfloat16 inputs of one dtype."""
+    """Compute linear attention on a TPU.
+
+    Args:
+        q: Queries of G heads, float32 or bfloat16.
+        k: Keys of G heads, in q's dtype.
+        v: Values, in q's dtype.
+        log_decay: Log-decay, W = 1 (per token) or W = K (per channel); None: no decay.
+        state: Float32 state before the first token; None: zeros.
+        document_ids: Documents of each row; None: one document without padding.
+        scale: Factor of the queries.
+
+    Returns:
+        Output in v's dtype and final state in float32.
+
+    Raises:
+        Unsupported: The dtypes differ or there is no TPU.
+    """
     length = q.shape[1]
     per_channel = log_decay is not None and log_decay.shape[-1] > 1
-    steps = make_chunk_grid(CHANNEL_CHUNK if per_channel else CHUNK, length, v, q.shape[2])
+    chunk_grid = make_chunk_grid(CHANNEL_CHUNK if per_channel else CHUNK, length, v, q.shape[2])
     require_uniform_dtype(q=q, k=k, v=v)
     if document_ids is not None:
         k = jnp.where(document_ids.valid[..., None, None], k, jnp.zeros((), k.dtype))  # padding does not write
     if state is None:
         state = jnp.zeros((v.shape[0], v.shape[2], q.shape[3], v.shape[3]), jnp.float32)
     gate = decays.document_log_decay(log_decay, document_ids, v.shape[2])
-    gate = None if gate is None else head_major(gate, steps)
-    q, k, v = (head_major(x, steps) for x in (q * jnp.asarray(scale, q.dtype), k, v))
-    out, final = _core(steps, q, k, v, gate, state)
+    gate = None if gate is None else head_major(gate, chunk_grid)
+    q, k, v = (head_major(x, chunk_grid) for x in (q * jnp.asarray(scale, q.dtype), k, v))
+    out, final = _core(chunk_grid, _LinearAttentionOperands(q, k, v, gate), state)
     return time_major(out, length), final
+
+
+class _LinearAttentionOperands(NamedTuple):
+    """Head-major arrays of whole chunks."""
+
+    q: Float[Array, "B G T K"]
+    k: Float[Array, "B G T K"]
+    v: Float[Array, "B H T V"]
+    log_decay: Float[Array, "B H T W"] | None
+    """Log-decay that includes the document boundaries."""
+
+    def operands(self, chunk_grid: ChunkGrid) -> tuple[ChunkOperand, ...]:
+        tokens = (TokenOperand(self.q), TokenOperand(self.k), TokenOperand(self.v))
+        return (*tokens, *_decay_operands(chunk_grid, self.log_decay))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _core(
-    chunk_grid: ChunkGrid,
-    q: Float[Array, "B G T K"],
-    k: Float[Array, "B G T K"],
-    v: Float[Array, "B H T V"],
-    log_decay: Float[Array, "B H T W"] | None,
-    state: Float[Array, "B H K V"],
+    chunk_grid: ChunkGrid, inputs: _LinearAttentionOperands, state: Float[Array, "B H K V"]
 ) -> tuple[Float[Array, "B H T V"], Float[Array, "B H K V"]]:
-    """Of whole chunks, head-major, with the borders of documents inside the log-decay."""
-    inputs = (TokenOperand(q), TokenOperand(k), TokenOperand(v), *_decay_operands(chunk_grid, log_decay))
-    body = functools.partial(_chunk, v.dtype)
-    (final,), (out,) = chunk_scan("linear_attention_forward", body, chunk_grid, (state,), inputs, (TokenOperand(v),))
+    """Return the output and the final state."""
+    body = functools.partial(_chunk, inputs.v.dtype)
+    (final,), (out,) = chunk_scan(
+        "linear_attention_forward",
+        body,
+        chunk_grid,
+        (state,),
+        inputs.operands(chunk_grid),
+        (TokenOperand(inputs.v),),
+    )
     return out, final
 
 
@@ -100,7 +133,7 @@ def _chunk(
     v: Float[Array, "C V"],
     *gates: Float[Array, "2 C"] | Float[Array, "C K"],
 ) -> tuple[Matrices, Matrices]:
-    """The state [K, V] after a chunk and the chunk's output [C, V]."""
+    """Return the state [K, V] after a chunk and the chunk's output [C, V]."""
     (state,) = states
     decay = chunk_decay(gates, *q.shape)
     out = dot(decay.scores(q, k, dtype), v, dtype) + dot(decays.scale_by_decay(q, decay.decay_from_start), state, dtype)
@@ -111,7 +144,7 @@ def _chunk(
 def _query_grad_chunk(
     dtype: DTypeLike, states: Matrices, q: Array, k: Array, v: Array, grad: Array, *gates: Array
 ) -> tuple[Matrices, Matrices]:
-    """The state after a chunk, the slope of q and, with a decay, q.dq; forward in time."""
+    """Return the state after a chunk, the gradient of q and, with a decay, q.dq; forward in time."""
 
     def read(q: Array) -> tuple[Matrices, Matrices]:
         after, out = _chunk(dtype, states, q, k, v, *gates)
@@ -125,59 +158,61 @@ def _query_grad_chunk(
 def _key_value_grad_chunk(
     dtype: DTypeLike, states: Matrices, q: Array, k: Array, v: Array, grad: Array, *gates: Array
 ) -> tuple[Matrices, Matrices]:
-    """The slope of the state before a chunk, those of k and v and, with a decay, its own; backward in time.
+    """Return the gradients of the state before a chunk, of k, v and, with a decay, the log-decay; backward in time.
 
-    With a decay, `states` holds the sum behind the chunk as well, and `gates` q.dq.
+    With a decay, `states` includes the suffix sum after the chunk, and `gates` includes q.dq.
     """
-    late, *sums = states
+    state_grad, *sums = states
     rows, q_dq = gates[:1], gates[1:]
 
     def write(state: Array, k: Array, v: Array) -> tuple[Matrices, Matrices]:
         return _chunk(dtype, (state,), q, k, v, *rows)
 
-    # The chunk is linear in its state, so none of these depends on what the state is.
-    _, pull = jax.vjp(write, jnp.zeros_like(late), k, v)
-    early, dk, dv = pull(((late,), (grad,)))
+    # The chunk is linear in its state, so these gradients do not depend on the state.
+    _, pull = jax.vjp(write, jnp.zeros_like(state_grad), k, v)
+    previous_grad, dk, dv = pull(((state_grad,), (grad,)))
     if not gates:
-        return (early,), (dk, dv)
-    sum_up = channel_suffix_sums if rows[0].shape == k.shape else decays.token_suffix_sums
-    decay_slope, earlier = sum_up(q_dq[0] - _token_dots(k, dk, *rows), *sums, *rows)
-    return (early, earlier), (dk, dv, decay_slope)
+        return (previous_grad,), (dk, dv)
+    suffix_sums = channel_suffix_sums if rows[0].shape == k.shape else decays.token_suffix_sums
+    decay_grad, previous_sum = suffix_sums(q_dq[0] - _token_dots(k, dk, *rows), *sums, *rows)
+    return (previous_grad, previous_sum), (dk, dv, decay_grad)
 
 
 def _token_dots(
     x: Float[Array, "C K"], y: Float[Array, "C K"], gate: Array
 ) -> Float[Array, "1 C"] | Float[Array, "C K"]:
-    """x.y of each token, or of each channel."""
+    """Return x.y of each token, or x * y if the decay is per channel."""
     return x * y if gate.shape == x.shape else jnp.sum(x * y, axis=1, keepdims=True).T
 
 
-type LinearResiduals = tuple[Array, Array, Array, Array | None, Array, Array]
+class _LinearAttentionResiduals(NamedTuple):
+    inputs: _LinearAttentionOperands
+    state: Float[Array, "B H K V"]
+    final_state: Float[Array, "B H K V"]
 
 
 def _forward(
-    chunk_grid: ChunkGrid, q: Array, k: Array, v: Array, log_decay: Array | None, state: Array
-) -> tuple[tuple[Array, Array], LinearResiduals]:
-    out, final = _core(chunk_grid, q, k, v, log_decay, state)
-    return (out, final), (q, k, v, log_decay, state, final)
+    chunk_grid: ChunkGrid, inputs: _LinearAttentionOperands, state: Array
+) -> tuple[tuple[Array, Array], _LinearAttentionResiduals]:
+    out, final = _core(chunk_grid, inputs, state)
+    return (out, final), _LinearAttentionResiduals(inputs, state, final)
 
 
 def _backward(
-    chunk_grid: ChunkGrid, residuals: LinearResiduals, grads: tuple[Array, Array]
-) -> tuple[Array | None, ...]:
-    q, k, v, log_decay, state, final = residuals
-    slope, late = grads
-    back = chunk_grid._replace(reverse=True)
+    chunk_grid: ChunkGrid, residuals: _LinearAttentionResiduals, grads: tuple[Array, Array]
+) -> tuple[_LinearAttentionOperands, Array]:
+    (q, k, v, log_decay), state, final = residuals
+    grad, state_grad = grads
     rows, heads, length, _ = v.shape
     inputs = (
         TokenOperand(q),
         TokenOperand(k),
         TokenOperand(v),
-        TokenOperand(slope),
+        TokenOperand(grad),
         *_decay_operands(chunk_grid, log_decay),
     )
-    # One slope per value head; those that share a key head are summed outside, in float32.
-    own = TokenOperand(
+    # One gradient per value head; those that share a key head are summed outside the kernel, in float32.
+    per_v_head = TokenOperand(
         output_shape(rows, heads, length, q.shape[3], dtype=q.dtype if q.shape[1] == heads else jnp.float32)
     )
     dots, sums = (), ()
@@ -185,16 +220,22 @@ def _backward(
         per_channel = log_decay.shape[-1] > 1
         row = PerChunkOperand(output_shape(rows, heads, chunk_grid.num_chunks, 1, chunk_grid.chunk_size))
         dots = (TokenOperand(log_decay) if per_channel else row,)
-        at_end = jnp.sum(late * final, axis=3)[:, :, None]
+        at_end = jnp.sum(state_grad * final, axis=3)[:, :, None]
         sums = (at_end if per_channel else jnp.sum(at_end, axis=3, keepdims=True),)
-    reading, writing = (functools.partial(body, v.dtype) for body in (_query_grad_chunk, _key_value_grad_chunk))
-    _, (dq, *q_dq) = chunk_scan("linear_attention_reading", reading, chunk_grid, (state,), inputs, (own, *dots))
+    query_body, key_value_body = (functools.partial(f, v.dtype) for f in (_query_grad_chunk, _key_value_grad_chunk))
+    _, (dq, *q_dq) = chunk_scan("linear_attention_dq", query_body, chunk_grid, (state,), inputs, (per_v_head, *dots))
     inputs += tuple(type(operand)(x) for operand, x in zip(dots, q_dq, strict=True))
-    (early, *_), (dk, dv, *decay_slope) = chunk_scan(
-        "linear_attention_writing", writing, back, (late, *sums), inputs, (own, TokenOperand(v), *dots)
+    (initial_grad, *_), (dk, dv, *decay_grad) = chunk_scan(
+        "linear_attention_dkv",
+        key_value_body,
+        chunk_grid._replace(reverse=True),
+        (state_grad, *sums),
+        inputs,
+        (per_v_head, TokenOperand(v), *dots),
     )
     dq, dk = (sum_per_group(x, q.shape[1]).astype(q.dtype) for x in (dq, dk))
-    return dq, dk, dv, None if log_decay is None else decay_slope[0].reshape(log_decay.shape), early
+    decay_grad = None if log_decay is None else decay_grad[0].reshape(log_decay.shape)
+    return _LinearAttentionOperands(dq, dk, dv, decay_grad), initial_grad
 
 
 _core.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""The definition of gated linear attention: one token after another, in float32 or wider."""
+"""Definition of gated linear attention: a scan over tokens, in float32 or wider."""
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +17,23 @@ def linear_attention(
     document_ids: DocumentIds | None,
     scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T,  o_t = scale S_t^T q_t; S is zeroed where a document starts."""
+    """S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T,  o_t = scale S_t^T q_t; S is 0 where a document starts."""
 
     def step(carry, token):
         state, document = carry
         q, k, v, log_decay, index, valid = token
-        kept = jnp.where((index == document)[:, None, None, None], state, 0)
-        new = jnp.exp(log_decay)[..., None] * kept + k[..., None] * v[..., None, :]
-        state = jnp.where(valid[:, None, None, None], new, kept)
+        previous = jnp.where((index == document)[:, None, None, None], state, 0)
+        updated = jnp.exp(log_decay)[..., None] * previous + k[..., None] * v[..., None, :]
+        state = jnp.where(valid[:, None, None, None], updated, previous)
         return (state, index), jnp.einsum("bhk,bhkv->bhv", q, state)
 
-    wide = accumulator_dtype(q.dtype)
+    dtype = accumulator_dtype(q.dtype)
     document_ids = single_document(*q.shape[:2]) if document_ids is None else document_ids
-    q, k = repeat_heads(q.astype(wide), k, v.shape[2], scale)
-    log_decay = jnp.zeros((*q.shape[:3], 1), wide) if log_decay is None else log_decay
-    state = jnp.zeros((*q.shape[:1], *q.shape[2:], v.shape[-1]), wide) if state is None else state
-    tokens = tuple(jnp.moveaxis(x.astype(wide), 1, 0) for x in (q, k, v, log_decay))
+    q, k = repeat_heads(q.astype(dtype), k, v.shape[2], scale)
+    log_decay = jnp.zeros((*q.shape[:3], 1), dtype) if log_decay is None else log_decay
+    state = jnp.zeros((*q.shape[:1], *q.shape[2:], v.shape[-1]), dtype) if state is None else state
+    tokens = tuple(jnp.moveaxis(x.astype(dtype), 1, 0) for x in (q, k, v, log_decay))
     tokens += tuple(jnp.moveaxis(x, 1, 0) for x in document_ids)
-    first = (state.astype(wide), jnp.zeros_like(document_ids.index[:, 0]))
-    (state, _), out = jax.lax.scan(step, first, tokens)
+    carry = (state.astype(dtype), jnp.zeros_like(document_ids.index[:, 0]))
+    (state, _), out = jax.lax.scan(step, carry, tokens)
     return jnp.moveaxis(out, 0, 1).astype(v.dtype), state

@@ -50,7 +50,7 @@ def linear_cross_entropy(
     rows, width = hidden.shape
     require(op, rows >= 1, f"hidden has {rows} rows; it needs at least 1")
     require(op, weight.shape[1:] == (width,), f"weight has shape {weight.shape}; it must be [V, {width}]")
-    for name, part in (("targets", targets), ("scale", loss_weights)):
+    for name, part in (("targets", targets), ("loss_weights", loss_weights)):
         require(op, part.shape == (rows,), f"{name} has shape {part.shape}; it must be {(rows,)}")
     vocab = weight.shape[:1]
     require(op, bias is None or bias.shape == vocab, f"bias is not {vocab}, one number per row of weight")

@@ -1,1 +1,1 @@
-"""Kernel code for NVIDIA GPUs (Pallas Mosaic GPU) that several ops share."""
+"""Kernel code for NVIDIA GPUs (Pallas Mosaic GPU, Hopper) that several ops share."""

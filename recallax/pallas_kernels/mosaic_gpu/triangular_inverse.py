@@ -1,10 +1,10 @@
-"""Unit lower triangular systems on Hopper: the inverse that a chunk of the delta rule needs, a block of threads each.
+"""Inverses of unit lower triangular matrices, one per chunk: T = (I + A)^{-1} of the delta rule.
 
-    T = (I + A)^{-1},   A_ij = b_i (k_i.k_j) 2^(L_i - L_j) below the diagonal
+    A_ij = b_i (k_i.k_j) 2^(L_i - L_j) below the diagonal
 
-Blocks of the diagonal are inverted from 2 rows up and pairs of them merged, X <- X - (X A across the pair) X, which are
-products on the tensor cores. Matrices are sums of two bfloat16 ones throughout: one alone is off by a percent where
-keys are alike, and Neumann's series, which would take fewer steps, by more than there is.
+Blocks of 2 rows on the diagonal are inverted first. Pairs of blocks are then merged, X <- X - (X A across the pair) X,
+with products on the tensor cores. Every matrix is a sum of two bfloat16 matrices: with one alone the error is 1 % where
+keys are alike. Neumann's series takes fewer steps, but there its error exceeds the values.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.mosaic_gpu.cumulative_decay import CumulativeDecay
+from recallax.pallas_kernels.mosaic_gpu.kernel_launch import launch_kernel
 from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import (
     CHUNK,
+    CHUNK_SHAPE,
     WGMMA_COL,
     WGMMA_ROW,
     Ref,
@@ -29,46 +31,55 @@ from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import (
     copy_smem_to_gmem,
     hi_lo_products,
     hi_lo_split,
-    launch_kernel,
     load_vector,
     row_and_column_iota,
+    shared_group,
     smem_matrix,
     wgmma_accumulate,
     zero_accumulator,
 )
 
 HI_LO_COLUMNS = pl.ds(0, CHUNK), pl.ds(CHUNK, CHUNK)
-"""Columns of the two matrices whose sum an inverse is."""
+"""Columns of the high and of the low matrix of a stored inverse."""
+CHUNK_LOG2 = CHUNK.bit_length() - 1
+"""Levels of merged blocks: from 2 tokens to the whole chunk."""
 
 
 def chunk_inverses(
-    k: Float[Array, "B T G K"], gates: CumulativeDecay | None, erase: Float[Array, "B H T"], *, interpret: bool
+    k: Float[Array, "B T G K"], gates: CumulativeDecay | None, erase: Float[Array, "B H T"]
 ) -> Float[Array, "B H T D"]:
-    """Row i of T for each token i of a chunk, D = 2 x 64: rounded to bfloat16, and what is lost by that."""
-    (b, t, groups, width), h = k.shape, erase.shape[1]
+    """Compute T of every chunk.
+
+    Args:
+        k: Keys in bfloat16; T is a multiple of the chunk, and H a multiple of G.
+        gates: Cumulative decays; None: no decay.
+        erase: Erase strength b of each token.
+
+    Returns:
+        Row i of T for each token i of a chunk, in bfloat16; D = 2 x 64: the rounded values, then the rounding errors.
+    """
+    (b, t, groups, k_dim), h = k.shape, erase.shape[1]
 
     def solve(k, gates, erase, out):
         row, head, time = lax.axis_index("row"), lax.axis_index("head"), pl.ds(lax.axis_index("chunk") * CHUNK, CHUNK)
 
-        def scoped(keys, rooms, arrived):
-            plgpu.copy_gmem_to_smem(k.at[row, time, lax.div(head, jnp.int32(h // groups))], keys, arrived)
-            plgpu.barrier_wait(arrived)
-            (scores,) = wgmma_accumulate(
-                (zero_accumulator(CHUNK, CHUNK), (keys, keys.transpose((1, 0)))), interpret=interpret
-            )
+        def scoped(keys, scratch, loaded):
+            plgpu.copy_gmem_to_smem(k.at[row, time, shared_group(head, h, groups)], keys, loaded)
+            plgpu.barrier_wait(loaded)
+            (scores,) = wgmma_accumulate((zero_accumulator(*CHUNK_SHAPE), (keys, keys.transpose((1, 0)))))
             scores *= broadcast_per_row(load_vector(erase.at[row, head, time], WGMMA_ROW), scores.shape)
             if gates:
-                queries, key = (gate.at[row, head, time] for gate in gates)
-                gap = broadcast_per_row(load_vector(queries, WGMMA_ROW), scores.shape)
-                gap -= broadcast_per_column(load_vector(key, WGMMA_COL), scores.shape)
+                query, key = (gate.at[row, head, time] for gate in gates)
+                log2_decay = broadcast_per_row(load_vector(query, WGMMA_ROW), scores.shape)
+                log2_decay -= broadcast_per_column(load_vector(key, WGMMA_COL), scores.shape)
                 i, j = row_and_column_iota(scores.shape)
-                scores *= jnp.exp2(jnp.where(i > j, gap, -jnp.inf))
-            store_unit_lower_inverse(scores, rooms, interpret)
+                scores *= jnp.exp2(jnp.where(i > j, log2_decay, -jnp.inf))
+            store_unit_lower_inverse(scores, scratch)
             plgpu.commit_smem()
-            copy_smem_to_gmem((rooms[0], out.at[row, head, time]))
+            copy_smem_to_gmem((scratch[0], out.at[row, head, time]))
             plgpu.wait_smem_to_gmem(0)
 
-        pl.run_scoped(scoped, smem_matrix(CHUNK, width, tile=64), inverse_scratch(), plgpu.Barrier())
+        pl.run_scoped(scoped, smem_matrix(CHUNK, k_dim, tile=64), inverse_scratch(), plgpu.Barrier())
 
     return launch_kernel(
         solve,
@@ -76,40 +87,42 @@ def chunk_inverses(
         grid={"row": b, "head": h, "chunk": t // CHUNK},
         num_consumer_wgs=1,
         num_producer_wgs=0,
-        interpret=interpret,
     )(k, gates or (), erase)
 
 
 def inverse_scratch() -> list[Any]:
-    """The shared memory of `store_unit_lower_inverse`."""
+    """Return the scratch types of `store_unit_lower_inverse`: the result, A, and two buffers for X."""
     shapes = ((CHUNK, 2 * CHUNK), (2, CHUNK, CHUNK), (2, 2, CHUNK, CHUNK))
     return [smem_matrix(*shape, tile=64) for shape in shapes]
 
 
-def store_unit_lower_inverse(scores: jax.Array, scratch: Sequence[Ref], interpret: bool) -> None:
-    """Leave the inverse's two matrices in the first of the rooms; scores on and above the diagonal are not read.
+def store_unit_lower_inverse(scores: jax.Array, scratch: Sequence[Ref]) -> None:
+    """Store (I + A)^{-1} as high and low columns in the first scratch matrix.
 
-    The second is for A, the third for X, used in turns so that no warp overwrites what another still reads.
+    Args:
+        scores: Matrix [C, C] whose entries below the diagonal are A; the others are not read.
+        scratch: References of `inverse_scratch`. The two buffers for X alternate, so that no warp overwrites a matrix
+            that another warp still reads.
     """
-    out, a, x = scratch
+    out, a, x_buffers = scratch
     i, j = row_and_column_iota(scores.shape)
     scores = jnp.where(i > j, scores, 0.0)
-    for n, part in enumerate(hi_lo_split(scores, interpret)):
+    for n, part in enumerate(hi_lo_split(scores)):
         a.at[n][...] = part
     inverse = jnp.where(i == j, 1.0, 0.0) - jnp.where(block_index(i, 1) == block_index(j, 1), scores, 0.0)
-    for level in range(1, 6):
-        room = x.at[level % 2]
-        parts = hi_lo_split(inverse, interpret)
+    for level in range(1, CHUNK_LOG2):
+        x = x_buffers.at[level % 2]
+        parts = hi_lo_split(inverse)
         for n, part in enumerate(parts):
-            room.at[n][...] = part
+            x.at[n][...] = part
         plgpu.commit_smem()
-        (across,) = wgmma_accumulate(
-            (zero_accumulator(*scores.shape), *hi_lo_products(parts, (a.at[0], a.at[1]))), interpret=interpret
+        (product,) = wgmma_accumulate(
+            (zero_accumulator(*scores.shape), *hi_lo_products(parts, (a.at[0], a.at[1])))
         )
-        pair = (block_index(i, level + 1) == block_index(j, level + 1)) & (
+        across_pair = (block_index(i, level + 1) == block_index(j, level + 1)) & (
             block_index(i, level) > block_index(j, level)
         )
-        corner = hi_lo_split(jnp.where(pair, -across, 0.0), interpret)
-        (inverse,) = wgmma_accumulate((inverse, *hi_lo_products(corner, (room.at[0], room.at[1]))), interpret=interpret)
-    for columns, part in zip(HI_LO_COLUMNS, hi_lo_split(inverse, interpret), strict=True):
+        update = hi_lo_split(jnp.where(across_pair, -product, 0.0))
+        (inverse,) = wgmma_accumulate((inverse, *hi_lo_products(update, (x.at[0], x.at[1]))))
+    for columns, part in zip(HI_LO_COLUMNS, hi_lo_split(inverse), strict=True):
         out.at[:, columns][...] = part

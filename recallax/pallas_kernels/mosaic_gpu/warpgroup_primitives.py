@@ -1,11 +1,10 @@
-"""What the Mosaic GPU kernels share: tiles in shared memory, products on the tensor cores, the pipeline, the launch.
+"""Operations of one warpgroup: register layouts, matrices in shared memory, products on the tensor cores, copies.
 
-The kernels are written for Hopper in lane semantics, where the layout of every register array is explicit: accumulators
-have `Layout.WGMMA`, a vector along their rows `WGMMA_ROW`, one along their columns `WGMMA_COL`. One Pallas thread is a
-warpgroup of 128 CUDA threads; the last warpgroup of a kernel only issues TMA copies.
+Register arrays have explicit layouts: accumulators have `Layout.WGMMA`, a vector with one entry per row `WGMMA_ROW`, and
+a vector with one entry per column `WGMMA_COL`. Pallas' interpreter has neither accumulators nor bfloat16 rounding inside
+a kernel, so the functions that need them have a second path for it.
 """
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,27 +13,32 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from recallax.pallas_kernels.dispatch import interpreting
+
 WGMMA = plgpu.Layout.WGMMA
 WGMMA_ROW = WGMMA.reduce(1)
 WGMMA_COL = WGMMA.reduce(0)
 
 CHUNK = 64
-"""Tokens that are worked on together: the fewest that the tensor cores take."""
+"""Tokens of a chunk: the fewest rows of a tensor-core product."""
+CHUNK_SHAPE = (CHUNK, CHUNK)
+"""Shape of a matrix of pairs of tokens of one chunk."""
 
+BFLOAT16_EXPONENT_BITS, BFLOAT16_MANTISSA_BITS = 8, 7
 
-MEMORY_REGISTERS = 40
-"""Of the warpgroup that copies; the others share what it gives up."""
-
-INTERPRETER = plgpu.InterpretGPUParams()
+OPAQUE_ZERO_SHIFT = 30
+"""Step numbers are below 2^30, so a shift by 30 bits makes them 0."""
 
 type Ref = Any
 """A reference into global or shared memory."""
 
 
 def smem_transforms(tile: int) -> tuple[Any, ...]:
-    """How bfloat16 matrices lie in shared memory, for TMA and the tensor cores alike, in tiles of so many columns.
+    """Return the layout of bfloat16 matrices in shared memory that both TMA and the tensor cores read.
 
-    Both operands of a product need the same tiles, and a matrix can only be cut between them.
+    Args:
+        tile: Columns of a tile. Both operands of a product need the same tiles, and a matrix can only be sliced between
+            them.
     """
     tiling: Any = plgpu.TilingTransform  # pyright takes the two for abstract
     swizzling: Any = plgpu.SwizzleTransform
@@ -42,21 +46,26 @@ def smem_transforms(tile: int) -> tuple[Any, ...]:
 
 
 def smem_matrix(*shape: int, tile: int) -> Any:
-    """Shared memory for bfloat16 matrices."""
+    """Return the scratch type of bfloat16 matrices in shared memory, with `tile` columns per tile."""
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=smem_transforms(tile))
 
 
 def zero_accumulator(*shape: int) -> jax.Array:
-    """A float32 accumulator."""
+    """Return zeros in float32 with the layout of an accumulator."""
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA)
 
 
-def wgmma_accumulate(*sums: tuple[Any, ...], interpret: bool) -> list[jax.Array]:
-    """acc + a @ b + ... for each (acc, (a, b), ...), issued together and awaited once.
+def wgmma_accumulate(*sums: tuple[Any, ...]) -> list[jax.Array]:
+    """Compute `acc + a @ b + ...` for each `(acc, (a, b), ...)`: all products are issued together and awaited once.
 
-    b is a reference into shared memory, a one or an array in registers. The interpreter has no such accumulators.
+    Args:
+        *sums: An accumulator and pairs of operands. `b` is a reference into shared memory, `a` a reference or a register
+            array, both bfloat16.
+
+    Returns:
+        The accumulators, float32.
     """
-    if interpret:
+    if interpreting():
         return [sum((jnp.dot(_as_float32(a), _as_float32(b)) for a, b in pairs), start=acc) for acc, *pairs in sums]
 
     def issue(accumulators):
@@ -73,152 +82,116 @@ def _as_float32(x: Any) -> jax.Array:
 
 
 def broadcast_per_row(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A vector with one entry per row, repeated over the columns."""
+    """Repeat a vector with one entry per row over the columns."""
     return lax.broadcast_in_dim(x, shape, [0])
 
 
 def broadcast_per_column(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A vector with one entry per column, repeated over the rows."""
+    """Repeat a vector with one entry per column over the rows."""
     return lax.broadcast_in_dim(x, shape, [1])
 
 
-def row_and_column_iota(shape: tuple[int, ...], zero: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
-    """The row and the column number of each entry of a matrix.
+def row_and_column_iota(shape: tuple[int, ...], row_offset: jax.Array | int = 0) -> tuple[jax.Array, jax.Array]:
+    """Return the row index and the column index of each entry of a matrix.
 
-    With an `opaque_zero` of each turn of a loop, masks of them are computed anew rather than kept in registers.
+    Args:
+        shape: Shape of the matrix.
+        row_offset: Added to the row indices. With an `opaque_zero` of the current step of a loop, the compiler computes
+            masks of the indices again in each step and does not keep them in registers.
     """
-    rows = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=WGMMA_ROW) + zero
+    rows = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=WGMMA_ROW) + row_offset
     columns = plgpu.broadcasted_iota(jnp.int32, shape[1:], 0, layout=WGMMA_COL)
     return broadcast_per_row(rows, shape), broadcast_per_column(columns, shape)
 
 
 def block_index(index: jax.Array, level: jax.Array | int) -> jax.Array:
-    """Number of the block of 2^level tokens that a token is in."""
+    """Return the index of the block of 2^level tokens that contains a token."""
     return lax.shift_right_logical(index, level)
 
 
-def opaque_zero(step: jax.Array) -> jax.Array:
-    """0, which the compiler cannot know.
+def shared_group(head: jax.Array, num_heads: int, num_groups: int) -> jax.Array:
+    """Return the group of queries and keys that a value head reads: consecutive heads share a group."""
+    return lax.div(head, jnp.int32(num_heads // num_groups))
 
-    Shared memory that is indexed with it is addressed anew in each chunk; else the compiler keeps some fifty addresses
-    and descriptors in registers from chunk to chunk, and spills.
+
+def opaque_zero(step: jax.Array) -> jax.Array:
+    """Return 0 in a form that the compiler cannot simplify.
+
+    Shared memory that is indexed with it is addressed again in each chunk. Otherwise the compiler keeps some fifty
+    addresses and descriptors in registers from chunk to chunk, and spills.
     """
-    return lax.shift_right_logical(step, 30)
+    return lax.shift_right_logical(step, OPAQUE_ZERO_SHIFT)
 
 
 def load_smem_f32(matrix: Ref) -> jax.Array:
-    """A matrix from shared memory, in float32."""
+    """Load a matrix from shared memory in float32."""
     return plgpu.load(matrix, layout=WGMMA).astype(jnp.float32)
 
 
 def load_vector(x: Ref, layout: Any) -> jax.Array:
-    """A vector from global memory."""
+    """Load an array from global memory in the given layout."""
     return plgpu.load(x, layout=layout, optimized=False)
 
 
-def round_to_dtype(x: jax.Array, dtype: Any, interpret: bool) -> jax.Array:
-    """x as it is after rounding to a dtype, in float32. The interpreter's compiler would leave the rounding out."""
-    return lax.reduce_precision(x, 8, 7) if interpret else x.astype(dtype).astype(jnp.float32)
+def round_to_dtype(x: jax.Array, dtype: Any) -> jax.Array:
+    """Round to a dtype and return float32. The compiler of the interpreter would drop a pair of casts."""
+    if interpreting():
+        return lax.reduce_precision(x, BFLOAT16_EXPONENT_BITS, BFLOAT16_MANTISSA_BITS)
+    return x.astype(dtype).astype(jnp.float32)
 
 
-def scale_rows(matrix: Ref, factor: jax.Array, *, interpret: bool, scale: float = 1.0) -> jax.Array:
-    """A matrix from shared memory with its rows scaled, rounded to its dtype, in float32."""
-    return round_to_dtype(
-        load_smem_f32(matrix) * broadcast_per_row(factor * scale, matrix.shape), matrix.dtype, interpret
-    )
+def scale_rows(matrix: Ref, factor: jax.Array, *, scale: float = 1.0) -> jax.Array:
+    """Load a matrix from shared memory, scale its rows, round to its dtype, and return float32.
+
+    Args:
+        matrix: Reference [rows, columns].
+        factor: One factor per row.
+        scale: Factor of all rows.
+    """
+    return round_to_dtype(load_smem_f32(matrix) * broadcast_per_row(factor * scale, matrix.shape), matrix.dtype)
+
+
+def pair_decay(query_decay: jax.Array, key_decay: Ref, mask: jax.Array) -> jax.Array:
+    """Return the decay 2^(L_i - L_j) of each pair of a query i (row) and a key j (column) of a chunk.
+
+    Args:
+        query_decay: Cumulative log2-decay of the queries, with the layout `WGMMA_ROW`.
+        key_decay: Reference to the cumulative log2-decay of the keys.
+        mask: Pairs that see each other; the others get 0.
+    """
+    log2_decay = broadcast_per_row(query_decay, CHUNK_SHAPE)
+    log2_decay = log2_decay - broadcast_per_column(plgpu.load(key_decay, layout=WGMMA_COL), CHUNK_SHAPE)
+    return jnp.exp2(jnp.where(mask, log2_decay, -jnp.inf))
 
 
 def store_through_smem(*copies: tuple[Ref, jax.Array, Ref]) -> None:
-    """Send arrays to global memory, each through its own shared memory, once the last call's copies have left it."""
+    """Store `(staging, value, target)` to global memory through shared memory.
+
+    It first waits until the copies of the previous call have left shared memory.
+    """
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for staged, value, _ in copies:
-        staged[...] = value
+    for staging, value, _ in copies:
+        staging[...] = value
     plgpu.commit_smem()
-    copy_smem_to_gmem(*((staged, target) for staged, _, target in copies))
+    copy_smem_to_gmem(*((staging, target) for staging, _, target in copies))
 
 
 def copy_smem_to_gmem(*copies: tuple[Ref, Ref]) -> None:
-    """Copy shared memory that was committed to global memory, as one group."""
-    for staged, target in copies:
-        plgpu.copy_smem_to_gmem(staged, target, commit_group=False)
+    """Start copies `(source, target)` from committed shared memory to global memory, as one group."""
+    for source, target in copies:
+        plgpu.copy_smem_to_gmem(source, target, commit_group=False)
     plgpu.commit_smem_to_gmem_group()
 
 
-def hi_lo_split(x: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """x as a sum of two bfloat16 arrays: rounded, and what is lost by that."""
-    high = round_to_dtype(x, jnp.bfloat16, interpret)
+def hi_lo_split(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Split float32 into two bfloat16 arrays: the rounded value and the rounding error."""
+    high = round_to_dtype(x, jnp.bfloat16)
     return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
 
 
 def hi_lo_products(a: tuple[Any, Any], b: tuple[Any, Any]) -> tuple[tuple[Any, Any], ...]:
-    """The products for `wgmma_accumulate` whose sum is that of two matrices, both in `hi_lo_split`, to some 16 binary digits."""
+    """Return the operand pairs whose sum is the product of two matrices in `hi_lo_split`, to about 16 bits.
+
+    The product of both rounding errors is below that accuracy and is left out.
+    """
     return (a[0], b[0]), (a[0], b[1]), (a[1], b[0])
-
-
-def chunk_pipeline(
-    body: Callable[..., Any],
-    tokens: Sequence[Ref],
-    gates: Sequence[Ref],
-    compute_context: Callable[[Callable[[Any], Any]], None],
-    num_consumer_wgs: int,
-    tile: int | None,
-    num_prefetch: int,
-    chunk_order: Callable[[Any], Any],
-) -> None:
-    """Call body((step,), *blocks, carry) -> carry for each chunk in `chunk_order`, while TMA brings in that many more.
-
-    tokens: references [T, width], in tiles of so many columns, None: of their widths; gates: references of so many
-    entries per chunk. `compute_context` is given the walk as a function of the first carry.
-    """
-    count = tokens[0].shape[0] // CHUNK
-
-    def index(step):
-        return (chunk_order(step), 0)
-
-    blocks = [
-        plgpu.BlockSpec((CHUNK, x.shape[1]), index, transforms=smem_transforms(tile or x.shape[1])) for x in tokens
-    ]
-    vectors = [plgpu.BlockSpec((x.shape[0] // count,), lambda step: (chunk_order(step),)) for x in gates]
-    plgpu.emit_pipeline_warp_specialized(
-        body,
-        grid=(count,),
-        in_specs=[*blocks, *vectors],
-        max_concurrent_steps=num_prefetch + 1,
-        num_compute_wgs=num_consumer_wgs,
-        wg_axis="worker",
-        memory_registers=MEMORY_REGISTERS,
-        compute_context=compute_context,
-    )(*tokens, *gates)
-
-
-def launch_kernel(
-    body: Callable[..., None],
-    *,
-    name: str | None = None,
-    out_type: Any,
-    grid: dict[str, int],
-    num_consumer_wgs: int,
-    interpret: bool,
-    num_producer_wgs: int = 1,
-    column_sums: bool = False,
-) -> Callable[..., Any]:
-    """The kernel with that many computing warpgroups and one that copies, on axis "worker"; or one that does both.
-
-    name: the body's own if None. Sums along rows lie within a warp; those along columns need shared memory.
-    """
-    body.__name__ = name or body.__name__
-    threads = num_consumer_wgs + num_producer_wgs
-    return plgpu.kernel(
-        body,
-        out_type=out_type,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        num_threads=threads if threads > 1 else None,
-        thread_name="worker" if threads > 1 else None,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            reduction_scratch_bytes=2048 if column_sums else 0,
-        ),
-        interpret=INTERPRETER if interpret else None,
-    )

@@ -1,7 +1,7 @@
-"""Unit lower triangular systems inside kernels for TPUs: the mathematics of `triangular.py` on one matrix.
+"""Unit lower triangular systems in the TPU kernels: the algorithm of `triangular.py` on one matrix.
 
-The diagonal blocks of 16 rows lie side by side along the lanes, [16, C], and are inverted by one substitution for all.
-Pairs of blocks are then merged as masked products of whole matrices, in float32 as all else here.
+The diagonal blocks of 16 rows are packed along the lanes, [16, C], and inverted by one substitution for all blocks.
+Pairs of blocks are then merged by masked products of whole matrices. Everything is float32.
 """
 
 import jax
@@ -11,11 +11,17 @@ from jaxtyping import Array, Float, Int
 from recallax.pallas_kernels.mosaic_tpu.chunk_scan import dot, dot_nt, dot_tn
 
 BLOCK_ROWS = 16
+"""Rows of a block that is inverted by substitution, which takes as many sequential steps."""
 
 
 @jax.custom_vjp
 def solve_unit_lower(a: Float[Array, "C C"], b: Float[Array, "C V"]) -> Float[Array, "C V"]:
-    """(I + a)^{-1} b; entries of `a` on and above the diagonal are not read. C is a multiple of 16."""
+    """Return (I + a)^{-1} b.
+
+    Args:
+        a: Square matrix, C a multiple of 16; entries on and above the diagonal are ignored.
+        b: Right-hand sides.
+    """
     return _forward(a, b)[0]
 
 
@@ -26,7 +32,7 @@ def _forward(a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
 
 
 def _backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
-    """b's slope is y = T^T slope, a's is -y x^T below the diagonal."""
+    """With T = (I + a)^{-1}, the gradient of b is y = T^T grad and that of a is -y x^T below the diagonal."""
     inverse, x = residuals
     y = dot_tn(inverse, grad, jnp.float32)
     row, column = _indices(inverse.shape)
@@ -51,7 +57,7 @@ def _unit_lower_inverse(a: Float[Array, "C C"]) -> Float[Array, "C C"]:
     )
     size = BLOCK_ROWS
     while size < length:
-        # The second half of each block against its first half.
+        # Entries of the second half of each block in the columns of its first half.
         across = (row // (2 * size) == column // (2 * size)) & (row // size > column // size)
         corner = dot(jnp.where(across, a, 0), inverse, jnp.float32)
         inverse = inverse - dot(inverse, corner, jnp.float32)
@@ -60,7 +66,7 @@ def _unit_lower_inverse(a: Float[Array, "C C"]) -> Float[Array, "C C"]:
 
 
 def _invert_diagonal_blocks(a: Float[Array, "C C"]) -> Float[Array, "R C"]:
-    """The inverses of the diagonal blocks, side by side: column after column is taken off the rows below."""
+    """Invert the diagonal blocks, packed along the lanes: eliminate the rows below column by column."""
     length = a.shape[0]
     row, column = _indices((BLOCK_ROWS, length))
     blocks = (
@@ -85,13 +91,13 @@ def _take_lanes(x: Float[Array, "R C"], lanes: Int[Array, "R C"]) -> Float[Array
 
 @_take_lanes.def_vmap
 def _take_lanes_batched(size: int, batched: list[bool], x: Array, lanes: Array) -> tuple[Array, bool]:
-    """All heads' rows in one matrix, since lanes are gathered within matrices only."""
+    """Batching rule: stack the rows of all heads, because Mosaic gathers lanes of single matrices only."""
     del batched
     rows = jnp.concatenate([lanes] * size)
     return _take_along_lanes(x.reshape(-1, x.shape[-1]), rows).reshape(x.shape), True
 
 
 def _broadcast_block_column(packed: Float[Array, "R C"], j: int) -> Float[Array, "R C"]:
-    """Column j of each block in all of the block's columns."""
+    """Broadcast column j of each block to all columns of the block."""
     _, column = _indices(packed.shape)
     return _take_lanes(packed, column // BLOCK_ROWS * BLOCK_ROWS + j)

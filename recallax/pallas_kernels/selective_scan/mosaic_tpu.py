@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunking import DocumentIds
-from recallax.pallas_kernels.dispatch import use_interpreter
+from recallax.pallas_kernels.dispatch import require_platform
 from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
     ChannelOperand,
     ChunkGrid,
@@ -44,12 +44,12 @@ def selective_scan(
     document_ids: DocumentIds | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """The op's form for TPUs; x is float32 or bfloat16."""
-    interpret = use_interpreter("tpu")
+    require_platform("tpu")
     require_uniform_dtype(x=x)
     rows, length, channels = x.shape
     lanes = min(MAX_LANES, -(-channels // 128) * 128)
     heads = -(-channels // lanes)
-    steps = ChunkGrid(rows, heads, 1, *chunk_size_and_count(CHUNK, length), interpret)
+    steps = ChunkGrid(rows, heads, 1, *chunk_size_and_count(CHUNK, length))
     mix = jnp.concatenate([b.astype(jnp.float32), c.astype(jnp.float32)], axis=-1)
     if (
         document_ids is not None

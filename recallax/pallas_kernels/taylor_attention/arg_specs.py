@@ -1,4 +1,4 @@
-"""What the cases mean for BASED's attention; decays do not apply."""
+"""Inputs of BASED's attention for the named test cases; decays do not apply."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def inputs(spec: ArgSpec) -> dict[str, Any]:
 
 
 def state(spec: ArgSpec, features: TaylorFeatures) -> TaylorState:
-    """A state that seven tokens could have left: random sums would make the denominator vanish somewhere."""
+    """State after seven random tokens, in float64; with random sums the denominator could be 0."""
     past = np.random.default_rng(6).normal(size=(2, 7, spec.num_heads, spec.head_k_dim)) * spec.head_k_dim**-0.25
     v = np.random.default_rng(7).normal(size=(2, 7, spec.num_heads, spec.head_v_dim))
     with jax.enable_x64(True):

@@ -1,11 +1,11 @@
-"""The definition of the Taylor kernel's sums: features, then plain linear attention token by token."""
+"""Definition of the Taylor kernel's sums: features, then linear attention token by token."""
 
 from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import DocumentIds, accumulator_dtype
-from recallax.pallas_kernels.linear_attention import reference
+from recallax.pallas_kernels.chunking import DocumentIds, accumulator_dtype, to_segment_ids
+from recallax.pallas_kernels.linear_attention import linear_attention
 
 
 def taylor_attention(
@@ -17,6 +17,13 @@ def taylor_attention(
     feature_map: Callable[[Array], Array],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """Unnormalised sums phi(q_i) . sum_{j<=i} phi(k_j) v_j^T and the final state, in float32 or wider."""
-    wide = accumulator_dtype(q.dtype)
-    phi_q, phi_k = feature_map(q.astype(wide)), feature_map(k.astype(wide))
-    return reference.linear_attention(phi_q, phi_k, v.astype(wide), None, state, document_ids, 1.0)
+    dtype = accumulator_dtype(q.dtype)
+    return linear_attention(
+        feature_map(q.astype(dtype)),
+        feature_map(k.astype(dtype)),
+        v.astype(dtype),
+        state=state,
+        segment_ids=None if document_ids is None else to_segment_ids(document_ids),
+        scale=1.0,
+        implementation="reference",
+    )

@@ -1,16 +1,16 @@
-"""BASED in chunks: the polynomial of the scores inside a chunk, features only for the carried state."""
+"""BASED in XLA: polynomial scores within a chunk, features for the carried state only."""
 
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from recallax.pallas_kernels.chunked_linear_attention import SimilarityKernel, chunked_linear_attention
 from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.feature_maps import taylor_score
-from recallax.pallas_kernels.linear_attention import xla
 
 CHUNK = 256
-"""Longer than for plain linear attention: below it, scores over T keys cost less than F features per token."""
+"""Tokens of a chunk. Longer than for linear attention: in shorter rows, scores cost less than features per token."""
 
 
 def taylor_attention(
@@ -21,15 +21,36 @@ def taylor_attention(
     document_ids: DocumentIds | None,
     feature_map: Callable[[Array], Array],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
-    """Unnormalised sums in v's dtype and the final state in float32."""
-    return xla.chunked_linear_attention(
-        q, k, v, None, state, document_ids, kernel=xla.SimilarityKernel(taylor_score, feature_map), chunk_size=CHUNK
-    )
+    """Compute the unnormalised sums in chunks.
+
+    Args:
+        q: Queries, divided by K^(1/4).
+        k: Keys, divided by K^(1/4).
+        v: Values, with a last column of ones for the denominator.
+        state: Float32 state before the first token; None: zeros.
+        document_ids: Documents of each row; None: one document without padding.
+        feature_map: The expansion of the state's features.
+
+    Returns:
+        Sums in v's dtype and final state in float32.
+    """
+    kernel = SimilarityKernel(taylor_score, feature_map)
+    return chunked_linear_attention(q, k, v, None, state, document_ids, kernel=kernel, chunk_size=CHUNK)
 
 
 def add_and_read(
     q: Float[Array, "B H F"], k: Float[Array, "B H F"], v: Float[Array, "B H V"], kv: Float[Array, "B H F V"]
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H F V"]]:
-    """One token: S + k v^T, and what the features q read of it; all float32."""
+    """One token: add k v^T to the state and read it with the features q; all float32.
+
+    Args:
+        q: Features of the query.
+        k: Features of the key.
+        v: Value.
+        kv: State before the token.
+
+    Returns:
+        Unnormalised output and state after the token.
+    """
     kv = kv + k[..., None] * v[..., None, :]
     return jnp.einsum("bhf,bhfv->bhv", q, kv), kv

@@ -1,1 +1,1 @@
-"""Where the runs of a sweep are executed: this machine, a Ray cluster, or SLURM."""
+"""Backends of sweeps: processes of this machine, tasks of a Ray cluster, and SLURM jobs."""

@@ -1,37 +1,59 @@
-"""The backend that a command asks for by name."""
+"""Construction of a sweep backend from its name and resource options."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from recallax.config import ConfigError
-from recallax.sweep.backends.local import Backend, LocalBackend
+from recallax.sweep.backends.backend import Backend
+from recallax.sweep.backends.local import LocalBackend
 
 type BackendName = Literal["local", "ray", "slurm"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceOptions:
-    """What runs need, where it was said; no backend knows all of it."""
+    """Resource options given on the command line. None: not given. Each backend supports some of them."""
 
     address: str | None = None
+    """Address of the Ray cluster."""
     cpus: int | None = None
+    """Cores per run."""
     gpus: float | None = None
+    """Accelerators per run."""
     memory: float | None = None
+    """Memory per run in GiB."""
     partition: str | None = None
+    """SLURM partition."""
     minutes: int | None = None
+    """Wall time of a SLURM job in minutes."""
     extra: tuple[str, ...] | None = None
+    """More options of sbatch, each `name=value`."""
 
 
 def make_backend(name: BackendName, workers: int | None, resources: ResourceOptions, out: Path) -> Backend:
-    """The backend, ready to train. Raises ConfigError for what it does not know, or cannot give."""
-    knows, make = BACKEND_FACTORIES[name]
-    said = {option: value for option, value in asdict(resources).items() if value is not None}
-    if foreign := [option for option in said if option not in knows]:
-        others = " or ".join(other for other, (known, _) in BACKEND_FACTORIES.items() if foreign[0] in known)
-        raise ConfigError(f"--{foreign[0]} says nothing to --backend {name}; leave it out, or take --backend {others}")
-    return make(workers, said, out)
+    """Make a backend that is ready to run workers.
+
+    Args:
+        name: Name of the backend.
+        workers: Number of concurrent runs, or None for the backend's default.
+        resources: Resource options.
+        out: Folder of the sweep.
+
+    Returns:
+        The backend. The caller closes it.
+
+    Raises:
+        ConfigError: The backend does not support an option, lacks its package, or cannot provide the resources.
+    """
+    supported, make = BACKEND_FACTORIES[name]
+    options = {option: value for option, value in asdict(resources).items() if value is not None}
+    if unsupported := [option for option in options if option not in supported]:
+        option = unsupported[0]
+        others = " or ".join(other for other, factory in BACKEND_FACTORIES.items() if option in factory.options)
+        raise ConfigError(f"--{option} is not supported by --backend {name}; omit it, or use --backend {others}")
+    return make(workers, options, out)
 
 
 def _make_local(workers: int | None, options: Mapping[str, Any], out: Path) -> Backend:
@@ -50,11 +72,15 @@ def _make_slurm(workers: int | None, options: Mapping[str, Any], out: Path) -> B
     return SlurmBackend(SlurmJobOptions(**options), out / "slurm", workers=workers)
 
 
-BACKEND_FACTORIES: dict[
-    BackendName, tuple[tuple[str, ...], Callable[[int | None, Mapping[str, Any], Path], Backend]]
-] = {
-    "local": ((), _make_local),
-    "ray": (("address", "cpus", "gpus"), _make_ray),
-    "slurm": (("cpus", "gpus", "memory", "partition", "minutes", "extra"), _make_slurm),
+class BackendFactory(NamedTuple):
+    """The options that a backend supports, and the function that makes it."""
+
+    options: tuple[str, ...]
+    make: Callable[[int | None, Mapping[str, Any], Path], Backend]
+
+
+BACKEND_FACTORIES: dict[BackendName, BackendFactory] = {
+    "local": BackendFactory((), _make_local),
+    "ray": BackendFactory(("address", "cpus", "gpus"), _make_ray),
+    "slurm": BackendFactory(("cpus", "gpus", "memory", "partition", "minutes", "extra"), _make_slurm),
 }
-"""What each knows, and how it is made."""

@@ -1,76 +1,39 @@
-"""Where the runs of a sweep are trained: on this machine here; on Ray and SLURM in the files beside this one."""
+"""Backend that runs workers as processes of this machine."""
 
-import abc
 import os
 import subprocess
-import sys
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
 
 from recallax.config import ConfigError
+from recallax.sweep.backends.backend import Backend, thread_environment, worker_command
 from recallax.train.log import available_cores
-
-DEFAULT_QUEUE_SIZE = 64
-"""Runs that a sweep has in the queue of a cluster at a time."""
-
-
-class Backend(abc.ABC):
-    """Trains cells, `workers` at a time: `run` is called from as many threads."""
-
-    workers: int
-
-    @abc.abstractmethod
-    def run(self, arguments: list[str], log: Path) -> int:
-        """Wait for `sweep_cell` with these arguments, whose output is appended to `log`; its exit status.
-
-        `os.EX_TEMPFAIL` is that of a run which was asked to stop, saved, and can go on.
-        """
-
-    @abc.abstractmethod
-    def stop(self) -> None:
-        """Ask what is running to end, and start nothing more: `run` then gives `os.EX_TEMPFAIL`."""
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Let go of the cluster; nothing is running any more."""
-
-
-def worker_command(arguments: list[str]) -> list[str]:
-    """`sweep_cell` as a process of its own."""
-    return [sys.executable, "-m", "recallax.sweep.worker", *arguments]
-
-
-def thread_environment(num_cores: int) -> dict[str, str]:
-    """The environment of a process that computes on so many cores."""
-    return dict.fromkeys(("PJRT_NPROC", "NPROC", "OMP_NUM_THREADS"), str(num_cores))
-
-
-def queue_size(workers: int | None) -> int:
-    """How many runs a sweep has in a cluster's queue. Raises ConfigError for a number that trains nothing."""
-    if workers is not None and workers < 1:
-        raise ConfigError(
-            f"workers is {workers}; it must be at least 1, or left out for {DEFAULT_QUEUE_SIZE} in the queue"
-        )
-    return DEFAULT_QUEUE_SIZE if workers is None else workers
 
 
 class LocalBackend(Backend):
-    """Processes of this machine: one per accelerator, or `workers` that share the cores out."""
+    """Processes of this machine: one per GPU, or `workers` processes that divide the cores among them.
+
+    Args:
+        workers: Number of concurrent processes; by default the number of GPUs, or of cores where there is no GPU.
+
+    Raises:
+        ConfigError: The number is below 1, or above the number of GPUs.
+    """
 
     def __init__(self, workers: int | None = None):
         devices = visible_gpus()
         if workers is not None and workers < 1:
-            raise ConfigError(f"workers is {workers}; it must be at least 1, or left out for one per device or core")
+            raise ConfigError(f"workers is {workers}; it must be at least 1, or omitted for one per GPU or core")
         self.workers = (len(devices) or available_cores()) if workers is None else workers
         if devices and self.workers > len(devices):
             raise ConfigError(
-                f"workers is {workers}; there are {len(devices)} accelerators, and each takes one process"
+                f"workers is {workers}; there are {len(devices)} GPUs, and each runs one process at a time"
             )
         self._environment = {**os.environ, **thread_environment(max(1, available_cores() // self.workers))}
         self._free_devices: SimpleQueue[str | None] = SimpleQueue()
-        for slot in range(self.workers):
-            self._free_devices.put(devices[slot] if devices else None)
+        for index in range(self.workers):
+            self._free_devices.put(devices[index] if devices else None)
         self._running: set[subprocess.Popen] = set()
         self._stopped = False
         self._lock = Lock()
@@ -79,7 +42,15 @@ class LocalBackend(Backend):
         return self.execute(worker_command(arguments), log)
 
     def execute(self, command: list[str], log: Path) -> int:
-        """Wait for any command, on a device of its own; its exit status."""
+        """Run any command on a free GPU, or on the CPU, and wait until it ends.
+
+        Args:
+            command: Command line.
+            log: File to which the output is appended.
+
+        Returns:
+            The exit status; `os.EX_TEMPFAIL` after `stop`.
+        """
         device = self._free_devices.get()
         try:
             process = self._start(command, log, device)
@@ -96,18 +67,19 @@ class LocalBackend(Backend):
         with self._lock:
             self._stopped = True
             for process in self._running:
-                process.terminate()  # a run saves where it stands
+                process.terminate()  # a run saves a checkpoint on SIGTERM
 
     def close(self) -> None:
         pass
 
     def _start(self, command: list[str], log: Path, device: str | None) -> subprocess.Popen | None:
-        """None after `stop`, which must see every process that there is."""
+        """Start a process under the lock, so that `stop` sees every process. Returns None after `stop`."""
         environment = self._environment | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
         with self._lock, log.open("a") as file:
             if self._stopped:
                 return None
-            # In a session of its own, or Ctrl-C would be a first signal and `stop` the second, which ends at once.
+            # In its own session the process does not receive Ctrl-C. That would count as a first signal, and the one of
+            # `stop` as the second, which ends a run without a checkpoint.
             process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
@@ -116,8 +88,8 @@ class LocalBackend(Backend):
 
 
 def visible_gpus() -> list[str]:
-    """The NVIDIA devices that this process may use, as CUDA names them; found without starting CUDA."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name for name in named.split(",") if name.strip()]
+    """Return the names that CUDA has for the NVIDIA GPUs this process may use, without starting CUDA."""
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if variable is not None:
+        return [name for name in variable.split(",") if name.strip()]
     return [str(i) for i, _ in enumerate(sorted(Path("/dev").glob("nvidia[0-9]*")))]

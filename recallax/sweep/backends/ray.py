@@ -1,7 +1,8 @@
-"""Runs as tasks of a Ray cluster, whose nodes share the folder of the runs and have this environment.
+"""Backend that runs workers as tasks of a Ray cluster.
 
-Ray queues and places them. Each is trained in a worker process of its own, which ends with it: a crash takes that
-worker alone, the next run finds its accelerator free, and what Ray kills has no children that live on.
+The nodes must share the folder of the runs and have this Python environment. Ray queues and places the tasks. Each task
+has a worker process of its own, which ends with the task: a crash ends only that worker, the next run finds its
+accelerator free, and a process that Ray kills leaves no children behind.
 """
 
 import os
@@ -13,18 +14,25 @@ from threading import Lock
 from typing import Any
 
 from recallax.config import ConfigError
-from recallax.sweep.backends.local import Backend, queue_size, thread_environment
+from recallax.sweep.backends.backend import Backend, queue_size, thread_environment
 from recallax.train.log import available_cores
 
 OBJECT_STORE_BYTES = 100 * 2**20
-"""Bytes for what tasks pass to one another, here nothing but paths; Ray itself would take a third of the memory."""
+"""Size of Ray's object store on this machine. Tasks exchange only paths, and Ray's default is 30 % of the memory."""
 
 
 class RayBackend(Backend):
-    """A cluster at `address`, or RAY_ADDRESS, or else one that is started on this machine and ends with the sweep.
+    """Tasks of a Ray cluster.
 
-    workers: runs in Ray's queue at a time; how many of them train is for `cpus` and `gpus` of each to say.
-    gpus: by default 1 where the cluster has any; a fraction shares one.
+    Args:
+        address: Address of the cluster. Default: RAY_ADDRESS, otherwise a cluster on this machine that ends with the
+            sweep.
+        workers: Number of runs in Ray's queue; `cpus` and `gpus` determine how many of them run at a time.
+        cpus: Cores per run.
+        gpus: Accelerators per run; a fraction shares one. Default: 1 if the cluster has any.
+
+    Raises:
+        ConfigError: Ray is not installed, there is no cluster at the address, or a run needs more than the cluster has.
     """
 
     def __init__(
@@ -32,16 +40,16 @@ class RayBackend(Backend):
     ):
         self.workers = queue_size(workers)
         if cpus < 1 or (gpus is not None and gpus < 0):
-            raise ConfigError(f"each run gets {cpus} cpus and {gpus} gpus; it needs at least 1 and 0")
+            raise ConfigError(f"cpus is {cpus} and gpus is {gpus}; they must be at least 1 and 0")
         self._ray = _connect(address)
         try:
-            wants = required_resources(self._ray.cluster_resources(), cpus, gpus)
+            resources = required_resources(self._ray.cluster_resources(), cpus, gpus)
         except ConfigError:
             self.close()
             raise
-        # A worker ends with its run (max_calls), and a run that fails is the sweep's to try again (max_retries).
+        # max_calls=1 ends the process with its run. max_retries=0 leaves retries to the sweep.
         self._task = self._ray.remote(
-            num_cpus=cpus, num_gpus=wants["GPU"], max_calls=1, max_retries=0, scheduling_strategy="SPREAD"
+            num_cpus=cpus, num_gpus=resources["GPU"], max_calls=1, max_retries=0, scheduling_strategy="SPREAD"
         )(_run_worker_task)
         self._environment = thread_environment(cpus)
         self._running: set[Any] = set()
@@ -58,7 +66,7 @@ class RayBackend(Backend):
             return self._ray.get(task)
         except self._ray.exceptions.TaskCancelledError:
             return os.EX_TEMPFAIL
-        except self._ray.exceptions.RayError as error:  # the worker or its node is gone
+        except self._ray.exceptions.RayError as error:  # the worker or its node died
             with log.open("a") as file:
                 file.write(f"{error}\n")
             return 1
@@ -70,26 +78,37 @@ class RayBackend(Backend):
         with self._lock:
             self._stopped = True
             for task in self._running:
-                self._ray.cancel(task)  # a run sees SIGINT, and saves where it stands
+                self._ray.cancel(task)  # sends SIGINT, on which a run saves a checkpoint
 
     def close(self) -> None:
         self._ray.shutdown()
 
 
 def required_resources(available: Mapping[str, float], cpus: int, gpus: float | None) -> dict[str, float]:
-    """What each run asks for, of a cluster that has so much. Raises ConfigError where that is more than all of it.
+    """Compute the resources of a run, and check that the whole cluster has them.
 
-    Of the whole and not of one node: Ray says itself, and waits, where no node is large enough.
+    A single node may still be too small; Ray then prints a warning and waits.
+
+    Args:
+        available: Resources of the cluster by name, `CPU` and `GPU`.
+        cpus: Cores per run.
+        gpus: Accelerators per run; None for 1 if the cluster has any.
+
+    Returns:
+        The resources of a run by name.
+
+    Raises:
+        ConfigError: A run needs more than the whole cluster has.
     """
-    wants = {"CPU": float(cpus), "GPU": min(1.0, available.get("GPU", 0.0)) if gpus is None else gpus}
-    if lacking := [name for name, number in wants.items() if number > available.get(name, 0)]:
-        told = ", ".join(f"{wants[name]:g} {name} of {available.get(name, 0):g}" for name in lacking)
-        raise ConfigError(f"a run asks for more than the whole cluster has: {told}; lower --cpus or --gpus")
-    return wants
+    required = {"CPU": float(cpus), "GPU": min(1.0, available.get("GPU", 0.0)) if gpus is None else gpus}
+    if lacking := [name for name, number in required.items() if number > available.get(name, 0)]:
+        numbers = ", ".join(f"{required[name]:g} {name} of {available.get(name, 0):g}" for name in lacking)
+        raise ConfigError(f"a run needs more than the whole cluster has: {numbers}; lower --cpus or --gpus")
+    return required
 
 
 def _connect(address: str | None) -> Any:
-    """Ray's module, connected. Raises ConfigError."""
+    """Connect to a cluster, or start one on this machine; returns the module `ray`. Raises ConfigError."""
     try:
         import ray
     except ImportError as error:
@@ -101,7 +120,7 @@ def _connect(address: str | None) -> Any:
         if address:
             ray.init(address=address, log_to_driver=False)
         else:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell its makers
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
             ray.init(
                 address="local",
                 num_cpus=available_cores(),
@@ -115,10 +134,10 @@ def _connect(address: str | None) -> Any:
 
 
 def _run_worker_task(arguments: list[str], log: str, folder: str, environment: dict[str, str]) -> int:
-    """The task, in a worker: what `sweep_cell` does, its output in `log`; the exit status."""
+    """Run `recallax.sweep.worker` in a process of Ray, with its output in `log`; returns its exit status."""
     os.chdir(folder)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the sweep began in the background
-    os.environ.update(environment)  # before JAX is imported
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored if the sweep was started in the background
+    os.environ.update(environment)  # before JAX starts its backend
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for standard in (1, 2):
         os.dup2(descriptor, standard)

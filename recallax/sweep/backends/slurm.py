@@ -1,7 +1,8 @@
-"""Runs as jobs of SLURM, submitted by submitit from a machine that shares the folder of the runs with the nodes.
+"""Backend that runs workers as SLURM jobs, which submitit submits.
 
-A run that must yield is told so by SLURM (its time is up, or another job takes its place), saves, and goes back into
-the queue under the same number; one that was killed is submitted again, and goes on from its last checkpoint.
+The nodes must share the folder of the runs with the machine that submits. SLURM signals a job whose time is up, or that
+is preempted: the run saves a checkpoint and is queued again under the same job id. A job that was killed is submitted
+again and resumes from its last checkpoint.
 """
 
 import os
@@ -15,38 +16,41 @@ from threading import Lock
 from typing import Any, Literal
 
 from recallax.config import ConfigError
-from recallax.sweep.backends.local import Backend, queue_size, thread_environment, worker_command
+from recallax.sweep.backends.backend import Backend, queue_size, thread_environment, worker_command
 
 POLL_SECONDS = 1.0
-"""Seconds between looks at a job's result; SLURM itself is asked once a minute at most."""
+"""Seconds between checks of a job's result file. submitit queries SLURM at most once a minute."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmJobOptions:
-    """What one run asks of SLURM."""
+    """Resources of one SLURM job."""
 
     partition: str | None = None
+    """Partition; the cluster's default where None."""
     minutes: int = 60
-    """Wall time, after which the run saves and queues again."""
+    """Wall time in minutes, after which the run saves a checkpoint and is queued again."""
     cpus: int = 1
+    """Cores."""
     gpus: float = 0
+    """GPUs, a whole number."""
     memory: float | None = None
-    """GiB; the partition's default where None."""
+    """Memory in GiB; the partition's default where None."""
     extra: tuple[str, ...] = ()
-    """Further options of sbatch, `name=value` each, such as `account=ours`."""
+    """More options of sbatch, each `name=value`, such as `account=NAME`."""
 
     def __post_init__(self) -> None:
         whole = self.gpus >= 0 and self.gpus == int(self.gpus)
         if min(self.minutes, self.cpus) < 1 or not whole or (self.memory is not None and self.memory <= 0):
             raise ConfigError(
                 f"a job has {self.minutes} minutes, {self.cpus} cpus, {self.gpus:g} gpus and {self.memory} GiB; "
-                f"it needs at least 1, 1 and 0, whole gpus, and memory above 0"
+                f"minutes and cpus must be at least 1, gpus a whole number from 0, and memory above 0"
             )
         if wrong := [text for text in self.extra if not re.fullmatch(r"[A-Za-z][\w-]*=\S.*", text)]:
-            raise ConfigError(f"{wrong[0]!r} is no option of sbatch; write name=value, such as account=ours")
+            raise ConfigError(f"{wrong[0]!r} is not an option of sbatch; write name=value, such as account=NAME")
 
     def submitit_parameters(self) -> dict[str, Any]:
-        """As submitit's AutoExecutor calls them."""
+        """Return the parameters under the names of submitit's AutoExecutor."""
         return {
             "name": "recallax",
             "timeout_min": self.minutes,
@@ -59,10 +63,17 @@ class SlurmJobOptions:
 
 
 class SlurmBackend(Backend):
-    """SLURM's queue, or with executor "local" what submitit has in its place on one machine.
+    """Jobs in SLURM's queue.
 
-    folder: where submitit keeps scripts, results and its own output of jobs.
-    yields: times that a run may use up its minutes.
+    Args:
+        options: Resources of each job.
+        folder: Folder for submitit's scripts, results and output.
+        workers: Number of runs in the queue; 64 where None.
+        executor: "slurm", or "local" for submitit's executor that runs jobs on this machine.
+        max_num_timeout: Number of times that a run may reach its wall time.
+
+    Raises:
+        ConfigError: submitit is not installed, SLURM is not available, or `workers` is below 1.
     """
 
     def __init__(
@@ -81,12 +92,12 @@ class SlurmBackend(Backend):
             self._executor = submitit.AutoExecutor(folder, cluster=executor, slurm_max_num_timeout=max_num_timeout)
             self._executor.update_parameters(**options.submitit_parameters())
         except RuntimeError as error:  # no srun
-            raise ConfigError(f"there is no SLURM here: {error}; submit from a machine that has srun") from error
+            raise ConfigError(f"SLURM is not available: {error}; use a machine that has srun") from error
         self._uncompleted_job_error = submitit.core.utils.UncompletedJobError
         self._environment = thread_environment(options.cpus)
         self._running: set[Any] = set()
         self._stopped = False
-        self._lock = Lock()  # submitit is not made for threads
+        self._lock = Lock()  # submitit is not thread-safe
 
     def run(self, arguments: list[str], log: Path) -> int:
         with self._lock:
@@ -94,7 +105,7 @@ class SlurmBackend(Backend):
                 return os.EX_TEMPFAIL
             try:
                 job = self._executor.submit(SlurmWorker(arguments, str(log.absolute()), self._environment))
-            except self._uncompleted_job_error as error:  # sbatch refuses it
+            except self._uncompleted_job_error as error:  # sbatch rejected the job
                 return _log_failure(log, f"{error}")
             self._running.add(job)
         while not self._stopped:
@@ -106,7 +117,7 @@ class SlurmBackend(Backend):
         return os.EX_TEMPFAIL
 
     def stop(self) -> None:
-        """Runs save within the time that SLURM leaves them, and nobody waits for it."""
+        """Cancel the jobs. Runs save a checkpoint within the time that SLURM grants; this method does not wait."""
         with self._lock:
             self._stopped = True
             for job in self._running:
@@ -120,7 +131,7 @@ class SlurmBackend(Backend):
             self._running.discard(job)
         try:
             return job.result()
-        except self._uncompleted_job_error as error:  # killed, or the node is gone
+        except self._uncompleted_job_error as error:  # the job was killed, or its node died
             return _log_failure(log, f"job {job.job_id} was {job.state.lower()}: {error}")
 
 
@@ -131,9 +142,9 @@ def _log_failure(log: Path, message: str) -> int:
 
 
 def _import_submitit() -> Any:
-    """The module. Raises ConfigError without it."""
-    before = os.environ.get("SUBMITIT_LOG_LEVEL")
-    os.environ["SUBMITIT_LOG_LEVEL"] = "NOCONFIG"  # else its import closes every handler of this process's loggers
+    """Import submitit. Raises ConfigError if it is not installed."""
+    log_level = os.environ.get("SUBMITIT_LOG_LEVEL")
+    os.environ["SUBMITIT_LOG_LEVEL"] = "NOCONFIG"  # otherwise the import closes the handlers of all loggers
     try:
         import submitit
     except ImportError as error:
@@ -141,17 +152,22 @@ def _import_submitit() -> Any:
             f"--backend slurm needs submitit ({error}); install it with: pip install 'recallax[sweep]'"
         ) from error
     finally:
-        del os.environ["SUBMITIT_LOG_LEVEL"]  # in a job its log is of use
-        if before is not None:
-            os.environ["SUBMITIT_LOG_LEVEL"] = before
+        del os.environ["SUBMITIT_LOG_LEVEL"]  # jobs inherit the environment, and their log is useful
+        if log_level is not None:
+            os.environ["SUBMITIT_LOG_LEVEL"] = log_level
     return submitit
 
 
 class SlurmWorker:
-    """The function of a job: `sweep_cell` in a process beside submitit's; gives its exit status.
+    """Function of a job: runs `recallax.sweep.worker` as a child process of submitit's, and returns its exit status.
 
-    SLURM signals every process of a job. submitit acts on USR2, for which it calls `checkpoint`; the run knows nothing
-    of USR2, and takes TERM and INT once each to mean that it is to save.
+    SLURM signals every process of a job. submitit handles USR2 and calls `checkpoint`. The worker ignores USR2, and
+    saves a checkpoint on the first TERM or INT.
+
+    Args:
+        arguments: Arguments of the worker.
+        log: File to which the worker's output is appended.
+        environment: Environment variables of the worker, added to those of the job.
     """
 
     def __init__(self, arguments: list[str], log: str, environment: dict[str, str]):
@@ -170,14 +186,17 @@ class SlurmWorker:
         try:
             return self._process.wait()
         except KeyboardInterrupt:
-            self._process.terminate()  # a signal to this process alone
+            self._process.terminate()  # the signal reached submitit's process only
             raise
 
     def checkpoint(self) -> Any:
-        """Let the run save and end; what submitit puts back into the queue."""
+        """Stop the worker after a checkpoint, and return the submission that submitit queues again."""
         import submitit
 
         if self._process is not None:
-            os.kill(self._process.pid, signal.SIGINT)  # not TERM, which it may have had from SLURM
-            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)  # `wait` was interrupted, and holds a lock
+            os.kill(
+                self._process.pid, signal.SIGINT
+            )  # SLURM may have sent TERM, and a second TERM ends the worker at once
+            # Not `Popen.wait`: this handler interrupted it, and it holds a lock.
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(SlurmWorker(self.arguments, self.log, self.environment))

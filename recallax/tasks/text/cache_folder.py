@@ -1,4 +1,4 @@
-"""Folders of derived files, made once: what is in one is a function of its name."""
+"""A cache of folders with derived files; the name of a folder determines its content."""
 
 import fcntl
 import os
@@ -11,21 +11,36 @@ from pathlib import Path
 from recallax.config import ConfigError
 
 CACHE_VARIABLE = "RECALLAX_CACHE"
+"""Environment variable that sets the cache folder."""
 
 
 def cache_root() -> Path:
-    """`$RECALLAX_CACHE`, or `recallax` in `$XDG_CACHE_HOME` or in `~/.cache`."""
+    """Locate the cache.
+
+    Returns:
+        `$RECALLAX_CACHE`; if it is not set, `recallax` in `$XDG_CACHE_HOME` or else in `~/.cache`.
+    """
     if given := os.environ.get(CACHE_VARIABLE):
         return Path(given).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "recallax"
 
 
 def cached_folder(name: str, populate: Callable[[Path], None]) -> Path:
-    """The folder of that name in the cache; where it is missing, `populate` fills it.
+    """Return a folder of the cache, and create it if it is missing.
 
-    It appears whole or not at all: `populate` gets an empty folder beside it, which is renamed when its files are on disk.
-    One process makes it while the others that want it wait. On a file system without locks several may make it, and the
-    first to finish wins: all make the same. Raises ConfigError where the cache cannot be written.
+    The folder is created atomically: `populate` writes to a temporary folder, which is renamed when its files are on
+    disk. One process creates it while other processes wait. On a file system without locks several processes may create
+    equal folders, and the first to finish is kept.
+
+    Args:
+        name: Path of the folder within the cache; it must determine the content.
+        populate: Writes the files to an empty folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: The cache cannot be written.
     """
     folder = cache_root() / name
     if folder.is_dir():
@@ -39,7 +54,8 @@ def cached_folder(name: str, populate: Callable[[Path], None]) -> Path:
                 _populate(folder, populate)
     except OSError as error:
         raise ConfigError(
-            f"the cache {cache_root()} cannot be written: {error}; make room there, or set {CACHE_VARIABLE} to another folder"
+            f"the cache {cache_root()} cannot be written: {error}; free some space, or set {CACHE_VARIABLE} to "
+            "another folder"
         ) from error
     return folder
 
@@ -52,7 +68,7 @@ def _populate(folder: Path, populate: Callable[[Path], None]) -> None:
         for path in temporary.rglob("*"):
             if path.is_file():
                 _fsync(path)
-        with suppress(OSError):  # another process was quicker
+        with suppress(OSError):  # another process was faster
             os.rename(temporary, folder)
         if not folder.is_dir():
             raise OSError(f"{temporary} could not be renamed to {folder}")

@@ -1,4 +1,4 @@
-"""Text files of one's own, turned into a TFDS corpus once and read as one."""
+"""The user's text files, converted once to a TFDS corpus in the cache."""
 
 import glob
 import hashlib
@@ -26,23 +26,25 @@ TFDS_SPLIT_NAMES: dict[Split, str] = {"train": "train", "valid": "validation", "
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles(TextSource):
-    """UTF-8 files; which documents are held out depends on what they say, not on their place.
+    """Documents of UTF-8 files, split by their content and not by their position.
 
-    They are copied into the cache as a TFDS corpus (array_record), again whenever their contents change.
+    The files are copied to the cache as a TFDS corpus (array_record), again whenever their contents change.
     """
 
     paths: tuple[str, ...]
-    """Files, or patterns of them (`notes/**/*.md`)."""
+    """Files or glob patterns (`notes/**/*.md`)."""
     document_unit: DocumentUnit = "file"
-    """What one document is: a file, what stands between blank lines, or a line."""
+    """Extent of one document: a file, a paragraph (between blank lines) or a line."""
     valid_fraction: float = 0.05
-    """Share of the documents, at least one."""
+    """Fraction of the documents in the valid split, at least one document."""
     test_fraction: float = 0.05
+    """Fraction of the documents in the test split, at least one document."""
 
     def __post_init__(self) -> None:
         if self.document_unit not in get_args(DocumentUnit):
             raise ConfigError(
-                f"TextFiles.document_unit is {self.document_unit!r}{suggest_name(self.document_unit, list(get_args(DocumentUnit)))}"
+                f"TextFiles.document_unit is {self.document_unit!r}"
+                f"{suggest_name(self.document_unit, list(get_args(DocumentUnit)))}"
             )
         if not self.paths:
             raise ConfigError("TextFiles.paths is empty; give files or patterns of them")
@@ -60,17 +62,17 @@ class TextFiles(TextSource):
         )
 
     def _matching_files(self) -> list[Path]:
-        found: list[Path] = []
+        files: list[Path] = []
         for pattern in self.paths:
-            here = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
-            here = [path for path in map(Path, here) if path.is_file()]
-            if not here:
+            matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+            matching_files = [path for path in map(Path, matches) if path.is_file()]
+            if not matching_files:
                 raise ConfigError(
-                    f"task.source.paths has {pattern!r}, and there is no such file from {Path.cwd()}; "
-                    "correct it, or start where it leads somewhere"
+                    f"task.source.paths has {pattern!r}, which matches no file in {Path.cwd()}; "
+                    "correct it, or use an absolute path"
                 )
-            found += here
-        return list(dict.fromkeys(found))
+            files += matching_files
+        return list(dict.fromkeys(files))
 
     def _write_tfds(self, tfds: Any, files: list[Path], folder: Path) -> None:
         digests = np.array([document_digest(text) for text in self._read_documents(files)], np.int64)
@@ -81,7 +83,7 @@ class TextFiles(TextSource):
                 if splits[index] == split:
                     yield index, {"text": text}
 
-        with tfds.core.registered.skip_registration():  # the class is no corpus that others could ask for by name
+        with tfds.core.registered.skip_registration():  # TFDS must not list the class as a corpus
 
             class RecallaxText(tfds.core.GeneratorBasedBuilder):
                 VERSION = tfds.core.Version("1.0.0")
@@ -94,23 +96,23 @@ class TextFiles(TextSource):
                     return {TFDS_SPLIT_NAMES[split]: examples(i) for i, split in enumerate(SPLITS)}
 
                 def _generate_examples(self) -> Any:
-                    raise NotImplementedError("its splits hold their examples")
+                    raise NotImplementedError("_split_generators returns the examples")
 
-        with redirect_stdout(io.StringIO()):  # it would tell of a download
+        with redirect_stdout(io.StringIO()):  # TFDS prints a message about a download
             RecallaxText(data_dir=folder, file_format=FILE_FORMAT).download_and_prepare()
 
     def _read_documents(self, files: list[Path]) -> Iterator[str]:
         for file in files:
             text = _read_utf8(file)
-            cuts = {
+            separate = {
                 "file": lambda t: [t],
                 "line": lambda t: t.split("\n"),
                 "paragraph": partial(re.split, r"\n[^\S\n]*\n"),
             }
-            found = [part for part in cuts[self.document_unit](text) if part.strip()]
-            if not found:
-                raise ConfigError(f"{file} is empty; remove it, or leave it out of task.source.paths")
-            yield from (part.strip("\n") for part in found)
+            documents = [part for part in separate[self.document_unit](text) if part.strip()]
+            if not documents:
+                raise ConfigError(f"{file} is empty; remove it, or exclude it from task.source.paths")
+            yield from (part.strip("\n") for part in documents)
 
 
 def _read_utf8(file: Path) -> str:
@@ -119,7 +121,7 @@ def _read_utf8(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{file} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it "
-            f"(iconv -f LATIN1 -t UTF-8), or leave it out of task.source.paths"
+            f"(iconv -f LATIN1 -t UTF-8), or exclude it from task.source.paths"
         ) from error
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
@@ -127,7 +129,7 @@ def _read_utf8(file: Path) -> str:
 
 def _file_digest(file: Path) -> str:
     try:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""Text as a task: the next token, in rows that documents are packed into."""
+"""Language modelling as a task: next-token prediction in rows of packed documents."""
 
 import math
 from collections.abc import Mapping
@@ -19,39 +19,45 @@ from recallax.tasks.text.tokenizer import Bytes, Tokenizer
 from recallax.types import Batch, SeqInfo
 
 GROUPS = ("other", "recall")
+"""Groups of targets; `recall_tokens.py` defines recall tokens."""
+MAX_EXPONENT = 700.0
+"""Largest loss in nats whose perplexity is a finite float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Task):
-    """Language modelling. A row is `length` tokens of a split's stream of documents, which never see each other.
+    """Language modelling on packed documents, which do not interact.
 
-    Row i of a split starts at i (length - grid), so neighbours share one cell of the grid, and every token but each
-    document's first is predicted in exactly one row. What a row cuts off a document's front counts from position 0, as
-    nothing is carried over. One reading of a split takes its rows in a random order that is computed from the seed and
-    the number of the reading; for valid and test it is the same with every seed, and what goes beyond one reading
-    weighs nothing.
+    Row i of a split has the `length` tokens of its stream from i (length - grid) on. So consecutive rows overlap by
+    `grid` tokens, and each token except a document's first is a target exactly once per epoch. A document that is cut
+    at the start of a row starts there at position 0, without state from the row before. Each epoch has its own random
+    order of the rows, computed from the seed and the number of the epoch. Valid and test have the same order for every
+    seed, and their rows after the first epoch have weight 0.
     """
 
     source: TextSource = Shakespeare()
+    """Source of the documents."""
     tokenizer: Tokenizer = Bytes()
+    """Conversion of text to token ids."""
     length: int = 256
+    """Row length in tokens."""
     grid: int = 1
-    """Documents begin at multiples of it, for mixers that work in blocks; it must divide `length`."""
+    """Documents start at multiples of it, for mixers that work in blocks; it must divide `length`."""
     ngram_size: int = 2
-    """Tokens of what must stand in the context before, for its last to be a recall token (2: Zoology's bigrams)."""
+    """Length n of the n-grams that define recall tokens (2 in Zoology)."""
     max_ngram_count: int = 1250
-    """Occurrences in training beyond which an n-gram counts as known by heart, and its last token under "other"."""
+    """Largest number of occurrences in the train split of an n-gram whose repeats count as recall (1250 in Zoology)."""
 
     def __post_init__(self) -> None:
         if self.grid < 1 or self.length % self.grid or self.length < max(4, 2 * self.grid):
             raise ConfigError(
-                f"Text.length is {self.length} and grid {self.grid}; length must be a multiple of grid, at least twice "
-                "as long, and at least 4"
+                f"Text.length is {self.length} and grid {self.grid}; length must be a multiple of grid, at least "
+                "2 grid, and at least 4"
             )
         if self.ngram_size < 1 or self.tokenizer.vocab_size**self.ngram_size >= 2**63:
             raise ConfigError(
-                f"Text.ngram_size is {self.ngram_size} with {self.tokenizer.vocab_size} token ids; it must be from 1 to "
-                f"{math.floor(63 / math.log2(self.tokenizer.vocab_size))}, so that n-grams can be told apart in 63 bits"
+                f"Text.ngram_size is {self.ngram_size} with {self.tokenizer.vocab_size} token ids; it must be from 1 "
+                f"to {math.floor(63 / math.log2(self.tokenizer.vocab_size))}, so that an n-gram fits in 63 bits"
             )
         if self.max_ngram_count < 0:
             raise ConfigError(f"Text.max_ngram_count is {self.max_ngram_count}; it must be at least 0")
@@ -69,16 +75,23 @@ class Text(Task):
         return self.tokenizer.load()
 
     def tokenized_corpus(self) -> TokenizedCorpus:
-        """The tokenized corpus, made if need be. Raises ConfigError where it is missing or shorter than a row."""
-        found = load_tokenized_corpus(self.source, self.tokenizer, self.grid)
+        """Return the tokenized corpus, and create it if it is not in the cache.
+
+        Returns:
+            The corpus.
+
+        Raises:
+            ConfigError: The source or the tokenizer is missing, or a split is shorter than a row.
+        """
+        corpus = load_tokenized_corpus(self.source, self.tokenizer, self.grid)
         for split in SPLITS:
-            slots, documents = len(found.streams[split].tokens), len(found.streams[split].starts)
+            slots, documents = len(corpus.streams[split].tokens), len(corpus.streams[split].starts)
             if slots < self.length:
                 raise ConfigError(
                     f"Text.length is {self.length} and the {split} split has {slots} tokens in {documents} documents; "
-                    "a row may not be longer: shorten it, or give more text"
+                    "a row must not be longer: reduce length, or add text"
                 )
-        return found
+        return corpus
 
     def data_digest(self) -> str:
         return self.tokenized_corpus().digest
@@ -87,11 +100,18 @@ class Text(Task):
         return (self.length,)
 
     def max_targets(self, split: Split, length: int) -> int:
-        # One less in truth; but logits at all places cost less than picking all but one.
+        # The exact bound is length - 1, but logits at all positions cost less than selecting all but one.
         return length
 
     def num_rows(self, split: Split) -> int:
-        """Rows of one reading."""
+        """Count the rows of a split.
+
+        Args:
+            split: Name of the split.
+
+        Returns:
+            The number of rows of one epoch.
+        """
         return _num_rows(self.tokenized_corpus().streams[split], self.length, self.grid)
 
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
@@ -100,71 +120,85 @@ class Text(Task):
         corpus = self.tokenized_corpus()
         stream = corpus.streams[split]
         count = _num_rows(stream, self.length, self.grid)
-        reading, place = divmod(index * size, count)  # of Python's numbers, which have no end
-        places = place + np.arange(size)
-        readings = np.array([(reading + more) % 2**64 for more in range(size // count + 2)], np.uint64)[places // count]
-        keys = _permutation_keys(seed if split == "train" else 0, split, readings)
-        batch = pack_rows(stream, permute_index(places % count, count, keys), self.length, self.grid)
-        known = corpus.frequent_ngrams(self.ngram_size, self.max_ngram_count)
+        epoch, first = divmod(index * size, count)  # Python integers, which do not overflow
+        order = first + np.arange(size)
+        epochs = np.array([(epoch + i) % 2**64 for i in range(size // count + 2)], np.uint64)[order // count]
+        keys = _permutation_keys(seed if split == "train" else 0, split, epochs)
+        batch = pack_rows(stream, permute_index(order % count, count, keys), self.length, self.grid)
+        frequent = corpus.frequent_ngrams(self.ngram_size, self.max_ngram_count)
         tokens, segments = np.asarray(batch.tokens), np.asarray(batch.seq.segment_ids)
         group = np.zeros_like(tokens)
-        group[:, :-1] = recall_mask(tokens, segments, self.ngram_size, self.vocab_size, known)[:, 1:]
-        again = (readings > 0) & (split != "train")
-        return batch._replace(weights=np.where(again[:, None], 0, batch.weights).astype(np.float32), group=group)
+        group[:, :-1] = recall_mask(tokens, segments, self.ngram_size, self.vocab_size, frequent)[:, 1:]
+        is_repeated = (epochs > 0) & (split != "train")
+        return batch._replace(weights=np.where(is_repeated[:, None], 0, batch.weights).astype(np.float32), group=group)
 
     def solve(self, tokens: Int[np.ndarray, "B T"]) -> Int[np.ndarray, "B T"]:
-        """The token that follows in the row: what is labelled is followed by its target."""
+        """Return the next token of the row, which is the target at every labelled position."""
         answers = np.zeros_like(tokens)
         answers[:, :-1] = tokens[:, 1:]
         return answers
 
     def chance(self) -> float:
-        """Always the commonest token of the train split."""
+        """Compute the accuracy of the most frequent token of the train split."""
         train, test = (self.tokenized_corpus().streams[split].counts for split in ("train", "test"))
         return float(test[np.argmax(train)] / test.sum())
 
     def metrics(
         self, split: Split, loss: Float[np.ndarray, " groups"], weight: Float[np.ndarray, " groups"]
     ) -> Mapping[str, float]:
-        """Perplexities, and bits per UTF-8 byte of the text at the tokens per byte of the whole split."""
+        """Compute perplexities, the share of recall tokens, and bits per UTF-8 byte.
+
+        Bits per byte are those per token times the tokens per byte of the whole split.
+        """
         stream = self.tokenized_corpus().streams[split]
         mean = loss.sum() / weight.sum()
-        found = {
+        metrics = {
             "perplexity": _perplexity(mean),
             "bits_per_byte": float(mean / math.log(2) * stream.counts.sum() / stream.text_bytes),
             "share/recall": float(weight[GROUPS.index("recall")] / weight.sum()),
         }
-        each = zip(GROUPS, loss, weight, strict=True)
-        return found | {f"perplexity/{name}": _perplexity(total / w) for name, total, w in each if w > 0}
+        groups = zip(GROUPS, loss, weight, strict=True)
+        return metrics | {f"perplexity/{name}": _perplexity(total / w) for name, total, w in groups if w > 0}
 
 
 def pack_rows(stream: TokenStream, rows: Int[np.ndarray, " B"], length: int, grid: int) -> Batch:
-    """Rows of a stream by number. Every label is of group 0."""
+    """Read rows of a stream.
+
+    Args:
+        stream: The documents of a split.
+        rows: Numbers of the rows.
+        length: Row length in tokens.
+        grid: Documents start at multiples of it.
+
+    Returns:
+        A batch with next-token targets, weights of 0 and 1, and all targets in group 0.
+    """
     first = rows * (length - grid)
     time = np.arange(length)
     at = first[:, None] + time
     real = at < len(stream.tokens)
     tokens = np.asarray(stream.tokens[np.minimum(at, len(stream.tokens) - 1)]).astype(np.int32) * real
 
-    after, before = np.searchsorted(stream.starts, first, "right"), np.searchsorted(stream.starts, first + length)
-    begun = np.zeros(real.shape, bool)
-    row = np.repeat(np.arange(len(rows)), before - after)
-    document = np.arange(len(row)) + np.repeat(after - np.cumsum(before - after) + before - after, before - after)
-    begun[row, np.asarray(stream.starts[document]) - first[row]] = True
+    # Documents that start inside each row, after its first token: numbers low to high - 1.
+    low, high = np.searchsorted(stream.starts, first, "right"), np.searchsorted(stream.starts, first + length)
+    is_start = np.zeros(real.shape, bool)
+    row = np.repeat(np.arange(len(rows)), high - low)
+    document = np.arange(len(row)) + np.repeat(low - np.cumsum(high - low) + high - low, high - low)
+    is_start[row, np.asarray(stream.starts[document]) - first[row]] = True
 
-    segment = np.cumsum(begun, axis=1)
-    ends = np.asarray(stream.ends[after[:, None] - 1 + segment])
-    asked = at + 1 < ends
-    asked[:, -1] = False
-    asked[rows > 0, : grid - 1] = False  # the row before has asked them
+    segment = np.cumsum(is_start, axis=1)
+    ends = np.asarray(stream.ends[low[:, None] - 1 + segment])
+    labelled = at + 1 < ends
+    labelled[:, -1] = False
+    labelled[rows > 0, : grid - 1] = False  # targets of the row before
     targets = np.zeros_like(tokens)
-    targets[:, :-1] = tokens[:, 1:] * asked[:, :-1]
+    targets[:, :-1] = tokens[:, 1:] * labelled[:, :-1]
     seq = SeqInfo(
-        (time - np.maximum.accumulate(np.where(begun, time, 0), axis=1)).astype(np.int32),
+        (time - np.maximum.accumulate(np.where(is_start, time, 0), axis=1)).astype(np.int32),
         ((segment + 1) * real).astype(np.int32),
         np.zeros(real.shape, bool),
     )
-    return Batch(tokens, targets, asked.astype(np.float32), np.zeros_like(tokens), np.zeros_like(tokens), seq)
+    return Batch(tokens, targets, labelled.astype(np.float32), np.zeros_like(tokens), np.zeros_like(tokens), seq)
 
 
 def _num_rows(stream: TokenStream, length: int, grid: int) -> int:
@@ -172,10 +206,10 @@ def _num_rows(stream: TokenStream, length: int, grid: int) -> int:
 
 
 def _permutation_keys(seed: int, split: Split, epochs: UInt64[np.ndarray, " B"]) -> UInt64[np.ndarray, " B"]:
-    """A key for the order of each reading."""
+    """Key of the row order of each epoch."""
     domain = np.full(len(epochs), seed % 2**64, np.uint64)
     return splitmix64(splitmix64(splitmix64(domain) + np.uint64(SPLITS.index(split))) + epochs)
 
 
 def _perplexity(loss: float) -> float:
-    return float(np.exp(min(loss, 700.0)))
+    return float(np.exp(min(loss, MAX_EXPONENT)))

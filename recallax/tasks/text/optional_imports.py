@@ -1,4 +1,4 @@
-"""Libraries that only some text needs: imported where they are used, named with their extra where they are missing."""
+"""Imports of optional libraries."""
 
 import importlib
 from typing import Any
@@ -7,7 +7,19 @@ from recallax.config import ConfigError
 
 
 def import_optional(name: str, extra: str, purpose: str) -> Any:
-    """The module. Raises ConfigError naming the extra that brings it."""
+    """Import a module of an optional library.
+
+    Args:
+        name: Name of the module.
+        extra: The extra of recallax that installs it.
+        purpose: What needs it, for the error message.
+
+    Returns:
+        The module.
+
+    Raises:
+        ConfigError: The module cannot be imported; the message names the extra.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -1,9 +1,11 @@
-"""Which tokens can be recalled from the context and hardly be known from training: Zoology's slice of perplexity.
+"""Recall tokens: tokens that can be recalled from the context but are unlikely to be known from training.
 
-A token is a recall token where it ends an n-gram that stands earlier in its document's part of the row, and that occurs
-at most `frequent_ngrams` times in the training split. The publication takes bigrams, and 1250 times in 10 billion tokens of
-the Pile. Source: Arora et al. 2023 (Zoology, arXiv 2312.04927), section 3.
+A token is a recall token if it ends an n-gram that occurs earlier in the same document of the row and at most
+`Text.max_ngram_count` times in the train split. The publication uses bigrams and 1250 occurrences in 10 billion tokens
+of the Pile. Source: Arora et al. 2023 (Zoology, arXiv 2312.04927), section 3.
 """
+
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Bool, Int, Integer
@@ -11,13 +13,22 @@ from jaxtyping import Bool, Int, Integer
 from recallax.tasks.text.permutation import splitmix64
 
 HASH_BITS = 24
-"""Bits of the hash by which n-grams are first counted: 128 MiB of counters, at any size of the corpus."""
+"""Bits of the hash of the first counting pass: 128 MiB of counters for a corpus of any size."""
 TOKENS_PER_PIECE = 2**22
-"""Tokens that are counted at a time."""
+"""Tokens that are counted at a time, to bound the memory."""
 
 
 def ngram_ids(tokens: Integer[np.ndarray, "*rows N"], n: int, vocab_size: int) -> Int[np.ndarray, "*rows M"]:
-    """A number for every run of n tokens, different for different runs; M = N - n + 1, and vocab**n is below 2**63."""
+    """Encode every n-gram as one integer.
+
+    Args:
+        tokens: Token ids.
+        n: Length of the n-grams.
+        vocab_size: Number of token ids; vocab_size**n must be below 2**63.
+
+    Returns:
+        Integers that differ for different n-grams, M = N - n + 1 per row.
+    """
     count = max(tokens.shape[-1] - n + 1, 0)
     numbers = np.zeros((*tokens.shape[:-1], count), np.int64)
     for i in range(n):
@@ -32,54 +43,76 @@ def recall_mask(
     vocab_size: int,
     frequent_ngrams: Int[np.ndarray, " F"],
 ) -> Bool[np.ndarray, "B T"]:
-    """Where a token ends an n-gram of its segment that stood there before and is none of `frequent_ngrams` (sorted)."""
-    found = np.zeros(tokens.shape, bool)
+    """Mark the recall tokens of packed rows.
+
+    Args:
+        tokens: Token ids.
+        segment_ids: Document number of each token; the tokens of a document are contiguous.
+        n: Length of the n-grams.
+        vocab_size: Number of token ids.
+        frequent_ngrams: Result of the function `frequent_ngrams`: n-grams whose repeats are not recall, sorted.
+
+    Returns:
+        True for tokens that end an n-gram which occurs earlier in their document and is not frequent.
+    """
+    is_recall = np.zeros(tokens.shape, bool)
     if tokens.shape[1] <= n:
-        return found
+        return is_recall
     numbers = ngram_ids(tokens, n, vocab_size)
-    place = np.arange(numbers.shape[1])
-    own = segment_ids[:, n - 1 :]
-    numbers = np.where(
-        own == segment_ids[:, : len(place)], numbers, -1 - place
-    )  # what spans two segments equals nothing
+    start = np.arange(numbers.shape[1])
+    end_segment = segment_ids[:, n - 1 :]
+    # An n-gram that spans two documents gets a unique number.
+    numbers = np.where(end_segment == segment_ids[:, : len(start)], numbers, -1 - start)
     order = np.argsort(numbers, axis=1, kind="stable")
-    run, segment = (np.take_along_axis(x, order, axis=1) for x in (numbers, own))
-    # Occurrences of one n-gram stand in a run, in the order of the row; segments are in one piece each.
+    run, segment = (np.take_along_axis(x, order, axis=1) for x in (numbers, end_segment))
+    # Equal n-grams are adjacent after the stable sort, in the order of the row, and documents are contiguous.
     repeated = np.zeros(numbers.shape, bool)
     repeated[:, 1:] = (run[:, 1:] == run[:, :-1]) & (segment[:, 1:] == segment[:, :-1])
-    np.put_along_axis(found[:, n - 1 :], order, repeated, axis=1)
-    found[:, n - 1 :] &= ~_is_member(numbers, frequent_ngrams)
-    return found
+    np.put_along_axis(is_recall[:, n - 1 :], order, repeated, axis=1)
+    is_recall[:, n - 1 :] &= ~_is_member(numbers, frequent_ngrams)
+    return is_recall
 
 
 def frequent_ngrams(
     tokens: Integer[np.ndarray, " S"], starts: Int[np.ndarray, " D"], n: int, vocab_size: int, max_count: int
 ) -> Int[np.ndarray, " F"]:
-    """The n-grams that occur within documents more than `max_count` times, sorted. `starts` says where documents begin.
+    """Find the n-grams that occur within documents more than `max_count` times.
 
-    Two readings: the first counts by a hash, which bounds each n-gram's count from above; the second counts exactly
-    what may be frequent. So memory does not grow with the number of different n-grams.
+    The first of two passes counts by a hash, which bounds each n-gram's count from above. The second pass counts
+    exactly the n-grams that may be frequent. So the memory does not grow with the number of different n-grams.
+
+    Args:
+        tokens: Token ids of all documents.
+        starts: First index of each document.
+        n: Length of the n-grams.
+        vocab_size: Number of token ids.
+        max_count: Largest count that is not frequent.
+
+    Returns:
+        The numbers of the frequent n-grams (see `ngram_ids`), sorted.
     """
     bound = np.zeros(2**HASH_BITS, np.int64)
     for numbers in _ngrams_by_piece(tokens, starts, n, vocab_size):
         bound += np.bincount(_hash_bucket(numbers), minlength=len(bound))
     candidates, counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for numbers in _ngrams_by_piece(tokens, starts, n, vocab_size):
-        more, times = np.unique(numbers[bound[_hash_bucket(numbers)] > max_count], return_counts=True)
-        candidates, where = np.unique(np.concatenate([candidates, more]), return_inverse=True)
-        counts = np.bincount(where, np.concatenate([counts, times]), len(candidates)).astype(np.int64)
+        new, new_counts = np.unique(numbers[bound[_hash_bucket(numbers)] > max_count], return_counts=True)
+        candidates, index = np.unique(np.concatenate([candidates, new]), return_inverse=True)
+        counts = np.bincount(index, np.concatenate([counts, new_counts]), len(candidates)).astype(np.int64)
     return candidates[counts > max_count]
 
 
-def _ngrams_by_piece(tokens: Integer[np.ndarray, " S"], starts: Int[np.ndarray, " D"], n: int, vocab_size: int):
-    """All n-grams that lie within a document, piece by piece."""
+def _ngrams_by_piece(
+    tokens: Integer[np.ndarray, " S"], starts: Int[np.ndarray, " D"], n: int, vocab_size: int
+) -> Iterator[Int[np.ndarray, " N"]]:
+    """Yield the numbers of all n-grams within documents, piece by piece."""
     for first in range(0, len(tokens), TOKENS_PER_PIECE):
         numbers = ngram_ids(np.asarray(tokens[first : first + TOKENS_PER_PIECE + n - 1]), n, vocab_size)
         low, high = np.searchsorted(starts, [first, first + TOKENS_PER_PIECE + n])
         crossing = np.asarray(starts[low:high])[:, None] - np.arange(1, n) - first
-        whole = np.ones(len(numbers), bool)
-        whole[crossing[(crossing >= 0) & (crossing < len(whole))]] = False
-        yield numbers[whole]
+        within = np.ones(len(numbers), bool)
+        within[crossing[(crossing >= 0) & (crossing < len(within))]] = False
+        yield numbers[within]
 
 
 def _hash_bucket(numbers: Int[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:

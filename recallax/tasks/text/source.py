@@ -1,4 +1,4 @@
-"""Where text comes from: documents of three splits, and a digest of what they say."""
+"""Text sources: documents of three splits and a digest of their content."""
 
 import abc
 import hashlib
@@ -15,7 +15,7 @@ from recallax.tasks.base import SPLITS, Split
 
 
 class DocumentSequence(Protocol):
-    """The texts of one split, in an order that never changes."""
+    """The texts of one split, in a fixed order."""
 
     def __len__(self) -> int: ...
 
@@ -23,64 +23,93 @@ class DocumentSequence(Protocol):
 
 
 class Corpus(NamedTuple):
-    """A source that was found."""
+    """The documents of an opened source."""
 
     digest: str
-    """Equal where the documents are."""
+    """Equal for equal documents."""
     documents: Mapping[Split, DocumentSequence]
+    """The texts of each split."""
 
 
 class TextSource(Config, abc.ABC):
-    """Which documents. Subclasses are frozen dataclasses."""
+    """A source of documents. Subclasses are frozen dataclasses."""
 
     @abc.abstractmethod
     def open(self) -> Corpus:
-        """Raises ConfigError where there is no such corpus, or it is not as the config says."""
+        """Open the corpus.
+
+        Returns:
+            The documents of all splits.
+
+        Raises:
+            ConfigError: The corpus is missing or does not fit the config.
+        """
 
     def prepare(self) -> None:
-        """Fetch what `open` needs from elsewhere, if anything. Raises ConfigError."""
+        """Download or convert what `open` needs; does nothing by default.
+
+        Raises:
+            ConfigError: The corpus cannot be prepared.
+        """
         return
 
 
 class HeldOutFractions(NamedTuple):
-    """Which share of the documents is held out."""
+    """Fractions of the documents in the held-out splits."""
 
     valid: float
     test: float
 
 
 def split_by_content(digests: Int[np.ndarray, " D"], held_out: HeldOutFractions) -> Int[np.ndarray, " D"]:
-    """The split of each document, as an index into `SPLITS`: disjoint by what documents say, so also where one of them
-    stands twice. In the order of their digests the first are test, the next valid; at least one each.
+    """Assign documents to splits by their content, so that copies of a document are in one split.
 
-    Raises ConfigError where there are fewer than three different documents, or nothing is left to train on.
+    In the order of their digests the first documents are the test split and the next ones the valid split, at least one
+    each.
+
+    Args:
+        digests: Digest of each document.
+        held_out: Fractions of the different documents in valid and test.
+
+    Returns:
+        The split of each document, as an index into `SPLITS`.
+
+    Raises:
+        ConfigError: There are fewer than three different documents, or none remains for training.
     """
-    different, where = np.unique(digests, return_inverse=True)
-    sizes = {"test": held_out.test, "valid": held_out.valid}
-    if not all(0 < share < 1 for share in held_out) or sum(held_out) >= 1:
+    different, inverse = np.unique(digests, return_inverse=True)
+    fractions = {"test": held_out.test, "valid": held_out.valid}
+    if not all(0 < fraction < 1 for fraction in held_out) or sum(held_out) >= 1:
         raise ConfigError(
-            f"shares of valid and test documents are {tuple(held_out)}; they must be above 0, and sum to below 1"
+            f"the fractions of valid and test documents are {tuple(held_out)}; they must be above 0 with a sum below 1"
         )
-    counts = {name: max(1, math.floor(share * len(different))) for name, share in sizes.items()}
+    counts = {name: max(1, math.floor(fraction * len(different))) for name, fraction in fractions.items()}
     if sum(counts.values()) >= len(different):
         raise ConfigError(
-            f"the corpus has {len(different)} different documents; train, valid and test need at least one each: give "
-            "more, or let task.source.documents cut files into paragraphs or lines"
+            f"the corpus has {len(different)} different documents; train, valid and test need at least one each: add "
+            "documents, or set task.source.document_unit to paragraph or line"
         )
     split = np.full(len(different), SPLITS.index("train"))
     split[: counts["test"] + counts["valid"]] = SPLITS.index("valid")
     split[: counts["test"]] = SPLITS.index("test")
-    return split[where]
+    return split[inverse]
 
 
 def document_digest(text: str) -> int:
-    """63 bits of what a document says."""
+    """Hash a document.
+
+    Args:
+        text: The document.
+
+    Returns:
+        A non-negative integer of 63 bits.
+    """
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 @dataclass(frozen=True)
 class InMemoryDocuments:
-    """Documents in memory."""
+    """The texts of one split, in memory."""
 
     texts: Sequence[str]
 
@@ -92,12 +121,23 @@ class InMemoryDocuments:
 
 
 def in_memory_corpus(texts: Iterable[str], held_out: HeldOutFractions) -> Corpus:
-    """Documents in memory, split by what they say."""
+    """Make a corpus of documents in memory, split by their content.
+
+    Args:
+        texts: All documents.
+        held_out: Fractions of the documents in valid and test.
+
+    Returns:
+        The corpus.
+
+    Raises:
+        ConfigError: There are too few different documents; see `split_by_content`.
+    """
     texts = list(texts)
     split = split_by_content(np.array([document_digest(text) for text in texts], np.int64), held_out)
     documents: dict[Split, DocumentSequence] = {
         name: InMemoryDocuments([text for text, s in zip(texts, split, strict=True) if s == i])
         for i, name in enumerate(SPLITS)
     }
-    whole = hashlib.sha256(repr((held_out, texts)).encode()).hexdigest()
-    return Corpus(whole, documents)
+    digest = hashlib.sha256(repr((held_out, texts)).encode()).hexdigest()
+    return Corpus(digest, documents)

@@ -1,10 +1,12 @@
-"""A corpus as one stream of token ids per split, on disk and memory-mapped: what makes packing random access.
+"""A tokenized corpus: one memory-mapped stream of token ids per split, which gives rows with random access.
 
-Made once per corpus, tokenizer and grid, in the cache folder that their digests name, and checked for size when opened:
+It is created once per corpus, tokenizer and grid, in a cache folder named by their digests. File sizes are checked when
+it is opened:
 
     meta.json  <split>.tokens (uint16 or uint32)  <split>.starts.npy  <split>.ends.npy  <split>.counts.npy
 
-A document is `begin`, its ids, `end`; it starts at a multiple of the grid, and `end` fills up to the next.
+A document is `bos_id`, its ids and `eos_id`. It starts at a multiple of the grid, and more `eos_id` fill the space to
+the next document.
 """
 
 import hashlib
@@ -27,46 +29,70 @@ from recallax.tasks.text.source import Corpus, TextSource
 from recallax.tasks.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
+"""Version of the files, part of the digest."""
 DOCUMENTS_PER_BATCH = 1024
-"""Documents that are encoded at a time: a tokenizer may use all cores on them."""
+"""Documents that are encoded in one call, in which a tokenizer may use all cores."""
 
 
 class TokenStream(NamedTuple):
-    """The documents of one split, one after another."""
+    """The concatenated documents of one split."""
 
     tokens: Integer[np.ndarray, " S"]
-    """On disk."""
+    """Token ids, memory-mapped."""
     starts: Int[np.ndarray, " D"]
-    """Where documents begin, in `tokens`."""
+    """First index of each document in `tokens`."""
     ends: Int[np.ndarray, " D"]
-    """Where they end: behind their last id that is no filling."""
+    """Last index + 1 of each document, without its fill."""
     counts: Int[np.ndarray, " V"]
-    """How often each id is to be predicted: all but each document's first."""
+    """Number of times that each id is a target; all tokens but each document's first are."""
     text_bytes: int
-    """UTF-8 bytes of the documents."""
+    """Size of the documents in UTF-8 bytes."""
 
 
 class TokenizedCorpus(NamedTuple):
-    """A tokenized corpus."""
+    """The streams of all splits."""
 
     folder: Path
+    """Cache folder of the streams."""
     digest: str
-    """Equal where all tokens are."""
+    """Equal for equal streams."""
     vocab_size: int
+    """Number of token ids."""
     streams: dict[Split, TokenStream]
+    """The stream of each split."""
 
     def frequent_ngrams(self, n: int, max_count: int) -> Int[np.ndarray, " F"]:
-        """`frequent_ngrams` of the train split; made once, and kept beside the streams."""
+        """Find the frequent n-grams of the train split; the result is cached on disk.
+
+        Args:
+            n: Length of the n-grams.
+            max_count: Largest count that is not frequent.
+
+        Returns:
+            The numbers of the n-grams that occur more than `max_count` times, sorted (see `recall_tokens.ngram_ids`).
+        """
         train = self.streams["train"]
 
-        def make(folder: Path) -> None:
+        def write(folder: Path) -> None:
             np.save(folder / "ngrams.npy", frequent_ngrams(train.tokens, train.starts, n, self.vocab_size, max_count))
 
-        return _load_ngrams(cached_folder(f"frequent/{self.digest}-{n}-{max_count}", make))
+        return _load_ngrams(cached_folder(f"frequent/{self.digest}-{n}-{max_count}", write))
 
 
 def load_tokenized_corpus(source: TextSource, tokenizer: Tokenizer, grid: int) -> TokenizedCorpus:
-    """The tokens of a corpus, made if they are not in the cache. Raises ConfigError."""
+    """Load a tokenized corpus, and create it if it is not in the cache.
+
+    Args:
+        source: Source of the documents.
+        tokenizer: Conversion of text to token ids.
+        grid: Documents start at multiples of it.
+
+    Returns:
+        The corpus, memory-mapped.
+
+    Raises:
+        ConfigError: The source or the tokenizer is missing, or the cache is damaged or cannot be written.
+    """
     return _load_tokenized_corpus(source, tokenizer, grid, cache_root())
 
 
@@ -108,10 +134,10 @@ def _write_streams(corpus: Corpus, encoder: Encoder, vocab: int, grid: int, fold
                     counts += np.bincount(ids, minlength=vocab)
         counts[encoder.eos_id] += len(sizes)
         size = np.array(sizes, np.int64)
-        places = np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-size // grid) * grid)])
-        for name, array in {"starts": places[:-1], "ends": places[:-1] + size, "counts": counts}.items():
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(-(-size // grid) * grid)])
+        for name, array in {"starts": starts[:-1], "ends": starts[:-1] + size, "counts": counts}.items():
             np.save(folder / f"{split}.{name}.npy", array)
-        meta[split] = {"slots": int(places[-1]), "documents": len(sizes), "text_bytes": text_bytes, "vocab": vocab}
+        meta[split] = {"slots": int(starts[-1]), "documents": len(sizes), "text_bytes": text_bytes, "vocab": vocab}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
@@ -127,10 +153,10 @@ def _read_stream(folder: Path, split: Split) -> TokenStream:
         )
         path, dtype = folder / f"{split}.tokens", _token_dtype(meta["vocab"])
         sizes = (path.stat().st_size, len(starts), len(ends), len(counts))
-        wanted = (meta["slots"] * dtype.itemsize, meta["documents"], meta["documents"], meta["vocab"])
-        if sizes != wanted:
-            raise ValueError(f"sizes of {split} are {sizes}, and should be {wanted}")
+        expected = (meta["slots"] * dtype.itemsize, meta["documents"], meta["documents"], meta["vocab"])
+        if sizes != expected:
+            raise ValueError(f"sizes of {split} are {sizes}, expected {expected}")
         tokens = np.memmap(path, dtype, mode="r") if meta["slots"] else np.zeros(0, dtype)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder} is damaged ({error}); delete it, and it is made again") from error
+        raise ConfigError(f"{folder} is damaged ({error}); delete it, and it is created again") from error
     return TokenStream(tokens, starts, ends, counts, meta["text_bytes"])

@@ -1,4 +1,4 @@
-"""From text to token ids and back: bytes, or a file of the `tokenizers` or of the `sentencepiece` library."""
+"""Tokenizers: UTF-8 bytes, or a file of the `tokenizers` or `sentencepiece` library."""
 
 import abc
 import hashlib
@@ -16,23 +16,30 @@ from recallax.tasks.encoder import Encoder
 from recallax.tasks.text.optional_imports import import_optional
 
 END_OF_TEXT = "<|endoftext|>"
-"""GPT-2's name for what stands between documents."""
+"""GPT-2's token between documents."""
 
 
 class Tokenizer(Config, abc.ABC):
-    """Which ids text becomes. Subclasses are frozen dataclasses."""
+    """A tokenizer's config. Subclasses are frozen dataclasses."""
 
     vocab_size: int
-    """Every id is below it (a field that the file is held to, or a property)."""
+    """Number of token ids; a field that the file must match, or a property."""
 
     @abc.abstractmethod
     def load(self) -> Encoder:
-        """Raises ConfigError where a library or a file is missing, or the file is not what the config says."""
+        """Load the tokenizer.
+
+        Returns:
+            The encoder.
+
+        Raises:
+            ConfigError: A library or a file is missing, or the file does not match the config.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bytes(Tokenizer):
-    """UTF-8's bytes, and id 256 before and behind each document."""
+    """UTF-8 bytes, with id 256 before and after each document."""
 
     @property
     def vocab_size(self) -> int:
@@ -44,13 +51,14 @@ class Bytes(Tokenizer):
 
 @dataclass(frozen=True, kw_only=True)
 class BPE(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library; `recallax tokenizer` trains one."""
+    """A `tokenizer.json` file of the `tokenizers` library; `recallax tokenizer` trains one."""
 
     file: str
+    """Path of the file."""
     vocab_size: int
-    """Ids that the file must have, so that the model's size does not depend on a file."""
+    """Number of ids that the file must have, so that the model's size does not depend on the file."""
     eos_token: str = END_OF_TEXT
-    """The file's token that begins and ends documents."""
+    """The token of the file that begins and ends documents."""
 
     def load(self) -> Encoder:
         return _load_cached(_BPEEncoder, self, _file_stamp(self.file))
@@ -58,11 +66,12 @@ class BPE(Tokenizer):
 
 @dataclass(frozen=True, kw_only=True)
 class SentencePiece(Tokenizer):
-    """A model file of the `sentencepiece` library; its BOS (or else its EOS) begins a document and its EOS ends it."""
+    """A model file of the `sentencepiece` library, whose BOS (or else EOS) begins a document and whose EOS ends it."""
 
     file: str
+    """Path of the file."""
     vocab_size: int
-    """Ids that the file must have, so that the model's size does not depend on a file."""
+    """Number of ids that the file must have, so that the model's size does not depend on the file."""
 
     def load(self) -> Encoder:
         return _load_cached(_SentencePieceEncoder, self, _file_stamp(self.file))
@@ -88,21 +97,21 @@ class _BPEEncoder(Encoder):
         except Exception as error:  # the library raises bare Exception
             raise ConfigError(f"{config.file} is not a file of the tokenizers library: {error}") from error
         _check_vocab_size(config, self._model.get_vocab_size(with_added_tokens=True))
-        boundary = self._model.token_to_id(config.eos_token)
-        if boundary is None:
+        eos_id = self._model.token_to_id(config.eos_token)
+        if eos_id is None:
             raise ConfigError(
-                f"{config.file} has no token {config.eos_token!r}, which would begin and end documents; "
-                "name one that it has as task.tokenizer.boundary"
+                f"{config.file} has no token {config.eos_token!r} to begin and end documents; "
+                "set task.tokenizer.eos_token to a token of the file"
             )
         self._model.no_padding()
         self._model.no_truncation()
-        self._model.encode_special_tokens = True  # a text that spells a special token is text
-        self.bos_id = self.eos_id = boundary
+        self._model.encode_special_tokens = True  # encode the spelling of a special token as text
+        self.bos_id = self.eos_id = eos_id
         self.digest = f"bpe {hashlib.sha256(data).hexdigest()} {config.eos_token}"
 
     def encode(self, texts: Sequence[str]) -> list[Int[np.ndarray, " _"]]:
-        found = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(one.ids, np.int64) for one in found]
+        encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int64) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([i for i in ids if i < self._model.get_vocab_size()], skip_special_tokens=True)
@@ -119,7 +128,7 @@ class _SentencePieceEncoder(Encoder):
         _check_vocab_size(config, self._model.vocab_size())
         self.bos_id, self.eos_id = self._model.bos_id(), self._model.eos_id()
         if self.eos_id < 0:
-            raise ConfigError(f"{config.file} has no EOS, which ends documents; train it with one")
+            raise ConfigError(f"{config.file} has no EOS token to end documents; train it with one")
         self.bos_id = self.eos_id if self.bos_id < 0 else self.bos_id
         self.digest = f"sentencepiece {hashlib.sha256(data).hexdigest()}"
 
@@ -133,10 +142,23 @@ class _SentencePieceEncoder(Encoder):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> int:
-    """Write a byte-level BPE of at most that many ids, `END_OF_TEXT` among them, as `BPE` reads it. The 256 bytes are
-    always among them, so that any text can be encoded. Returns the number of ids; raises ConfigError."""
+    """Train a byte-level BPE tokenizer and write it to a file for `BPE`.
+
+    All 256 bytes are tokens, so any text can be encoded, and `END_OF_TEXT` is a token too.
+
+    Args:
+        texts: Documents to train on.
+        vocab_size: Largest number of token ids.
+        file: The `tokenizer.json` to write.
+
+    Returns:
+        The number of token ids, which is below `vocab_size` if the texts have too few pairs to merge.
+
+    Raises:
+        ConfigError: `vocab_size` is below 257, or the `tokenizers` library is missing.
+    """
     if vocab_size < 257:
-        raise ConfigError(f"vocab_size is {vocab_size}; it must be at least 257, for the 256 bytes and the boundary")
+        raise ConfigError(f"vocab_size is {vocab_size}; it must be at least 257, for the 256 bytes and {END_OF_TEXT}")
     tokenizers = import_optional("tokenizers", "text", "a BPE tokenizer")
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -155,12 +177,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> int:
 
 def _file_stamp(file: str) -> tuple[int, int]:
     try:
-        found = Path(file).stat()
+        status = Path(file).stat()
     except OSError as error:
         raise ConfigError(
-            f"task.tokenizer.file is {file!r}, which cannot be read ({error.strerror}); name a file that is there"
+            f"task.tokenizer.file is {file!r}, which cannot be read ({error.strerror}); use an existing file"
         ) from error
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 @lru_cache(maxsize=4)
@@ -171,6 +193,6 @@ def _load_cached(kind: Any, config: Tokenizer, stamp: tuple[int, int]) -> Encode
 def _check_vocab_size(config: BPE | SentencePiece, actual: int) -> None:
     if config.vocab_size != actual:
         raise ConfigError(
-            f"task.tokenizer.vocab_size is {config.vocab_size} and {config.file} has {actual} ids; the two must be "
-            f"equal: set it to {actual}, and model.vocab_size to at least that, or name the file that the model is for"
+            f"task.tokenizer.vocab_size is {config.vocab_size} and {config.file} has {actual} ids; they must be "
+            f"equal: set it to {actual} and model.vocab_size to at least that, or use the model's own file"
         )

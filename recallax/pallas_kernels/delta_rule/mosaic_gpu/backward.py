@@ -1,213 +1,92 @@
-"""The gradients of the delta rule on Hopper after both walks: each chunk for itself, 64 channels of keys at a time.
+"""Backward pass of the delta rule with a decay per token: a loop backward in time, then the gradients of each chunk."""
 
-With S the state before the chunk, dS the gradient of that behind it, U and dW as in `walks.py`, D_ij = 2^(L_i - L_j)
-for j <= i, and D' the same for j < i,
-
-    dQ = scale (2^L dO S^T + (dO U^T * D) K)
-    R  = 2^L dW S^T + (dW U^T * D') K                       what erasing read; b's gradient is -k.R
-    dK = -b R + 2^(L_C - L) U dS^T + scale (dO U^T * D)^T Q - (dW U^T * D')^T (b K)
-
-What passes from before a token to readers from it on is scaled by its decay: that gradient is the sum over the rest of
-the chunk of q.dq - k.(b R) - k.(what else is in dk), and of what the chunk leaves behind, dS.(2^L_C S) and
-k.(2^(L_C - L) U dS^T).
-"""
-
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.mosaic_gpu.cumulative_decay import CumulativeDecay
-from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import (
-    CHUNK,
-    WGMMA_COL,
-    WGMMA_ROW,
-    broadcast_per_column,
-    broadcast_per_row,
-    copy_smem_to_gmem,
-    launch_kernel,
-    load_smem_f32,
-    load_vector,
-    row_and_column_iota,
-    smem_matrix,
-    wgmma_accumulate,
-    zero_accumulator,
+from recallax.pallas_kernels.delta_rule.mosaic_gpu.delta_chunk_grads import delta_chunk_grads
+from recallax.pallas_kernels.delta_rule.mosaic_gpu.delta_chunk_loops import (
+    ResidualRefs,
+    chunk_states_shape,
+    delta_backward_loop,
 )
-
-CHANNEL_TILE = 64
-"""Channels of a block: the sums over channels are partial ones."""
-
-
-class DeltaChunkGrads(NamedTuple):
-    """Sums over channels are one per part of them."""
-
-    q: Float[Array, "B T H K"]
-    k: Float[Array, "B T H K"]
-    erase: Float[Array, "B H P T"]
-    decay_in_chunk: Float[Array, "B H P T"]
-    """What readers from a token on owe to its past: the sum from there to the chunk's end is the decay's gradient."""
-    decay_at_chunk_end: Float[Array, "B H P T"]
-    """What a chunk leaves behind: the sum over the chunk is in all of its decays' gradients."""
-
-
-def delta_chunk_grads(
-    q: Float[Array, "B T G K"],
-    k: Float[Array, "B T G K"],
-    values: tuple[Float[Array, "B T H V"], Float[Array, "B T H V"], Float[Array, "B T H V"]],
-    states: tuple[Float[Array, "B H N K V"], Float[Array, "B H N K V"]],
-    gates: CumulativeDecay | None,
-    erase: Float[Array, "B H T"],
-    scale: float,
-    *,
-    interpret: bool,
-) -> DeltaChunkGrads:
-    """Per value head. values: dO, U and dW; states: S and dS. Without gates there are no sums for the decay."""
-
-    def chunk(keys, wide, held, vectors, sums_out, pairs, staged):
-        parts, sums = _chunk_grads(keys, wide, held, vectors, pairs, scale, interpret)
-        for i, x in enumerate(parts):
-            staged.at[i][...] = x.astype(staged.dtype)
-        for target, x in zip(sums_out, sums, strict=True):
-            target[...] = x
-
-    count = 1 if gates is None else 3
-    dq, dk, sums = launch_chunk_grads(
-        chunk, q, k, values, states, (*(gates or ()), erase), ((),) * count, interpret=interpret
-    )
-    return DeltaChunkGrads(dq, dk, *sums, *((None,) * (3 - count)))
+from recallax.pallas_kernels.delta_rule.mosaic_gpu.delta_sequence_splits import backward_split_grads, merge_residuals
+from recallax.pallas_kernels.delta_rule.mosaic_gpu.forward import (
+    DeltaResiduals,
+    DeltaRuleInputs,
+    DeltaTokens,
+    gates_and_erase,
+    split_gates_and,
+)
+from recallax.pallas_kernels.mosaic_gpu.chunk_grads import ChunkGradInputs
+from recallax.pallas_kernels.mosaic_gpu.cumulative_decay import chunkwise_decay_grad
+from recallax.pallas_kernels.mosaic_gpu.kernel_inputs import sum_shared_heads
+from recallax.pallas_kernels.mosaic_gpu.kernel_launch import LaunchConfig, launch_kernel
+from recallax.pallas_kernels.mosaic_gpu.sequence_splits import split_rows, split_rows_head_major
+from recallax.pallas_kernels.mosaic_gpu.state_chunk_loop import StateLoopConfig
+from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import CHUNK
 
 
-def launch_chunk_grads(
-    chunk: Callable[..., None],
-    q: Float[Array, "B T G K"],
-    k: Float[Array, "B T G K"],
-    values: tuple[Float[Array, "B T H V"], ...],
-    states: tuple[Float[Array, "B H N K V"], ...],
-    weights: tuple[Float[Array, "B H T ..."], ...],
-    channel_sums: tuple[tuple[int, ...], ...],
-    *,
-    interpret: bool,
-) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H K"], tuple[Float[Array, "B H P T ..."], ...]]:
-    """Gradients of queries and keys, and sums over channels of each part, so wide per token.
+def delta_rule_bwd(config: LaunchConfig, residuals: DeltaResiduals, output_grads):
+    """Return the gradients of the inputs, from those of the output and the final state."""
+    (inputs, document_ids, *_), (out_grad, state_grad) = residuals, output_grads
+    gates, erase = gates_and_erase(inputs, document_ids)
+    write_grad, state_grads, dstate = _loop_backward(config, residuals, gates, out_grad, state_grad)
+    values, states = (out_grad, residuals.v_new, write_grad), (residuals.states, state_grads)
+    grad_inputs = ChunkGradInputs(inputs.q, inputs.k, values, states, (*(gates or ()), erase))
+    grads = delta_chunk_grads(grad_inputs, config.scale)
+    dq, dk = sum_shared_heads(grads.q, inputs.q), sum_shared_heads(grads.k, inputs.q)
+    dv, dwrite = written_value_grads(write_grad, inputs.v, inputs.write)
+    ddecay = None
+    if inputs.log2_decay is not None:
+        at_end = grads.decay_at_chunk_end
+        at_end = jnp.sum(at_end.reshape(*at_end.shape[:3], -1, CHUNK), axis=(2, 4))
+        ddecay = chunkwise_decay_grad(jnp.sum(grads.decay_in_chunk, axis=2), at_end, document_ids)
+    derase = jnp.moveaxis(jnp.sum(grads.erase, axis=2), 1, 2)
+    return DeltaRuleInputs(dq, dk, dv, derase, dwrite, ddecay, dstate), None
 
-    Calls chunk(keys, wide, held, weights, sums, pairs, staged) in a block of threads for each chunk and part of the
-    channels: q and k, values, and states in shared memory, weights and sums in global memory, room for two matrices of
-    pairs of tokens, and where it leaves both gradients.
-    """
-    (b, t, groups, width), (h, columns) = q.shape, values[0].shape[2:]
 
-    def gradients(q, k, values, states, weights, dq, dk, sums):
-        row, head, part, n = (lax.axis_index(name) for name in ("row", "head", "part", "chunk"))
-        time, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(part * CHANNEL_TILE, CHANNEL_TILE)
+def written_value_grads(write_grad, v, write):
+    """Return the gradients of v and of the write strengths, from the gradient [B, T, H, V] of their product."""
+    write_grad = write_grad.astype(jnp.float32)
+    dv = (write_grad * write[..., None]).astype(v.dtype)
+    return dv, jnp.sum(write_grad * v.astype(jnp.float32), axis=3)
 
-        def scoped(keys, wide, held, pairs, staged, arrived):
-            group = lax.div(head, jnp.int32(h // groups))
-            for i, x in enumerate((q, k)):
-                plgpu.copy_gmem_to_smem(x.at[row, time, group, channels], keys.at[i], arrived)
-            for i, x in enumerate(values):
-                plgpu.copy_gmem_to_smem(x.at[row, time, head], wide.at[i], arrived)
-            for i, x in enumerate(states):
-                plgpu.copy_gmem_to_smem(x.at[row, head, n, channels], held.at[i], arrived)
-            plgpu.barrier_wait(arrived)
-            here = [x.at[row, head, time] for x in weights], [x.at[row, head, part, time] for x in sums]
-            chunk(keys, wide, held, *here, pairs, staged)
-            plgpu.commit_smem()
-            copy_smem_to_gmem(*((staged.at[i], x.at[row, time, head, channels]) for i, x in enumerate((dq, dk))))
-            plgpu.wait_smem_to_gmem(0)
 
-        pl.run_scoped(
-            scoped,
-            smem_matrix(2, CHUNK, CHANNEL_TILE, tile=64),
-            smem_matrix(len(values), CHUNK, columns, tile=64),
-            smem_matrix(len(states), CHANNEL_TILE, columns, tile=64),
-            smem_matrix(2, CHUNK, CHUNK, tile=64),
-            smem_matrix(2, CHUNK, CHANNEL_TILE, tile=64),
-            plgpu.Barrier(num_arrivals=2 + len(values) + len(states)),
-        )
+def _loop_backward(config, residuals: DeltaResiduals, gates, out_grad, state_grad):
+    """Return the gradients of w V, of the states behind the chunks, and of the initial state."""
+    n, (q, k, *_) = config.num_splits, residuals.inputs
+    q, k, out_grad = split_rows(q, n), split_rows(k, n), split_rows(out_grad, n)
+    inverse = split_rows_head_major(residuals.inverse, n)
+    gates, (erase,) = split_gates_and(gates, residuals.inputs.erase, num_splits=n)
+    tokens = DeltaTokens(q, k, out_grad, inverse, gates, erase, ())
+    launch = functools.partial(_launch_backward, tokens, config.scale)
+    final_grads = backward_split_grads(lambda grad: launch(grad)[2], residuals.transitions, state_grad)
+    write_grad, state_grads, initial_grads = launch(final_grads)
+    return *merge_residuals((write_grad, state_grads), n), initial_grads[::n]
 
-    wide = jax.ShapeDtypeStruct((b, t, h, width), q.dtype)
+
+def _launch_backward(tokens: DeltaTokens, scale, state_grad):
+    """Run `delta_backward_loop` on all rows and heads."""
+    (rows, length, heads, v_dim), k_dim = tokens.values.shape, tokens.q.shape[3]
+    config = StateLoopConfig(length, k_dim, v_dim, scale)
+
+    def backward(tokens, final_grad, write_grad, state_grads, initial_grad):
+        row, head = lax.axis_index("row"), lax.axis_index("head")
+        matrices, vectors = tokens.of_head(row, head)
+        residuals = ResidualRefs(write_grad.at[row, :, head], state_grads.at[row, head])
+        final_grad, initial_grad = final_grad.at[row, head], initial_grad.at[row, head]
+        delta_backward_loop(config, matrices, vectors, final_grad, initial_grad, residuals)
+
     return launch_kernel(
-        gradients,
+        backward,
         out_type=(
-            wide,
-            wide,
-            tuple(jax.ShapeDtypeStruct((b, h, width // CHANNEL_TILE, t, *x), jnp.float32) for x in channel_sums),
+            jax.ShapeDtypeStruct(tokens.values.shape, tokens.values.dtype),
+            chunk_states_shape(rows, heads, length, k_dim, v_dim),
+            jax.ShapeDtypeStruct(state_grad.shape, jnp.float32),
         ),
-        grid={"row": b, "head": h, "part": width // CHANNEL_TILE, "chunk": t // CHUNK},
-        num_consumer_wgs=1,
-        num_producer_wgs=0,
-        interpret=interpret,
-    )(q, k, values, states, weights)
-
-
-def _chunk_grads(qk, value_tiles, state_tiles, vectors, pair_scratch, scale, interpret):
-    """dq and dk, and the sums over channels. pairs: room for what queries and erasers have of each key."""
-    (q, k), (grad, new, slope), (state, late) = (
-        [x.at[i] for i in range(x.shape[0])] for x in (qk, value_tiles, state_tiles)
-    )
-    square, shape = (CHUNK, CHUNK), (CHUNK, CHANNEL_TILE)
-    *gates, erase = vectors
-    reads, erases = wgmma_accumulate(
-        (zero_accumulator(*square), (grad, new.transpose((1, 0)))),
-        (zero_accumulator(*square), (slope, new.transpose((1, 0)))),
-        interpret=interpret,
-    )
-    i, j = row_and_column_iota(square)
-    reads, erases = jnp.where(i >= j, reads * scale, 0.0), jnp.where(i > j, erases, 0.0)
-    strength = load_vector(erase, WGMMA_ROW)
-    since: Any = None
-    left: Any = None
-    last: Any = None
-    if gates:
-        rows = load_vector(gates[0], WGMMA_ROW)
-        gap = broadcast_per_row(rows, square) - broadcast_per_column(load_vector(gates[1], WGMMA_COL), square)
-        decay = jnp.exp2(jnp.where(i >= j, gap, -jnp.inf))
-        reads, erases = reads * decay, erases * decay
-        last = plgpu.load(gates[0].at[CHUNK - 1])
-        since, left = jnp.exp2(rows), jnp.exp2(last - load_vector(gates[1], WGMMA_ROW))
-    pair_scratch.at[0][...] = reads.astype(pair_scratch.dtype)
-    (alike,) = wgmma_accumulate((zero_accumulator(*square), (k, k.transpose((1, 0)))), interpret=interpret)
-    erase_sum = jnp.sum(erases * alike, axis=1)
-    pair_scratch.at[1][...] = (erases * broadcast_per_row(-strength, square)).astype(pair_scratch.dtype)
-    plgpu.commit_smem()
-
-    def scaled(x, *factors):
-        for factor in factors:
-            x = x if factor is None else x * broadcast_per_row(factor, shape)
-        return x
-
-    def dots(x, y):
-        return jnp.sum(load_smem_f32(x) * y, axis=1)
-
-    def product_at_end():
-        return jnp.exp2(last) * jnp.sum(load_smem_f32(state) * load_smem_f32(late), axis=1)
-
-    # For wide states registers suffice only after the sums, for narrow ones only before.
-    ends: Any = product_at_end() if gates and state.shape[1] == CHANNEL_TILE else None
-    (dq,) = wgmma_accumulate((zero_accumulator(*shape), (grad, state.transpose((1, 0)))), interpret=interpret)
-    (dq,) = wgmma_accumulate((scaled(dq * scale, since), (pair_scratch.at[0], k)), interpret=interpret)
-    through: Any = dots(q, dq) if gates else None
-    dq = dq.astype(q.dtype)
-    reader, key = wgmma_accumulate(
-        (zero_accumulator(*shape), (slope, state.transpose((1, 0)))),
-        (zero_accumulator(*shape), (new, late.transpose((1, 0)))),
-        interpret=interpret,
-    )
-    reader, key = scaled(reader, since), scaled(key, left)
-    erase_sum = -(erase_sum + dots(k, reader))
-    behind: Any = dots(k, key) if gates else None
-    reader, key = wgmma_accumulate(
-        (scaled(reader, -strength), (pair_scratch.at[1], k)),
-        (key, (pair_scratch.at[0].transpose((1, 0)), q), (pair_scratch.at[1].transpose((1, 0)), k)),
-        interpret=interpret,
-    )
-    if not gates:
-        return (dq, reader + key), (erase_sum,)
-    through += dots(k, reader) - dots(k, key)
-    behind += product_at_end() if ends is None else ends
-    return (dq, reader + key), (erase_sum, through, behind)
+        grid={"row": rows, "head": heads},
+        num_consumer_wgs=config.num_consumer_wgs,
+    )(tokens, state_grad)

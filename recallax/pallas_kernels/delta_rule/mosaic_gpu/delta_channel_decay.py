@@ -1,10 +1,10 @@
-"""The delta rule with decays, or strengths of erasing, per channel on Hopper (KDA).
+"""The delta rule with decays, or erase strengths, per channel on Hopper (KDA).
 
     U = T (w V - E~ S)        O = Q~ S + P U        S <- Diag(2^L_C) S + K~^T U
 
-with E = b K. As for linear attention, all chunks' Q~, E~, K~, scores P and inverses T come first
-(`pallas_kernels/mosaic_gpu_channels.py`). What erases reads the keys before its own as a query reads those up to its
-own, so its gradients are those of linear attention for the output gradient -dW (`walks.py`).
+with E = b K. As in linear attention, a first kernel computes all chunks' Q~, E~, K~, scores P and inverses T
+(`channel_decay_forward.py`). Erase keys read the keys before their own as queries read those up to their own, so their
+gradients are those of linear attention for the output gradient -dW (`delta_chunk_loops.py`).
 """
 
 import functools
@@ -17,10 +17,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunking import DocumentIds
+from recallax.pallas_kernels.delta_rule.mosaic_gpu.backward import written_value_grads
 from recallax.pallas_kernels.delta_rule.mosaic_gpu.delta_chunk_loops import (
-    WG_COLUMNS,
-    DeltaKernelConfig,
-    DeltaResiduals,
+    ResidualRefs,
+    chunk_states_shape,
     delta_channel_backward_loop,
     delta_channel_forward_loop,
 )
@@ -29,34 +29,38 @@ from recallax.pallas_kernels.delta_rule.mosaic_gpu.delta_sequence_splits import 
     forward_split_states,
     merge_residuals,
 )
-from recallax.pallas_kernels.mosaic_gpu.channel_decay_backward import channel_decay_grads
-from recallax.pallas_kernels.mosaic_gpu.channel_decay_forward import decay_erase_keys, decay_queries_keys
-from recallax.pallas_kernels.mosaic_gpu.cumulative_decay import CumulativeDecay, cumulative_decay
-from recallax.pallas_kernels.mosaic_gpu.sequence_splits import (
-    LaunchConfig,
-    merge_rows,
-    split_rows,
-    split_rows_head_major,
+from recallax.pallas_kernels.mosaic_gpu.channel_decay_backward import ChannelGradInputs, channel_decay_grads
+from recallax.pallas_kernels.mosaic_gpu.channel_decay_forward import (
+    chunk_state_decay,
+    decay_erase_keys,
+    decay_queries_keys,
 )
-from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import CHUNK, launch_kernel
+from recallax.pallas_kernels.mosaic_gpu.cumulative_decay import document_gates
+from recallax.pallas_kernels.mosaic_gpu.kernel_inputs import sum_shared_heads
+from recallax.pallas_kernels.mosaic_gpu.kernel_launch import LaunchConfig, kernel_custom_vjp, launch_kernel
+from recallax.pallas_kernels.mosaic_gpu.sequence_splits import merge_rows, split_rows, split_rows_head_major
+from recallax.pallas_kernels.mosaic_gpu.state_chunk_loop import WG_COLUMNS, StateLoopConfig
+
+UNIT_SCALE = 1.0
+"""Scale of the loops: queries and scores are scaled before them."""
 
 
 class DeltaChannelInputs(NamedTuple):
-    """T is a multiple of the chunk."""
+    """Differentiable inputs. T is a multiple of the chunk."""
 
     q: Float[Array, "B T G K"]
     k: Float[Array, "B T G K"]
     erase_k: Float[Array, "B T H K"]
-    """What erases."""
+    """Keys times erase strengths."""
     v: Float[Array, "B T H V"]
     write: Float[Array, "B T H"]
     log2_decay: Float[Array, "B T H K"]
-    """A log2, at least -150."""
+    """At least `MIN_LOG2_DECAY`."""
     state: Float[Array, "B H K V"]
 
 
 class _DeltaChunkInputs(NamedTuple):
-    """What chunks do for themselves, as the walks take it."""
+    """Inputs of the loops that a kernel computes for all chunks; in a loop's kernel, references to them."""
 
     q: Float[Array, "B T H K"]
     erase_k: Float[Array, "B T H K"]
@@ -64,148 +68,138 @@ class _DeltaChunkInputs(NamedTuple):
     scores: Float[Array, "B H T C"]
     inverse: Float[Array, "B H T D"]
     chunk_decay: Float[Array, "B H N K"]
+    """Decay of the state over each chunk."""
 
+    def split(self, num_splits: int) -> "_DeltaChunkInputs":
+        """Make every split a row."""
+        head_major = (split_rows_head_major(x, num_splits) for x in self[3:])
+        return _DeltaChunkInputs(*(split_rows(x, num_splits) for x in self[:3]), *head_major)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def delta_rule_channel_decay(
-    config: LaunchConfig, inputs: DeltaChannelInputs, document_ids: DocumentIds | None
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """The output and the final state."""
-    return _forward(
-        config, inputs, _prepare_chunks(config.scale, config.interpret, inputs, document_ids), save_residuals=False
-    )[:2]
+    def flat(self) -> "_DeltaChunkInputs":
+        """Join the chunks and channels of the decays, which the pipeline loads as vectors."""
+        return self._replace(chunk_decay=self.chunk_decay.reshape(*self.chunk_decay.shape[:2], -1))
 
-
-def _delta_rule_channel_decay_fwd(config, inputs, document_ids):
-    parts = _prepare_chunks(config.scale, config.interpret, inputs, document_ids)
-    out, final, kept, through = _forward(config, inputs, parts, save_residuals=True)
-    return (out, final), (inputs, document_ids, parts, kept, through)
-
-
-def _delta_rule_channel_decay_bwd(config, residuals, cotangents):
-    (inputs, docs, parts, (new, states), through), (grad, state_grad) = residuals, cotangents
-    q, k, e, v, write, decay, _ = inputs
-    gates = _document_gates(docs)
-    slope, slopes, first = _backward(config, parts, through, grad, state_grad)
-    shared = functools.partial(channel_decay_grads, interpret=config.interpret)
-    dq, dk, ddecay = shared(q, k, decay, (grad, new), (states, slopes), parts.chunk_decay, gates, config.scale)
-    de, dk_erased, ddecay_erased = shared(e, k, decay, (slope, new), (states,), parts.chunk_decay, gates, -1.0)
-    dk = dk.astype(jnp.float32) + dk_erased.astype(jnp.float32)
-    dq, dk = (jnp.sum(x.reshape(*q.shape[:3], -1, q.shape[3]), 3, jnp.float32).astype(q.dtype) for x in (dq, dk))
-    wanted = slope.astype(jnp.float32)
-    dv, dwrite = (wanted * write[..., None]).astype(v.dtype), jnp.sum(wanted * v.astype(jnp.float32), axis=3)
-    return DeltaChannelInputs(dq, dk, de, dv, dwrite, ddecay + ddecay_erased, first), None
-
-
-delta_rule_channel_decay.defvjp(_delta_rule_channel_decay_fwd, _delta_rule_channel_decay_bwd)
-
-
-def _document_gates(document_ids: DocumentIds | None) -> CumulativeDecay | None:
-    return cumulative_decay(None, document_ids, 1, CHUNK)
-
-
-def _prepare_chunks(
-    scale: float, interpret: bool, inputs: DeltaChannelInputs, document_ids: DocumentIds | None
-) -> _DeltaChunkInputs:
-    q, k, e, _, _, decay, _ = inputs
-    gates = _document_gates(document_ids)
-    reading = decay_queries_keys(q, k, decay, gates, scale, interpret=interpret)
-    erased = decay_erase_keys(e, k, decay, gates, interpret=interpret)
-    stays = jnp.sum(decay.reshape(decay.shape[0], -1, CHUNK, *decay.shape[2:]), axis=2)
-    if gates is not None:
-        stays += gates.query[:, 0, CHUNK - 1 :: CHUNK, None, None]
-    stays = jnp.moveaxis(jnp.exp2(stays), 2, 1)
-    return _DeltaChunkInputs(reading.q, erased.erase_k, reading.k, reading.scores, erased.inverse, stays)
-
-
-def _split_chunk_inputs(parts: _DeltaChunkInputs, num_splits: int) -> _DeltaChunkInputs:
-    q, e, k = (split_rows(x, num_splits) for x in parts[:3])
-    return _DeltaChunkInputs(q, e, k, *(split_rows_head_major(x, num_splits) for x in parts[3:]))
-
-
-def _forward(config, inputs, parts, *, save_residuals):
-    """The output, the final state, if wanted U and the states before the chunks, and what segments do to a state."""
-    n, interpret = config.num_splits, config.interpret
-    parts, v, write = (
-        _split_chunk_inputs(parts, n),
-        split_rows(inputs.v, n),
-        split_rows_head_major(jnp.moveaxis(inputs.write, 2, 1), n),
-    )
-
-    def final_of(v, write, state):
-        return _launch_forward(interpret, parts, v, write, state, save_residuals=False)[1]
-
-    first, through = forward_split_states(final_of, v, write, parts.k, inputs.state)
-    out, final, kept = _launch_forward(interpret, parts, v, write, first, save_residuals=save_residuals)
-    return merge_rows(out, n), final[n - 1 :: n], merge_residuals(kept, n), through
-
-
-def _launch_forward(interpret, parts, v, write, state, *, save_residuals):
-    """`delta_channel_forward_loop` for all heads and rows."""
-    (b, t, h, values), width = v.shape, state.shape[2]
-    sizes = DeltaKernelConfig(t, width, WG_COLUMNS, 1.0, interpret)
-
-    def forward(q, e, k, scores, inverse, stays, v, write, start, out, final, kept):
+    def of_block(self, values: Array) -> list:
+        """Return the references of this block to the matrices, with its values [B, T, H, V] among them."""
         row, head, columns = _block_position()
-        tokens = [x.at[row, :, head] for x in (q, e, k)] + [v.at[row, :, head, columns]]
-        tokens += [x.at[row, head] for x in (scores, inverse)]
-        vectors = [x.at[row, head] for x in (stays, write)]
-        left = (
-            DeltaResiduals(kept[0].at[row, :, head, columns], kept[1].at[row, head, :, :, columns])
-            if save_residuals
-            else None
-        )
-        start, final = (x.at[row, head, :, columns] for x in (start, final))
-        delta_channel_forward_loop(sizes, tokens, vectors, start, out.at[row, :, head, columns], final, left)
+        tokens = [x.at[row, :, head] for x in (self.q, self.erase_k, self.k)] + [values.at[row, :, head, columns]]
+        return tokens + [x.at[row, head] for x in (self.scores, self.inverse)]
 
-    chosen = jax.ShapeDtypeStruct(v.shape, v.dtype), _chunk_states_shape(b, h, t, width, values)
+
+def _primal(config: LaunchConfig, inputs: DeltaChannelInputs, document_ids: DocumentIds | None):
+    """Return the output and the final state."""
+    chunks = _prepare_chunks(config.scale, inputs, document_ids)
+    return _forward(config.num_splits, inputs, chunks, save_residuals=False)[:2]
+
+
+def _fwd(config, inputs, document_ids):
+    chunks = _prepare_chunks(config.scale, inputs, document_ids)
+    out, final_state, saved, transitions = _forward(config.num_splits, inputs, chunks, save_residuals=True)
+    return (out, final_state), (inputs, document_ids, chunks, saved, transitions)
+
+
+def _bwd(config, residuals, output_grads):
+    (inputs, document_ids, chunks, (v_new, states), transitions), (out_grad, state_grad) = residuals, output_grads
+    q, k, erase_k, v, write, decay, _ = inputs
+    gates = document_gates(document_ids) or ()
+    write_grad, state_grads, dstate = _backward(config.num_splits, chunks, transitions, out_grad, state_grad)
+    readers = ChannelGradInputs(q, k, decay, (out_grad, v_new), (states, state_grads), gates)
+    dq, dk, ddecay = channel_decay_grads(readers, chunks.chunk_decay, config.scale)
+    erasers = ChannelGradInputs(erase_k, k, decay, (write_grad, v_new), (states,), gates)
+    derase_k, dk_erased, ddecay_erased = channel_decay_grads(erasers, chunks.chunk_decay, -1.0)
+    dk = dk.astype(jnp.float32) + dk_erased.astype(jnp.float32)
+    dq, dk = sum_shared_heads(dq, q), sum_shared_heads(dk, q)
+    dv, dwrite = written_value_grads(write_grad, v, write)
+    return DeltaChannelInputs(dq, dk, derase_k, dv, dwrite, ddecay + ddecay_erased, dstate), None
+
+
+delta_rule_channel_decay = kernel_custom_vjp(_primal, _fwd, _bwd)
+
+
+def _prepare_chunks(scale: float, inputs: DeltaChannelInputs, document_ids: DocumentIds | None) -> _DeltaChunkInputs:
+    """Return the inputs of the loops."""
+    gates, decay = document_gates(document_ids), inputs.log2_decay
+    read = decay_queries_keys(inputs.q, inputs.k, decay, gates, scale)
+    erased = decay_erase_keys(inputs.erase_k, inputs.k, decay, gates)
+    chunk_decay = chunk_state_decay(decay, gates)
+    return _DeltaChunkInputs(read.q, erased.erase_k, read.k, read.scores, erased.inverse, chunk_decay)
+
+
+def _forward(num_splits, inputs: DeltaChannelInputs, chunks: _DeltaChunkInputs, *, save_residuals):
+    """Return the output, the final state, U and the states before the chunks if wanted, and the splits' transitions."""
+    n = num_splits
+    chunks, v = chunks.split(n), split_rows(inputs.v, n)
+    write = split_rows_head_major(jnp.moveaxis(inputs.write, 2, 1), n)
+
+    def final_states(v, write, state):
+        return _launch_forward(chunks, v, write, state, save_residuals=False)[1]
+
+    initial_states, transitions = forward_split_states(final_states, v, write, chunks.k, inputs.state)
+    out, final_state, saved = _launch_forward(chunks, v, write, initial_states, save_residuals=save_residuals)
+    return merge_rows(out, n), final_state[n - 1 :: n], merge_residuals(saved, n), transitions
+
+
+def _launch_forward(chunks: _DeltaChunkInputs, v, write, state, *, save_residuals):
+    """Run `delta_channel_forward_loop` on all rows, heads and blocks of values."""
+    (b, t, h, v_dim), k_dim = v.shape, state.shape[2]
+    config = StateLoopConfig(t, k_dim, WG_COLUMNS, UNIT_SCALE)
+
+    def forward(chunks, v, write, initial_state, out, final_state, saved):
+        row, head, columns = _block_position()
+        vectors = [x.at[row, head] for x in (chunks.chunk_decay, write)]
+        residuals = None
+        if save_residuals:
+            residuals = ResidualRefs(saved[0].at[row, :, head, columns], saved[1].at[row, head, :, :, columns])
+        initial_state, final_state = (x.at[row, head, :, columns] for x in (initial_state, final_state))
+        out = out.at[row, :, head, columns]
+        delta_channel_forward_loop(config, chunks.of_block(v), vectors, initial_state, out, final_state, residuals)
+
+    out = jax.ShapeDtypeStruct(v.shape, v.dtype)
     return launch_kernel(
         forward,
-        out_type=(chosen[0], jax.ShapeDtypeStruct(state.shape, jnp.float32), chosen if save_residuals else ()),
-        grid={"row": b, "head": h, "part": values // WG_COLUMNS},
+        out_type=(
+            out,
+            jax.ShapeDtypeStruct(state.shape, jnp.float32),
+            (out, chunk_states_shape(b, h, t, k_dim, v_dim)) if save_residuals else (),
+        ),
+        grid={"row": b, "head": h, "part": v_dim // WG_COLUMNS},
         num_consumer_wgs=1,
-        interpret=interpret,
-    )(*parts[:-1], parts.chunk_decay.reshape(b, h, -1), v, write, state)
+    )(chunks.flat(), v, write, state)
 
 
-def _backward(config, parts, transitions, grad, state_grad):
-    """The gradients of w V, of the states behind the chunks, and of the first state."""
-    n = config.num_splits
-    walked = functools.partial(_launch_backward, config.interpret, _split_chunk_inputs(parts, n), split_rows(grad, n))
-    slope, slopes, first = walked(backward_split_grads(lambda state: walked(state)[2], transitions, state_grad))
-    return *merge_residuals((slope, slopes), n), first[::n]
+def _backward(num_splits, chunks: _DeltaChunkInputs, transitions, out_grad, state_grad):
+    """Return the gradients of w V, of the states behind the chunks, and of the initial state."""
+    n = num_splits
+    launch = functools.partial(_launch_backward, chunks.split(n), split_rows(out_grad, n))
+    final_grads = backward_split_grads(lambda grad: launch(grad)[2], transitions, state_grad)
+    write_grad, state_grads, initial_grads = launch(final_grads)
+    return *merge_residuals((write_grad, state_grads), n), initial_grads[::n]
 
 
-def _launch_backward(interpret, parts, grad, state_grad):
-    """`delta_channel_backward_loop` for all heads and rows."""
-    (b, t, h, values), width = grad.shape, state_grad.shape[2]
-    sizes = DeltaKernelConfig(t, width, WG_COLUMNS, 1.0, interpret)
+def _launch_backward(chunks: _DeltaChunkInputs, out_grad, state_grad):
+    """Run `delta_channel_backward_loop` on all rows, heads and blocks of values."""
+    (b, t, h, v_dim), k_dim = out_grad.shape, state_grad.shape[2]
+    config = StateLoopConfig(t, k_dim, WG_COLUMNS, UNIT_SCALE)
 
-    def backward(q, e, k, scores, inverse, stays, grad, end, slope, slopes, first):
+    def backward(chunks, out_grad, final_grad, write_grad, state_grads, initial_grad):
         row, head, columns = _block_position()
-        tokens = [x.at[row, :, head] for x in (q, e, k)] + [grad.at[row, :, head, columns]]
-        tokens += [x.at[row, head] for x in (scores, inverse)]
-        kept = DeltaResiduals(slope.at[row, :, head, columns], slopes.at[row, head, :, :, columns])
-        end, first = (x.at[row, head, :, columns] for x in (end, first))
-        delta_channel_backward_loop(sizes, tokens, [stays.at[row, head]], end, first, kept)
+        residuals = ResidualRefs(write_grad.at[row, :, head, columns], state_grads.at[row, head, :, :, columns])
+        final_grad, initial_grad = (x.at[row, head, :, columns] for x in (final_grad, initial_grad))
+        vectors = [chunks.chunk_decay.at[row, head]]
+        delta_channel_backward_loop(config, chunks.of_block(out_grad), vectors, final_grad, initial_grad, residuals)
 
     return launch_kernel(
         backward,
         out_type=(
-            jax.ShapeDtypeStruct(grad.shape, grad.dtype),
-            _chunk_states_shape(b, h, t, width, values),
+            jax.ShapeDtypeStruct(out_grad.shape, out_grad.dtype),
+            chunk_states_shape(b, h, t, k_dim, v_dim),
             jax.ShapeDtypeStruct(state_grad.shape, jnp.float32),
         ),
-        grid={"row": b, "head": h, "part": values // WG_COLUMNS},
+        grid={"row": b, "head": h, "part": v_dim // WG_COLUMNS},
         num_consumer_wgs=1,
-        interpret=interpret,
-    )(*parts[:-1], parts.chunk_decay.reshape(b, h, -1), grad, state_grad)
+    )(chunks.flat(), out_grad, state_grad)
 
 
 def _block_position():
-    """Row, head and columns of the values of a block."""
+    """Return the row, the head and the columns of the values of this block."""
     return lax.axis_index("row"), lax.axis_index("head"), pl.ds(lax.axis_index("part") * WG_COLUMNS, WG_COLUMNS)
-
-
-def _chunk_states_shape(b, h, t, width, values):
-    return jax.ShapeDtypeStruct((b, h, t // CHUNK, width, values), jnp.bfloat16)

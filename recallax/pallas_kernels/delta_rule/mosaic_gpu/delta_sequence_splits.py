@@ -1,8 +1,8 @@
-"""Rows of the delta rule cut into segments, so that few rows and heads keep a GPU busy.
+"""Splits of rows in time for the delta rule, so that a few rows and heads occupy a GPU.
 
-A segment takes the state S to M S + B. One walk over all segments at once, from empty states, gives B; another, which
-writes nothing and starts from the identity, gives M; the states between the segments follow from one another, and a
-third walk is the one that counts. Backward in time the gradient of the state goes through M^T.
+A split maps the state S to M S + B. One loop over all splits at once, from empty states, gives B; another, which writes
+nothing and starts from the identity, gives M. A scan over the splits gives the states between them, and a third loop
+computes the outputs. Backward in time the gradient of the state passes through M^T.
 """
 
 import functools
@@ -12,18 +12,28 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.mosaic_gpu import sequence_splits as linear
+from recallax.pallas_kernels.mosaic_gpu.sequence_splits import (
+    choose_num_splits,
+    merge_rows,
+    merge_rows_head_major,
+    propagate_split_states,
+)
 
 NUM_PASSES = 3
-"""In place of one, so fewer segments than one more would gain nothing."""
+"""Loops over each split, in place of one over the row: as many splits, or fewer, would gain nothing."""
 
 _apply_transition = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 def choose_num_delta_splits(num_blocks: int, num_chunks: int) -> int:
-    """Into how many segments rows of so many chunks are cut, where there is a block per row and head."""
-    segments = linear.choose_num_splits(num_blocks, num_chunks)
-    return segments if segments > NUM_PASSES else 1
+    """Return the number of splits of each row.
+
+    Args:
+        num_blocks: Blocks without splits: one per row and head.
+        num_chunks: Chunks of a row.
+    """
+    num_splits = choose_num_splits(num_blocks, num_chunks)
+    return num_splits if num_splits > NUM_PASSES else 1
 
 
 def forward_split_states(
@@ -33,41 +43,52 @@ def forward_split_states(
     keys: Float[Array, "N S H K"],
     state: Float[Array, "B H K V"],
 ) -> tuple[Float[Array, "N H K V"], Float[Array, "N H K K"] | None]:
-    """The state before each of N segments and what each does to a state; None where a row is one segment.
+    """Compute the state before each of N splits, and the splits' transitions.
 
-    final_of: (values, strengths of writing, states before) -> states behind. keys: anything finite of that shape.
+    Args:
+        final_state_fn: `final_state_fn(values, write strengths, initial states) -> final states` of all splits.
+        v: Values.
+        write: Write strengths.
+        keys: Finite values of this shape, which stand in for values where nothing is written.
+        state: State before each row.
+
+    Returns:
+        The states, and M of each split; M is None where a row is one split.
     """
     if len(v) == len(state):
         return state, None
     shape = (len(v), *state.shape[1:3])
-    added = final_state_fn(v, write, jnp.zeros((*shape, state.shape[3]), state.dtype))
+    increments = final_state_fn(v, write, jnp.zeros((*shape, state.shape[3]), state.dtype))
     identity = jnp.broadcast_to(jnp.eye(shape[2], dtype=state.dtype), (*shape, shape[2]))
-    through = final_state_fn(keys, jnp.zeros_like(write), identity)
-    return linear.propagate_split_states(
-        added, through, state, reverse=False, apply_transition=_apply_transition
-    ), through
+    transitions = final_state_fn(keys, jnp.zeros_like(write), identity)
+    states = propagate_split_states(increments, transitions, state, reverse=False, apply_transition=_apply_transition)
+    return states, transitions
 
 
 def backward_split_grads(
     initial_grad_fn: Callable[[Array], Float[Array, "N H K V"]],
     transitions: Float[Array, "N H K K"] | None,
-    state: Float[Array, "B H K V"],
+    state_grad: Float[Array, "B H K V"],
 ) -> Float[Array, "N H K V"]:
-    """The gradient of the state behind each segment. first_of: gradients behind -> gradients before."""
+    """Compute the gradient of the state behind each split.
+
+    Args:
+        initial_grad_fn: Maps gradients of the states behind the splits to those before them.
+        transitions: M of each split; None where a row is one split.
+        state_grad: Gradient of the state behind each row.
+    """
     if transitions is None:
-        return state
-    added = initial_grad_fn(jnp.zeros((len(transitions), *state.shape[1:]), state.dtype))
-    return linear.propagate_split_states(
-        added, jnp.swapaxes(transitions, 2, 3), state, reverse=True, apply_transition=_apply_transition
+        return state_grad
+    increments = initial_grad_fn(jnp.zeros((len(transitions), *state_grad.shape[1:]), state_grad.dtype))
+    return propagate_split_states(
+        increments, jnp.swapaxes(transitions, 2, 3), state_grad, reverse=True, apply_transition=_apply_transition
     )
 
 
 def merge_residuals(
     residuals: tuple[Float[Array, "N S H V"], Float[Array, "N H C K V"]] | tuple[()], num_splits: int
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H M K V"]] | tuple[()]:
-    """What a walk keeps per token and per chunk, of whole rows again."""
-    return (
-        (linear.merge_rows(residuals[0], num_splits), linear.merge_rows_head_major(residuals[1], num_splits))
-        if residuals
-        else ()
-    )
+    """Merge the splits of the arrays that a loop stores per token and per chunk."""
+    if not residuals:
+        return ()
+    return merge_rows(residuals[0], num_splits), merge_rows_head_major(residuals[1], num_splits)

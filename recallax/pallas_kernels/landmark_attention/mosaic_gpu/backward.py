@@ -227,7 +227,7 @@ def _key_gradients(config, q, k, v, grad, sums, keys: _KeyTiles, score_grads_fn:
                 plgpu.barrier_wait(arrived.at[worker])
 
                 def turn(step, carry):
-                    slot, zero = queries.token_slot(step), opaque_zero(step)
+                    slot, zero = queries.slot(step), opaque_zero(step)
                     anew = worker + zero
                     plgpu.barrier_wait(queries.full_barriers.at[slot])
                     q, grad, reach, sums = (x.at[slot] for x in queries.tiles)

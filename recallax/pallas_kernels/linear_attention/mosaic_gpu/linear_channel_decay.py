@@ -2,13 +2,12 @@
 
     O = Q~ S + P V        S <- Diag(2^L_C) S + K~^T V
 
-All chunks' Q~ (decayed since the chunk's start), K~ (decayed until its end) and scores P come first
-(`pallas_kernels/mosaic_gpu_channels.py`), which leaves the walk over time with three products per chunk. Backward the
-same walk gives the gradients of V and of the states, with Q~ and K~ exchanged; then each chunk's gradients are its own
-(`pallas_kernels/mosaic_gpu_channel_gradients.py`).
+A first kernel computes Q~ (decayed since the chunk's start), K~ (decayed until its end) and the scores P of all chunks
+(`channel_decay_forward.py`), which leaves three products per chunk for the loop over time. In the backward pass the same
+loop gives the gradients of V and of the states, with Q~ and K~ exchanged; a last kernel then computes the other gradients
+of each chunk (`channel_decay_backward.py`).
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -19,11 +18,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunking import DocumentIds
-from recallax.pallas_kernels.mosaic_gpu.channel_decay_backward import channel_decay_grads
-from recallax.pallas_kernels.mosaic_gpu.channel_decay_forward import decay_queries_keys
-from recallax.pallas_kernels.mosaic_gpu.cumulative_decay import CumulativeDecay, cumulative_decay
+from recallax.pallas_kernels.mosaic_gpu.channel_decay_backward import ChannelGradInputs, channel_decay_grads
+from recallax.pallas_kernels.mosaic_gpu.channel_decay_forward import chunk_state_decay, decay_queries_keys
+from recallax.pallas_kernels.mosaic_gpu.chunk_pipeline import chunk_pipeline
+from recallax.pallas_kernels.mosaic_gpu.cumulative_decay import document_gates
+from recallax.pallas_kernels.mosaic_gpu.kernel_inputs import sum_shared_heads
+from recallax.pallas_kernels.mosaic_gpu.kernel_launch import LaunchConfig, kernel_custom_vjp, launch_kernel
 from recallax.pallas_kernels.mosaic_gpu.sequence_splits import (
-    LaunchConfig,
     merge_rows,
     merge_rows_head_major,
     propagate_split_states,
@@ -36,9 +37,7 @@ from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import (
     WGMMA,
     WGMMA_ROW,
     broadcast_per_row,
-    chunk_pipeline,
     copy_smem_to_gmem,
-    launch_kernel,
     opaque_zero,
     smem_matrix,
     wgmma_accumulate,
@@ -46,178 +45,172 @@ from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import (
 )
 
 WG_COLUMNS = 64
-"""Columns of the values and of the state that a warpgroup has."""
+"""Columns of the values and of the state that a warpgroup owns: a tile of the tensor cores."""
+NUM_PREFETCH = 1
+"""Chunks that TMA loads ahead: shared memory has no room for more of these five inputs."""
 
 
 class LinearChannelInputs(NamedTuple):
-    """T is a multiple of the chunk."""
+    """Differentiable inputs. T is a multiple of the chunk."""
 
     q: Float[Array, "B T G K"]
     k: Float[Array, "B T G K"]
     v: Float[Array, "B T H V"]
     log2_decay: Float[Array, "B T H K"]
-    """A log2, at least -150."""
+    """At least `MIN_LOG2_DECAY`."""
     state: Float[Array, "B H K V"]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def linear_attention_channel_decay(
-    config: LaunchConfig, inputs: LinearChannelInputs, document_ids: DocumentIds | None
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """The output and the final state."""
-    parts = _prepare_chunks(config, inputs, document_ids)
-    out, final, _ = _loop_over_splits(parts, inputs.v, inputs.state, config, save_states=False)
-    return out, final
+class _ChunkInputs(NamedTuple):
+    """Inputs of the loop over time, in its direction."""
 
-
-def _linear_attention_channel_decay_fwd(config, inputs, document_ids):
-    parts = _prepare_chunks(config, inputs, document_ids)
-    out, final, (states,) = _loop_over_splits(parts, inputs.v, inputs.state, config, save_states=True)
-    return (out, final), (inputs, document_ids, parts, states)
-
-
-def _linear_attention_channel_decay_bwd(config, residuals, cotangents):
-    (inputs, docs, parts, states), (grad, state_grad) = residuals, cotangents
-    q, k, v, decay, _ = inputs
-    dv, first, (slopes,) = _loop_over_splits(parts, grad, state_grad, config, save_states=True, reverse=True)
-    dq, dk, slope = channel_decay_grads(
-        q,
-        k,
-        decay,
-        (grad, v),
-        (states, slopes),
-        parts.chunk_decay,
-        _document_gates(docs),
-        config.scale,
-        interpret=config.interpret,
-    )
-    dq, dk = (jnp.sum(x.reshape(*q.shape[:3], -1, q.shape[3]), 3, jnp.float32).astype(q.dtype) for x in (dq, dk))
-    return LinearChannelInputs(dq, dk, dv, slope, first), None
-
-
-linear_attention_channel_decay.defvjp(_linear_attention_channel_decay_fwd, _linear_attention_channel_decay_bwd)
-
-
-class _LinearChunkInputs(NamedTuple):
-    """What chunks do for themselves."""
-
-    q: Float[Array, "B T H K"]
-    k: Float[Array, "B T H K"]
+    read: Float[Array, "B T H K"]
+    """Multiplied with the state: Q~; in reverse K~."""
+    write: Float[Array, "B T H K"]
+    """Multiplied with the values to update the state: K~; in reverse Q~."""
     scores: Float[Array, "B H T C"]
+    """P; the reverse loop transposes it."""
     chunk_decay: Float[Array, "B H N K"]
-    """What is left of a state behind each chunk."""
+    """Decay of the state over each chunk."""
 
 
-def _prepare_chunks(
-    config: LaunchConfig, inputs: LinearChannelInputs, document_ids: DocumentIds | None
-) -> _LinearChunkInputs:
-    q, k, _, decay, _ = inputs
-    gates = _document_gates(document_ids)
-    stays = jnp.sum(decay.reshape(decay.shape[0], -1, CHUNK, *decay.shape[2:]), axis=2)
-    if gates is not None:
-        stays += gates.query[:, 0, CHUNK - 1 :: CHUNK, None, None]
-    parts = decay_queries_keys(q, k, decay, gates, config.scale, interpret=config.interpret)
-    return _LinearChunkInputs(parts.q, parts.k, parts.scores, jnp.moveaxis(jnp.exp2(stays), 2, 1))
+def _primal(config: LaunchConfig, inputs: LinearChannelInputs, document_ids: DocumentIds | None):
+    """Return the output and the final state."""
+    chunks = _prepare_chunks(config.scale, inputs, document_ids)
+    out, final_state, _ = _loop_over_splits(chunks, inputs.v, inputs.state, config.num_splits, save_states=False)
+    return out, final_state
 
 
-def _loop_over_splits(parts, v, state, config, *, save_states, reverse=False):
-    """`_launch_chunk_loop` over all segments of a row at once, each from the state that it starts from; in reverse queries write
-    and keys read."""
-    n = config.num_splits
-    read, written = (parts.k, parts.q) if reverse else (parts.q, parts.k)
-    first = channel_decay_split_states(
-        written, v, parts.chunk_decay, state, n, reverse=reverse, interpret=config.interpret
+def _fwd(config, inputs, document_ids):
+    chunks = _prepare_chunks(config.scale, inputs, document_ids)
+    out, final_state, (states,) = _loop_over_splits(
+        chunks, inputs.v, inputs.state, config.num_splits, save_states=True
     )
-    read, written, v = (split_rows(x, n) for x in (read, written, v))
-    scores, stays = (split_rows_head_major(x, n) for x in (parts.scores, parts.chunk_decay))
-    out, final, kept = _launch_chunk_loop(
-        read, written, v, scores, stays, first, config.interpret, save_states=save_states, reverse=reverse
+    return (out, final_state), (inputs, document_ids, chunks, states)
+
+
+def _bwd(config, residuals, output_grads):
+    (inputs, document_ids, chunks, states), (out_grad, state_grad) = residuals, output_grads
+    q, k, v, decay, _ = inputs
+    reverse_chunks = chunks._replace(read=chunks.write, write=chunks.read)
+    dv, dstate, (state_grads,) = _loop_over_splits(
+        reverse_chunks, out_grad, state_grad, config.num_splits, save_states=True, reverse=True
     )
-    return merge_rows(out, n), final[0 if reverse else n - 1 :: n], tuple(merge_rows_head_major(x, n) for x in kept)
+    gates = document_gates(document_ids) or ()
+    grad_inputs = ChannelGradInputs(q, k, decay, (out_grad, v), (states, state_grads), gates)
+    dq, dk, ddecay = channel_decay_grads(grad_inputs, chunks.chunk_decay, config.scale)
+    return LinearChannelInputs(sum_shared_heads(dq, q), sum_shared_heads(dk, q), dv, ddecay, dstate), None
 
 
-def channel_decay_split_states(
-    written: Float[Array, "B T H K"],
+linear_attention_channel_decay = kernel_custom_vjp(_primal, _fwd, _bwd)
+
+
+def _prepare_chunks(scale: float, inputs: LinearChannelInputs, document_ids: DocumentIds | None) -> _ChunkInputs:
+    """Return the inputs of the loop forward in time."""
+    gates = document_gates(document_ids)
+    chunk_decay = chunk_state_decay(inputs.log2_decay, gates)
+    return _ChunkInputs(*decay_queries_keys(inputs.q, inputs.k, inputs.log2_decay, gates, scale), chunk_decay)
+
+
+def _loop_over_splits(chunks: _ChunkInputs, v, state, num_splits, *, save_states, reverse=False):
+    """Run `_launch_chunk_loop` on all splits of a row at once, each with its own initial state."""
+    n = num_splits
+    initial_states = _split_states(chunks.write, v, chunks.chunk_decay, state, n, reverse=reverse)
+    split_chunks = _ChunkInputs(
+        *(split_rows(x, n) for x in chunks[:2]), *(split_rows_head_major(x, n) for x in chunks[2:])
+    )
+    v = split_rows(v, n)
+    out, final_states, states = _launch_chunk_loop(
+        split_chunks, v, initial_states, save_states=save_states, reverse=reverse
+    )
+    last = 0 if reverse else n - 1
+    return merge_rows(out, n), final_states[last::n], tuple(merge_rows_head_major(x, n) for x in states)
+
+
+def _split_states(
+    write: Float[Array, "B T H K"],
     v: Float[Array, "B T H V"],
     chunk_decay: Float[Array, "B H N K"],
     state: Float[Array, "B H K V"],
     num_splits: int,
     *,
     reverse: bool,
-    interpret: bool,
 ) -> Float[Array, "M H K V"]:
-    """The state that each of the M = B * segments walks starts from."""
+    """Return the state before each of M = B * num_splits splits; in reverse, behind it."""
     if num_splits == 1:
         return state
-    here = split_rows_head_major(chunk_decay, num_splits)
-    # What is left of a chunk's part at the other end of its segment: the product over those that come after it.
-    others = jnp.roll(here, 1 if reverse else -1, axis=2).at[:, :, 0 if reverse else -1].set(1.0)
-    left = merge_rows_head_major(lax.cumprod(others, axis=2, reverse=not reverse), num_splits)
-    left = jnp.repeat(jnp.moveaxis(left, 1, 2), CHUNK, axis=1)
-    written = (written.astype(jnp.float32) * left).astype(written.dtype)
-    parts = split_state_increments(written, v, None, state.shape[1], num_splits, reverse=reverse, interpret=interpret)
-    return propagate_split_states(parts, jnp.prod(here, axis=2)[..., None], state, reverse=reverse)
+    by_split = split_rows_head_major(chunk_decay, num_splits)
+    # Decay of a chunk's part until the other end of its split: the product over the chunks after it.
+    others = jnp.roll(by_split, 1 if reverse else -1, axis=2).at[:, :, 0 if reverse else -1].set(1.0)
+    to_split_end = merge_rows_head_major(lax.cumprod(others, axis=2, reverse=not reverse), num_splits)
+    to_split_end = jnp.repeat(jnp.moveaxis(to_split_end, 1, 2), CHUNK, axis=1)
+    write = (write.astype(jnp.float32) * to_split_end).astype(write.dtype)
+    increments = split_state_increments(write, v, None, state.shape[1], num_splits, reverse=reverse)
+    return propagate_split_states(increments, jnp.prod(by_split, axis=2)[..., None], state, reverse=reverse)
 
 
-def _document_gates(document_ids: DocumentIds | None) -> CumulativeDecay | None:
-    return cumulative_decay(None, document_ids, 1, CHUNK)
+def _launch_chunk_loop(chunks: _ChunkInputs, v, state, *, save_states, reverse):
+    """Compute read S + scores v for each chunk, and S <- chunk_decay * S + write^T v behind it.
 
-
-def _launch_chunk_loop(read, written, v, scores, chunk_decay, state, interpret, *, save_states, reverse=False):
-    """read S + scores v for each chunk, and S <- stays * S + written^T v behind it; if `save_states` also S before each chunk.
-
-    In reverse the scores are transposed.
+    Returns the output, the final state and a tuple with S before each chunk in bfloat16, empty without `save_states`.
     """
-    (b, t, h, width), values = read.shape, v.shape[3]
-    workers, count = values // WG_COLUMNS, t // CHUNK
+    b, t, h, k_dim = chunks.read.shape
+    v_dim, num_chunks = v.shape[3], t // CHUNK
+    saved = (jax.ShapeDtypeStruct((b, h, num_chunks, k_dim, v_dim), v.dtype),) if save_states else ()
+    return launch_kernel(
+        _chunk_loop_kernel(reverse),
+        name="walk_back" if reverse else "walk",
+        out_type=(jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32), saved),
+        grid={"row": b, "head": h},
+        num_consumer_wgs=v_dim // WG_COLUMNS,
+    )(chunks.read, chunks.write, v, chunks.scores, chunks.chunk_decay.reshape(b, h, -1), state)
 
-    def walk(read, written, v, scores, stays, start, out, final, kept):
-        row, head, worker = (lax.axis_index(name) for name in ("row", "head", "worker"))
-        columns = pl.ds(worker * WG_COLUMNS, WG_COLUMNS)
+
+def _chunk_loop_kernel(reverse: bool):
+    """Build the body of `_launch_chunk_loop`: each warpgroup owns columns of the values and of the state."""
+
+    def chunk_loop(read, write, v, scores, chunk_decay, initial_state, out, final_state, saved_states):
+        row, head, warpgroup = (lax.axis_index(name) for name in ("row", "head", "warpgroup"))
+        columns = pl.ds(warpgroup * WG_COLUMNS, WG_COLUMNS)
+        num_wgs, num_chunks = v.shape[3] // WG_COLUMNS, v.shape[1] // CHUNK
 
         def order(step):
-            return count - 1 - step if reverse else step
+            return num_chunks - 1 - step if reverse else step
 
-        def scoped(held, staged):
+        def scoped(state_smem, out_smem):
             def context(pipeline):
-                start_here = plgpu.load(start.at[row, head, :, columns], layout=WGMMA, optimized=False)
-                final[row, head, :, columns] = pipeline(start_here)
+                state = plgpu.load(initial_state.at[row, head, :, columns], layout=WGMMA, optimized=False)
+                final_state[row, head, :, columns] = pipeline(state)
                 plgpu.wait_smem_to_gmem(0)
 
-            def chunk(index, read, written, v, scores, stays, state):
+            def chunk(index, read, write, v, scores, chunk_decay, state):
                 zero, step = opaque_zero(index[0]), order(index[0])
-                room, v = held.at[zero, worker], v.at[:, columns]
-                if save_states:
+                operand, v = state_smem.at[zero, warpgroup], v.at[:, columns]
+                if saved_states:
                     plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # for the last chunk's copy of the state
-                room[...] = state.astype(v.dtype)
+                operand[...] = state.astype(v.dtype)
                 plgpu.commit_smem()
-                if save_states:
-                    copy_smem_to_gmem((room, kept[0].at[row, head, step, :, columns]))
-                state *= broadcast_per_row(plgpu.load(stays, layout=WGMMA_ROW), state.shape)
+                if saved_states:
+                    copy_smem_to_gmem((operand, saved_states[0].at[row, head, step, :, columns]))
+                state *= broadcast_per_row(plgpu.load(chunk_decay, layout=WGMMA_ROW), state.shape)
                 pairs = scores.transpose((1, 0)) if reverse else scores
-                part, state = wgmma_accumulate(
-                    (zero_accumulator(CHUNK, WG_COLUMNS), (read, room), (pairs, v)),
-                    (state, (written.transpose((1, 0)), v)),
-                    interpret=interpret,
+                chunk_out, state = wgmma_accumulate(
+                    (zero_accumulator(CHUNK, WG_COLUMNS), (read, operand), (pairs, v)),
+                    (state, (write.transpose((1, 0)), v)),
                 )
-                plgpu.wait_smem_to_gmem(1 if save_states else 0, wait_read_only=True)
-                staged.at[zero, worker][...] = part.astype(v.dtype)
+                plgpu.wait_smem_to_gmem(1 if saved_states else 0, wait_read_only=True)
+                out_smem.at[zero, warpgroup][...] = chunk_out.astype(v.dtype)
                 plgpu.commit_smem()
-                copy_smem_to_gmem((staged.at[zero, worker], out.at[row, pl.ds(step * CHUNK, CHUNK), head, columns]))
+                time = pl.ds(step * CHUNK, CHUNK)
+                copy_smem_to_gmem((out_smem.at[zero, warpgroup], out.at[row, time, head, columns]))
                 return state
 
-            tokens = [x.at[row, :, head] for x in (read, written, v)] + [scores.at[row, head]]
-            chunk_pipeline(chunk, tokens, [stays.at[row, head]], context, workers, WG_COLUMNS, 1, order)
+            tokens = [x.at[row, :, head] for x in (read, write, v)] + [scores.at[row, head]]
+            vectors = [chunk_decay.at[row, head]]
+            chunk_pipeline(chunk, tokens, vectors, context, num_wgs, WG_COLUMNS, NUM_PREFETCH, order)
 
-        rooms = (smem_matrix(1, workers, height, WG_COLUMNS, tile=WG_COLUMNS) for height in (width, CHUNK))
-        pl.run_scoped(scoped, *rooms, collective_axes="worker")
+        k_dim = read.shape[3]
+        scratch = (smem_matrix(1, num_wgs, height, WG_COLUMNS, tile=WG_COLUMNS) for height in (k_dim, CHUNK))
+        pl.run_scoped(scoped, *scratch, collective_axes="warpgroup")
 
-    kept = (jax.ShapeDtypeStruct((b, h, count, width, values), v.dtype),) if save_states else ()
-    return launch_kernel(
-        walk,
-        name="walk_back" if reverse else "walk",
-        out_type=(jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(state.shape, jnp.float32), kept),
-        grid={"row": b, "head": h},
-        num_consumer_wgs=workers,
-        interpret=interpret,
-    )(read, written, v, scores, chunk_decay.reshape(b, h, -1), state)
+    return chunk_loop

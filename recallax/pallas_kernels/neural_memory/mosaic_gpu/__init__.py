@@ -1,49 +1,33 @@
-"""The linear memory with a gradient per token on Hopper: the delta rule's route, with weights and momentum as states.
+"""The linear memory with a gradient per token on Hopper: the delta rule's method, with weights and momentum as states.
 
-    U = T (V - a_0 K W - a_1 K S),   T = (I + G- * K K^T)^{-1}          minus the slopes of `xla.py`'s exact chunks
+    U = T (V - a_0 K W - a_1 K S),   T = (I + G- * K K^T)^{-1}          minus the gradients of the memory's loss
 
-What tokens weigh gradients and states with (G, a, b, c) is a matter of gates and documents alone and comes first, in
-XLA (`inner.weigh`), as does what the initial weights add (`exact.py`). Then all chunks' scores and inverses, then a
-walk over time that carries both states (`mosaic_gpu_walks.py`). For the gradients that walk also keeps U and the
-states before each chunk, a walk backward leaves those of V and of the states behind each chunk, and then every chunk is
-for itself (`mosaic_gpu_gradients.py`).
+The coefficients of gradients and states (G, a, b, c) depend on gates and documents alone. XLA computes them first, and
+also what the initial weights add (`sequential_memory.py`). A kernel then computes the scores and inverses of all chunks,
+and another loops over time with both states in registers (`memory_chunk_loops.py`). For the gradients that loop also
+stores U and the states before each chunk; a loop backward in time gives the gradients of V and of the states behind each
+chunk, and a last kernel computes the other gradients of each chunk (`memory_chunk_grads.py`).
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunking import DocumentIds, chunk_masks
-from recallax.pallas_kernels.delta_rule.mosaic_gpu.delta_chunk_loops import WG_COLUMNS, DeltaKernelConfig
 from recallax.pallas_kernels.dispatch import Unsupported, use_interpreter
-from recallax.pallas_kernels.mosaic_gpu.triangular_inverse import inverse_scratch, store_unit_lower_inverse
-from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import (
-    CHUNK,
-    WGMMA,
-    copy_smem_to_gmem,
-    launch_kernel,
-    load_vector,
-    smem_matrix,
-    wgmma_accumulate,
-    zero_accumulator,
-)
+from recallax.pallas_kernels.mosaic_gpu.kernel_inputs import SUPPORTED_HEAD_DIMS, require_bfloat16
+from recallax.pallas_kernels.mosaic_gpu.kernel_launch import LaunchConfig, kernel_custom_vjp
+from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import CHUNK
 from recallax.pallas_kernels.neural_memory.inner_optimizer import InnerOptimizer
-from recallax.pallas_kernels.neural_memory.mosaic_gpu.backward import (
-    ChunkCoefficients,
-    StateCoefficients,
-    memory_chunk_grads,
+from recallax.pallas_kernels.neural_memory.mosaic_gpu.backward import linear_memory_bwd
+from recallax.pallas_kernels.neural_memory.mosaic_gpu.forward import (
+    LinearMemoryInputs,
+    linear_memory_fwd,
+    linear_memory_primal,
 )
-from recallax.pallas_kernels.neural_memory.mosaic_gpu.memory_chunk_loops import (
-    MemoryResiduals,
-    memory_backward_loop,
-    memory_forward_loop,
-)
+from recallax.pallas_kernels.neural_memory.mosaic_gpu.memory_chunk_loops import ChunkCoefficients, StateCoefficients
 from recallax.pallas_kernels.neural_memory.sequential_memory import (
     require_sequential,
     shifted_coefficients,
@@ -57,202 +41,85 @@ from recallax.pallas_kernels.neural_memory.update_coefficients import (
     update_coefficients,
 )
 
-SUPPORTED_HEAD_DIMS = (64, 128)
-"""Of keys and values: what a warpgroup's registers and the tensor cores' tiles are made for."""
-
-type LinearMemoryStates = tuple[Float[Array, "B H K V"], ...]
-
-
-class _LinearMemoryInputs(NamedTuple):
-    """T is a multiple of the chunk."""
-
-    q: Float[Array, "B T H K"]
-    k: Float[Array, "B T H K"]
-    v: Float[Array, "B T H V"]
-    coefficients: ChunkCoefficients
-    states: LinearMemoryStates
+_linear_memory = kernel_custom_vjp(linear_memory_primal, linear_memory_fwd, linear_memory_bwd)
 
 
 def neural_memory(
-    learner: InnerOptimizer, fixed: OuterParams, tokens: MemoryInputs, document_ids: DocumentIds, memory: FastWeights
+    inner_optimizer: InnerOptimizer,
+    outer_params: OuterParams,
+    tokens: MemoryInputs,
+    document_ids: DocumentIds,
+    memory: FastWeights,
 ) -> tuple[Float[Array, "B M H D"], FastWeights]:
-    """The op's form for Hopper: bfloat16, 64 or 128 wide."""
-    require_sequential(learner, fixed)
+    """Compute the linear memory with a gradient per token on Hopper.
+
+    Args:
+        inner_optimizer: A linear network with a gradient per token.
+        outer_params: Initial weights.
+        tokens: Queries, keys and values in bfloat16 of width 64 or 128, and gates.
+        document_ids: Documents of the rows.
+        memory: Fast weights before the first token.
+
+    Returns:
+        The output in bfloat16, and the fast weights behind the last token in float32.
+
+    Raises:
+        Unsupported: If the inner optimizer, a width or a dtype is not supported, or if there is neither a GPU nor
+            `interpret_kernels()`.
+    """
+    require_sequential(inner_optimizer, outer_params)
     interpret = use_interpreter("gpu")
     if tokens.q.shape[3] not in SUPPORTED_HEAD_DIMS:
         raise Unsupported(f"the memory is {tokens.q.shape[3]} wide; it must be one of {SUPPORTED_HEAD_DIMS}")
-    for name, x in zip("qkv", tokens[:3], strict=True):
-        if x.dtype != jnp.bfloat16:
-            raise Unsupported(f"{name} is {x.dtype}; it must be bfloat16")
+    require_bfloat16(q=tokens.q, k=tokens.k, v=tokens.v)
     (name,), length = memory.delta, tokens.q.shape[1]
     tokens, document_ids = pad_to_chunks(tokens, document_ids, CHUNK)
     q, k, v = tokens[:3]
-    keep = jnp.where(document_ids.valid[..., None, None], tokens.log_decay.astype(jnp.float32), 0)
-    starts = document_ids.index != jnp.pad(document_ids.index[:, :-1], ((0, 0), (1, 0)))
-    v, read, left = subtract_initial_weights(
-        learner, fixed.initial_weights[name].astype(jnp.float32), q, k, v, keep, starts
+    log_decay = jnp.where(document_ids.valid[..., None, None], tokens.log_decay.astype(jnp.float32), 0)
+    document_starts = document_ids.index != jnp.pad(document_ids.index[:, :-1], ((0, 0), (1, 0)))
+    initial_weights = outer_params.initial_weights[name].astype(jnp.float32)
+    v, initial_out, initial_delta = subtract_initial_weights(
+        inner_optimizer, initial_weights, q, k, v, log_decay, document_starts
     )
     states = (memory.delta[name], *memory.momentum.values())
-    weights = jax.checkpoint(functools.partial(_chunk_coefficients, learner))(tokens, document_ids)
-    out, after = _linear_memory(interpret, _LinearMemoryInputs(q, k, v, weights, states))
-    momentum = {name: after[1]} if learner.momentum else {}
-    return (out.astype(jnp.float32) + read).astype(q.dtype)[:, :length], FastWeights({name: after[0] + left}, momentum)
+    # The coefficients are recomputed in the backward pass: they are [B, H, T, C], larger than their inputs.
+    coefficients = jax.checkpoint(functools.partial(_chunk_coefficients, inner_optimizer))(tokens, document_ids)
+    inputs = LinearMemoryInputs(q, k, v, coefficients, states)
+    out, final_states = _linear_memory(LaunchConfig(1.0, 1, interpret), inputs)
+    momentum = {name: final_states[1]} if inner_optimizer.momentum else {}
+    fast_weights = FastWeights({name: final_states[0] + initial_delta}, momentum)
+    return (out.astype(jnp.float32) + initial_out).astype(q.dtype)[:, :length], fast_weights
 
 
-def _chunk_coefficients(learner: InnerOptimizer, tokens: MemoryInputs, document_ids: DocumentIds) -> ChunkCoefficients:
+def _chunk_coefficients(
+    inner_optimizer: InnerOptimizer, tokens: MemoryInputs, document_ids: DocumentIds
+) -> ChunkCoefficients:
+    """Compute the coefficients of all chunks."""
     b, t, h, _ = tokens.lr.shape
     tokens, parts = jax.tree.map(lambda x: x.reshape(-1, CHUNK, *x.shape[2:]), (tokens, document_ids))
     previous = jnp.pad(document_ids.index[:, CHUNK - 1 : -1 : CHUNK], ((0, 0), (1, 0)))
     masks = chunk_masks(parts, previous.reshape(-1))
-    weighing = jax.tree.map(lambda x: x[:, :, 0], update_coefficients(learner, tokens, masks.visible))
-    beta, f, before = shifted_coefficients(learner, tokens, weighing, masks.visible)
-    own, states = masks.in_state_document[:, None].astype(jnp.float32), 2 if learner.momentum else 1
+    coefficients = jax.tree.map(
+        lambda x: x[:, :, 0], update_coefficients(inner_optimizer, tokens, masks.visible)
+    )
+    weights_to_key, momentum_to_key, gradients_to_key = shifted_coefficients(
+        inner_optimizer, tokens, coefficients, masks.visible
+    )
+    in_document = masks.in_state_document[:, None].astype(jnp.float32)
 
-    def joined(x: Array) -> Array:
+    def merge_chunks(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(b, -1, *x.shape[1:]), 1, 2).reshape(b, h, t, *x.shape[3:])
 
-    def vectors(*some: Array) -> StateCoefficients:
-        return tuple(joined(x) for x in some[:states])
+    def per_state(weights: Array, momentum: Array) -> StateCoefficients:
+        return tuple(merge_chunks(x) for x in ((weights, momentum) if inner_optimizer.momentum else (weights,)))
 
+    momentum_decay = ()
+    update_to_query, update_to_key = merge_chunks(coefficients.gradients), merge_chunks(gradients_to_key)
+    state_to_key = per_state(in_document * weights_to_key, in_document * momentum_to_key)
+    state_to_query = per_state(in_document * coefficients.initial_weights, in_document * coefficients.initial_momentum)
+    update_to_end = per_state(coefficients.gradients[:, :, -1], coefficients.final_gradients)
+    if inner_optimizer.momentum:
+        momentum_decay = (merge_chunks(coefficients.final_momentum[..., None] * in_document),)
     return ChunkCoefficients(
-        joined(weighing.gradients),
-        joined(before),
-        vectors(own * beta, own * f),
-        vectors(own * weighing.initial_weights, own * weighing.initial_momentum),
-        vectors(weighing.gradients[:, :, -1], weighing.final_gradients),
-        vectors(weighing.final_momentum[..., None] * own) if learner.momentum else (),
+        update_to_query, update_to_key, state_to_key, state_to_query, update_to_end, momentum_decay
     )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_memory(interpret: bool, inputs: _LinearMemoryInputs) -> tuple[Float[Array, "B T H V"], LinearMemoryStates]:
-    scores, inverse = _scores_and_inverses(interpret, inputs)
-    return _forward(interpret, inputs, scores, inverse, save_residuals=False)[:2]
-
-
-def _linear_memory_fwd(interpret, inputs):
-    scores, inverse = _scores_and_inverses(interpret, inputs)
-    out, after, kept = _forward(interpret, inputs, scores, inverse, save_residuals=True)
-    return (out, after), (inputs, (scores, inverse), kept)
-
-
-def _linear_memory_bwd(interpret, residuals, cotangents):
-    (inputs, (scores, inverse), (new, states)), (grad, late) = residuals, cotangents
-    q, k, _, weights, _ = inputs
-    slope, slopes, first = _backward(interpret, inputs, scores, inverse, grad, late)
-    values = grad, new, slope
-    dq, dk, weights = memory_chunk_grads(q, k, values, (states, slopes), weights, interpret=interpret)
-    return (_LinearMemoryInputs(dq, dk, slope, weights, first),)
-
-
-_linear_memory.defvjp(_linear_memory_fwd, _linear_memory_bwd)
-
-
-def _scores_and_inverses(
-    interpret: bool, inputs: _LinearMemoryInputs
-) -> tuple[Float[Array, "B H T C"], Float[Array, "B H T D"]]:
-    """P and T of all chunks, T as in `mosaic_gpu_solve.py`."""
-    (b, t, h, width), dtype = inputs.q.shape, inputs.q.dtype
-
-    def score(q, k, now, before, scores, inverse):
-        row, head, time = lax.axis_index("row"), lax.axis_index("head"), pl.ds(lax.axis_index("chunk") * CHUNK, CHUNK)
-
-        def scoped(queries, keys, staged, rooms, arrived):
-            plgpu.copy_gmem_to_smem(q.at[row, time, head], queries, arrived)
-            plgpu.copy_gmem_to_smem(k.at[row, time, head], keys, arrived)
-            plgpu.barrier_wait(arrived)
-            (alike,) = wgmma_accumulate(
-                (zero_accumulator(CHUNK, CHUNK), (queries, keys.transpose((1, 0)))), interpret=interpret
-            )
-            staged[...] = (alike * load_vector(now.at[row, head, time], WGMMA)).astype(dtype)
-            (alike,) = wgmma_accumulate(
-                (zero_accumulator(CHUNK, CHUNK), (keys, keys.transpose((1, 0)))), interpret=interpret
-            )
-            store_unit_lower_inverse(alike * load_vector(before.at[row, head, time], WGMMA), rooms, interpret)
-            plgpu.commit_smem()
-            copy_smem_to_gmem((staged, scores.at[row, head, time]), (rooms[0], inverse.at[row, head, time]))
-            plgpu.wait_smem_to_gmem(0)
-
-        tokens = [smem_matrix(CHUNK, size, tile=64) for size in (width, width, CHUNK)]
-        pl.run_scoped(scoped, *tokens, inverse_scratch(), plgpu.Barrier(num_arrivals=2))
-
-    return launch_kernel(
-        score,
-        out_type=tuple(jax.ShapeDtypeStruct((b, h, t, n * CHUNK), dtype) for n in (1, 2)),
-        grid={"row": b, "head": h, "chunk": t // CHUNK},
-        num_consumer_wgs=1,
-        num_producer_wgs=0,
-        interpret=interpret,
-    )(inputs.q, inputs.k, inputs.coefficients.update_to_query, inputs.coefficients.update_to_key)
-
-
-def _forward(interpret, inputs, scores, inverse, *, save_residuals):
-    """The output, the final states and, if wanted, U and the states before the chunks."""
-    q, k, v, weights, states = inputs
-    b, t, h, values = v.shape
-    sizes = DeltaKernelConfig(t, q.shape[3], WG_COLUMNS, 1.0, interpret)
-
-    def learn(q, k, v, scores, inverse, vectors, starts, out, finals, kept):
-        row, head, columns = _block_position()
-        tokens, along = _block_refs(q, k, v, scores, inverse, vectors)
-        starts, finals = ([x.at[row, head, :, columns] for x in some] for some in (starts, finals))
-        left = None
-        if save_residuals:
-            left = MemoryResiduals(kept[0].at[row, :, head, columns], [x.at[row, head, :, :, columns] for x in kept[1]])
-        memory_forward_loop(sizes, tokens, along, starts, out.at[row, :, head, columns], finals, left)
-
-    chosen = jax.ShapeDtypeStruct(v.shape, v.dtype)
-    return launch_kernel(
-        learn,
-        out_type=(chosen, _float32_shapes(states), (chosen, _chunk_states_shape(states, t)) if save_residuals else ()),
-        grid={"row": b, "head": h, "part": values // WG_COLUMNS},
-        num_consumer_wgs=1,
-        interpret=interpret,
-    )(q, k, v, scores, inverse, weights.vectors(), states)
-
-
-def _backward(interpret, inputs, scores, inverse, grad, state_grads):
-    """The gradients of V, of the states behind the chunks, and of the first states."""
-    q, k, v, weights, _ = inputs
-    b, t, h, values = v.shape
-    sizes = DeltaKernelConfig(t, q.shape[3], WG_COLUMNS, 1.0, interpret)
-
-    def unlearn(q, k, grad, scores, inverse, vectors, ends, slope, slopes, first):
-        row, head, columns = _block_position()
-        tokens, along = _block_refs(q, k, grad, scores, inverse, vectors)
-        ends, first = ([x.at[row, head, :, columns] for x in some] for some in (ends, first))
-        kept = MemoryResiduals(slope.at[row, :, head, columns], [x.at[row, head, :, :, columns] for x in slopes])
-        memory_backward_loop(sizes, tokens, along, ends, first, kept)
-
-    return launch_kernel(
-        unlearn,
-        out_type=(
-            jax.ShapeDtypeStruct(v.shape, v.dtype),
-            _chunk_states_shape(state_grads, t),
-            _float32_shapes(state_grads),
-        ),
-        grid={"row": b, "head": h, "part": values // WG_COLUMNS},
-        num_consumer_wgs=1,
-        interpret=interpret,
-    )(q, k, grad, scores, inverse, weights.vectors(), state_grads)
-
-
-def _block_position():
-    """Row, head and columns of the values of a block."""
-    return lax.axis_index("row"), lax.axis_index("head"), pl.ds(lax.axis_index("part") * WG_COLUMNS, WG_COLUMNS)
-
-
-def _block_refs(q, k, values, scores, inverse, vectors):
-    """Of a block: what comes chunk by chunk, and the vectors along time."""
-    row, head, columns = _block_position()
-    tokens = [x.at[row, :, head] for x in (q, k)] + [values.at[row, :, head, columns]]
-    return tokens + [x.at[row, head] for x in (scores, inverse)], [x.at[row, head] for x in vectors]
-
-
-def _float32_shapes(states):
-    return tuple(jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in states)
-
-
-def _chunk_states_shape(states, num_tokens):
-    """States of all chunks."""
-    return tuple(jax.ShapeDtypeStruct((*x.shape[:2], num_tokens // CHUNK, *x.shape[2:]), jnp.bfloat16) for x in states)

@@ -1,0 +1,102 @@
+"""Import of exported or published weights into a new run."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from recallax.config import fingerprint, from_json, to_json
+from recallax.convert.key_map import apply_key_map, parameter_entry
+from recallax.convert.layouts import layout_of
+from recallax.convert.model_import import import_config, import_parameters
+from recallax.convert.model_variables import model_variables
+from recallax.convert.orbax_folder import read_orbax
+from recallax.convert.run_weights import IMPORT_RECORD_FILE, ORBAX_FOLDER, RECALLAX_LAYOUT
+from recallax.convert.safetensors_file import WeightDict, dtype_name
+from recallax.convert.weights_error import WeightsError
+from recallax.convert.weights_folder import CONFIG_FILE, read_json, read_weights
+from recallax.models.parameter_paths import LeafPath, parameter_shapes, stack_parameters
+from recallax.train.checkpoint import Checkpoints
+from recallax.train.program import Program
+from recallax.train.run_config import RunConfig
+from recallax.train.run_folder import RunFolder, RunFolderError, run_folder_name, write_atomic
+from recallax.train.step import TrainState
+
+
+def import_run(source: Path, base_config: RunConfig, folder: Path | None = None) -> Path:
+    """Create a run at step 0 from exported or published weights.
+
+    Args:
+        source: A folder that `export_run` wrote, or the folder of a published model.
+        base_config: The run whose task, optimizer and schedule a published model gets. Recallax's own layout contains
+            its run config, so this one is not used for it.
+        folder: The new run's folder. None: a name in `runs`.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ConfigError: If recallax does not support the model, or it does not fit the task.
+        WeightsError: If the files are missing or malformed, or the weights do not fit the model.
+        RunFolderError: If the folder already has checkpoints.
+    """
+    source_config, weights = _read_source(source)
+    _check_num_layers(source_config, weights)
+    layout = layout_of(source_config)
+    is_native = layout == RECALLAX_LAYOUT
+    if is_native:
+        config = _native_run_config(source, source_config)
+    else:
+        config = replace(base_config, model=import_config(source_config))
+    program = Program(config)  # before anything is written, because the model may not fit the task
+    variables = _native_variables(config, weights) if is_native else import_parameters(source_config, weights)
+    state = _initial_state(program, config, variables)
+    folder = folder or Path("runs") / run_folder_name(f"imported_{re.sub('[^A-Za-z0-9_]', '_', layout)}", config)
+    with RunFolder(folder, config) as run, Checkpoints(run.checkpoints, config.train.max_to_keep) as checkpoints:
+        if steps := checkpoints.steps():
+            raise RunFolderError(f"{folder} has checkpoints of the steps {steps}; choose another --run")
+        dtypes = {key: dtype_name(array) for key, array in weights.items()}
+        record = {"kind": layout, "config": source_config, "dtypes": dtypes}
+        write_atomic(run.path / IMPORT_RECORD_FILE, json.dumps(record, indent=1) + "\n")
+        checkpoints.save(0, state, {"config": to_json(config), "fingerprint": fingerprint(config)})
+    return folder
+
+
+def _initial_state(program: Program, config: RunConfig, variables: WeightDict) -> TrainState:
+    """Return the training state at step 0 with the given parameters and statistics."""
+    parts = [flatten_dict(part) for part in (program.abstract_state.params, program.abstract_state.statistics)]
+    abstract: dict[LeafPath, Any] = parts[0] | parts[1]
+    _, paths = model_variables(config.model, config.task.vocab_size)
+    values = stack_parameters(variables, paths, abstract)
+    params, statistics = (unflatten_dict({path: values[path] for path in part}) for part in parts)
+    return program.init_state_from(params, statistics)
+
+
+def _read_source(source: Path) -> tuple[dict[str, Any], WeightDict]:
+    """Read config.json and the weights of a folder with safetensors or orbax parameters."""
+    if not (source / ORBAX_FOLDER).is_dir():
+        return read_weights(source)
+    return read_json(source / CONFIG_FILE), read_orbax(source / ORBAX_FOLDER)
+
+
+def _check_num_layers(config: Mapping[str, Any], weights: WeightDict) -> None:
+    """Reject a config with more layers than arrays, before a model of that size is built."""
+    for name in ("num_hidden_layers", "n_layer"):
+        if isinstance(num_layers := config.get(name), int) and num_layers > len(weights):
+            raise WeightsError(f"config.json has {name} {num_layers}, but there are only {len(weights)} arrays")
+
+
+def _native_run_config(source: Path, config: Mapping[str, Any]) -> RunConfig:
+    if not isinstance(run := config.get("run"), dict):
+        raise WeightsError(f"{source / CONFIG_FILE} has no 'run', which recallax's layout needs; export it again")
+    return from_json(run, RunConfig)
+
+
+def _native_variables(config: RunConfig, weights: WeightDict) -> WeightDict:
+    """Return the variables by name, after the checks of any layout; the key map is the identity."""
+    shapes = parameter_shapes(*model_variables(config.model, config.task.vocab_size))
+    return apply_key_map([parameter_entry(name, name) for name in shapes], weights, shapes)
