@@ -1,1 +1,1 @@
-"""Questions and their answers: a folder each, with a sweep, rows that were measured, and a report made from them."""
+"""Experiments: one folder per question, with a sweep, its result rows and a report made from them."""

@@ -16,8 +16,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeAliasType, Union, cast, get_args, get_origin, get_type_hints
 
-from recallax import schema_1
-from recallax.schema_1 import is_json_list, is_json_object
+from recallax.schema_upgrade import downgrade, is_json_list, is_json_object, upgrade
 
 SCHEMA_VERSION = 2
 """Version of the JSON that is written. Schema 1 is read through the table in `recallax.schema_1`."""
@@ -94,7 +93,7 @@ def to_json(config: Config, *, schema: int = SCHEMA_VERSION) -> dict[str, Any]:
     if schema not in (1, SCHEMA_VERSION):
         raise ConfigError(f"schema is {schema}; this version of recallax writes schemas 1 and {SCHEMA_VERSION}")
     encoded = _encode(config)
-    return {"schema": schema, **(schema_1.downgrade(encoded, _ancestry) if schema == 1 else encoded)}
+    return {"schema": schema, **(downgrade(encoded, _ancestry) if schema == 1 else encoded)}
 
 
 def from_json[C: Config](data: Mapping[str, Any], expected: type[C]) -> C:
@@ -116,7 +115,7 @@ def from_json[C: Config](data: Mapping[str, Any], expected: type[C]) -> C:
     content: Any = {k: v for k, v in data.items() if k != "schema"}
     if version == 1:
         try:
-            content = schema_1.upgrade(content, _ancestry)
+            content = upgrade(content, _ancestry)
         except ValueError as error:
             raise ConfigError(f"config of schema 1: {error}") from error
     return _decode(content, expected, "config")

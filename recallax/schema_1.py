@@ -5,8 +5,7 @@
 field that a later version renames is added to a table of its own schema, never here.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any
 
 CLASSES = {
     "After": "AfterSteps",
@@ -220,98 +219,3 @@ VALUES: dict[tuple[str, str], dict[Any, Any]] = {
     ("SparseGlobalAttention", "cache"): {"heap": "top_k", "every token": "full"},
 }
 """(New class name, new field name) to its renamed values, old value to new value."""
-
-type Ancestry = Callable[[str], list[str]]
-"""The names of a config class and of its base classes, by its name."""
-
-
-def is_json_object(value: Any) -> TypeGuard[dict[str, Any]]:
-    """Return True for a decoded JSON object."""
-    return isinstance(value, dict)
-
-
-def is_json_list(value: Any) -> TypeGuard[list[Any]]:
-    """Return True for a decoded JSON array."""
-    return isinstance(value, list)
-
-
-def upgrade(value: Any, ancestry: Ancestry) -> Any:
-    """Translate JSON of schema 1 into the names in use now.
-
-    Args:
-        value: A decoded JSON value: an object with a `class`, or a list or leaf inside one.
-        ancestry: Returns the names of a config class and its bases. Fields that a class inherits are renamed with
-            their base class.
-
-    Returns:
-        A new value of the same structure. Unknown classes and fields are kept as they are.
-
-    Raises:
-        ValueError: A value has no counterpart, such as a `max_beta` other than 1 and 2.
-    """
-    if is_json_list(value):
-        return [upgrade(item, ancestry) for item in value]
-    if not is_json_object(value):
-        return value
-    if "class" not in value:
-        return {key: upgrade(item, ancestry) for key, item in value.items()}
-    old_name: str = value["class"]
-    name = CLASSES.get(old_name, old_name)
-    fields, values = _renamed_fields(name, ancestry), _renamed_values(name, ancestry)
-    upgraded: dict[str, Any] = {}
-    for key, item in value.items():
-        if key == "class":
-            upgraded["class"] = name
-        else:
-            new = fields.get(key, key)
-            upgraded[new] = _translate(f"{old_name}.{key}", upgrade(item, ancestry), values.get(new))
-    return upgraded
-
-
-def downgrade(value: Any, ancestry: Ancestry) -> Any:
-    """Translate JSON in the names in use now into schema 1.
-
-    Args:
-        value: A decoded JSON value.
-        ancestry: Returns the names of a config class and its bases.
-
-    Returns:
-        A new value of the same structure; `upgrade` is the inverse.
-    """
-    if is_json_list(value):
-        return [downgrade(item, ancestry) for item in value]
-    if not is_json_object(value):
-        return value
-    if "class" not in value:
-        return {key: downgrade(item, ancestry) for key, item in value.items()}
-    name: str = value["class"]
-    fields = {new: old for old, new in _renamed_fields(name, ancestry).items()}
-    values = _renamed_values(name, ancestry)
-    downgraded: dict[str, Any] = {}
-    for key, item in value.items():
-        table = {new: old for old, new in values.get(key, {}).items()}
-        downgraded[fields.get(key, key)] = _translate(key, downgrade(item, ancestry), table or None)
-    return downgraded | {"class": next((old for old, new in CLASSES.items() if new == name), name)}
-
-
-def _renamed_fields(name: str, ancestry: Ancestry) -> dict[str, str]:
-    return {old: new for base in reversed(ancestry(name)) for old, new in FIELDS.get(base, {}).items()}
-
-
-def _renamed_values(name: str, ancestry: Ancestry) -> dict[str, dict[Any, Any]]:
-    bases = set(ancestry(name))
-    return {field: table for (base, field), table in VALUES.items() if base in bases}
-
-
-def _translate(field: str, value: Any, table: dict[Any, Any] | None) -> Any:
-    """Look up a value in a table; numbers must be in it, and other values are kept if they are not."""
-    if table is None or is_json_list(value) or is_json_object(value):
-        return value
-    if value in table:
-        return table[value]
-    if all(isinstance(key, float) for key in table):
-        raise ValueError(
-            f"{field} is {value}, which this version does not support; the supported values of schema 1 are "
-            f"{' and '.join(f'{key:g}' for key in table)}"
-        )
-    return value

@@ -59,7 +59,7 @@ def leaves(tree: Any) -> dict[tuple, Any]:
     return flatten_dict(tree)
 
 
-def test_a_calibrated_run_is_the_run_with_filters(run: Path, capsys: pytest.CaptureFixture[str]):
+def test_calibrated_run_equals_the_run_with_filters(run: Path, capsys: pytest.CaptureFixture[str]):
     out = run / f"long-{4 * LENGTH}"
     assert main(["calibrate", str(run), "--context-length", str(4 * LENGTH), *OPTIONS]) == 0
     told = capsys.readouterr().out
@@ -95,7 +95,7 @@ def test_a_calibrated_run_generates(run: Path, tmp_path: Path, capsys: pytest.Ca
     out = tmp_path / "long"
     assert main(["calibrate", str(run), "--context-length", str(4 * LENGTH), *OPTIONS, "--out", str(out)]) == 0
     assert main(["generate", str(out), "--task-rows", "2"]) == 0
-    assert "of 2 right" in capsys.readouterr().out
+    assert "of 2 correct" in capsys.readouterr().out
 
 
 def test_at_the_training_length_nothing_changes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -82,7 +82,7 @@ def test_round_trip_is_exact(saved: Path) -> None:
     assert restored.metadata["skipped"] == 20 and restored.metadata["environment"]["jax"] == jax.__version__
 
 
-def test_nothing_saved_is_none(tmp_path: Path) -> None:
+def test_restore_returns_none_without_checkpoints(tmp_path: Path) -> None:
     with Checkpoints(tmp_path / "new") as checkpoints:
         assert checkpoints.restore(abstract(state(0))) is None and checkpoints.steps() == []
 
@@ -119,7 +119,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("fault", [truncate, empty, flip, Path.unlink])
 @pytest.mark.parametrize("pattern", FILES)
-def test_damage_never_yields_a_wrong_state(copy: Path, pattern: str, fault: Any) -> None:
+def test_damaged_checkpoint_never_restores_a_wrong_state(copy: Path, pattern: str, fault: Any) -> None:
     paths = sorted((copy / "20").glob(pattern))
     assert paths, "orbax has changed its layout: look at what a step consists of"
     for path in paths:
@@ -136,7 +136,7 @@ def test_damage_never_yields_a_wrong_state(copy: Path, pattern: str, fault: Any)
         assert checkpoints.steps() == [restored.step, restored.step + 10]
 
 
-def test_flipped_bits_in_the_arrays_are_seen(copy: Path) -> None:
+def test_flipped_bits_in_arrays_are_detected(copy: Path) -> None:
     """Every array file at many places: orbax alone restores all of these without complaint."""
     with Checkpoints(copy) as checkpoints:
         target = max((copy / "20/state").glob("**/d/*"), key=lambda path: path.stat().st_size)
@@ -149,7 +149,7 @@ def test_flipped_bits_in_the_arrays_are_seen(copy: Path) -> None:
             (copy / "quarantine/20").rename(copy / "20")
 
 
-def test_altered_description_is_seen(copy: Path) -> None:
+def test_altered_description_is_detected(copy: Path) -> None:
     path = copy / "20/meta/metadata"
     path.write_text(path.read_text().replace('"skipped": 20', '"skipped": 21').replace('"skipped":20', '"skipped":21'))
     with Checkpoints(copy) as checkpoints, pytest.warns(CheckpointWarning, match="description"):
@@ -157,7 +157,7 @@ def test_altered_description_is_seen(copy: Path) -> None:
     assert restored is not None and restored.metadata["skipped"] == 10
 
 
-def test_all_damaged_is_an_error_and_changes_nothing(copy: Path) -> None:
+def test_error_if_all_checkpoints_are_damaged(copy: Path) -> None:
     for step in (10, 20):
         for path in (copy / str(step)).glob("state/**/d/*"):
             empty(path)
@@ -186,7 +186,7 @@ def test_another_state_is_rejected(saved: Path, change: Any, message: str) -> No
         assert checkpoints.steps() == [10, 20]
 
 
-def test_keeps_the_newest(tmp_path: Path) -> None:
+def test_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         for step in range(5):
             checkpoints.save(step, state(step), {})
@@ -226,7 +226,7 @@ def test_a_reader_changes_nothing(copy: Path) -> None:
     assert not (copy / "absent").exists()
 
 
-def test_saving_what_orbax_skips_is_an_error(copy: Path) -> None:
+def test_error_if_orbax_skips_a_save(copy: Path) -> None:
     with Checkpoints(copy) as checkpoints:
         for step in (15, 20):
             with pytest.raises(CheckpointError, match=rf"step {step} was not saved.*\[10, 20\]"):
@@ -238,7 +238,7 @@ def test_saving_what_orbax_skips_is_an_error(copy: Path) -> None:
         assert checkpoints.steps() == [10, 20]
 
 
-def test_vanished_folder_is_an_error(copy: Path) -> None:
+def test_error_if_the_folder_was_removed(copy: Path) -> None:
     with Checkpoints(copy) as checkpoints:
         copy.rename(copy.with_name("elsewhere"))
         with pytest.raises(CheckpointError, match="does not exist any more"):
@@ -247,7 +247,7 @@ def test_vanished_folder_is_an_error(copy: Path) -> None:
         Checkpoints(copy.with_name("elsewhere") / "20/_CHECKPOINT_METADATA/below")
 
 
-def test_full_disk_is_an_error_of_that_save(copy: Path) -> None:
+def test_full_disk_fails_the_save(copy: Path) -> None:
     """A limit on the size of files stands in for a full disk."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     with Checkpoints(copy) as checkpoints:
@@ -263,7 +263,7 @@ def test_full_disk_is_an_error_of_that_save(copy: Path) -> None:
         assert checkpoints.steps() == [20, 30]
 
 
-def test_other_circumstances_warn(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_environment_warns(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", "") + " ")
     with Checkpoints(copy) as checkpoints, pytest.warns(CheckpointWarning, match="xla_flags"):
         assert checkpoints.restore(abstract(state(0))) is not None
@@ -306,7 +306,7 @@ def test_folder_is_created_and_opened_again(tmp_path: Path) -> None:
     assert not (tmp_path / "untouched").exists()
 
 
-def test_folder_of_another_config_is_refused(tmp_path: Path) -> None:
+def test_folder_of_another_config_is_rejected(tmp_path: Path) -> None:
     RunFolder(tmp_path, FolderProbe()).close()
     with pytest.raises(RunFolderError, match=r"(?s)another config.*width: 1 -> 2"):
         RunFolder(tmp_path, FolderProbe(width=2))
@@ -328,7 +328,7 @@ def test_folders_without_a_run_are_rejected(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_second_job_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path: Path) -> None:
+def test_lock_rejects_a_second_job_and_survives_a_dead_one(tmp_path: Path) -> None:
     """The holder is another process, killed without a chance to clean up."""
     script = f"import fcntl, os, time; f = open({str(tmp_path / 'lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
     script += "f.write('process 7 on elsewhere'); f.flush(); print(flush=True); time.sleep(60)"
@@ -345,7 +345,7 @@ def test_second_job_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path: Path
     RunFolder(tmp_path, FolderProbe()).close()
 
 
-def test_lock_is_not_written_through_a_link(tmp_path: Path) -> None:
+def test_lock_does_not_follow_a_symbolic_link(tmp_path: Path) -> None:
     RunFolder(tmp_path / "run", FolderProbe()).close()
     (tmp_path / "precious").write_text("text")
     (tmp_path / "run/lock").unlink()
@@ -356,12 +356,12 @@ def test_lock_is_not_written_through_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "..", ".x", "a/b", "/a", "a b", "~", "a\0", "a\n", "‮x", "x" * 101, "a\\b"])
-def test_hostile_names_are_refused(name: str) -> None:
+def test_unsafe_run_names_are_rejected(name: str) -> None:
     with pytest.raises(RunFolderError, match="cannot name a run"):
         run_folder_name(name, FolderProbe())
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     write_atomic(tmp_path / "a", "old")
     with pytest.raises(UnicodeEncodeError):
         write_atomic(tmp_path / "a", "new \ud800")

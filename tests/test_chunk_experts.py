@@ -1,4 +1,4 @@
-"""Experts by chunk: dispatch against the masked dense form, what a chunk is routed by, losses and diagnostics."""
+"""ChunkExperts: dispatch against a dense reference, routing of chunks, losses and diagnostics."""
 
 import functools
 import math
@@ -46,7 +46,7 @@ def packed() -> SeqInfo:
 
 
 def dense(mixer: ChunkExpertsMixer, x: jax.Array, seq: SeqInfo) -> jax.Array:
-    """Every expert on every token, and routing read off the definition with loops."""
+    """All experts on all tokens, with routing by loops over the definition."""
     own, positions = x @ mixer.router[...], np.asarray(seq.positions)
     rows = []
     for b in range(x.shape[0]):
@@ -69,7 +69,7 @@ def dense(mixer: ChunkExpertsMixer, x: jax.Array, seq: SeqInfo) -> jax.Array:
 
 
 @pytest.mark.parametrize("route", ["previous_chunk", *(pytest.param(r, marks=pytest.mark.full) for r in ROUTES[::2])])
-def test_dispatch_equals_the_masked_dense_form_in_values_and_gradients(route):
+def test_dispatch_matches_dense_reference_in_values_and_gradients(route):
     mixer, seq = build(replace(CONFIG, route=route)), packed()
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
     x, valid = jax.random.normal(jax.random.key(2), (2, 19, WIDTH)), (seq.segment_ids > 0)[..., None]
@@ -98,18 +98,18 @@ def means(mixer: ChunkExpertsMixer, x: jax.Array, seq: SeqInfo | None = None) ->
     return {name.removeprefix("diagnostic/"): float(mean.total / mean.weight) for name, mean in aux.items()}
 
 
-def test_a_fresh_router_spreads_random_tokens():
+def test_initial_router_balances_random_tokens():
     mixer = build(replace(CONFIG, num_experts=8), size=0.0)
-    found = means(mixer, jax.random.normal(jax.random.key(4), (8, 256, WIDTH)))
-    assert found["expert_usage_deviation"] < 0.25 / 8
-    assert found["expert_entropy"] > 0.99 * math.log(8)
-    assert found["expert_token_entropy"] <= found["expert_entropy"] + 1e-6
-    assert abs(found["expert_repeats"] - 1 / 8) < 0.1
+    measured = means(mixer, jax.random.normal(jax.random.key(4), (8, 256, WIDTH)))
+    assert measured["expert_usage_deviation"] < 0.25 / 8
+    assert measured["expert_entropy"] > 0.99 * math.log(8)
+    assert measured["expert_token_entropy"] <= measured["expert_entropy"] + 1e-6
+    assert abs(measured["expert_repeats"] - 1 / 8) < 0.1
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_the_balance_loss_brings_a_skewed_router_back(weight):
-    """All tokens share a direction that one expert answers to; z-loss off."""
+def test_balance_loss_rebalances_a_skewed_router(weight):
+    """All tokens have a common direction that one expert's router weights match; the z-loss is off."""
     mixer = build(replace(CONFIG, load_balance_loss_weight=weight, router_z_loss_weight=0.0), size=0.0)
     x = jax.random.normal(jax.random.key(5), (8, 64, WIDTH)).at[..., 0].set(3.0)
     mixer.router[...] = mixer.router[...].at[0, 0].set(1.0)
@@ -118,10 +118,10 @@ def test_the_balance_loss_brings_a_skewed_router_back(weight):
 
     def body(carry, _):
         params, moments = carry
-        slopes = jax.grad(lambda p: nnx.merge(graph, p, rest)(x, unpacked_seq_info(8, 64))[1]["expert_balance"].total)(
+        grads = jax.grad(lambda p: nnx.merge(graph, p, rest)(x, unpacked_seq_info(8, 64))[1]["expert_balance"].total)(
             params
         )
-        updates, moments = optimizer.update(slopes, moments, params)
+        updates, moments = optimizer.update(grads, moments, params)
         return (optax.apply_updates(params, updates), moments), None
 
     (params, _), _ = jax.jit(lambda p: jax.lax.scan(body, (p, optimizer.init(p)), length=300))(params)
@@ -129,20 +129,20 @@ def test_the_balance_loss_brings_a_skewed_router_back(weight):
     assert entropy >= 0.8 * math.log(4) if weight else entropy < 0.5 * math.log(4)
 
 
-def test_losses_reach_the_router_alone_and_padding_counts_for_nothing():
+def test_losses_have_gradients_for_the_router_only_and_exclude_padding():
     mixer, seq = build(CONFIG), packed()
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
     x = jax.random.normal(jax.random.key(6), (2, 19, WIDTH))
     by_loss = jax.jit(jax.jacrev(lambda p: nnx.merge(graph, p, rest)(x, seq)[1]))(params)
     for name in ("expert_balance", "expert_z"):
-        slopes = by_loss[name].total
-        for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
-            assert bool(jnp.any(slope != 0)) == ("router" in jax.tree_util.keystr(path)), (name, path)
+        grads = by_loss[name].total
+        for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+            assert bool(jnp.any(grad != 0)) == ("router" in jax.tree_util.keystr(path)), (name, path)
     changed = jnp.where((seq.segment_ids > 0)[..., None], x, 7.0)
     assert means(mixer, x, seq) == means(mixer, changed, seq)
 
 
-def test_the_bias_moves_towards_experts_that_got_less_in_training_only():
+def test_bias_update_favors_underused_experts_in_training_only():
     mixer = build(replace(CONFIG, bias_update_rate=0.25, route="token"), size=0.0)
     mixer.router[...] = mixer.router[...].at[0, 0].set(1.0).at[0, 1].set(0.5)
     x = jax.random.normal(jax.random.key(7), (4, 32, WIDTH)).at[..., 0].set(3.0)
@@ -163,7 +163,7 @@ def test_the_bias_moves_towards_experts_that_got_less_in_training_only():
     assert means(mixer, x)["expert_usage_deviation"] < before
 
 
-def test_a_run_moves_the_bias_and_its_loss_has_no_diagnostics():
+def test_training_updates_the_bias_and_excludes_diagnostics_from_the_loss():
     slices = (MixtureSlice(length=16, num_kv_pairs=2),)
     experts = replace(CONFIG, bias_update_rate=1e-3)
     blocks = {"e": Block(mixer=experts, channel=Identity())}
@@ -187,7 +187,11 @@ def test_a_run_moves_the_bias_and_its_loss_has_no_diagnostics():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"top_k": 5}, "num_experts = 4"), ({"chunk_size": 0}, "chunk_size is 0"), ({"router_z_loss_weight": -1.0}, "router_z_loss_weight")],
+    [
+        ({"top_k": 5}, "num_experts = 4"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"router_z_loss_weight": -1.0}, "router_z_loss_weight"),
+    ],
 )
 def test_invalid_configs_are_rejected(changes, message):
     with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""The command line: what it refuses and how, what it costs to ask for help, and runs that are stopped and go on."""
+"""The command line: error messages, help without JAX, and runs that are stopped and resumed."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ import pytest
 from recallax.cli.config_files import config_names
 from recallax.cli.main import main
 
-pytestmark = pytest.mark.xdist_group("cli")  # one process: some tests share a run
+pytestmark = pytest.mark.xdist_group("cli")  # one process, because some tests share a run
 
 RECALLAX = [sys.executable, "-m", "recallax"]
 RUN = {
@@ -31,15 +31,15 @@ ARGUMENTS += ["--evaluate.every=100", "--model.dropout=0.1"]
 
 
 def environment(**more: str) -> dict[str, str]:
-    quick = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return {**os.environ, **quick, **more}
+    fast = {"JAX_PLATFORMS": "cpu", "PJRT_NPROC": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return {**os.environ, **fast, **more}
 
 
-# Wrong input: status 2, and a message that says what, its value, the rule and the remedy
+# Wrong input: status 2, and a message with the field, its value, the rule and the remedy
 
 
-def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The message of a command that must end with status 2; any other exception would be a traceback."""
+def error_message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must exit with status 2, and return its message. Other exceptions fail the test."""
     try:
         status = main(list(arguments))
     except SystemExit as stop:
@@ -49,7 +49,7 @@ def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return " ".join((out + err).replace("│", " ").split())
 
 
-WRONG = {
+WRONG_INPUT = {
     "mqar_mikro": ["no config 'mqar_mikro'", "did you mean 'mqar_micro'", "parity_attention"],
     "mqar_micro --optim.lrr 1": ["--optim.lrr", "--optim.lr FLOAT"],
     "mqar_micro --train.step 1": ["--train.step", "--train.steps"],
@@ -78,8 +78,8 @@ WRONG = {
     "mqar_micro --task.mixture.1.num-kv-pairs 9": [
         "length 32",
         "9 pairs",
-        "2 K passes + 2 K = 36",
-        "lengthen it or lower pairs",
+        "num_passes + 2 K = 36",
+        "increase length, or reduce num_kv_pairs",
     ],
     "mqar_micro --model.vocab-size 3": ["model.vocab_size is 3", "the task has 64"],
     "parity_attention --model.d-model 62": ["62 channels", "4 heads", "use one of 1, 2, 31, 62"],
@@ -87,21 +87,21 @@ WRONG = {
     "mqar_micro --distributed.process-id 0": ["distributed.coordinator_address", "HOST:PORT"],
     "mqar_micro --distributed.coordinator-address here": ["distributed.coordinator_address is 'here'", "HOST:PORT"],
     "mqar_micro --distributed.coordinator-address 127.0.0.1:1": [
-        "distributed.num_processes None",
+        "distributed.num_processes is None",
         "both must be given",
     ],
 }
 
 
-@pytest.mark.parametrize("arguments", WRONG)
-def test_wrong_input_is_refused(
+@pytest.mark.parametrize("arguments", WRONG_INPUT)
+def test_wrong_input_is_an_error(
     arguments: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    message = refuse(capsys, "train", *arguments.split())
-    for part in WRONG[arguments]:
+    message = error_message(capsys, "train", *arguments.split())
+    for part in WRONG_INPUT[arguments]:
         assert part in message, message
-    assert list(tmp_path.iterdir()) == [], "what is refused must not claim a folder"
+    assert list(tmp_path.iterdir()) == [], "no folder may be created"
 
 
 @pytest.mark.parametrize(
@@ -129,13 +129,13 @@ def test_wrong_input_is_refused(
         ("list everything", ["Unrecognized options: everything", "recallax list --help"]),
     ],
 )
-def test_wrong_commands_are_refused(arguments: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    message = refuse(capsys, *arguments.split())
+def test_wrong_commands_are_errors(arguments: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_message(capsys, *arguments.split())
     for part in parts:
         assert part in message, message
 
 
-# Help without jax
+# Help without JAX
 
 
 def test_help_and_list_import_no_jax() -> None:
@@ -170,7 +170,7 @@ def test_broken_pipe_exits_quietly() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-def test_show_says_what_a_config_costs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_costs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "mqar_micro", "--model.d-model", "16"]) == 0
     out = capsys.readouterr().out
     assert '"d_model": 16' in out and "fingerprint" in out
@@ -185,26 +185,26 @@ def test_show_says_what_a_config_costs(capsys: pytest.CaptureFixture[str]) -> No
         assert line in out
 
 
-# Runs that are stopped
+# Runs that are stopped and resumed
 
 
-class Stopped(NamedTuple):
-    """How one life of a run ended."""
+class Attempt(NamedTuple):
+    """One process of a run, after its end."""
 
     status: int
     step: int
-    """The newest checkpoint after it."""
+    """Step of the newest checkpoint."""
     rows: list[dict[str, Any]]
     err: str
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+def start_run(folder: Path, *more: str) -> subprocess.Popen[str]:
     command = [*RECALLAX, "train", *ARGUMENTS, "--run", str(folder), *more]
     with open(folder.with_suffix(".err"), "w") as err:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=err, text=True, env=environment())
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
+def read_rows(folder: Path) -> list[dict[str, Any]]:
     try:
         lines = (folder / "log.jsonl").read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -213,34 +213,34 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    """Until it holds or the process ends."""
+    """Wait until the condition is true or the process ends."""
     deadline = time.monotonic() + 120
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.005)
 
 
-def life(folder: Path, number: signal.Signals | None = None, after: int = 0) -> Stopped:
-    """Start or continue the run; send the signal once it has logged a step beyond `after`."""
-    process = start(folder)
+def run_attempt(folder: Path, number: signal.Signals | None = None, after: int = 0) -> Attempt:
+    """Start or resume the run, and send the signal when it has logged a step beyond `after`."""
+    process = start_run(folder)
     if number is not None:
-        wait_for(lambda: any(row["step"] >= after for row in read(folder) if row["kind"] == "train"), process)
+        wait_for(lambda: any(row["step"] >= after for row in read_rows(folder) if row["kind"] == "train"), process)
         process.send_signal(number)
     status = process.wait(120)
     steps = [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()]
-    return Stopped(status, max(steps, default=0), read(folder), folder.with_suffix(".err").read_text())
+    return Attempt(status, max(steps, default=0), read_rows(folder), folder.with_suffix(".err").read_text())
 
 
 def checksums(folder: Path, step: int) -> dict[str, Any]:
-    """Of the leaves of a checkpoint, as it was saved."""
+    """Return the recorded checksums of a checkpoint's leaves."""
     return json.loads((folder / "checkpoints" / str(step) / "meta" / "metadata").read_text())["body"]["leaves"]
 
 
 def metrics(rows: list[dict[str, Any]]) -> dict[tuple[int, str], Any]:
-    """Evaluations by step and split; none may occur twice."""
-    found = [row for row in rows if row["kind"] == "eval"]
-    values = {(row["step"], row["split"]): {k: v for k, v in row.items() if k != "seconds"} for row in found}
-    assert len(values) == len(found)
+    """Return the evaluations by step and split. None may occur twice."""
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    values = {(row["step"], row["split"]): {k: v for k, v in row.items() if k != "seconds"} for row in evaluations}
+    assert len(values) == len(evaluations)
     return values
 
 
@@ -252,36 +252,36 @@ def assert_no_step_twice(rows: list[dict[str, Any]]) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted") / "run"
-    assert life(folder).status == 0
+    assert run_attempt(folder).status == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def lives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Stopped]]:
-    """One run, stopped by SIGTERM and by SIGINT, its newest checkpoint damaged, killed, and let finish."""
-    folder = tmp_path_factory.mktemp("lives") / "run"
+def attempts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Attempt]]:
+    """One run: stopped by SIGTERM, then by SIGINT, then killed with a damaged newest checkpoint, then finished."""
+    folder = tmp_path_factory.mktemp("attempts") / "run"
     rng = random.Random(0)
-    ends = {"SIGTERM": life(folder, signal.SIGTERM, rng.randint(60, 120))}
-    ends["SIGINT"] = life(folder, signal.SIGINT, ends["SIGTERM"].step + rng.randint(10, 60))
+    ends = {"SIGTERM": run_attempt(folder, signal.SIGTERM, rng.randint(60, 120))}
+    ends["SIGINT"] = run_attempt(folder, signal.SIGINT, ends["SIGTERM"].step + rng.randint(10, 60))
     damaged = folder / "checkpoints" / str(ends["SIGINT"].step) / "state" / "d"
     for path in damaged.iterdir():
         os.truncate(path, path.stat().st_size // 2)
-    ends["SIGKILL"] = life(folder, signal.SIGKILL, ends["SIGINT"].step + rng.randint(20, 80))
-    ends["finished"] = life(folder)
+    ends["SIGKILL"] = run_attempt(folder, signal.SIGKILL, ends["SIGINT"].step + rng.randint(20, 80))
+    ends["finished"] = run_attempt(folder)
     return folder, ends
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_signal_saves_checkpoint(lives: tuple[Path, dict[str, Stopped]], name: str) -> None:
-    end = lives[1][name]
+def test_signal_saves_checkpoint(attempts: tuple[Path, dict[str, Attempt]], name: str) -> None:
+    end = attempts[1][name]
     assert end.status == 75, end.err
     assert f"stopped at step {end.step}; run the same command again to resume" in end.err
     assert "Traceback" not in end.err
     assert end.rows[-1]["event"] == "interrupted" and end.rows[-1]["step"] == end.step < RUN["steps"]
 
 
-def test_a_damaged_checkpoint_is_named_and_passed_over(lives: tuple[Path, dict[str, Stopped]]) -> None:
-    folder, ends = lives
+def test_damaged_checkpoint_is_quarantined(attempts: tuple[Path, dict[str, Attempt]]) -> None:
+    folder, ends = attempts
     assert ends["SIGKILL"].status == -signal.SIGKILL
     step = ends["SIGINT"].step
     assert "CheckpointWarning" in ends["SIGKILL"].err
@@ -291,69 +291,69 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(lives: tuple[Path, dict[s
     assert ends["SIGTERM"].step <= started < step
 
 
-def test_resumed_run_equals_uninterrupted_run(lives: tuple[Path, dict[str, Stopped]], uninterrupted: Path) -> None:
-    folder, ends = lives
+def test_resumed_run_equals_uninterrupted_run(attempts: tuple[Path, dict[str, Attempt]], uninterrupted: Path) -> None:
+    folder, ends = attempts
     assert ends["finished"].status == 0, ends["finished"].err
     assert checksums(folder, RUN["steps"]) == checksums(uninterrupted, RUN["steps"])
-    rows = read(folder)
+    rows = read_rows(folder)
     assert_no_step_twice(rows)
-    assert metrics(rows) == metrics(read(uninterrupted))
+    assert metrics(rows) == metrics(read_rows(uninterrupted))
     assert [row["step"] for row in rows if row["kind"] == "train"][-1] == RUN["steps"]
 
 
 def test_rows_name_config_device_and_commit(uninterrupted: Path) -> None:
-    rows = read(uninterrupted)
+    rows = read_rows(uninterrupted)
     (begin,) = [row for row in rows if row["kind"] == "run"]
     assert begin["device"] == "cpu" and "commit" in begin and begin["name"] == "mqar_micro"
     assert all(row["fingerprint"] == begin["fingerprint"] and row["seconds"] >= 0 for row in rows)
 
 
-def test_a_folder_belongs_to_one_config(
+def test_run_folder_of_another_config_is_an_error(
     uninterrupted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["train", *ARGUMENTS, "--run", str(uninterrupted), "--optim.lr", "0.5", "--task.power-a", "1"]
-    message = refuse(capsys, *arguments)
+    message = error_message(capsys, *arguments)
     assert f"{uninterrupted} belongs to a run of another config" in message
     assert "optim.lr: 0.01 -> 0.5" in message and "task.power_a: 0.01 -> 1.0" in message
     assert "choose a new folder" in message
 
 
-def test_a_folder_serves_one_job(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_folder_in_use_is_an_error(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from recallax.config import from_json
     from recallax.train.run_config import RunConfig
     from recallax.train.run_folder import RunFolder, read_config
 
     config = from_json(read_config(uninterrupted), RunConfig)
     with RunFolder(tmp_path / "run", config):
-        message = refuse(capsys, "train", *ARGUMENTS, "--run", str(tmp_path / "run"))
+        message = error_message(capsys, "train", *ARGUMENTS, "--run", str(tmp_path / "run"))
     assert f"is in use by process {os.getpid()}" in message and "choose another folder" in message
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unwritable_run_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
-    message = refuse(capsys, "train", *ARGUMENTS, "--run", str(tmp_path / "file" / "run"))
+    message = error_message(capsys, "train", *ARGUMENTS, "--run", str(tmp_path / "file" / "run"))
     assert f"{tmp_path}/file/run cannot be written" in message and "choose another folder" in message
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    message = refuse(capsys, "train", *ARGUMENTS, "--run", str(tmp_path / "full"))
+    message = error_message(capsys, "train", *ARGUMENTS, "--run", str(tmp_path / "full"))
     assert "is not empty and contains no config.json" in message and "choose a new folder" in message
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.tex"]
 
 
-def test_eval_reads_a_run(
+def test_eval_prints_metrics_and_writes_nothing(
     uninterrupted: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     before = sorted((p, p.stat().st_mtime_ns) for p in uninterrupted.rglob("*"))
     assert main(["eval", str(uninterrupted)]) == 0
     shown = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    wanted = metrics(read(uninterrupted))[RUN["steps"], "test"]
+    expected = metrics(read_rows(uninterrupted))[RUN["steps"], "test"]
     assert float(shown["step"]) == RUN["steps"]
-    assert float(shown["accuracy"]) == pytest.approx(wanted["accuracy"], abs=1e-4)
+    assert float(shown["accuracy"]) == pytest.approx(expected["accuracy"], abs=1e-4)
     assert sorted((p, p.stat().st_mtime_ns) for p in uninterrupted.rglob("*")) == before
     assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_eval_can_read_the_context_again(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_repeats_the_context(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def accuracy(*options: str) -> str:
         assert main(["eval", str(uninterrupted), "--batches", "1", *options]) == 0
         return capsys.readouterr().out
@@ -362,13 +362,13 @@ def test_eval_can_read_the_context_again(uninterrupted: Path, capsys: pytest.Cap
     assert accuracy("--fill-strategy", "left_pad", "--prefix-length", "64") == once
     assert accuracy("--num-repeats", "2") != once
     assert accuracy("--fill-strategy", "twice", "--prefix-length", "64") == accuracy("--num-repeats", "2")
-    assert "fill_strategy 'twice' needs prefix_length" in refuse(
+    assert "fill_strategy 'twice' needs prefix_length" in error_message(
         capsys, "eval", str(uninterrupted), "--fill-strategy", "twice"
     )
 
 
-def test_generate_answers_the_runs_own_task(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the whole row gets at its first question, and what the oracle says there."""
+def test_generate_answers_task_rows(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The answers equal the model's predictions on whole rows, and the expected answers those of the oracle."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -378,25 +378,25 @@ def test_generate_answers_the_runs_own_task(uninterrupted: Path, capsys: pytest.
     before = sorted((p, p.stat().st_mtime_ns) for p in uninterrupted.rglob("*"))
     assert main(["generate", str(uninterrupted), "--task-rows", "4"]) == 0
     header, *rows, summary = capsys.readouterr().out.splitlines()
-    assert header.split() == ["group", "tokens", "wanted", "answer"]
+    assert header.split() == ["group", "tokens", "expected", "answer"]
     task, model = load_trained_model(uninterrupted)
     call, right = jax.jit(lambda tokens, seq: model(tokens, seq)[0]), 0
     for index, row in enumerate(rows):
         batch = task.batch(0, "test", index, 32)
         at = int(np.argmax(batch.weights[0] > 0))
         logits = call(jnp.asarray(batch.tokens), batch.seq)
-        answer, wanted = int(logits[0, at].argmax()), int(task.solve(np.asarray(batch.tokens))[0, at])
+        answer, expected = int(logits[0, at].argmax()), int(task.solve(np.asarray(batch.tokens))[0, at])
         group = task.groups[int(batch.group[0, at])]
-        verdict = "right" if answer == wanted else "wrong"
-        assert row.split() == [group, str(at + 1), str(wanted), str(answer), verdict]
-        right += answer == wanted
+        verdict = "correct" if answer == expected else "wrong"
+        assert row.split() == [group, str(at + 1), str(expected), str(answer), verdict]
+        right += answer == expected
         question = first_question(task, "test", index)
-        assert question.prefix_length == batch.seq.prefix[0].sum() and np.array_equal(question.answer, [wanted])
-    assert summary == f"{right} of 4 right"
+        assert question.prefix_length == batch.seq.prefix[0].sum() and np.array_equal(question.answer, [expected])
+    assert summary == f"{right} of 4 correct"
     assert sorted((p, p.stat().st_mtime_ns) for p in uninterrupted.rglob("*")) == before
 
 
-def test_generate_goes_on_from_prompts(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_continues_prompts(uninterrupted: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def lines(*options: str) -> list[str]:
         assert main(["generate", str(uninterrupted), *options]) == 0
         return capsys.readouterr().out.splitlines()
@@ -415,43 +415,43 @@ def test_generate_goes_on_from_prompts(uninterrupted: Path, capsys: pytest.Captu
         "--stop-token-ids",
         first,
     ) == [first]
-    drawn = lines(
+    sampled = lines(
         "--prompt", "5 40 7 33 5 40 7 33 5", "7", "--max-new-tokens", "3", "--temperature", "9", "--seed", "1"
     )
-    assert drawn != both
-    wrong = refuse(capsys, "generate", str(uninterrupted), "--prompt", "1,x")
+    assert sampled != both
+    wrong = error_message(capsys, "generate", str(uninterrupted), "--prompt", "1,x")
     assert "the prompt '1,x' has the word 'x'" in wrong and "token ids separated by spaces" in wrong
-    wrong = refuse(capsys, "generate", str(uninterrupted), "--prompt", "")
+    wrong = error_message(capsys, "generate", str(uninterrupted), "--prompt", "")
     assert "the prompt '' is empty" in wrong and "at least one token id" in wrong
-    wrong = refuse(capsys, "generate", str(uninterrupted), "--prompt", "5 64")
+    wrong = error_message(capsys, "generate", str(uninterrupted), "--prompt", "5 64")
     assert "prompt 0 has the token 64; ids of this model are 0 to 63" in wrong
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
-    """The second one comes while the first still waits for the step that is being compiled."""
+def test_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
+    """The second signal arrives while the first one waits for the step that is being compiled."""
     folder = tmp_path / "run"
-    process = start(folder)
-    wait_for(lambda: (folder / "log.jsonl").exists() and bool(read(folder)), process)
+    process = start_run(folder)
+    wait_for(lambda: (folder / "log.jsonl").exists() and bool(read_rows(folder)), process)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) in (-signal.SIGTERM, 75)  # 75 where the step was quicker than the second signal
+    assert process.wait(10) in (-signal.SIGTERM, 75)  # 75 if the step ended before the second signal
     assert "Traceback" not in folder.with_suffix(".err").read_text()
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(4))
-def test_kills_at_random_moments_change_nothing(tmp_path: Path, uninterrupted: Path, seed: int) -> None:
-    """Five kills at random times, also during start, compilation, saving and evaluation."""
+def test_kills_at_random_times_do_not_change_the_result(tmp_path: Path, uninterrupted: Path, seed: int) -> None:
+    """Five kills at random times, including startup, compilation, saving and evaluation."""
     rng, folder = random.Random(seed), tmp_path / "run"
     for _ in range(5):
-        process = start(folder)
+        process = start_run(folder)
         deadline = time.monotonic() + rng.uniform(1, 12)
         wait_for(lambda deadline=deadline: time.monotonic() > deadline, process)
         process.kill()
         process.wait()
-    end = life(folder)
+    end = run_attempt(folder)
     assert end.status == 0, end.err
     assert checksums(folder, RUN["steps"]) == checksums(uninterrupted, RUN["steps"])
     assert_no_step_twice(end.rows)
-    assert metrics(end.rows) == metrics(read(uninterrupted))
+    assert metrics(end.rows) == metrics(read_rows(uninterrupted))

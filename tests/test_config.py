@@ -48,7 +48,7 @@ def test_no_two_configs_share_a_fingerprint() -> None:
     assert len(set(prints)) == len(prints)
 
 
-def test_a_fingerprint_is_stable_and_blind_to_order() -> None:
+def test_fingerprint_is_stable_and_independent_of_order() -> None:
     data = to_json(config())
     data["model"]["blocks"] = dict(reversed(data["model"]["blocks"].items()))
     assert fingerprint(from_json(data, RunConfig)) == fingerprint(config())
@@ -104,7 +104,7 @@ def test_equal_numbers_have_equal_fingerprints() -> None:
     assert diff(fraction, AdamW(lr=2.0)) == ["lr: 1.0 -> 2.0"]
 
 
-def test_a_difference_names_what_is_only_on_one_side() -> None:
+def test_diff_shows_fields_of_one_side() -> None:
     assert diff(Train(), Train(loss_weights={"a": 0.5})) == ["loss_weights.a: (absent) -> 0.5"]
     other = config("mqar_attention").model.blocks["mixer"].mixer
     assert 'class: "AdamW" -> "Attention"' in diff(AdamW(), other)
@@ -147,7 +147,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_file_says_where(case: str) -> None:
+def test_errors_name_the_path(case: str) -> None:
     data, parts = WRONG[case]
     with pytest.raises(ConfigError) as error:
         from_json(data, RunConfig)
@@ -173,13 +173,13 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("expected", [RunConfig, Config])
-def test_a_class_is_only_ever_a_complete_config(name: Any, expected: type[Config]) -> None:
+def test_only_concrete_configs_are_decoded(name: Any, expected: type[Config]) -> None:
     with pytest.raises(ConfigError, match="has class"):
         from_json({"schema": SCHEMA_VERSION, "class": name}, expected)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_numbers_are_finite(value: float) -> None:
+def test_non_finite_numbers_are_rejected(value: float) -> None:
     with pytest.raises(ConfigError, match=str(value)):
         fingerprint(Train(loss_weights={"next_token": value}))
     with pytest.raises(ConfigError, match=r"optim\.lr is"):
@@ -187,14 +187,14 @@ def test_numbers_are_finite(value: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["steps", "batch_size", "accumulate", "log_every", "save_every", "keep", "fsdp"])
-def test_counts_are_positive(name: str) -> None:
+def test_nonpositive_counts_are_rejected(name: str) -> None:
     for value in (0, -1):
         with pytest.raises(ConfigError, match=f"train.{name} is {value}; it must be at least 1"):
             replace(Train(), **{name: value})
 
 
 @pytest.mark.parametrize("name", ["every", "batches", "batch_size"])
-def test_an_evaluation_is_not_empty(name: str) -> None:
+def test_empty_evaluation_is_rejected(name: str) -> None:
     with pytest.raises(ConfigError, match=f"evaluate.{name} is 0; it must be at least 1"):
         replace(Evaluate(), **{name: 0})
 
@@ -211,7 +211,7 @@ def test_names_of_config_classes_are_unique() -> None:
     assert "AdamW" in config_classes()
 
 
-def test_a_field_added_later_changes_no_fingerprint_while_it_holds_its_default():
+def test_added_field_with_its_default_changes_no_fingerprint():
     @dataclass(frozen=True, kw_only=True)
     class Grown(Config):
         """As saved before `late` existed."""

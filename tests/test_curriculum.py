@@ -139,7 +139,7 @@ def adam(state: TrainState) -> Any:
 
 
 @pytest.mark.full
-def test_one_stage_of_everything_is_no_curriculum():
+def test_one_stage_of_all_parameters_equals_no_curriculum():
     """To rounding, as XLA fuses Adam in other ways; so the control of a curriculum may be written either way."""
     plain = compiled(replace(CONFIG, curriculum=None))
     state = plain.init_state()
@@ -182,7 +182,7 @@ def test_frozen_parameters_are_unchanged_and_unfreeze_with_fresh_moments():
     assert dict(zip(paths, adam(woken).counts.tolist(), strict=True))[out] == 2
 
 
-def test_negative_zeros_are_kept_too():
+def test_frozen_negative_zeros_are_unchanged():
     """Adding an update of 0 would make them positive."""
     program = compiled(CONFIG)
     state = program.init_state()
@@ -196,7 +196,7 @@ def test_negative_zeros_are_kept_too():
     assert np.signbit(leaves(state.params)[path]).all()
 
 
-def test_gates_are_set_and_then_learned():
+def test_gates_are_ramped_and_then_trained():
     positions = [PhasePosition(1, 0)] * 5 + [PhasePosition(3, 5)] * 2
     states = run_steps(compiled(CONFIG), positions)
     gates = [leaves(s.params) for s in states]
@@ -211,7 +211,7 @@ def test_gates_are_set_and_then_learned():
     assert [schedule.ramp_values(step)["*.gates.*"] for step in (11, 12, 13, 14)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
 
 
-def test_a_stage_has_its_own_coefficients():
+def test_stage_has_its_own_loss_weights():
     program = compiled(CONFIG)
     for stage, factor in ((1, 1.0), (3, 0.5)):
         _, report = program.step(program.init_state(), program.batch(0, stage), PhasePosition(stage, 0))
@@ -267,7 +267,7 @@ def test_every_step_trains_on_its_stage(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("kills", [(2, 5), (8,), (11, 13)], ids=str)
-def test_a_killed_run_goes_on_in_the_middle_of_a_stage(
+def test_killed_run_resumes_in_the_middle_of_a_stage(
     kills: tuple[int, ...], tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Before any checkpoint, across a stage's end, and where a rule has to remember an evaluation."""
@@ -317,7 +317,7 @@ def evaluation_rows(*losses: float, **more: float) -> list[dict[str, float]]:
     return [{"loss": loss, "accuracy": 1 - loss} for loss in losses]
 
 
-def test_a_threshold_is_reached_from_either_side():
+def test_metric_reached():
     rise, fall = MetricReached(threshold=0.5, max_steps=9), MetricReached(metric="loss", threshold=0.5, max_steps=9)
     for rule in (rise, fall):
         assert (
@@ -331,7 +331,7 @@ def test_a_threshold_is_reached_from_either_side():
         )
 
 
-def test_a_metric_has_settled_when_the_last_evaluations_bring_no_more():
+def test_metric_plateau():
     rule = MetricPlateau(patience=2, min_delta=0.1, max_steps=9)
     assert rule.end_reason(evaluation_rows(1.0, 1.0)) is None  # nothing to compare with
     assert rule.end_reason(evaluation_rows(1.0, 1.0, 1.0)) is not None
@@ -347,7 +347,7 @@ def test_a_metric_has_settled_when_the_last_evaluations_bring_no_more():
     assert MetricPlateau(metric="accuracy", patience=1, max_steps=9).end_reason(evaluation_rows(0.5, 0.5)) is not None
 
 
-def test_a_stage_has_a_least_and_a_most_number_of_steps():
+def test_stage_has_minimum_and_maximum_duration():
     rule = MetricReached(threshold=0.5, min_steps=10, max_steps=20)
     curriculum = Curriculum(stages=(Stage(name="a", until=rule), Stage(name="b")))
     schedule = CurriculumSchedule(curriculum, CurriculumState(0, 100))
@@ -436,7 +436,7 @@ def test_invalid_curricula_are_rejected(case: str):
         assert part in str(error.value)
 
 
-def test_patterns_mean_layers_blocks_and_the_rest():
+def test_patterns_match_layers_blocks_and_other_parameters():
     flat = {
         name: leaves(phase.mask.trainable)
         for name, phase in zip(
@@ -459,7 +459,7 @@ def test_patterns_mean_layers_blocks_and_the_rest():
     assert all(any(part.values()) for part in flat.values())
 
 
-def test_a_curriculum_is_json_and_moves_no_other_fingerprint():
+def test_curriculum_json_round_trip_and_fingerprint():
     assert from_json(json.loads(json.dumps(to_json(CONFIG))), RunConfig) == CONFIG
     assert "curriculum" not in to_json(replace(CONFIG, curriculum=None))
     assert fingerprint(CONFIG) != fingerprint(replace(CONFIG, curriculum=None))

@@ -100,7 +100,7 @@ def meshes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 
 
 @pytest.mark.parametrize("name", ["data", "both", "fsdp"])
-def test_any_mesh_computes_what_one_device_does(meshes: tuple[Path, dict[str, Any]], name: str) -> None:
+def test_every_mesh_equals_one_device(meshes: tuple[Path, dict[str, Any]], name: str) -> None:
     wanted, found = meshes[1]["one"], meshes[1][name]
     assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
     assert found["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
@@ -148,7 +148,7 @@ def test_a_checkpoint_is_restored_on_another_mesh(meshes: tuple[Path, dict[str, 
         ("evaluate", {"batch_size": 12}, "evaluate.batch_size is 12 rows, which 8 devices cannot share"),
     ],
 )
-def test_a_mesh_that_does_not_fit(
+def test_unsuitable_mesh_is_rejected(
     part: str, fields: dict[str, int], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "device_count", lambda: 8)
@@ -216,7 +216,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"folder": folder, "stopped": stopped, "saved": saved, "finished": Job(folder).wait()}
 
 
-def test_a_signal_to_one_process_stops_both_at_one_step(pair: dict[str, Any]) -> None:
+def test_signal_to_one_process_stops_both_at_the_same_step(pair: dict[str, Any]) -> None:
     statuses, errors = pair["stopped"]
     assert statuses == [75, 75], errors
     step = pair["saved"][-1]
@@ -225,7 +225,7 @@ def test_a_signal_to_one_process_stops_both_at_one_step(pair: dict[str, Any]) ->
     assert [(row["event"], row["step"]) for row in events] == [("interrupted", step)]
 
 
-def test_two_processes_compute_what_one_does(pair: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_equal_one(pair: dict[str, Any], tmp_path: Path) -> None:
     statuses, errors = pair["finished"]
     assert statuses == [0, 0], errors
     assert main(["train", *ARGUMENTS, "--run", str(tmp_path / "run")]) == 0
@@ -248,7 +248,7 @@ def test_only_the_first_process_writes(pair: dict[str, Any]) -> None:
     assert len(list((pair["folder"] / "tensorboard").iterdir())) <= 2  # one file per life
 
 
-def test_all_processes_refuse_together(pair: dict[str, Any]) -> None:
+def test_all_processes_reject_a_folder_together(pair: dict[str, Any]) -> None:
     """Process 0 sees that the folder is another run's; the other must not wait for it."""
     begin = time.monotonic()
     statuses, errors = Job(pair["folder"], "--optim.lr=0.5").wait()

@@ -307,7 +307,7 @@ def test_a_prompt_may_be_read_in_pieces(name, monkeypatch):
     same(pieces[2:], whole[2:])
     same(generator.generate(pieces, NEW).tokens, generator.generate(whole, NEW).tokens)
     if name in PREFIXES:
-        with pytest.raises(PromptError, match=r"prefix of prompt 1 is 6 tokens.*chunk_size is 5: make it as long"):
+        with pytest.raises(PromptError, match=r"prefix of prompt 1 is 6 tokens.*chunk_size is 5: increase it"):
             generator.prefill(prompts(name), chunk_size=5)
         causal = generator.prefill(prompts())
         assert jnp.abs(causal.logits - whole.logits).max() > 0.01  # the prefix counts
@@ -404,32 +404,32 @@ def generation_state(rows: int = 1) -> DecodingState:
 
 WRONG = {
     "there are no prompts": lambda: pad_prompts([]),
-    "prompt 1 has 3 tokens; rows of 2": lambda: pad_prompts([[1], [1, 2, 3]], length=2),
+    "prompt 1 has 3 tokens; it must have at most length=2": lambda: pad_prompts([[1], [1, 2, 3]], length=2),
     "prefix of prompt 0 is 3 tokens; it must be from 0 to the prompt's 1": lambda: pad_prompts([[1]], prefix_lengths=3),
     "prompt 0 has the token -1": lambda: pad_prompts([[1, -1]]),
     "prompt 1 has the token 23; ids of this model are 0 to 22": lambda: greedy("based").prefill(
         pad_prompts([[1], [2, 23]])
     ),
     "prompt 1 is empty": lambda: greedy("based").prefill(pad_prompts([[1], []])),
-    "row 0 holds several documents": lambda: greedy("based").prefill(
+    "row 0 has several documents": lambda: greedy("based").prefill(
         Prompts(np.array([[1, 2]]), SeqInfo(np.array([[0, 0]]), np.array([[1, 2]]), np.zeros((1, 2), bool)))
     ),
     "row 0 would have 49 tokens .* max_len is 48": lambda: greedy("based").prefill(pad_prompts([[1] * 49])),
-    "row 1 would have 50 tokens when all are generated; max_len is 48: raise it, or ask for 2": lambda: greedy(
+    "row 1 would have 50 tokens after generation; max_len is 48: increase it, or request 2": lambda: greedy(
         "based"
     ).generate(generation_state(2)._replace(position=jnp.array([5, 40])), 10),
     "max_new_tokens is 0": lambda: greedy("based").generate(generation_state(), 0),
     "chunk_size is 0": lambda: greedy("based").prefill(pad_prompts([[1]]), chunk_size=0),
-    "a document that goes on can have none": lambda: greedy("based").prefill(
+    "a continued document cannot have a prefix": lambda: greedy("based").prefill(
         pad_prompts([[1, 2]], prefix_lengths=1), generation_state()
     ),
-    "there are 2 prompts, and 1 rows to go on from": lambda: greedy("based").prefill(
+    "there are 2 prompts for a state of 1 rows": lambda: greedy("based").prefill(
         pad_prompts([[1], [2]]), generation_state()
     ),
     "rows to fork are .0, 1.; .* from 0 to 0": lambda: greedy("based").fork(generation_state(), [0, 1]),
     "the context has 2 rows": lambda: greedy("based").answer(generation_state(2), [[1]], 2),
-    "names has 1 numbers for 2": lambda: greedy("based").answer(generation_state(), [[1], [2]], 2, question_ids=[0]),
-    "rows names 3 rows; there are 1": lambda: greedy("based").generate(generation_state(), 2, row_ids=[0, 1, 2]),
+    "question_ids has 1 ids for 2": lambda: greedy("based").answer(generation_state(), [[1], [2]], 2, question_ids=[0]),
+    "row_ids has 3 ids for 1 rows": lambda: greedy("based").generate(generation_state(), 2, row_ids=[0, 1, 2]),
 }
 
 
@@ -450,7 +450,7 @@ def test_wrong_settings_are_refused():
     ):
         with pytest.raises(ConfigError, match=message):
             wrong()
-    with pytest.raises(ConfigError, match="stop has the token 23"):
+    with pytest.raises(ConfigError, match="stop_token_ids has the token 23"):
         Generator(model("based"), max_len=8, stop_token_ids=[23])
     with pytest.raises(ConfigError, match="max_len is 1"):
         Generator(model("based"), max_len=1)
@@ -467,6 +467,6 @@ def test_a_prefix_beyond_what_the_model_reads_is_refused():
     generator = Generator(config.build(nnx.Rngs(0)), max_len=16)
     with pytest.raises(PromptError, match="prefix of prompt 1 is 5 tokens; this model reads at most 4"):
         generator.prefill(pad_prompts(token_ids(0, (5, 6)), prefix_lengths=(4, 5)))
-    with pytest.raises(FloatingPointError, match="behind prompt 1 are not finite"):
+    with pytest.raises(FloatingPointError, match="after prompt 1 are not finite"):
         generator.max_prefix = 5
         generator.prefill(pad_prompts(token_ids(0, (5, 6)), prefix_lengths=(4, 5)))

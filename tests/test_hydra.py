@@ -1,4 +1,4 @@
-"""Hydra's block: its paths side by side, its state-space model, its size, its ablations."""
+"""Hydra's block: parallel paths and the diagonal state-space model."""
 
 import jax
 import jax.numpy as jnp
@@ -22,24 +22,24 @@ def build(config, d_model: int = WIDTH):
     return config.build(d_model, LayerInfo(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
 
 
-def test_paths_are_summed_behind_their_gates():
+def test_output_is_the_gated_sum_of_paths():
     mixer = build(Parallel(ssm=SlidingWindow(window=3), attention=SwiGLU(intermediate_size=5), experts=Identity()))
     assert isinstance(mixer, ParallelMixer)
-    y, told, parts = jax.jit(lambda: (*mixer(X, SEQ), {name: path(X, SEQ)[0] for name, path in mixer.paths.items()}))()
-    np.testing.assert_allclose(y, 0.8 * parts["ssm"] + 0.2 * parts["attention"] + 0.5 * X, atol=1e-6)
-    assert float(told["diagnostic/experts_size"].total / told["diagnostic/experts_size"].weight) == pytest.approx(0.5)
+    y, aux, outputs = jax.jit(lambda: (*mixer(X, SEQ), {name: path(X, SEQ)[0] for name, path in mixer.paths.items()}))()
+    np.testing.assert_allclose(y, 0.8 * outputs["ssm"] + 0.2 * outputs["attention"] + 0.5 * X, atol=1e-6)
+    assert float(aux["diagnostic/experts_size"].total / aux["diagnostic/experts_size"].weight) == pytest.approx(0.5)
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
-    slopes = jax.jit(jax.grad(lambda p: nnx.merge(graph, p, rest)(X, SEQ)[0].var()))(params)
-    assert all(leaf.any() for leaf in jax.tree.leaves(slopes["gates"]))
+    grads = jax.jit(jax.grad(lambda p: nnx.merge(graph, p, rest)(X, SEQ)[0].var()))(params)
+    assert all(leaf.any() for leaf in jax.tree.leaves(grads["gates"]))
 
 
-def test_an_absent_path_has_no_parameters_and_adds_exactly_0():
+def test_absent_path_has_no_parameters_and_adds_zero():
     mixer = build(Parallel(experts=Identity(), gate_init=(9.0, 9.0, 1.0)))
     assert [leaf.shape for leaf in jax.tree.leaves(nnx.state(mixer, nnx.Param))] == [()]
     np.testing.assert_array_equal(mixer(X, SEQ)[0], X)
 
 
-def test_paths_that_do_not_fit_are_named():
+def test_invalid_paths_are_rejected():
     with pytest.raises(ConfigError, match="every path is NoChannelMixer"):
         Parallel()
     with pytest.raises(ConfigError, match="landmarks every"):
@@ -48,7 +48,7 @@ def test_paths_that_do_not_fit_are_named():
     assert landmarks.landmark_interval == 4 and landmarks.grid == 1
 
 
-def test_the_state_space_model_follows_its_equation():
+def test_diagonal_ssm_matches_its_equation():
     mixer = build(DiagonalSSM(max_timescale=64.0))
     assert isinstance(mixer, DiagonalSSMMixer)
     y, _ = mixer(X, SEQ)
@@ -64,7 +64,7 @@ def test_the_state_space_model_follows_its_equation():
         np.testing.assert_allclose(y[:, t], read + mixer.skip(u[:, t]), atol=2e-5)
 
 
-def test_states_start_with_half_lives_of_every_length_and_at_one_size():
+def test_initial_half_lives_are_log_uniform_and_state_sizes_similar():
     mixer = build(DiagonalSSM(max_timescale=256.0), 256)
     half_lives = 1 / np.log1p(np.exp(np.asarray(mixer.rate[...])))
     assert half_lives.min() < 1.1 and half_lives.max() > 230
@@ -76,6 +76,6 @@ def test_states_start_with_half_lives_of_every_length_and_at_one_size():
     assert 0.6 < long / short < 2.5  # without the smaller columns, 15
 
 
-def test_a_half_life_below_a_token_is_refused():
+def test_half_life_below_one_token_is_rejected():
     with pytest.raises(ConfigError, match="at least 1 token"):
         DiagonalSSM(max_timescale=0.5)

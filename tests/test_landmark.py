@@ -1,4 +1,4 @@
-"""What is peculiar to landmark attention: where landmarks stand, what retrieval reads, how far away it seems."""
+"""Landmark attention: insertion of landmarks, retrieval of blocks, and positions of retrieved blocks."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,11 +44,11 @@ def config(pattern: str) -> LMConfig:
     return LMConfig(d_model=8, vocab_size=20, pattern=pattern, blocks=blocks)
 
 
-def test_landmarks_stand_behind_every_full_block_of_a_document_and_nowhere_else():
+def test_landmarks_are_inserted_after_complete_blocks_only():
     marks = LandmarkTokens(3, 1, precision=Precision(), rngs=nnx.Rngs(0))
     marks.embedding[...] = jnp.array([-1.0])
     segments = jnp.array([[4, 4, 4, 4, 2, 2, 2, 7, 0], [1] * 9])
-    positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 5], range(2, 11)])  # the second row goes on at 2
+    positions = jnp.array([[0, 1, 2, 3, 0, 1, 2, 0, 5], range(2, 11)])  # the second row continues at position 2
     x = jnp.arange(18.0).reshape(2, 9, 1)
     seq = SeqInfo(positions, segments, jnp.zeros_like(segments, bool))
     inserted, longer, places = marks.insert(x, seq)
@@ -58,14 +58,14 @@ def test_landmarks_stand_behind_every_full_block_of_a_document_and_nowhere_else(
     assert inserted[1, :, 0].tolist() == [9, -1, 10, 11, 12, -1, 13, 14, 15, -1, 16, 17]
     assert longer.positions[1].tolist() == list(range(2, 14)) and longer.segment_ids.shape == (2, 12)
     np.testing.assert_array_equal(drop_landmarks(inserted, places), x)
-    # Back and forth is one row each: the gradient of a token meets its slot alone.
-    slope = jax.grad(
-        lambda x: (drop_landmarks(marks.insert(x, seq)[0], places) * jnp.arange(9.0)[None, :, None]).sum()
-    )(x)
-    np.testing.assert_array_equal(slope[..., 0], np.broadcast_to(np.arange(9), (2, 9)))
+    # Insertion and removal are inverse: the gradient of a token comes from its own slot only.
+    grad = jax.grad(lambda x: (drop_landmarks(marks.insert(x, seq)[0], places) * jnp.arange(9.0)[None, :, None]).sum())(
+        x
+    )
+    np.testing.assert_array_equal(grad[..., 0], np.broadcast_to(np.arange(9), (2, 9)))
 
 
-def test_decoding_reads_a_landmark_where_a_block_ends_and_only_in_that_row():
+def test_decoding_processes_a_landmark_in_rows_where_a_block_ends():
     marks = LandmarkTokens(3, 4, precision=Precision(), rngs=nnx.Rngs(0))
     info = StepInfo(jnp.array([1, 2, 3, 5]), jnp.array([True, True, True, False]))
     assert marks.token_step_info(info).position.tolist() == [1, 2, 4, 6]
@@ -75,13 +75,13 @@ def test_decoding_reads_a_landmark_where_a_block_ends_and_only_in_that_row():
 
 
 def test_compressed_positions():
-    """k = 2, blocks of 4: a query at place 1 of block 6; chosen blocks in order, and how many blocks back they seem."""
+    """k = 2, blocks of 4, a query at offset 1 of block 6: selected blocks and their compressed distances in blocks."""
     table = {(4, 5): (2, 1), (0, 5): (3, 1), (1, 4): (3, 1), (0, 3): (3, 2), (2,): (3,), (5,): (1,), (4,): (1,)}
-    for chosen, back in table.items():
-        number = jnp.array([*chosen, *[9] * (2 - len(chosen))])
-        distance = compressed_distances(number, jnp.arange(2) < len(chosen), jnp.array([25]), 4, 2)
-        assert distance[: len(chosen)].tolist() == [1 + 4 * n for n in back], chosen
-    for position in range(12):  # while k covers all blocks, distances are true
+    for selected, back in table.items():
+        number = jnp.array([*selected, *[9] * (2 - len(selected))])
+        distance = compressed_distances(number, jnp.arange(2) < len(selected), jnp.array([25]), 4, 2)
+        assert distance[: len(selected)].tolist() == [1 + 4 * n for n in back], selected
+    for position in range(12):  # distances are exact while k covers all blocks
         number = jnp.arange(2)
         distance = compressed_distances(number, number < position // 4, jnp.array([position]), 4, 2)
         assert distance.tolist()[: position // 4] == [position - 4 * n for n in range(position // 4)]
@@ -93,32 +93,32 @@ def test_compressed_positions():
     ("per", "distances"),
     [
         ("head", "compressed"),
-        *(pytest.param(*way, marks=pytest.mark.full) for way in (("token", "compressed"), ("head", "exact"))),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in (("token", "compressed"), ("head", "exact"))),
     ],
 )
-def test_retrieval_of_every_block_is_the_whole_grouped_softmax(per: SelectionScope, distances: PositionMode):
-    """Stingy distances are true while k covers the blocks: four, and a part."""
+def test_retrieval_of_all_blocks_equals_grouped_softmax(per: SelectionScope, distances: PositionMode):
+    """Compressed distances are exact while k covers the blocks: four complete ones and a partial one."""
     every = replace(THREE, top_k=4, select_per=per, position_mode=distances)
     np.testing.assert_allclose(compiled("prefill", every)(X), compiled("call", THREE)(X), atol=1e-5)
 
 
 def test_unretrieved_blocks_have_no_influence():
-    """With k = 1 the third block's tokens, of which two are past, read one of them; appendix D's threshold none."""
+    """With k = 1, tokens of the third block read one of two past blocks, and none at a minimum probability of 1."""
     changed = X.at[:, 1].add(1.0)
-    for most, seen in ((0.0, True), (1.0, False)):
-        run = compiled("prefill", replace(THREE, top_k=1, min_probability=most))
-        apart = np.abs(run(X) - run(changed))[:, 8:].max()
-        assert (apart > 1e-3) if seen else (apart == 0)
-    few = compiled("prefill", replace(THREE, top_k=1))(X)
-    apart = np.abs(few - compiled("call", THREE)(X)).max(axis=(0, 2))
-    assert apart[:8].max() < 1e-5 and apart[8:].min() > 1e-3
+    for min_probability, visible in ((0.0, True), (1.0, False)):
+        run = compiled("prefill", replace(THREE, top_k=1, min_probability=min_probability))
+        difference = np.abs(run(X) - run(changed))[:, 8:].max()
+        assert (difference > 1e-3) if visible else (difference == 0)
+    retrieved = compiled("prefill", replace(THREE, top_k=1))(X)
+    difference = np.abs(retrieved - compiled("call", THREE)(X)).max(axis=(0, 2))
+    assert difference[:8].max() < 1e-5 and difference[8:].min() > 1e-3
 
 
 X = jax.random.normal(jax.random.key(0), (2, 19, 8))
 
 
-def compiled(verb: str, config: Landmark) -> Callable[[jax.Array], np.ndarray]:
-    """With parameters as large as they are after training, so that blocks differ."""
+def compiled(method: str, config: Landmark) -> Callable[[jax.Array], np.ndarray]:
+    """Compile a method of a mixer with large random parameters, so that blocks differ."""
     mixer = config.build(8, LayerInfo(1, 4), precision=Precision(), rngs=nnx.Rngs(7))
     seq = SeqInfo(*(jnp.asarray(part) for part in unpacked_seq_info(2, 19)[:3]), key=None)
     graph, params = nnx.split(mixer)
@@ -128,33 +128,38 @@ def compiled(verb: str, config: Landmark) -> Callable[[jax.Array], np.ndarray]:
     @jax.jit
     def apply(x):
         mixer = nnx.merge(graph, params)
-        return mixer(x, seq)[0] if verb == "call" else mixer.prefill(x, seq, mixer.init_state(*x.shape[:2]))[0]
+        return mixer(x, seq)[0] if method == "call" else mixer.prefill(x, seq, mixer.init_state(*x.shape[:2]))[0]
 
     return lambda x: np.asarray(apply(x))
 
 
-def test_jumps_stand_before_blocks_and_documents_begin_at_0():
+def test_position_jumps_precede_blocks_and_documents_start_at_0():
     positions = jnp.array([[*range(10), *range(6)]])
-    found = np.asarray(add_position_jumps(positions, 4, 5, jax.random.key(0)))[0]
-    gaps = np.diff(found) - 1
-    assert found[0] == found[10] == 0 and set(np.flatnonzero(gaps)) <= {3, 7, 9, 13}  # 9 is the other document
+    jumped = np.asarray(add_position_jumps(positions, 4, 5, jax.random.key(0)))[0]
+    gaps = np.diff(jumped) - 1
+    assert jumped[0] == jumped[10] == 0 and set(np.flatnonzero(gaps)) <= {
+        3,
+        7,
+        9,
+        13,
+    }  # the second document starts after 9
     assert all(0 <= gap <= 5 for place, gap in enumerate(gaps) if place != 9) and gaps[[3, 7, 13]].sum() > 0
     np.testing.assert_array_equal(add_position_jumps(positions, 4, 0, jax.random.key(0)), positions)
 
 
-def test_layers_of_a_model_agree_on_their_landmarks():
+def test_layers_must_agree_on_landmarks():
     one = config("mark")
     assert config("full mark").landmark_block_size == 3 and config("full").landmark_block_size is None
     blocks = one.blocks | {"wide": Block(mixer=Landmark(block_size=5))}
-    with pytest.raises(ConfigError, match=r"landmarks every \[3, 5\] tokens"):
+    with pytest.raises(ConfigError, match=r"landmark block sizes \[3, 5\]"):
         replace(one, pattern="mark wide", blocks=blocks)
-    assert replace(one, blocks=blocks).landmark_block_size == 3  # a spare block has no say
+    assert replace(one, blocks=blocks).landmark_block_size == 3  # blocks that the pattern does not use are ignored
     for name, value in (("block_size", 0), ("max_position_jump", -1), ("top_k", 0), ("min_probability", 2.0)):
         with pytest.raises(ConfigError, match=f"{name} is {value}"):
             replace(THREE, **{name: value})
 
 
-def test_blocks_on_the_host_are_fetched_as_they_are_read_and_counted():
+def test_offloaded_blocks_are_fetched_on_read_and_counted():
     mixer = Landmark(block_size=3, num_heads=4, num_kv_heads=2, top_k=2, select_per="head")
     blocks = {"m": Block(mixer=mixer), "c": Block(mixer=GatedConv(), channel=NoChannelMixer())}
     config = LMConfig(d_model=8, vocab_size=20, pattern="c m", blocks=blocks)
@@ -185,29 +190,31 @@ def test_blocks_on_the_host_are_fetched_as_they_are_read_and_counted():
     with pytest.raises(ConfigError, match="'c' has no landmark attention"):
         OffloadedLM(plain, plain.build(nnx.Rngs(0)), 1, 20)
     every = replace(config, blocks=config.blocks | {"m": Block(mixer=THREE)})
-    with pytest.raises(ConfigError, match="give a top_k"):
+    with pytest.raises(ConfigError, match="set top_k"):
         OffloadedLM(every, every.build(nnx.Rngs(0)), 1, 20)
 
 
-def test_steps_leave_the_cache_that_a_row_leaves_also_right_behind_a_landmark():
+def test_steps_and_prefill_give_the_same_cache_after_a_landmark():
     k, v = (jax.random.normal(jax.random.key(i), (1, 8, 1, 2)) for i in range(2))
     active, positions, ones = jnp.ones(1, bool), jnp.arange(8)[None], jnp.ones((1, 8), jnp.int32)
-    empty = walked = init_landmark_cache(1, 8, 3, 1, 2, jnp.float32)
+    empty = stepped = init_landmark_cache(1, 8, 3, 1, 2, jnp.float32)
     for t in range(8):
         at = jnp.full(1, t)
-        walked = close_partial_block(append_to_partial_block(walked, k[:, t], v[:, t], at, active), k[:, t], at, active)
+        stepped = close_partial_block(
+            append_to_partial_block(stepped, k[:, t], v[:, t], at, active), k[:, t], at, active
+        )
     blocks = cached_and_new_blocks(k, v, ones, positions, empty)
     whole, _ = update_cache_and_log_probs(empty, None, blocks, None, k, v, ones, positions)
     assert not np.asarray(whole.partial_k).any() and np.asarray(whole.landmark_k).all()
-    for got, want in zip(walked, whole, strict=True):
-        np.testing.assert_array_equal(got, want)
+    for actual, expected in zip(stepped, whole, strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.full
-def test_memory_is_linear_in_time():
-    """Of forward with backward, compiled and not run: twice the tokens hold at most twice as much."""
+def test_memory_is_linear_in_length():
+    """Memory of the compiled forward and backward pass at most doubles when the length doubles."""
 
-    def held(length: int) -> int:
+    def memory_bytes(length: int) -> int:
         q, k, v = (jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32) for _ in range(3))
 
         def loss(q, k, v):
@@ -217,5 +224,5 @@ def test_memory_is_linear_in_time():
         assert memory is not None
         return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
-    short, long = held(4096), held(8192)
+    short, long = memory_bytes(4096), memory_bytes(8192)
     assert long <= 2.1 * short and long <= 7 * 3 * 8192 * 16 * 4

@@ -1,4 +1,4 @@
-"""The laws of DESIGN: every mixer that appears in any config obeys them, with no test written for it by hand."""
+"""Laws that every mixer in any config must satisfy; a new mixer needs no test of its own."""
 
 import dataclasses
 import functools
@@ -48,13 +48,13 @@ pytestmark = pytest.mark.usefixtures("strict", "chunks_of_four")
 WIDTH, LENGTH = 16, 11
 TOLERANCE = 2e-5
 BF16_TOLERANCE = 0.04
-"""Of bfloat16 against float32, relative to the largest output: a few units of its 8-bit mantissa."""
+"""Tolerance of bfloat16 relative to the largest float32 output: a few units of its 8-bit mantissa."""
 ROUTED_TOLERANCE = 0.15
-"""The same for mixers that choose: where two memories are nearly equal, rounding chooses the other one."""
+"""Tolerance of bfloat16 for mixers with routing, where rounding may select another expert or memory."""
 ROUTED_MIXERS = (MoM, SparseGlobalAttention, ChunkExperts, ProductKeys, Parallel)
 WEIGHT_SCALES = {NeuralMemory: 0.05, MemoryAsGate: 0.05, MemoryAsContext: 0.02}
-"""Mixers that learn while they read, and sizes of their weights: at 0.4, rounding of the inputs alone, with float32
-inside, moves single tokens by a third."""
+"""Scale of random weights for mixers with a neural memory. At 0.4, rounding the inputs to bfloat16 changes single
+outputs by a third, even with float32 inside."""
 
 
 def tiny_models() -> dict[str, LMConfig]:
@@ -78,23 +78,23 @@ def label(config: MixerConfig) -> str:
 
 
 def prefix_linear_configs() -> list[MixerConfig]:
-    """A mixture over each member of the family that some config holds, and each reading twice."""
-    members = {type(m): m for m in mixers() if isinstance(m, MemoryConfig)}.values()
-    return [*(MoM(memory=m, num_memories=3, top_k=2) for m in members), *(PrefixLinear(memory=m) for m in members)]
+    """`MoM` and `PrefixLinear` over each memory of the family that occurs in a config."""
+    memories = {type(m): m for m in mixers() if isinstance(m, MemoryConfig)}.values()
+    return [*(MoM(memory=m, num_memories=3, top_k=2) for m in memories), *(PrefixLinear(memory=m) for m in memories)]
 
 
 def top_k_landmark_configs() -> list[Landmark]:
-    """Landmark attention that leaves blocks unread: k covers one of the row's three."""
-    few = Landmark(block_size=2, num_heads=2, num_kv_heads=1, top_k=1, min_probability=0.4)
+    """Landmark attention that reads one of the three blocks of a row."""
+    config = Landmark(block_size=2, num_heads=2, num_kv_heads=1, top_k=1, min_probability=0.4)
     return [
-        few,
-        dataclasses.replace(few, select_per="token", position_mode="exact"),
-        dataclasses.replace(few, select_per="head", min_probability=0.0),
+        config,
+        dataclasses.replace(config, select_per="token", position_mode="exact"),
+        dataclasses.replace(config, select_per="head", min_probability=0.0),
     ]
 
 
 def hydra_component_configs() -> list[MixerConfig]:
-    """Parts that configs hold inside others, and their other choices."""
+    """Mixers that occur inside other mixers in configs, with options that no config uses."""
     sparse = SparseGlobalAttention(window=3, top_k=2, block_size=2, num_heads=2, num_kv_heads=1, head_dim=6)
     experts = ChunkExperts(num_experts=3, top_k=2, intermediate_size=5, chunk_size=3)
     return [
@@ -110,80 +110,83 @@ def hydra_component_configs() -> list[MixerConfig]:
 
 
 def deep_memory_configs() -> list[MixerConfig]:
-    """Titans' ways of joining attention and a memory that is more than a matrix."""
+    """Titans' combinations of attention and a neural memory."""
     deep = NeuralMemory(
         num_heads=2, inner_optimizer=InnerOptimizer(network=MLPNet(expansion=2), chunk_size=2, reset_interval=6)
     )
     window = SlidingWindow(window=5, num_heads=2, num_persistent_tokens=3)
     context = MemoryAsContext(memory=deep, block_size=4, num_retrieved_tokens=2, num_persistent_tokens=3, num_heads=2)
-    asked: tuple[QuerySource, ...] = ("own", "previous", "learned")
-    joined = [dataclasses.replace(context, query_source=query) for query in asked]
-    return [*joined, MemoryAsGate(attention=window, memory=dataclasses.replace(deep, num_persistent_tokens=4))]
+    sources: tuple[QuerySource, ...] = ("own", "previous", "learned")
+    contexts = [dataclasses.replace(context, query_source=source) for source in sources]
+    return [*contexts, MemoryAsGate(attention=window, memory=dataclasses.replace(deep, num_persistent_tokens=4))]
 
 
 def uses_top_k_retrieval(config: MixerConfig) -> bool:
-    """Its call is the training form over all blocks, another function: the laws then take its prefill as the call."""
+    """True if the call, which reads all blocks, differs from prefill; then the laws compare with prefill."""
     return isinstance(config, Landmark) and (config.top_k or LENGTH) * (config.block_size + 1) < LENGTH - 1
 
 
 def param_on_one_worker(config: MixerConfig, *marks: pytest.MarkDecorator):
-    """All laws of a mixer in one process, which compiles each of its programs once."""
+    """Run all laws of a mixer in one process, so that each of its programs is compiled once."""
     return pytest.param(config, marks=[pytest.mark.xdist_group(label(config)), *marks])
 
 
 def one_config_per_class() -> list[MixerConfig]:
-    """Of the mixers that differ in no class, their own or of what they hold, the first."""
-    found: dict[tuple[type, ...], MixerConfig] = {}
+    """The first mixer of each combination of classes, its own and those of the mixers inside it."""
+    first: dict[tuple[type, ...], MixerConfig] = {}
     for mixer in mixers():
-        found.setdefault(tuple(type(part) for part in (mixer, *_inside(mixer))), mixer)
-    return list(found.values())
+        first.setdefault(tuple(type(part) for part in (mixer, *_inside(mixer))), mixer)
+    return list(first.values())
 
 
-def wide() -> list[MixerConfig]:
-    """The others, and what configs hold inside others or choose elsewhere."""
-    more = [
+def full_suite_configs() -> list[MixerConfig]:
+    """All other mixers, and options that no config uses."""
+    configs = [
         *mixers(),
         *prefix_linear_configs(),
         *top_k_landmark_configs(),
         *hydra_component_configs(),
         *deep_memory_configs(),
     ]
-    gate = one_config_per_class()
-    return [mixer for mixer in dict.fromkeys(more) if mixer not in gate]
+    tested_always = one_config_per_class()
+    return [mixer for mixer in dict.fromkeys(configs) if mixer not in tested_always]
 
 
 each_mixer = pytest.mark.parametrize(
     "config",
     [
         *map(param_on_one_worker, one_config_per_class()),
-        *(param_on_one_worker(mixer, pytest.mark.full) for mixer in wide()),
+        *(param_on_one_worker(mixer, pytest.mark.full) for mixer in full_suite_configs()),
     ],
     ids=label,
 )
 
 
 DEEP = ("titans_340m", "mom_1b3", "mqar_hydra_staged")
-"""Models whose parts are all in shallower ones."""
+"""Models whose blocks all occur in shallower models."""
 
 
 def models() -> list:
-    """The tiny models by name. One that differs from others only in mixers, which have laws of their own, is for
-    the wide sweep, unless the language model treats the mixer in a way of its own."""
-    met: set[str] = set()
-    found = []
+    """The tiny models by name.
+
+    A model that differs from an earlier one only in its mixers is left to the full suite, since mixers have laws of
+    their own, unless the mixer depends on the language model.
+    """
+    seen: set[str] = set()
+    params = []
     for name, model in {repr(model): (name, model) for name, model in tiny_models().items()}.values():
         blocks = {
             key: dataclasses.replace(block, mixer=block.mixer if depends_on_model(block.mixer) else NoChannelMixer())
             for key, block in model.blocks.items()
         }
         rest = repr(dataclasses.replace(model, blocks=blocks))
-        found.append(pytest.param(name, marks=[pytest.mark.full] if rest in met or name in DEEP else []))
-        met.add(rest)
-    return found
+        params.append(pytest.param(name, marks=[pytest.mark.full] if rest in seen or name in DEEP else []))
+        seen.add(rest)
+    return params
 
 
 def depends_on_model(mixer: MixerConfig) -> bool:
-    """Landmarks are inserted by the language model, and floors are shared by its layers."""
+    """True for landmarks, which the language model inserts, and HGRN2, whose lower bounds its layers share."""
     return mixer.landmark_interval is not None or isinstance(mixer.memory if isinstance(mixer, MoM) else mixer, HGRN2)
 
 
@@ -191,7 +194,7 @@ each_model = pytest.mark.parametrize("name", models())
 
 
 class Compiled(NamedTuple):
-    """A mixer's three verbs as compiled functions."""
+    """Methods of a mixer as compiled functions."""
 
     call: Callable
     prefill: Callable
@@ -200,18 +203,18 @@ class Compiled(NamedTuple):
     init_state: Callable
 
 
-@functools.lru_cache(maxsize=4)  # what one mixer needs: its laws run one after another
+@functools.lru_cache(maxsize=4)  # enough for one mixer, since its laws run one after another
 def build(config: MixerConfig, compute=jnp.float32, size: float = 0.4) -> Compiled:
     module = config.build(WIDTH, LayerInfo(1, 4), precision=Precision(compute=compute), rngs=nnx.Rngs(7))
     assert isinstance(module, RecurrentMixer)
-    # Projections start at 0.02; at that size every mixer is nearly the identity and the laws would see little.
+    # With projections at their initial scale of 0.02, outputs are too small for the laws to detect errors.
     graph, params, rest = nnx.split(module, nnx.Param, ...)
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(3), max(len(leaves), 1))
     leaves = [x + size * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=False)]
     mixer = nnx.merge(graph, jax.tree.unflatten(tree, leaves), rest)
 
-    def walk(x: jax.Array, seq: SeqInfo, state):
+    def scan_steps(x: jax.Array, seq: SeqInfo, state):
         """Outputs and final state of one step per token; padding is inactive."""
 
         def body(state, token):
@@ -235,7 +238,7 @@ def build(config: MixerConfig, compute=jnp.float32, size: float = 0.4) -> Compil
         jax.jit(call),
         jax.jit(lambda x, seq, state: mixer.prefill(x, seq, state)),
         jax.jit(lambda x, info, state: mixer.step(x, info, state)),
-        jax.jit(walk),
+        jax.jit(scan_steps),
         mixer.init_state,
     )
 
@@ -245,8 +248,8 @@ def random_inputs(seed: int, *shape: int) -> jax.Array:
 
 
 def rows(*documents: list[int], length: int = LENGTH, grid: int = 1) -> SeqInfo:
-    """One row per list of document lengths, packed in order on the grid; what does not fit is left out, and the rest of
-    the row is padding."""
+    """One row per list of document lengths, packed in order on the grid; documents are truncated at the end of the row,
+    and the rest of the row is padding."""
     positions, segments = np.zeros((2, len(documents), length), np.int32)
     for row, lengths in enumerate(documents):
         start = 0
@@ -259,7 +262,7 @@ def rows(*documents: list[int], length: int = LENGTH, grid: int = 1) -> SeqInfo:
 
 
 def packed(config: MixerConfig) -> SeqInfo:
-    """Documents fill the grid where another follows: a cut leaves no padding on the left, which the LM rolls away."""
+    """Packed rows in which documents fill the grid, so that a cut leaves no padding on the left of the second part."""
     return rows([LENGTH], aligned_lengths(config, 4, 1, 5), [6], aligned_lengths(config, 1, 3))
 
 
@@ -267,12 +270,12 @@ def aligned_lengths(config: MixerConfig, *sizes: int) -> list[int]:
     return [-(-size // config.grid) * config.grid for size in sizes[:-1]] + [sizes[-1]]
 
 
-def slice_seq_info(seq: SeqInfo, where: slice) -> SeqInfo:
-    return SeqInfo(seq.positions[:, where], seq.segment_ids[:, where], seq.prefix[:, where])
+def slice_seq_info(seq: SeqInfo, span: slice) -> SeqInfo:
+    return SeqInfo(seq.positions[:, span], seq.segment_ids[:, span], seq.prefix[:, span])
 
 
 def close(a, b, tolerance: float = TOLERANCE, where=None) -> None:
-    """Every leaf within `tolerance` of the larger one's size."""
+    """Assert that every pair of leaves differs by at most `tolerance` times the larger of 1 and the largest entry."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
@@ -291,8 +294,8 @@ def test_split_prefill_equals_call(config):
     full, state, _ = mixer.prefill(x, seq, mixer.init_state(4, LENGTH))
     close(full, whole, where=valid)
 
-    def at(cut):
-        """Both parts as rows of full length: the first padded from the cut on, the second rolled to the left."""
+    def split_at(cut):
+        """Prefill both parts in rows of full length: the first one padded, the second one rolled to the left."""
         time = jnp.arange(LENGTH)[None]
         first = seq._replace(segment_ids=jnp.where(time < cut, seq.segment_ids, 0))
         source = (time + cut) % LENGTH
@@ -302,11 +305,11 @@ def test_split_prefill_equals_call(config):
         b, final, _ = mixer.prefill(jnp.take(x, source[0], axis=1), later, middle)
         return jnp.where((time < cut)[..., None], a, jnp.roll(b, cut, axis=1)), final
 
-    every, finals = jax.jit(lambda cuts: jax.lax.map(at, cuts))(jnp.arange(1, LENGTH))
+    outputs, finals = jax.jit(lambda cuts: jax.lax.map(split_at, cuts))(jnp.arange(1, LENGTH))
     for cut in range(1, LENGTH):
-        close(every[cut - 1], whole, where=valid)
+        close(outputs[cut - 1], whole, where=valid)
         close(jax.tree.map(lambda leaf, cut=cut: leaf[cut - 1], finals), state)
-    for cut in (6,):  # the same in rows of their own length
+    for cut in (6,):  # also in rows with the length of each part
         a, middle, _ = mixer.prefill(x[:, :cut], slice_seq_info(seq, slice(0, cut)), mixer.init_state(4, LENGTH))
         b, final, _ = mixer.prefill(x[:, cut:], slice_seq_info(seq, slice(cut, None)), middle)
         close(jnp.concatenate([a, b], axis=1), whole, where=valid)
@@ -319,15 +322,15 @@ def test_step_loop_equals_call(config):
     seq = packed(config)
     whole, _ = mixer.call(x, seq)
     _, state, _ = mixer.prefill(x, seq, mixer.init_state(4, LENGTH))
-    y, walked = mixer.scan_steps(x, seq, mixer.init_state(4, LENGTH))
+    y, stepped = mixer.scan_steps(x, seq, mixer.init_state(4, LENGTH))
     valid = seq.segment_ids > 0
     close(y, whole, where=valid)
-    close(walked, state)
+    close(stepped, state)
     assert not np.asarray(y)[~np.asarray(valid)].any()
 
 
 @each_mixer
-def test_state_keeps_its_form_and_inactive_rows_keep_theirs_bit_for_bit(config):
+def test_state_structure_and_inactive_rows_are_preserved(config):
     mixer, x = build(config), random_inputs(2, 4, LENGTH, WIDTH)
     seq = packed(config)
     empty = mixer.init_state(4, LENGTH)
@@ -345,8 +348,8 @@ def test_state_keeps_its_form_and_inactive_rows_keep_theirs_bit_for_bit(config):
 def test_state_is_reset_at_position_0(config):
     mixer, x, seq = build(config), random_inputs(3, 4, LENGTH, WIDTH), packed(config)
     fresh, dirty = (jax.tree.map(lambda a, v=v: jnp.full_like(a, v), mixer.init_state(4, LENGTH)) for v in (0, jnp.nan))
-    (y, state, _), (wanted, final, _) = (mixer.prefill(x, seq, start) for start in (dirty, fresh))
-    close(y, wanted, where=seq.segment_ids > 0)
+    (y, state, _), (expected, final, _) = (mixer.prefill(x, seq, start) for start in (dirty, fresh))
+    close(y, expected, where=seq.segment_ids > 0)
     close(state, final)
     first = StepInfo(jnp.zeros(4, jnp.int32), jnp.ones(4, bool))
     close(mixer.step(x[:, 0], first, dirty)[0], mixer.step(x[:, 0], first, fresh)[0])
@@ -372,14 +375,13 @@ def test_causality(config):
 
     for seed in range(3):
         x, weights = random_inputs(seed, 2, LENGTH, WIDTH), random_inputs(seed + 10, 2, LENGTH, WIDTH)
-        slopes = np.asarray(gradients(x, weights))
-        assert not slopes[later].any()
-        assert slopes[now].any() or isinstance(config, NoChannelMixer)  # the law could fail
+        grads = np.asarray(gradients(x, weights))
+        assert not grads[later].any()
+        assert grads[now].any() or isinstance(config, NoChannelMixer)  # the test can detect a dependence
         y = np.asarray(outputs(x, 30 * random_inputs(seed + 20, 2, LENGTH, WIDTH)))
         for t in range(LENGTH):
-            if isinstance(
-                config, MoM
-            ):  # where others go shifts a token between chunks: the same sums, in another order
+            if isinstance(config, MoM):
+                # Routing of later tokens moves earlier ones between chunks, which changes the order of sums.
                 close(y[t, :, : t + 1], y[-1, :, : t + 1], tolerance=1e-6)
             else:
                 np.testing.assert_array_equal(y[t, :, : t + 1], y[-1, :, : t + 1])
@@ -387,7 +389,7 @@ def test_causality(config):
 
 @each_mixer
 def test_packed_documents_equal_documents_alone(config):
-    """Each in a row of its own: that rows and padding change nothing are laws too."""
+    """A packed row against rows with one document each."""
     mixer, x = build(config), random_inputs(4, 1, LENGTH, WIDTH)
     sizes, starts = [4, 1, 5], [0]
     for size in sizes[:-1]:
@@ -410,9 +412,9 @@ def test_padding_changes_nothing(config):
     close(padded[:, used], y, where=valid[:, used])
     close(padded_state, state)
     close(mixer.call(x, long)[0][:, used], y, where=valid[:, used])
-    # A row of nothing but padding leaves its state alone.
-    nothing = SeqInfo(jnp.full((4, LENGTH), 6, jnp.int32), jnp.zeros((4, LENGTH), jnp.int32), long.prefix)
-    close(mixer.prefill(x, nothing, state)[1], state, tolerance=0)
+    # A row of padding keeps its state.
+    padding = SeqInfo(jnp.full((4, LENGTH), 6, jnp.int32), jnp.zeros((4, LENGTH), jnp.int32), long.prefix)
+    close(mixer.prefill(x, padding, state)[1], state, tolerance=0)
 
 
 @each_mixer
@@ -420,22 +422,22 @@ def test_batch_rows_do_not_interact(config):
     mixer, x = build(config), random_inputs(6, 4, LENGTH, WIDTH)
     seq = packed(config)
     y = np.asarray(mixer.call(x, seq)[0])
-    slope = jax.jit(jax.grad(lambda x, row: (mixer.call(x, seq)[0][row] ** 2).sum()))
+    row_grad = jax.jit(jax.grad(lambda x, row: (mixer.call(x, seq)[0][row] ** 2).sum()))
     for row in range(4):
         others = np.arange(4) != row
-        assert not np.asarray(slope(x, row))[others].any()
+        assert not np.asarray(row_grad(x, row))[others].any()
         changed = x.at[row].set(30 * random_inputs(7, LENGTH, WIDTH))
         np.testing.assert_array_equal(np.asarray(mixer.call(changed, seq)[0])[others], y[others])
 
 
 @each_mixer
-def test_bfloat16_stays_near_float32_also_after_hundreds_of_steps(config):
-    """In a bfloat16 state a count stops at 256, so the walk goes beyond."""
+def test_bfloat16_is_close_to_float32_after_hundreds_of_steps(config):
+    """More than 256 steps, because a counter in a bfloat16 state stops at 256."""
     length = 330
     if isinstance(config, Landmark):
-        config = dataclasses.replace(config, top_k=None)  # rounding would choose other blocks
+        config = dataclasses.replace(config, top_k=None)  # rounding would select other blocks
     if isinstance(config, LongMamba):
-        config = dataclasses.replace(config, threshold=0.0)  # and let other steps pass
+        config = dataclasses.replace(config, threshold=0.0)  # rounding would filter other steps
     size = WEIGHT_SCALES.get(type(config), 0.4)
     exact, rounded = build(config, size=size), build(config, jnp.bfloat16, size)
     x = 0.5 * random_inputs(8, 1, length, WIDTH)
@@ -443,18 +445,18 @@ def test_bfloat16_stays_near_float32_also_after_hundreds_of_steps(config):
     y = exact.call(x, seq)[0]
     low = rounded.call(x.astype(jnp.bfloat16), seq)[0]
     assert low.dtype == jnp.bfloat16 and y.dtype == jnp.float32
-    walked, _ = rounded.scan_steps(x.astype(jnp.bfloat16), seq, rounded.init_state(1, length))
-    assert walked.dtype == jnp.bfloat16
+    stepped, _ = rounded.scan_steps(x.astype(jnp.bfloat16), seq, rounded.init_state(1, length))
+    assert stepped.dtype == jnp.bfloat16
     size = float(jnp.abs(y).max())
     for part_of in (slice(0, 200), slice(280, length)):
-        for other in (low, walked):
+        for other in (low, stepped):
             error = np.abs(np.asarray(other, np.float32) - np.asarray(y))[:, part_of].max()
             allowed = ROUTED_TOLERANCE if isinstance(config, ROUTED_MIXERS) else BF16_TOLERANCE
             assert error <= allowed * size, (part_of, error / size)
 
 
 @each_model
-def test_a_model_can_be_cut_stepped_and_padded_on_either_side(name):
+def test_model_call_equals_prefill_steps_and_padded_rows(name):
     config = tiny_models()[name]
     vocab = config.vocab_size or 32
     module: LM = config.build(nnx.Rngs(0), vocab)
@@ -464,10 +466,10 @@ def test_a_model_can_be_cut_stepped_and_padded_on_either_side(name):
     step = jax.jit(lambda token, info, state: nnx.merge(graph, weights).step(token, info, state))
     tokens = jax.random.randint(jax.random.key(1), (2, LENGTH), 0, vocab)
     if name == "mad_compression_linear":
-        pytest.skip("its readout reads the end of the row by design")
+        pytest.skip("its output projection reads the end of the row by design")
     tolerance = TOLERANCE if config.compute_dtype == "float32" else BF16_TOLERANCE
     seq = rows([LENGTH], [4, 7])
-    # Rows padded on the right and on the left, so that each verb is compiled once.
+    # Padding on the right and on the left, so that each method is compiled once.
     right, left = (
         jax.tree.map(lambda x, pad=pad: jnp.pad(x, ((0, 0), pad)), (tokens, seq)) for pad in ((0, 3), (3, 0))
     )
@@ -482,9 +484,9 @@ def test_a_model_can_be_cut_stepped_and_padded_on_either_side(name):
     close(other, final, tolerance)
 
     cut = 5
-    begun = right[1]._replace(segment_ids=right[1].segment_ids.at[:, cut:].set(0))
-    begin, state, _ = prefill(right[0], begun, empty)
-    logits = [begin[:, :cut]]
+    first_part = right[1]._replace(segment_ids=right[1].segment_ids.at[:, cut:].set(0))
+    first_logits, state, _ = prefill(right[0], first_part, empty)
+    logits = [first_logits[:, :cut]]
     for t in range(cut, LENGTH):
         out, state = step(tokens[:, t], StepInfo(seq.positions[:, t], jnp.ones(2, bool)), state)
         logits.append(out[:, None])
@@ -492,7 +494,7 @@ def test_a_model_can_be_cut_stepped_and_padded_on_either_side(name):
 
 
 @each_model
-def test_reported_bytes_are_the_bytes_of_a_real_state(name):
+def test_reported_state_bytes_are_exact(name):
     config = tiny_models()[name]
     state = config.build(nnx.Rngs(0), config.vocab_size or 32).init_state(1, LENGTH)
     real = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
@@ -500,11 +502,12 @@ def test_reported_bytes_are_the_bytes_of_a_real_state(name):
 
 
 def test_every_mixer_config_class_is_tested():
-    """The laws find mixers through the configs: a mixer that no config holds would be missed."""
-    met = {type(part) for config in mixers() for part in (config, *_inside(config))}
-    assert met >= set(_leaves(MixerConfig))
+    """Laws find mixers through the configs and would miss a mixer that occurs in none."""
+    tested = {type(part) for config in mixers() for part in (config, *_inside(config))}
+    assert tested >= set(_concrete_subclasses(MixerConfig))
 
 
-def _leaves(cls: type) -> list[type]:
-    found = [c for sub in cls.__subclasses__() if sub.__module__.startswith("recallax") for c in (sub, *_leaves(sub))]
-    return [c for c in found if not inspect.isabstract(c)]
+def _concrete_subclasses(cls: type) -> list[type]:
+    subclasses = [sub for sub in cls.__subclasses__() if sub.__module__.startswith("recallax")]
+    subclasses = [c for sub in subclasses for c in (sub, *_concrete_subclasses(sub))]
+    return [c for c in subclasses if not inspect.isabstract(c)]

@@ -37,12 +37,12 @@ def test_rows_are_strict_json_and_keep_their_numbers(tmp_path: Path) -> None:
     assert read_log(path) == [run, row]
 
 
-def test_a_row_keeps_its_own_fields(tmp_path: Path) -> None:
+def test_reserved_keys_are_rejected(tmp_path: Path) -> None:
     with RunLog(tmp_path / "log.jsonl", "f") as log, pytest.raises(ValueError, match="step"):
         log.write("train", 1, {"step": 2})
 
 
-def test_torn_last_line_is_skipped_and_repaired(tmp_path: Path) -> None:
+def test_truncated_last_line_is_skipped_and_removed(tmp_path: Path) -> None:
     """A kill may cut the last row at any byte."""
     path = tmp_path / "log.jsonl"
     with RunLog(path, "f") as log:
@@ -59,7 +59,7 @@ def test_torn_last_line_is_skipped_and_repaired(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", [b'{"kind": "tr', b"[]", b'{"kind": "train"}', b"", b"\xff\x00"])
-def test_torn_middle_line_is_an_error(tmp_path: Path, line: bytes) -> None:
+def test_truncated_middle_line_is_an_error(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "log.jsonl"
     with RunLog(path, "f") as log:
         log.write("train", 1, {})
@@ -70,7 +70,7 @@ def test_torn_middle_line_is_an_error(tmp_path: Path, line: bytes) -> None:
         RunLog(path, "f")
 
 
-def test_truncate_drops_what_comes_again(tmp_path: Path) -> None:
+def test_truncate_removes_later_rows(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     with RunLog(path, "f") as log:
         for step in range(5):
@@ -85,7 +85,7 @@ def test_truncate_drops_what_comes_again(tmp_path: Path) -> None:
     assert rows[-1]["seconds"] >= rows[0]["seconds"] >= 100, "seconds must not go backwards in a resumed run"
 
 
-def test_tensorboard_has_the_numbers(tmp_path: Path) -> None:
+def test_tensorboard_has_the_values(tmp_path: Path) -> None:
     with RunLog(tmp_path / "log.jsonl", "f", tensorboard=tmp_path / "tb") as log:
         log.write_run_row(0, {})
         log.write("train", 1, {"loss": 1.5, "bad": math.nan})
@@ -95,7 +95,7 @@ def test_tensorboard_has_the_numbers(tmp_path: Path) -> None:
     assert b"train/loss" in data and b"valid/accuracy" in data and b"bad" not in data and b"cpus" not in data
 
 
-def test_tensorboard_forgets_what_comes_again(tmp_path: Path) -> None:
+def test_tensorboard_purges_later_steps(tmp_path: Path) -> None:
     from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
 
     with RunLog(tmp_path / "log.jsonl", "f", tensorboard=tmp_path / "tb") as log:
@@ -111,7 +111,7 @@ def test_tensorboard_forgets_what_comes_again(tmp_path: Path) -> None:
     assert [e.step for e in events if e.session_log.status == SessionLog.START] == [8]
 
 
-def test_a_row_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+def test_partial_write_of_a_row_is_an_error(tmp_path: Path) -> None:
     """A limit on the size of files stands in for a disk that fills up in the middle of a row."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     with RunLog(tmp_path / "log.jsonl", "f") as log:
@@ -144,12 +144,12 @@ def test_unwritable_log_is_an_error(tmp_path: Path) -> None:
         log.write("train", 1, {})
 
 
-def test_commit_is_that_of_the_source() -> None:
+def test_git_commit_is_that_of_the_source() -> None:
     found = git_commit()
     assert found is None or (len(found.removesuffix("+dirty")) == 40)
 
 
-def test_rows_that_a_measurement_appends_are_no_change_of_the_source(
+def test_git_commit_ignores_changed_results(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, rows = tmp_path / "log.py", tmp_path / "results.jsonl"
@@ -165,7 +165,7 @@ def test_rows_that_a_measurement_appends_are_no_change_of_the_source(
     assert git_commit() == f"{clean}+dirty"
 
 
-def test_commit_without_git_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_commit_without_git_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert git_commit() is None
 
@@ -197,7 +197,7 @@ def test_live_progress_shows_the_same() -> None:
     assert "saved [bold]step[/bold] 50" in text and "\x1b]0;" not in text and "\x07" not in text
 
 
-def test_importing_is_quick() -> None:
+def test_import_is_fast() -> None:
     """The heavy packages are imported where they are used."""
     modules = "recallax.train.log, recallax.train.progress, recallax.report, recallax.train.run_folder"
     script = f"import sys, {modules}; print(*{{'jax', 'rich', 'matplotlib', 'tensorboardX'}} & sys.modules.keys())"

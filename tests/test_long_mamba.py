@@ -1,4 +1,4 @@
-"""LongMamba: what a filter lets pass, what calibration finds, and that nothing changes at the training length."""
+"""LongMamba: filtered steps, calibrated thresholds, and unchanged outputs at the training length."""
 
 from dataclasses import replace
 
@@ -22,8 +22,8 @@ WIDTH, TRAINED = 16, 24
 MAMBA = Mamba2(state_dim=4, head_dim=8, expand=1)
 
 
-def test_a_filtered_step_is_as_if_the_token_were_not_there():
-    """Channel by channel, in a float64 loop over the tokens that are left."""
+def test_filtered_steps_do_not_change_the_state():
+    """Reference: a float64 loop per channel over the tokens above the threshold."""
     config = LongMamba(mixer=DiagonalSSM(max_timescale=64.0), training_length=4, context_length=8, threshold=0.6)
     mixer = config.build(WIDTH, LayerInfo(0, 1), precision=Precision(), rngs=nnx.Rngs(0))
     assert isinstance(mixer, DiagonalSSMMixer)
@@ -40,15 +40,17 @@ def test_a_filtered_step_is_as_if_the_token_were_not_there():
         np.testing.assert_allclose(state.ssm_state[0, c, 0], s, atol=1e-5)
 
 
-def test_after_filtering_a_long_context_decays_as_the_training_length_did():
+def test_filtered_long_context_decays_like_the_training_length():
     rng = np.random.default_rng(0)
     length, context, rates = 256, 2048, np.array([1e-3, 5e-3, 1.0])
     dt, long = (np.exp(rng.normal(size=(20, n, 3)) / 2) for n in (length, context))
-    found = step_thresholds(dt, rates, context, min_retention=0.05, clip_quantile=0.95)
-    assert (found[:2] > 0).all() and found[2] == 0  # the last channel forgets within the training length
-    kept, want = (steps.sum(axis=1).mean(axis=0)[:2] for steps in (np.where(long < found, 0, long), dt))
-    np.testing.assert_allclose(kept, want, rtol=0.1)
-    assert 0.02 < (long[..., 0] >= found[0]).mean() < 0.125  # fewer tokens than there were, since the largest stay
+    thresholds = step_thresholds(dt, rates, context, min_retention=0.05, clip_quantile=0.95)
+    assert (thresholds[:2] > 0).all() and thresholds[2] == 0  # the last channel forgets within the training length
+    filtered, expected = (steps.sum(axis=1).mean(axis=0)[:2] for steps in (np.where(long < thresholds, 0, long), dt))
+    np.testing.assert_allclose(filtered, expected, rtol=0.1)
+    assert (
+        0.02 < (long[..., 0] >= thresholds[0]).mean() < 0.125
+    )  # fewer tokens than before, since the largest steps pass
     np.testing.assert_array_equal(step_thresholds(dt, rates, length, min_retention=0.05, clip_quantile=0.95), 0)
 
 
@@ -72,7 +74,7 @@ def logits(built, tokens) -> np.ndarray:
     [pytest.param(MAMBA, marks=pytest.mark.full), DiagonalSSM(max_timescale=200.0)],
     ids=lambda m: type(m).__name__,
 )
-def test_calibration_finds_each_layers_thresholds_and_changes_only_longer_contexts(mixer):
+def test_calibration_sets_thresholds_per_layer_for_longer_contexts_only(mixer):
     tokens = jax.random.randint(jax.random.key(1), (3, 4 * TRAINED), 0, 20)
     rows = tokens[:, :TRAINED]
     short, long = (model(mixer, context).build(nnx.Rngs(0)) for context in (TRAINED, 4 * TRAINED))
@@ -80,9 +82,12 @@ def test_calibration_finds_each_layers_thresholds_and_changes_only_longer_contex
     plain = logits(short, tokens)
     np.testing.assert_array_equal(logits(long, tokens), plain)  # not calibrated yet
     filtered = calibrate_step_filters(model(mixer, 4 * TRAINED), long, rows, min_retention=1e-6)
-    found = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(filtered, Statistic))]
-    assert all(len(leaf) == 2 and (leaf > 0).any() and not np.array_equal(*leaf) for leaf in found) and len(found) == 2
-    assert not any(leaf.any() for leaf in jax.tree.leaves(nnx.state(long, Statistic)))  # the given one is left alone
+    thresholds = [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(filtered, Statistic))]
+    assert (
+        all(len(leaf) == 2 and (leaf > 0).any() and not np.array_equal(*leaf) for leaf in thresholds)
+        and len(thresholds) == 2
+    )
+    assert not any(leaf.any() for leaf in jax.tree.leaves(nnx.state(long, Statistic)))  # the argument is not changed
     changed = np.abs(logits(filtered, tokens) - plain)
     assert changed.max() > 1e-4
     flat = model(mixer, 4 * TRAINED, "m w m w")

@@ -84,7 +84,7 @@ def test_patterns_read_as_written():
         ("", "empty part"),
         ("conv ()", "empty part"),
         ("conv bsed", "'bsed'.*did you mean 'based'"),
-        ("(conv", "never closed"),
+        ("(conv", "'\\(' without"),
         ("conv)", "unexpected '\\)'"),
         ("conv*0", "count of at least 1"),
         ("conv*", "count of at least 1"),
@@ -476,7 +476,7 @@ def test_neural_memory_variants_build_and_report_state_bytes():
         sizes[name] = accounting.state_bytes(config, 9)
         logits, _ = jax.eval_shape(lambda tokens, config=config: config.build(nnx.Rngs(0))(tokens, seq), tokens)
         assert logits.shape == (1, 9, 5), name
-    assert sizes["no momentum"] < sizes["lmm"] == sizes["no forgetting"]  # the momentum is counted
-    assert sizes["last layer only"] < sizes["lmm"]
-    assert sizes["exact linear"] < sizes["linear"]  # nothing is pending
-    assert sizes["TTT-Linear"] < sizes["TTT-MLP"]
+    assert sizes["no_momentum"] < sizes["lmm"] == sizes["no_forgetting"]  # the momentum is counted
+    assert sizes["last_layer_only"] < sizes["lmm"]
+    assert sizes["linear_sequential"] < sizes["linear"]  # nothing is pending
+    assert sizes["ttt_linear"] < sizes["ttt_mlp"]

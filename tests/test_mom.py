@@ -1,4 +1,4 @@
-"""What is peculiar to Mixture of Memories: dispatch against two oracles, the router's losses, what stays untouched."""
+"""Mixture of Memories: dispatch against two references, the router's losses, and states that a step must not change."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +35,7 @@ CONFIG = MoM(memory=CELL, num_memories=4, top_k=2)
 
 
 def build(config: MoM, seed: int = 0) -> MoMMixer:
-    """A mixer with weights large enough that everything shows."""
+    """Build a mixer with large random weights, so that errors are visible."""
     mixer = config.build(WIDTH, LayerInfo(0, 2), precision=Precision(), rngs=nnx.Rngs(seed))
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
     leaves, tree = jax.tree.flatten(params)
@@ -59,7 +59,7 @@ def memory_writer(mixer: MoMMixer, memory: int):
 
 
 def loop_over_memories(mixer: MoMMixer, x: jax.Array) -> jax.Array:
-    """The definition: every memory of every row alone, on the tokens that chose it (and padding: one shape for all)."""
+    """Reference: each memory of each row by itself, on the tokens routed to it, padded to one shape."""
     routing, length = mixer.route(x), x.shape[1]
     graph, params = nnx.split(mixer)
 
@@ -85,16 +85,16 @@ def loop_over_memories(mixer: MoMMixer, x: jax.Array) -> jax.Array:
 
 
 def masked_dense(mixer: MoMMixer, x: jax.Array, seq: SeqInfo) -> jax.Array:
-    """Every memory over whole rows, in which the tokens of other memories are padding: they leave the state alone."""
+    """Reference: each memory over whole rows, in which tokens of other memories are padding, which keeps the state."""
     routing = mixer.route(x)
     total = jnp.zeros((*x.shape[:2], mixer.cell.head_dims.num_v_heads, mixer.cell.head_dims.head_v_dim))
     for memory in range(mixer.num_memories):
-        hit = routing.indices == memory
-        segments = jnp.where(hit.any(axis=-1), jnp.asarray(seq.segment_ids), 0)
+        selected = routing.indices == memory
+        segments = jnp.where(selected.any(axis=-1), jnp.asarray(seq.segment_ids), 0)
         y, _ = mixer.cell.run(
             mixer.query(x) | memory_writer(mixer, memory)(x), jnp.asarray(seq.positions), segments, None
         )
-        weight = jnp.sum(jnp.where(hit, routing.weights, 0), axis=-1)
+        weight = jnp.sum(jnp.where(selected, routing.weights, 0), axis=-1)
         total += jnp.where(segments[..., None, None] > 0, y, 0) * weight[..., None, None]
     return mixer.readout(total, x)
 
@@ -115,12 +115,12 @@ WIDE = {
         *(pytest.param(config, id=name, marks=pytest.mark.full) for name, config in WIDE.items()),
     ],
 )
-def test_dispatch_equals_a_loop_over_memories(config):
+def test_dispatch_matches_loop_over_memories(config):
     mixer, x = build(config), noise(1, BATCH, LENGTH, WIDTH)
     np.testing.assert_allclose(mixer(x, unpacked_seq_info())[0], loop_over_memories(mixer, x), atol=2e-5)
 
 
-def test_dispatch_equals_the_masked_dense_form_in_values_and_gradients_also_when_packed():
+def test_dispatch_matches_dense_reference_in_values_and_gradients():
     mixer, x = build(replace(CONFIG, memory=replace(CELL, conv_size=0))), noise(2, BATCH, LENGTH, WIDTH)
     segments = jnp.asarray([[1] * 9 + [2] + [3] * 13, [4] * 12 + [2] * 8 + [0] * 3, [1] * LENGTH], jnp.int32)
     seq = unpacked_seq_info()._replace(segment_ids=segments)
@@ -132,8 +132,8 @@ def test_dispatch_equals_the_masked_dense_form_in_values_and_gradients_also_when
             y = form(nnx.merge(graph, params, rest), x)
             return jnp.sum(y * cotangent), jnp.where(segments[..., None] > 0, y, 0)
 
-        (_, y), slopes = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
-        return y, slopes
+        (_, y), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(params, x)
+        return y, grads
 
     one, other = results(lambda m, x: m(x, seq)[0]), results(lambda m, x: masked_dense(m, x, seq))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
@@ -157,7 +157,7 @@ MEMORIES: tuple[MemoryConfig, ...] = (
     [pytest.param(m, marks=[pytest.mark.full] * (not isinstance(m, GatedDeltaNet | GLA | Mamba2))) for m in MEMORIES],
     ids=lambda m: type(m).__name__,
 )
-def test_one_memory_is_its_cell(memory):
+def test_single_memory_equals_its_cell(memory):
     mixer = build(MoM(memory=memory, num_memories=1, top_k=1, shared_memory=False))
     alone = memory.build(WIDTH, LayerInfo(0, 2), precision=Precision(), rngs=nnx.Rngs(0))
     alone.query, alone.writer, alone.cell, alone.readout = (
@@ -170,40 +170,40 @@ def test_one_memory_is_its_cell(memory):
     np.testing.assert_allclose(mixer(x, seq)[0], alone(x, seq)[0], atol=1e-5)
 
 
-def test_the_order_of_memories_changes_nothing():
+def test_order_of_memories_does_not_matter():
     mixer, x = build(CONFIG), noise(5, BATCH, LENGTH, WIDTH)
-    want = mixer(x, unpacked_seq_info())[0]
-    order = jnp.array([2, 0, 3, 1, 4])  # the shared one stays last
+    expected = mixer(x, unpacked_seq_info())[0]
+    order = jnp.array([2, 0, 3, 1, 4])  # the shared memory remains last
     graph, params = nnx.split(mixer.writers)
     mixer.writers = nnx.merge(graph, jax.tree.map(lambda p: p[order], params))
     mixer.router[...] = mixer.router[...][:, order[:4]]
-    np.testing.assert_allclose(mixer(x, unpacked_seq_info())[0], want, atol=1e-5)
+    np.testing.assert_allclose(mixer(x, unpacked_seq_info())[0], expected, atol=1e-5)
 
 
-def test_the_last_token_reaches_no_earlier_one_and_no_other_row():
-    """Released code leaks here: its training convolution runs over the ends of memories into other documents."""
+def test_last_token_affects_no_earlier_token_and_no_other_row():
+    """The released code fails this test: in training its convolution crosses from one memory into other documents."""
     mixer, x = build(CONFIG), noise(6, BATCH, LENGTH, WIDTH)
     call = jax.jit(lambda x: mixer(x, unpacked_seq_info())[0])
-    want = call(x)
+    expected = call(x)
     for seed in range(20):
-        got = call(x.at[1, -1].set(9 * noise(seed, WIDTH)))
-        np.testing.assert_allclose(got[:, :-1], want[:, :-1], atol=3e-6)
-        np.testing.assert_allclose(got[jnp.array([0, 2])], want[jnp.array([0, 2])], atol=3e-6)
-        assert float(jnp.abs(got[1, -1] - want[1, -1]).max()) > 1e-3
+        actual = call(x.at[1, -1].set(9 * noise(seed, WIDTH)))
+        np.testing.assert_allclose(actual[:, :-1], expected[:, :-1], atol=3e-6)
+        np.testing.assert_allclose(actual[jnp.array([0, 2])], expected[jnp.array([0, 2])], atol=3e-6)
+        assert float(jnp.abs(actual[1, -1] - expected[1, -1]).max()) > 1e-3
 
 
-def test_a_step_leaves_unchosen_memories_bit_for_bit():
+def test_step_preserves_unselected_memories():
     mixer, x = build(CONFIG), noise(7, BATCH, LENGTH, WIDTH)
     _, state, _ = mixer.prefill(x, unpacked_seq_info(), mixer.init_state(BATCH, LENGTH))
     token = noise(8, BATCH, WIDTH)
-    chosen = np.asarray(mixer.route(token[:, None]).indices[:, 0])
+    selected = np.asarray(mixer.route(token[:, None]).indices[:, 0])
     info = StepInfo(jnp.full(BATCH, LENGTH), jnp.array([True, True, False]))
     _, after = mixer.step(token, info, state)
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         for row in range(BATCH):
             for memory in range(mixer.num_memories):
                 same = np.array_equal(np.asarray(old)[row, memory], np.asarray(new)[row, memory])
-                assert same == (row == 2 or memory not in chosen[row])
+                assert same == (row == 2 or memory not in selected[row])
 
 
 def test_routing_does_not_recompile():
@@ -220,7 +220,7 @@ def test_routing_does_not_recompile():
     assert len(traces) == 1
 
 
-def test_no_gradient_is_a_scatter():
+def test_gradients_have_no_scatter():
     mixer = build(replace(CONFIG, memory=replace(CELL, conv_size=0)))
     text = str(
         jax.make_jaxpr(jax.grad(lambda x: mixer(x, unpacked_seq_info())[0].sum()))(noise(9, BATCH, LENGTH, WIDTH))
@@ -228,16 +228,16 @@ def test_no_gradient_is_a_scatter():
     assert "gather" in text and "scatter-add" not in text and "scatter_add" not in text
 
 
-def test_balance_losses_are_k_when_the_load_is_even_and_more_when_it_is_not():
+def test_balance_losses_equal_k_at_even_load_and_exceed_it_otherwise():
     experts, k = 4, 2
-    chosen = jnp.asarray([[[0, 1], [1, 2], [2, 3], [3, 0]]])
+    indices = jnp.asarray([[[0, 1], [1, 2], [2, 3], [3, 0]]])
     even, valid = jnp.zeros((1, 4, experts)), jnp.ones((1, 4), bool)
     skewed = jnp.broadcast_to(jnp.array([3.0, 2.0, -3.0, -3.0]), (1, 4, experts))
     favoured = jnp.broadcast_to(jnp.array([0, 1]), (1, 4, 2))
     for loss in (load_balancing_loss.switch_loss, load_balancing_loss.per_sequence_loss):
-        np.testing.assert_allclose(loss(even, chosen, valid), k, rtol=1e-6)
+        np.testing.assert_allclose(loss(even, indices, valid), k, rtol=1e-6)
         assert float(loss(skewed, favoured, valid)) > 1.5 * k
-    # Opposite imbalances of two layers cancel in the pooled loss and in no other.
+    # Opposite imbalances of two layers cancel in the pooled loss only.
     layers = jnp.stack([skewed, jnp.flip(skewed, -1)])
     both = jnp.stack([favoured, experts - 1 - favoured])
     np.testing.assert_allclose(load_balancing_loss.pooled_loss(layers, both, valid), k, rtol=1e-5)
@@ -250,7 +250,7 @@ def test_balance_losses_are_k_when_the_load_is_even_and_more_when_it_is_not():
     )
 
 
-def test_padding_does_not_count_in_the_balance():
+def test_balance_loss_excludes_padding():
     mixer, x = build(CONFIG), noise(10, 2, 8, WIDTH)
     seq = unpacked_seq_info(2, 8)
     short = mixer(x, seq)[1]["memory_balance"]
@@ -260,20 +260,20 @@ def test_padding_does_not_count_in_the_balance():
 
 
 @pytest.mark.parametrize("definition", ["switch", "per_sequence"])
-def test_the_balance_loss_reaches_the_router_and_nothing_else(definition):
+def test_balance_loss_has_gradients_for_the_router_only(definition):
     mixer, x = build(replace(CONFIG, load_balance_loss=definition)), noise(11, BATCH, LENGTH, WIDTH)
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
-    slopes = jax.grad(lambda p: nnx.merge(graph, p, rest)(x, unpacked_seq_info())[1]["memory_balance"].total)(params)
-    for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
-        assert bool(jnp.any(slope != 0)) == ("router" in jax.tree_util.keystr(path)), path
+    grads = jax.grad(lambda p: nnx.merge(graph, p, rest)(x, unpacked_seq_info())[1]["memory_balance"].total)(params)
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert bool(jnp.any(grad != 0)) == ("router" in jax.tree_util.keystr(path)), path
 
 
-def test_with_one_choice_only_plain_probabilities_give_the_router_a_gradient():
-    for weights, reached in ((True, False), (False, True)):
-        mixer, x = build(replace(CONFIG, top_k=1, norm_topk_prob=weights)), noise(12, BATCH, LENGTH, WIDTH)
+def test_router_has_a_gradient_at_top_1_only_without_normalization():
+    for norm_topk_prob, has_gradient in ((True, False), (False, True)):
+        mixer, x = build(replace(CONFIG, top_k=1, norm_topk_prob=norm_topk_prob)), noise(12, BATCH, LENGTH, WIDTH)
         graph, params, rest = nnx.split(mixer, nnx.Param, ...)
-        slopes = jax.grad(lambda p, g=graph, r=rest, x=x: nnx.merge(g, p, r)(x, unpacked_seq_info())[0].sum())(params)
-        assert (float(jnp.abs(slopes["router"][...]).max()) > 1e-4) == reached
+        grads = jax.grad(lambda p, g=graph, r=rest, x=x: nnx.merge(g, p, r)(x, unpacked_seq_info())[0].sum())(params)
+        assert (float(jnp.abs(grads["router"][...]).max()) > 1e-4) == has_gradient
 
 
 @pytest.mark.parametrize("top_k", [0, 5])

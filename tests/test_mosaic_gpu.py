@@ -16,8 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from recallax.pallas_kernels import dispatch
 from recallax.pallas_kernels.arg_specs import ArgSpec, random_inputs, segment_ids
 from recallax.pallas_kernels.linear_attention import linear_attention
-from recallax.pallas_kernels.mosaic_gpu import sequence_splits as segments_of
-from recallax.pallas_kernels.mosaic_gpu import warpgroup_primitives
+from recallax.pallas_kernels.mosaic_gpu import kernel_launch, sequence_splits
 from recallax.pallas_kernels.taylor_attention import TaylorState, taylor_attention, taylor_attention_step
 from recallax.pallas_kernels.taylor_attention import arg_specs as taylor_cases
 from tests.gpu_kernel_testing import (
@@ -94,7 +93,7 @@ def test_value_heads_share_a_query_head_and_no_state_is_an_empty_one():
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 70, 5)], ids=["one", "four"])
 def test_rows_are_split_when_heads_are_few(documents, monkeypatch):
     """Rows of four chunks as four blocks, each with the state that it starts from."""
-    monkeypatch.setattr(segments_of, "MIN_CHUNKS_PER_SPLIT", 1)
+    monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 1)
     check(
         ArgSpec(200, 64, 64, num_heads=1, decay="token", document_lengths=documents, num_padding=200 - sum(documents))
     )
@@ -129,7 +128,7 @@ def test_taylor_attention(name):
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 40)], ids=["one", "three"])
 def test_taylor_attention_rows_are_split_when_heads_are_few(documents, monkeypatch):
-    monkeypatch.setattr(segments_of, "MIN_CHUNKS_PER_SPLIT", 1)
+    monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 1)
     check_taylor(ArgSpec(120, 16, 64, num_heads=1, document_lengths=documents, num_padding=120 - sum(documents)))
 
 
@@ -163,7 +162,7 @@ def test_a_step_of_taylor_attention_is_the_xla_form_s():
 def test_warpgroups_do_not_race(monkeypatch):
     """Two warpgroups that share the state's operand, over more chunks than the pipeline has room for."""
     params = plgpu.InterpretGPUParams(detect_races=True)
-    monkeypatch.setattr(warpgroup_primitives, "INTERPRET_PARAMS", params)
+    monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", params)
     case = ArgSpec(300, 128, 128, num_heads=1, decay="token")
     inputs = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in random_inputs(case).items()}
 
@@ -203,7 +202,7 @@ def test_row_split_lowering_fills_an_h100():
 
     with abstract_h100():
         lowered = jax.jit(op).trace(tokens, tokens, tokens).lower(lowering_platforms=("cuda",)).as_text()
-    assert segments_of.choose_num_splits(4, 128) == 16
+    assert sequence_splits.choose_num_splits(4, 128) == 16
     assert lowered.count("custom_call @mosaic_gpu") == 2 and "tensor<16x512x4x128xbf16>" in lowered
 
 

@@ -14,8 +14,7 @@ from recallax.pallas_kernels.delta_rule import delta_rule
 from recallax.pallas_kernels.delta_rule.arg_specs import inputs as delta_inputs
 from recallax.pallas_kernels.linear_attention import arg_specs as linear_cases
 from recallax.pallas_kernels.linear_attention import linear_attention
-from recallax.pallas_kernels.mosaic_gpu import sequence_splits as segments_of
-from recallax.pallas_kernels.mosaic_gpu import warpgroup_primitives
+from recallax.pallas_kernels.mosaic_gpu import kernel_launch, sequence_splits
 from tests.gpu_kernel_testing import count_kernels, interpreted, mark_slow_cases
 from tests.test_ops import compare
 
@@ -69,7 +68,7 @@ def test_states_that_outlast_a_chunk():
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (110, 1, 170, 5)], ids=["one", "four"])
 def test_rows_are_split_when_heads_are_few(documents, monkeypatch):
     """Rows of six chunks as three blocks; decays leave something of a state behind a segment."""
-    monkeypatch.setattr(segments_of, "MIN_CHUNKS_PER_SPLIT", 2)
+    monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 2)
     padded = 380 - sum(documents) if documents else 0
     check(
         ArgSpec(380, 64, 64, num_heads=1, decay="channel", document_lengths=documents, num_padding=padded), rate=0.005
@@ -137,7 +136,7 @@ def test_delta_rule(name):
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("documents", [(), (60, 1, 70, 5)], ids=["one", "four"])
 def test_delta_rule_rows_are_split_when_heads_are_few(documents, monkeypatch):
-    monkeypatch.setattr(segments_of, "MIN_CHUNKS_PER_SPLIT", 1)
+    monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 1)
     padded = 230 - sum(documents) if documents else 0
     case = ArgSpec(
         230, 64, 128, num_heads=1, decay="channel", key_correlation=0.9, document_lengths=documents, num_padding=padded
@@ -160,7 +159,7 @@ def test_delta_rule_at_other_widths(case, width, values):
 @pytest.mark.parametrize("op", [linear_attention, delta_rule])
 def test_warpgroups_do_not_race(op, monkeypatch):
     """Over more chunks than the pipeline has room for."""
-    monkeypatch.setattr(warpgroup_primitives, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
+    monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     case = ArgSpec(300, 64, 128, num_heads=1, decay="channel")
     drawn = delta_inputs(case) if op is delta_rule else random_inputs(case)
     inputs = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in drawn.items()}

@@ -13,10 +13,9 @@ from recallax.pallas_kernels import dispatch
 from recallax.pallas_kernels.arg_specs import ArgSpec, segment_ids
 from recallax.pallas_kernels.delta_rule import delta_rule
 from recallax.pallas_kernels.delta_rule.arg_specs import inputs as delta_inputs
-from recallax.pallas_kernels.delta_rule.mosaic_gpu import delta_sequence_splits as delta_segments
+from recallax.pallas_kernels.delta_rule.mosaic_gpu import delta_sequence_splits
 from recallax.pallas_kernels.linear_attention import arg_specs as linear_cases
-from recallax.pallas_kernels.mosaic_gpu import sequence_splits as segments_of
-from recallax.pallas_kernels.mosaic_gpu import warpgroup_primitives
+from recallax.pallas_kernels.mosaic_gpu import kernel_launch, sequence_splits
 from recallax.pallas_kernels.mosaic_gpu.triangular_inverse import chunk_inverses
 from tests.gpu_kernel_testing import count_kernels, interpreted, mark_slow_cases
 from tests.test_ops import compare
@@ -69,7 +68,7 @@ def test_states_that_outlast_a_chunk():
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 70, 5)], ids=["one", "four"])
 def test_rows_are_split_when_heads_are_few(documents, monkeypatch):
     """Rows of four chunks as four blocks; decays leave something of a state behind a segment."""
-    monkeypatch.setattr(segments_of, "MIN_CHUNKS_PER_SPLIT", 1)
+    monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 1)
     padded = 200 - sum(documents) if documents else 0
     case = ArgSpec(
         200, 64, 128, num_heads=1, decay="token", key_correlation=0.9, document_lengths=documents, num_padding=padded
@@ -78,8 +77,8 @@ def test_rows_are_split_when_heads_are_few(documents, monkeypatch):
 
 
 def test_rows_are_not_split_without_benefit():
-    assert delta_segments.choose_num_delta_splits(16, 512) == 8
-    assert delta_segments.choose_num_delta_splits(40, 512) == 1 < segments_of.choose_num_splits(40, 512)
+    assert delta_sequence_splits.choose_num_delta_splits(16, 512) == 8
+    assert delta_sequence_splits.choose_num_delta_splits(40, 512) == 1 < sequence_splits.choose_num_splits(40, 512)
 
 
 @interpreted
@@ -97,7 +96,8 @@ def test_delta_rule_at_every_width(case, width, values):
 def test_inverse_is_accurate_for_identical_keys(beta, tolerance):
     key = np.random.default_rng(0).normal(size=64)
     k = jnp.asarray(np.broadcast_to(key / np.linalg.norm(key), (1, 64, 1, 64)), jnp.bfloat16)
-    got = np.asarray(chunk_inverses(k, None, jnp.full((1, 1, 64), beta), interpret=True), np.float64)[0, 0]
+    with dispatch.interpret_kernels():
+        got = np.asarray(chunk_inverses(k, None, jnp.full((1, 1, 64), beta)), np.float64)[0, 0]
     k = np.asarray(k, np.float64)[0, :, 0]
     want = np.linalg.inv(np.eye(64) + beta * np.tril(k @ k.T, -1))
     np.testing.assert_allclose(got[:, :64] + got[:, 64:], want, atol=tolerance * np.abs(want).max())
@@ -107,7 +107,7 @@ def test_inverse_is_accurate_for_identical_keys(beta, tolerance):
 @pytest.mark.full
 def test_warpgroups_do_not_race(monkeypatch):
     """Over more chunks than the pipeline has room for."""
-    monkeypatch.setattr(warpgroup_primitives, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
+    monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     case = ArgSpec(300, 64, 128, num_heads=1, decay="token")
     inputs: dict[str, Any] = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in delta_inputs(case).items()}
 

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from recallax.pallas_kernels import dispatch
 from recallax.pallas_kernels.arg_specs import ArgSpec, random_inputs, segment_ids
 from recallax.pallas_kernels.landmark_attention import arg_specs, init_landmark_cache, landmark_attention
-from recallax.pallas_kernels.mosaic_gpu import warpgroup_primitives
+from recallax.pallas_kernels.mosaic_gpu import kernel_launch
 from tests import test_ops
 from tests.gpu_kernel_testing import count_kernels, interpreted, mark_slow_cases
 from tests.test_ops import compare
@@ -79,7 +79,7 @@ def test_landmark_attention_at_every_width(case, width, values, real):
 @pytest.mark.parametrize("real", [63, pytest.param(15, marks=pytest.mark.full)])
 def test_warpgroups_do_not_race(real, monkeypatch):
     """Over more tiles than are on their way at once."""
-    monkeypatch.setattr(warpgroup_primitives, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
+    monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     case = ArgSpec(450, 64, 64)
     inputs: dict[str, Any] = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in random_inputs(case, 1).items()}
 

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from recallax.pallas_kernels import dispatch
 from recallax.pallas_kernels.arg_specs import ArgSpec, segment_ids
-from recallax.pallas_kernels.mosaic_gpu import warpgroup_primitives
+from recallax.pallas_kernels.mosaic_gpu import kernel_launch
 from recallax.pallas_kernels.neural_memory import (
     InnerOptimizer,
     MemoryInputs,
@@ -110,7 +110,7 @@ def test_neural_memory_of_wide_heads(name):
 @pytest.mark.full
 def test_warpgroups_do_not_race(monkeypatch):
     """Over more chunks than the pipeline has room for."""
-    monkeypatch.setattr(warpgroup_primitives, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
+    monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     case = ArgSpec(300, 64, 64, num_heads=1, decay="token")
     inputs = {name: jnp.asarray(x, jnp.float32) for name, x in arg_specs.inputs(case).items()}
     inputs = {name: x.astype(jnp.bfloat16)[:1] if name in "qkv" else x[:1] for name, x in inputs.items()}
@@ -129,7 +129,7 @@ def test_warpgroups_do_not_race(monkeypatch):
 )
 def test_it_lowers_for_an_h100(width, learner):
     narrow = dict.fromkeys("qkv", jax.ShapeDtypeStruct((2, 200, 2, width), jnp.bfloat16))
-    wide = dict.fromkeys(("lr", "log_momentum", "log_keep"), jax.ShapeDtypeStruct((2, 200, 2, 1), jnp.float32))
+    wide = dict.fromkeys(("lr", "log_momentum", "log_decay"), jax.ShapeDtypeStruct((2, 200, 2, 1), jnp.float32))
     inputs = narrow | wide | {"weight": jax.ShapeDtypeStruct((2, width, width), jnp.float32)}
     ids = jax.ShapeDtypeStruct((2, 200), jnp.int32)
 
@@ -153,7 +153,7 @@ def test_it_lowers_for_an_h100(width, learner):
 )
 def test_unsupported_arguments_are_rejected_with_reason(width, dtype, change, reason):
     inputs: dict[str, Any] = dict.fromkeys("qkv", jnp.zeros((1, 4, 1, width), dtype))
-    inputs |= dict.fromkeys(("lr", "log_momentum", "log_keep"), jnp.zeros((1, 4, 1, 1)))
+    inputs |= dict.fromkeys(("lr", "log_momentum", "log_decay"), jnp.zeros((1, 4, 1, 1)))
     inputs |= {"weight": jnp.zeros((1, width, width))}
     with dispatch.interpret_kernels(), pytest.raises(dispatch.Unsupported, match=reason):
         op(dataclasses.replace(TOKEN, **change), inputs, None, None, "mosaic_gpu")

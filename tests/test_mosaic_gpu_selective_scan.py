@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from recallax.pallas_kernels import dispatch
 from recallax.pallas_kernels.arg_specs import ArgSpec, segment_ids
-from recallax.pallas_kernels.mosaic_gpu import warpgroup_primitives
+from recallax.pallas_kernels.mosaic_gpu import kernel_launch
 from recallax.pallas_kernels.selective_scan import mosaic_gpu as mosaic_gpu_scan
 from recallax.pallas_kernels.selective_scan import selective_scan
 from recallax.pallas_kernels.selective_scan.arg_specs import inputs as scan_inputs
@@ -76,7 +76,7 @@ def test_selective_scan_with_other_states(case, states, dtype):
 @pytest.mark.full
 def test_copies_do_not_race(monkeypatch):
     """Over more chunks than the pipeline has room for."""
-    monkeypatch.setattr(warpgroup_primitives, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
+    monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     inputs = {name: jnp.asarray(x, jnp.float32) for name, x in scan_inputs(ArgSpec(100), 3).items()}
 
     def total(inputs):

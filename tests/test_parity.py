@@ -318,12 +318,12 @@ REFUSED = {
     "heads": ("llama", {"num_key_value_heads": 3}, "4 channels cannot be split into 3 heads"),
     "experts": ("kimi_linear", {"mlp_layer_types": ["dense", "sparse"]}, "mixture of experts"),
     "latent attention": ("kimi_linear", {"layer_types": ["full_attention"]}, "latent attention"),
-    "gated attention": ("qwen3_next", {}, "'full_attention', which recallax has not: it is gated"),
+    "gated attention": ("qwen3_next", {}, "'full_attention', which recallax does not support: it is gated"),
     "sparse layers": ("qwen3_next", {"mlp_only_layers": [1]}, r"layers \[0, 2\] are not in mlp_only_layers"),
     "normed attention": ("olmo_hybrid", {}, "'full_attention'.*normalises queries and keys"),
-    "unknown layer": ("nemotron_h", {"layers_block_type": ["moe"]}, "layers_block_type holds 'moe'"),
-    "side by side": ("falcon_h1", {}, "Mamba-2 and attention side by side"),
-    "grouped gla": ("fla_gla", {"num_kv_heads": 1}, "gla: num_kv_heads is 1, and recallax has this layer in one way"),
+    "unknown layer": ("nemotron_h", {"layers_block_type": ["moe"]}, "layers_block_type contains 'moe'"),
+    "side by side": ("falcon_h1", {}, "Mamba-2 and attention in parallel"),
+    "grouped gla": ("fla_gla", {"num_kv_heads": 1}, "gla: num_kv_heads is 1, and recallax supports one value for this layer"),
     "clamped gla": ("fla_gla", {"clamp_min": -3.0}, "clamp_min is -3.0"),
     "heads of gla": ("fla_gla", {"expand_k": 0.6}, "expand_k makes all heads 9.6 wide"),
     "gated delta": ("fla_delta_net", {"use_gate": True}, "use_gate is True"),
@@ -367,5 +367,5 @@ def test_a_field_whose_absence_would_be_a_guess_must_stand_there():
 
 def test_a_pattern_of_other_layers_is_refused():
     config, weights, _ = fixture("llama")
-    with pytest.raises(ConfigError, match=r"'layer\*3' is not a spelling of 'layer\*2'"):
+    with pytest.raises(ConfigError, match=r"'layer\*3' does not have the layers of 'layer\*2'"):
         import_model(config, weights, "layer*3")

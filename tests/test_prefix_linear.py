@@ -1,4 +1,4 @@
-"""Reading a prefix twice: the definition, the laws outside the prefix, and what a row may hold."""
+"""Prefix linear attention: the paper's equation, laws outside the prefix, and rows with several prefixes."""
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,11 @@ from tests.test_laws import close, random_inputs, rows, slice_seq_info
 
 pytestmark = pytest.mark.usefixtures("strict", "chunks_of_four")
 WIDTH, LENGTH = 16, 11
-MEMBERS: dict[str, MemoryConfig] = {
+MEMORIES: dict[str, MemoryConfig] = {
     "based": Based(feature_dim=4, num_heads=2),
     "gated_delta_net": GatedDeltaNet(num_heads=2, head_k_dim=4),
 }
-each_member = pytest.mark.parametrize("name", MEMBERS)
+each_memory = pytest.mark.parametrize("name", MEMORIES)
 
 
 def build(config: PrefixLinear) -> PrefixLinearMixer:
@@ -35,12 +35,12 @@ def build(config: PrefixLinear) -> PrefixLinearMixer:
 
 
 def with_prefix(seq: SeqInfo, *lengths: tuple[int, ...]) -> SeqInfo:
-    """The first tokens of each document, by row and document."""
+    """Mark the first tokens of each document as its prefix, by row and document."""
     table = np.zeros((len(lengths), 1 + max(map(len, lengths))), np.int32)
     for row, sizes in enumerate(lengths):
         table[row, 1 : 1 + len(sizes)] = sizes
-    most = np.take_along_axis(table, np.asarray(seq.segment_ids), axis=1)
-    return seq._replace(prefix=jnp.asarray(np.asarray(seq.positions) < most))
+    prefix_len = np.take_along_axis(table, np.asarray(seq.segment_ids), axis=1)
+    return seq._replace(prefix=jnp.asarray(np.asarray(seq.positions) < prefix_len))
 
 
 def taylor_weights(q: np.ndarray, k: np.ndarray) -> np.ndarray:
@@ -49,9 +49,9 @@ def taylor_weights(q: np.ndarray, k: np.ndarray) -> np.ndarray:
     return 1 + score + score**2 / 2
 
 
-def test_prefix_linear_attention_is_the_papers_equation():
-    """Arora et al. 2024 (JRT), section 4: both sums in numerator and denominator, token by token in float64."""
-    mixer, x = build(PrefixLinear(memory=MEMBERS["based"])), random_inputs(0, 1, LENGTH, WIDTH)
+def test_prefix_linear_attention_matches_the_papers_equation():
+    """Arora et al. 2024 (JRT), section 4: both sums in numerator and denominator, in float64."""
+    mixer, x = build(PrefixLinear(memory=MEMORIES["based"])), random_inputs(0, 1, LENGTH, WIDTH)
     q, k, v, ke, ve = (
         np.asarray(split_heads(part, 2)[0], np.float64)
         for part in (mixer.query(x)["q"], *mixer.writer(x).values(), *mixer.encoder(x).values())
@@ -59,98 +59,98 @@ def test_prefix_linear_attention_is_the_papers_equation():
     causal = np.tril(np.ones((LENGTH, LENGTH))) * taylor_weights(q, k)
     run = jax.jit(lambda x, seq: mixer.run(x, seq, None))
     for size in (0, 1, 5, LENGTH):
-        ahead = taylor_weights(q, ke) * (np.arange(LENGTH) < size)
-        total = (causal + ahead).sum(axis=-1, keepdims=True)
-        wanted = np.einsum("hts,shv->thv", causal / total, v) + np.einsum("hts,shv->thv", ahead / total, ve)
+        encoded = taylor_weights(q, ke) * (np.arange(LENGTH) < size)
+        total = (causal + encoded).sum(axis=-1, keepdims=True)
+        expected = np.einsum("hts,shv->thv", causal / total, v) + np.einsum("hts,shv->thv", encoded / total, ve)
         y, state = run(x, with_prefix(rows([LENGTH]), (size,)))
-        close(y[0], wanted)
-    # The same as the causal op from the encoder's sums, and a state no larger than BASED's own.
+        close(y[0], expected)
+    # Equal to the causal op with the encoder's sums as its state; the final state has the size of BASED's.
     q, k, v, ke, ve = (jnp.asarray(part, jnp.float32)[None] for part in (q, k, v, ke, ve))
     again, final = taylor_attention(q, k, v, state=taylor_attention(ke, ke, ve)[1])
     close(y, again)
     close(state, final)
 
 
-@each_member
-def test_the_document_continues_what_its_prefix_left(name):
-    """Also in members that convolve, forget and overwrite: two calls of the cell, the convolution afresh between."""
-    mixer, x, size = build(PrefixLinear(memory=MEMBERS[name])), random_inputs(1, 2, LENGTH, WIDTH), 5
+@each_memory
+def test_document_continues_the_state_of_its_prefix(name):
+    """Reference: two calls of the cell, with an empty convolution state in the second one."""
+    mixer, x, size = build(PrefixLinear(memory=MEMORIES[name])), random_inputs(1, 2, LENGTH, WIDTH), 5
     seq = rows([LENGTH], [8])
     positions, segments = jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids)
-    ahead = {key: value[:, :size] for key, value in (mixer.query(x) | mixer.encoder(x)).items()}
+    prefix = {key: value[:, :size] for key, value in (mixer.query(x) | mixer.encoder(x)).items()}
     run = jax.jit(mixer.cell.run)
-    _, state = run(ahead, positions[:, :size], segments[:, :size], mixer.cell.init_state(2))
+    _, state = run(prefix, positions[:, :size], segments[:, :size], mixer.cell.init_state(2))
     if isinstance(state, MatrixState):
         state = state._replace(conv_state=mixer.cell.init_state(2).conv_state)
-    wanted, final = run(mixer.query(x) | mixer.writer(x), positions, segments, state)
+    expected, final = run(mixer.query(x) | mixer.writer(x), positions, segments, state)
     y, after = jax.jit(mixer.run)(x, with_prefix(seq, (size,), (size,)), mixer.cell.init_state(2))
-    close(y, wanted, where=segments > 0)
+    close(y, expected, where=segments > 0)
     close(after, final)
     plain, _ = run(mixer.query(x) | mixer.writer(x), positions, segments, mixer.cell.init_state(2))
-    assert jnp.abs(plain - wanted)[segments > 0].max() > 0.01  # the prefix counts
+    assert jnp.abs(plain - expected)[segments > 0].max() > 0.01  # the prefix has an effect
     close(jax.jit(mixer.run)(x, seq, mixer.cell.init_state(2))[0], plain, where=segments > 0)
 
 
-@each_member
+@each_memory
 def test_prefill_after_prefix_can_be_split_and_stepped(name):
-    mixer, x = build(PrefixLinear(memory=MEMBERS[name])), random_inputs(2, 3, LENGTH, WIDTH)
+    mixer, x = build(PrefixLinear(memory=MEMORIES[name])), random_inputs(2, 3, LENGTH, WIDTH)
     seq = with_prefix(rows([LENGTH], [4, 7], [6]), (4,), (3, 2), (1,))
     valid = seq.segment_ids > 0
     whole, _ = jax.jit(mixer)(x, seq)
     prefill, step = jax.jit(mixer.prefill), jax.jit(mixer.step)
-    cut = 6  # the last prefix ends there
-    a, begun, _ = prefill(x[:, :cut], slice_seq_info(seq, slice(0, cut)), mixer.init_state(3, LENGTH))
-    b, after, _ = prefill(x[:, cut:], slice_seq_info(seq, slice(cut, None)), begun)
+    cut = 6  # after the last prefix
+    a, middle, _ = prefill(x[:, :cut], slice_seq_info(seq, slice(0, cut)), mixer.init_state(3, LENGTH))
+    b, after, _ = prefill(x[:, cut:], slice_seq_info(seq, slice(cut, None)), middle)
     close(jnp.concatenate([a, b], axis=1), whole, where=valid)
-    state = begun
+    state = middle
     for t in range(cut, LENGTH):
         y, state = step(x[:, t], StepInfo(jnp.asarray(seq.positions)[:, t], valid[:, t]), state)
         close(y, whole[:, t], where=valid[:, t])
     close(state, after)
 
 
-@each_member
-def test_nothing_is_read_ahead_but_the_prefix(name):
-    mixer = build(PrefixLinear(memory=MEMBERS[name]))
+@each_memory
+def test_only_the_prefix_is_read_ahead(name):
+    mixer = build(PrefixLinear(memory=MEMORIES[name]))
     sizes = ((5,), (2, 3))
     seq = with_prefix(rows([LENGTH], [4, 7]), *sizes)
-    # The last token that each token may know of: the end of its prefix, or itself.
+    # The last token that each token may depend on: the end of its prefix, or itself.
     horizon = np.array([[*[4] * 5, *range(5, LENGTH)], [1, 1, 2, 3, 6, 6, 6, *range(7, LENGTH)]])
     call = jax.jit(lambda x: mixer(x, seq)[0])
     x, other = random_inputs(3, 2, LENGTH, WIDTH), 30 * random_inputs(4, 2, LENGTH, WIDTH)
     y = np.asarray(call(x))
     for t in range(LENGTH):
         changed = np.asarray(call(jnp.where((jnp.arange(LENGTH) > t)[None, :, None], other, x)))
-        unmoved = horizon <= t
-        np.testing.assert_array_equal(changed[unmoved], y[unmoved])
-    slope = np.asarray(jax.jit(jax.grad(lambda x: mixer(x, seq)[0][:, 0].sum()))(x))
-    assert slope[0, 1:5].any(axis=-1).all() and not slope[0, 5:].any()  # the law could fail
-    assert slope[1, 1].any() and not slope[1, 2:].any()
+        unaffected = horizon <= t
+        np.testing.assert_array_equal(changed[unaffected], y[unaffected])
+    grad = np.asarray(jax.jit(jax.grad(lambda x: mixer(x, seq)[0][:, 0].sum()))(x))
+    assert grad[0, 1:5].any(axis=-1).all() and not grad[0, 5:].any()  # the test can detect a dependence
+    assert grad[1, 1].any() and not grad[1, 2:].any()
 
 
-@each_member
-def test_packed_documents_read_their_own_prefixes_and_rows_their_own(name):
-    mixer, x = build(PrefixLinear(memory=MEMBERS[name], max_prefix_len=6)), random_inputs(5, 1, LENGTH, WIDTH)
+@each_memory
+def test_packed_documents_and_rows_do_not_share_prefixes(name):
+    mixer, x = build(PrefixLinear(memory=MEMORIES[name], max_prefix_len=6)), random_inputs(5, 1, LENGTH, WIDTH)
     call = jax.jit(mixer)
     packed = with_prefix(rows([4, 1, 5], [4], [1], [5]), (3, 1, 2), (3,), (1,), (2,))
     y, _ = call(jnp.concatenate([x, x, jnp.roll(x, -4, axis=1), jnp.roll(x, -5, axis=1)]), packed)
     for row, (start, size) in enumerate([(0, 4), (4, 1), (5, 5)], 1):
         close(y[0, start : start + size], y[row, :size])
-    # Padding between documents, and before them, holds nothing.
-    apart = SeqInfo(*(jnp.insert(jnp.asarray(value), jnp.array([0, 4, 4]), 0, axis=1) for value in packed[:3]))
-    z, _ = call(jnp.insert(jnp.tile(x, (4, 1, 1)), jnp.array([0, 4, 4]), 1e3, axis=1), apart)
+    # Padding before and between documents has no effect.
+    padded = SeqInfo(*(jnp.insert(jnp.asarray(value), jnp.array([0, 4, 4]), 0, axis=1) for value in packed[:3]))
+    z, _ = call(jnp.insert(jnp.tile(x, (4, 1, 1)), jnp.array([0, 4, 4]), 1e3, axis=1), padded)
     close(z[0, 1:5], y[0, :4])
     close(z[0, 7:13], y[0, 4:10])
 
 
-def test_a_row_with_more_prefix_than_there_is_room_for_is_nan():
+def test_row_with_too_long_a_prefix_is_nan():
     x, seq = random_inputs(6, 2, LENGTH, WIDTH), with_prefix(rows([LENGTH], [LENGTH]), (5,), (6,))
-    wide, narrow = (build(PrefixLinear(memory=MEMBERS["based"], max_prefix_len=most)) for most in (None, 5))
+    wide, narrow = (build(PrefixLinear(memory=MEMORIES["based"], max_prefix_len=length)) for length in (None, 5))
     y, state, _ = jax.jit(narrow.prefill)(x, seq, narrow.init_state(2, LENGTH))
     close(y[0], jax.jit(wide)(x, seq)[0][0])
     assert all(np.isnan(np.asarray(leaf[1])).all() for leaf in (y, *state))
     with pytest.raises(ConfigError, match="at least 1"):
-        PrefixLinear(memory=MEMBERS["based"], max_prefix_len=0)
+        PrefixLinear(memory=MEMORIES["based"], max_prefix_len=0)
 
 
 def test_positions_of_both_passes():
@@ -164,8 +164,8 @@ def test_positions_of_both_passes():
 
 
 def test_prompts_may_be_padded_on_the_left():
-    """The published code masks keys, and pads take most of the weight (a key of 0 has the feature 1)."""
-    blocks = {"conv": Block(mixer=BaseConv(conv_size=3)), "prefix": Block(mixer=PrefixLinear(memory=MEMBERS["based"]))}
+    """The published code fails this test: it masks keys, and a key of 0 still has the feature 1."""
+    blocks = {"conv": Block(mixer=BaseConv(conv_size=3)), "prefix": Block(mixer=PrefixLinear(memory=MEMORIES["based"]))}
     model = LMConfig(d_model=WIDTH, vocab_size=12, pattern="conv prefix", blocks=blocks).build(nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(1), (2, LENGTH), 0, 12)
     seq = with_prefix(rows([LENGTH], [LENGTH]), (7,), (4,))

@@ -1,4 +1,4 @@
-"""Product-key memory: exact top-k, the gradient of the table, and what its tags do to updates."""
+"""Product-key memory: exact top-k search, the gradient of the table, and the effect of its tags on updates."""
 
 import itertools
 import json
@@ -36,22 +36,25 @@ def build(config: ProductKeys) -> ProductKeysMixer:
 
 
 @pytest.mark.parametrize("top_k", [1, 8, 64])
-def test_the_best_slots_are_those_of_all_sums(top_k):
+def test_best_slots_match_a_search_over_all_sums(top_k):
     mixer, x = build(replace(CONFIG, top_k=top_k)), jax.random.normal(jax.random.key(1), (50, WIDTH))
     q = rms_norm(mixer.query(x).reshape(50, 2, 8), mixer.scale[...], 1e-5, jnp.float32)
     first, second = (
         np.einsum("thd,hnd->thn", h, k) for h, k in zip(np.split(np.asarray(q), 2, -1), mixer.keys[...], strict=True)
     )
-    every = (first[..., :, None] + second[..., None, :]).reshape(50, 2, -1)
+    sums = (first[..., :, None] + second[..., None, :]).reshape(50, 2, -1)
     index, weight = jax.jit(mixer.select_slots)(x)
-    np.testing.assert_array_equal(index, np.argsort(-every, axis=-1, kind="stable")[..., :top_k])
-    best = np.exp(-np.sort(-every, axis=-1)[..., :top_k])
+    np.testing.assert_array_equal(index, np.argsort(-sums, axis=-1, kind="stable")[..., :top_k])
+    best = np.exp(-np.sort(-sums, axis=-1)[..., :top_k])
     np.testing.assert_allclose(weight, best / best.sum(axis=-1, keepdims=True), rtol=2e-4)
 
 
-def test_the_mixture_and_its_gradients_are_those_of_a_gather():
+def test_embedding_bag_and_its_gradients_match_a_gather():
     values, weight = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(9, 5), (20, 7)]))
-    index, slope = jax.random.randint(jax.random.key(2), (20, 7), 0, 9), jax.random.normal(jax.random.key(3), (20, 5))
+    index, cotangent = (
+        jax.random.randint(jax.random.key(2), (20, 7), 0, 9),
+        jax.random.normal(jax.random.key(3), (20, 5)),
+    )
 
     def plain(values, weight):
         return jnp.einsum("ts,tsv->tv", weight, values[index])
@@ -60,16 +63,16 @@ def test_the_mixture_and_its_gradients_are_those_of_a_gather():
         jax.vjp(form, values, weight) for form in (lambda values, weight: embedding_bag(values, index, weight), plain)
     )
     for a, b in zip(
-        jax.tree.leaves((one[0], one[1](slope))), jax.tree.leaves((other[0], other[1](slope))), strict=True
+        jax.tree.leaves((one[0], one[1](cotangent))), jax.tree.leaves((other[0], other[1](cotangent))), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_every_parameter_learns_and_the_gate_starts_nearly_closed():
+def test_all_parameters_have_gradients_and_initial_gate_is_small():
     mixer, x = build(CONFIG), jax.random.normal(jax.random.key(4), (2, 30, WIDTH))
     graph, params, rest = nnx.split(mixer, nnx.Param, ...)
-    slopes = jax.jit(jax.grad(lambda p: nnx.merge(graph, p, rest)(x, unpacked_seq_info(2, 30))[0].var()))(params)
-    assert all(leaf.any() for leaf in jax.tree.leaves(slopes))
+    grads = jax.jit(jax.grad(lambda p: nnx.merge(graph, p, rest)(x, unpacked_seq_info(2, 30))[0].var()))(params)
+    assert all(leaf.any() for leaf in jax.tree.leaves(grads))
     gate = np.asarray(jax.nn.sigmoid(mixer.gate(x)))
     assert abs(gate.mean() - 0.119) < 0.01
 
@@ -79,12 +82,12 @@ def test_slot_usage_excludes_padding():
     x = jnp.broadcast_to(jax.random.normal(jax.random.key(5), (WIDTH,)), (1, 9, WIDTH))
     x = x.at[0, 6:].set(jax.random.normal(jax.random.key(6), (3, WIDTH)))
     seq = unpacked_seq_info(1, 9)._replace(segment_ids=jnp.asarray([[1] * 6 + [0] * 3]))
-    _, told = mixer(x, seq)
-    assert float(told["diagnostic/slots_used"].total) == pytest.approx(1 / 64**2)
-    assert float(told["diagnostic/slots_kl"].total) == pytest.approx(np.log(64**2), rel=1e-5)
+    _, aux = mixer(x, seq)
+    assert float(aux["diagnostic/slots_used"].total) == pytest.approx(1 / 64**2)
+    assert float(aux["diagnostic/slots_kl"].total) == pytest.approx(np.log(64**2), rel=1e-5)
 
 
-def test_values_have_a_rate_of_their_own_and_rows_that_nobody_read_stay():
+def test_values_have_their_own_learning_rate_and_unread_rows_do_not_change():
     slices = (MixtureSlice(length=16, num_kv_pairs=2),)
     blocks = {"facts": Block(mixer=replace(CONFIG, value_lr_multiplier=3.0), channel=Identity())}
     config = tiny_run(
@@ -113,31 +116,31 @@ def test_values_have_a_rate_of_their_own_and_rows_that_nobody_read_stay():
         moved = [(a != b).any(axis=-1) for a, b in itertools.pairwise(tables[1:])]
         assert 0 < moved[0].mean() < 0.5 and (moved[0] != moved[1]).any()
         first_only = moved[0] & ~moved[1]
-        assert first_only.any()  # plain Adam's momentum would go on moving them
+        assert first_only.any()  # plain Adam would still update them, by momentum
         np.testing.assert_array_equal(moments[1][first_only], moments[2][first_only])
-        # The first step of Adam is the rate itself in every element that has a gradient.
+        # The first step of Adam changes each element with a gradient by the learning rate.
         _, params, _ = nnx.split(config.model.build(nnx.Rngs(0), 32), nnx.Param, ...)
         optimizer, pure = make_optimizer(config, params), nnx.to_pure_dict(params)
         grads = jax.tree.map(lambda p: jnp.ones_like(p) * 1e-3, pure)
 
         @jax.jit
         def second(pure):
-            _, held = optimizer.update(grads, optimizer.init(pure), pure)
-            return optimizer.update(grads, held, pure)[0]
+            _, state = optimizer.update(grads, optimizer.init(pure), pure)
+            return optimizer.update(grads, state, pure)[0]
 
         updates = second(pure)
     other = np.abs(np.asarray(updates["norm"]["scale"])).mean()
     np.testing.assert_allclose(np.abs(table(updates)), 3 * other, rtol=1e-4)
 
 
-def test_an_optimizer_without_tags_is_the_plain_one():
-    """So that checkpoints of older runs stay readable."""
+def test_optimizer_without_tags_has_the_plain_state():
+    """Checkpoints of older runs must remain readable."""
     model = LMConfig(d_model=8, vocab_size=9, pattern="a", blocks={"a": Block(mixer=Identity())})
     _, params, _ = nnx.split(model.build(nnx.Rngs(0)), nnx.Param, ...)
     slices = (MixtureSlice(length=16, num_kv_pairs=2),)
     run = RunConfig(task=MQAR(vocab_size=9, mixture=slices, test_mixture=slices), model=model)
-    held: Any = make_optimizer(run, params).init(nnx.to_pure_dict(params))
-    assert len(held) == 2
+    state: Any = make_optimizer(run, params).init(nnx.to_pure_dict(params))
+    assert len(state) == 2
 
 
 @pytest.mark.parametrize(
@@ -149,8 +152,8 @@ def test_invalid_configs_are_rejected(changes, message):
         replace(CONFIG, **changes)
 
 
-def test_the_record_of_facts_meets_its_thresholds():
-    """4,096 facts by the 8 best slots: at least .95 recalled, in at least half of the slots."""
+def test_recorded_fact_recall_meets_its_thresholds():
+    """4,096 facts with k = 8: recall of at least 0.95, with at least half of the slots in use."""
     rows = [json.loads(x) for x in (Path(measure.__file__).parent / "results.jsonl").read_text().splitlines()]
     recall = {arm: [row["recall"] for row in rows if row["arm"] == arm] for arm in measure.VARIANTS}
     assert len(recall["product keys"]) == 3 and min(recall["product keys"]) >= 0.95
@@ -159,7 +162,7 @@ def test_the_record_of_facts_meets_its_thresholds():
 
 
 @pytest.mark.full
-def test_facts_are_stored_as_recorded(monkeypatch):
+def test_fact_recall_reproduces_the_record(monkeypatch):
     monkeypatch.setattr(measure, "STEPS", 200)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         row = measure.train_variant("product keys", 0)

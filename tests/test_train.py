@@ -136,7 +136,7 @@ def decays(name: str, leaf: jax.Array) -> bool:
     return "scale" not in name and leaf.ndim - ("'stack'" in name) >= 2
 
 
-def test_steps_are_clipped_adamw(program: Program) -> None:
+def test_step_equals_clipped_adamw(program: Program) -> None:
     """Three steps against AdamW written out: loss, clipping, warm-up, cosine, decay of matrices only."""
     optim, count = CONFIG.optim, 5
     state, reports = run(program, range(count))
@@ -172,7 +172,7 @@ def test_steps_are_clipped_adamw(program: Program) -> None:
     assert (int(state.step), int(state.skipped), int(state.streak)) == (count, 0, 0)
 
 
-def test_schedule() -> None:
+def test_learning_rate_schedule() -> None:
     config = vary(train={"steps": 100}, optim={"lr": 2.0, "warmup_ratio": 0.1, "min_lr_ratio": 0.25})
     rate = [float(np.asarray(learning_rate_schedule(config)(i))) for i in range(101)]
     np.testing.assert_allclose(rate[:11], np.arange(11) / 10 * 2, rtol=1e-6)
@@ -209,7 +209,7 @@ def test_a_matrix_can_opt_out_of_decay() -> None:
 
 
 @pytest.mark.parametrize("parts", [2, 8])
-def test_accumulation_is_the_whole_batch(program: Program, parts: int) -> None:
+def test_gradient_accumulation_equals_the_whole_batch(program: Program, parts: int) -> None:
     """Microbatches carry unequal weight, some of them none."""
     whole, reports = run(program, range(3))
     pieces, others = run(compiled(vary(train={"gradient_accumulation_steps": parts})), range(3))
@@ -227,12 +227,12 @@ def test_loss_weights_scale_the_terms(program: Program) -> None:
     assert_close(other.terms, report.terms, 1e-6)
 
 
-def test_a_loss_weight_of_no_term_is_refused() -> None:
+def test_loss_weight_of_unknown_term_is_rejected() -> None:
     with pytest.raises(ConfigError, match="'next_tokn'; did you mean 'next_token'"):
         run(compiled(vary(train={"loss_weights": {"next_tokn": 0.25}})), [0])
 
 
-def test_bfloat16_computes_and_float32_keeps(program: Program) -> None:
+def test_compute_in_bfloat16_with_parameters_in_float32(program: Program) -> None:
     half = compiled(vary(model={"compute_dtype": "bfloat16"}))
     state, (_, _, report) = run(half, range(3))
     _, (_, _, exact) = run(program, range(3))
@@ -282,7 +282,7 @@ def test_an_update_that_is_not_finite_is_skipped() -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-def test_the_state_freezes_after_ten_bad_steps(program: Program) -> None:
+def test_state_freezes_after_ten_nonfinite_steps(program: Program) -> None:
     bad = dict.fromkeys(range(2, 2 + MAX_NONFINITE_STREAK), (np.nan, 8))
     frozen, _ = run(program, range(15), bad)
     wanted, _ = run(program, range(2))
@@ -292,7 +292,7 @@ def test_the_state_freezes_after_ten_bad_steps(program: Program) -> None:
     assert (int(thawed.skipped), int(thawed.streak)) == (MAX_NONFINITE_STREAK - 1, 0)
 
 
-def test_a_run_survives_one_bad_batch_and_stops_after_ten(
+def test_run_continues_after_one_nonfinite_batch_and_stops_after_ten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = replace(vary(train={"steps": 40, "log_every": 3}), task=replace(TASK, bad=(1, *range(6, 40))))
@@ -313,7 +313,7 @@ def test_a_run_survives_one_bad_batch_and_stops_after_ten(
     assert [row["learning_rate"] for row in trained[:2]] == pytest.approx(taken)
 
 
-def test_a_bad_parameter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_a_nonfinite_parameter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     initial = Program.init_state
 
     def planted(self: Program) -> TrainState:
@@ -369,7 +369,7 @@ def test_dropout_is_a_function_of_seed_and_step() -> None:
     assert not set(reports[:3]) & set(reports[6:])
 
 
-def test_seeds_decide_the_start() -> None:
+def test_seed_determines_the_initial_state() -> None:
     keys = [compiled(vary(train={"seed": seed})).init_state() for seed in (3, 4)]
     assert jax.random.key_data(keys[0].key).tolist() != jax.random.key_data(keys[1].key).tolist()
     assert not np.array_equal(keys[0].params["embedding"], keys[1].params["embedding"])
@@ -380,7 +380,7 @@ def test_dropout_is_off_in_evaluation(program: Program) -> None:
     assert noisy.evaluate(program.init_state(), "valid") == program.evaluate(program.init_state(), "valid")
 
 
-def test_the_spelling_of_a_pattern_changes_nothing() -> None:
+def test_results_do_not_depend_on_the_spelling_of_a_pattern() -> None:
     """Neither the start, nor the gradients, nor where dropout falls."""
     spelled, scanned = (
         [float(report.loss) for report in run(compiled(config), range(4))[1]]
@@ -501,11 +501,11 @@ def test_golden_first_step(name: str) -> None:
     )
 
 
-def test_golden_file_has_no_more_than_the_configs() -> None:
+def test_golden_file_has_exactly_the_configs() -> None:
     assert set(json.loads(FILE.read_text())) == set(config_names()), f"run `{REWRITE}`"
 
 
-def test_the_optimizer_state_has_the_tree_of_the_parameters(program: Program) -> None:
+def test_optimizer_state_has_the_tree_of_the_parameters(program: Program) -> None:
     """One first and one second moment for each parameter, in its shape."""
     shapes = sorted(leaf.shape for leaf in jax.tree.leaves(program.abstract_state.params))
     adam = next(s for s in jax.tree.leaves(program.abstract_state.optimizer, is_leaf=_is_adam) if _is_adam(s))

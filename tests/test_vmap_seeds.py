@@ -118,7 +118,7 @@ class Recording(Backend):
 
 
 @pytest.mark.parametrize(("together", "sizes"), [(1, [1, 1, 1]), (2, [2, 1]), (8, [3])])
-def test_a_sweep_gives_seeds_to_processes(tmp_path: Path, together: int, sizes: list[int]) -> None:
+def test_sweep_groups_seeds_into_processes(tmp_path: Path, together: int, sizes: list[int]) -> None:
     (tmp_path / "sweep.py").write_text(FILE)
     backend = Recording()
     assert run_sweep(tmp_path / "sweep.py", tmp_path / "runs", backend, vmap_seeds=together) == 0

@@ -1,4 +1,4 @@
-"""Workspace memory: its definition chunk by chunk, and what it carries where."""
+"""Workspace memory: the definition chunk by chunk, causality between chunks, and the size of the state."""
 
 from dataclasses import replace
 

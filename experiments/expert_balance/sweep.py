@@ -1,8 +1,9 @@
-"""What a balance loss, or a bias in the choice, does to how experts are used.
+"""Does load balancing change the use of experts?
 
-On `mqar_micro`: a short convolution, then twice a state-space model beside sparse attention and experts by chunks of 8,
-4 with 1 chosen or 8 with 2; under Switch's loss, under a bias that moves, and under neither. Two seeds at a rate that
-`hydra_parts` found good for attention, for accuracy is not compared.
+On `mqar_micro`: a short convolution, then two layers of a state-space model in parallel with sparse attention and
+experts for chunks of 8 tokens, either 4 experts with top 1 or 8 experts with top 2. They are trained with Switch's
+balance loss, with a bias on the routing logits, and with neither. There are two seeds at the learning rate that was
+best for attention in `hydra_parts`; accuracy is not compared.
 """
 
 from dataclasses import replace
@@ -20,6 +21,7 @@ from recallax.train.step import TrainState
 
 RATE, STEPS, SEEDS = 1e-2, 1500, (0, 1)
 SIZES = {"4 experts, 1 chosen": (4, 1), "8 experts, 2 chosen": (8, 2)}
+"""Number of experts and top k."""
 BALANCES = {
     "neither": ChunkExperts(load_balance_loss_weight=0.0),
     "loss": ChunkExperts(load_balance_loss_weight=1e-2),
@@ -27,7 +29,8 @@ BALANCES = {
 }
 
 
-def variants(rows: list[ResultRow]) -> list[Trial]:
+def all_trials(rows: list[ResultRow]) -> list[Trial]:
+    """Return every number of experts, balance method and seed."""
     return [
         Trial(
             {"stage": "arms", "mixer": size, "balance": balance, "seed": seed},
@@ -41,16 +44,16 @@ def variants(rows: list[ResultRow]) -> list[Trial]:
 
 
 def expert_diagnostics(program: Program, state: TrainState) -> ResultRow:
-    """The diagnostics of one more training batch."""
-    _, report = program.step(state, program.batch(STEPS))
-    return {name: float(mean.total) for name, mean in jax.device_get(report.terms).items() if "expert" in name}
+    """Measure the experts' diagnostics on one more training batch."""
+    _, metrics = program.step(state, program.batch(STEPS))
+    return {name: float(mean.total) for name, mean in jax.device_get(metrics.terms).items() if "expert" in name}
 
 
 def _run(size: str, balance: str, seed: int) -> RunConfig:
     base = mqar_micro.get_config()
-    experts, chosen = SIZES[size]
-    mixer = replace(BALANCES[balance], num_experts=experts, top_k=chosen, intermediate_size=16, chunk_size=8)
-    if chosen == 1:
+    num_experts, top_k = SIZES[size]
+    mixer = replace(BALANCES[balance], num_experts=num_experts, top_k=top_k, intermediate_size=16, chunk_size=8)
+    if top_k == 1:
         mixer = replace(mixer, norm_topk_prob=False)
     sparse = SparseGlobalAttention(window=8, top_k=8, block_size=4, rope_theta=None)
     paths = Parallel(ssm=DiagonalSSM(max_timescale=32.0), attention=sparse, experts=mixer)
@@ -60,4 +63,4 @@ def _run(size: str, balance: str, seed: int) -> RunConfig:
     return replace(base, model=model, optim=AdamW(lr=RATE), train=train)
 
 
-STAGES: tuple[SweepStage, ...] = (variants,)
+STAGES: tuple[SweepStage, ...] = (all_trials,)

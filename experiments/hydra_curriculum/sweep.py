@@ -1,7 +1,7 @@
-"""Hydra's curriculum beside its control, all parts from the first step: `mqar_hydra_staged` and `mqar_hydra_at_once`.
+"""Does staged training of Hydra's parts help?
 
-Stages: two learning rates; then a second seed at the rate that is best on valid. A run folder each, as curricula need
-one: `recallax sweep`, not `python -m experiments`.
+`mqar_hydra_staged` has a curriculum and its control `mqar_hydra_at_once` trains all parts from the first step. Stages:
+two learning rates with one seed, then the best on valid with a second seed.
 """
 
 from dataclasses import replace

@@ -1,7 +1,8 @@
-"""What each part of Hydra buys: on `mqar_micro`, and on eight needles that lie beyond its window and selection.
+"""What does each part of Hydra add to recall?
 
-Stages: three learning rates for every arm; then a second seed at the rate that is best on valid. All arms begin with
-the short convolution of Zoology's hybrids and have as many parameters: what a part does not take, a perceptron gets.
+The tasks are `mqar_micro`, and eight needles that are beyond the attention window and selection. Stages: three learning
+rates for every variant with one seed, then the best on valid with a second seed. All variants start with the short
+convolution of Zoology's hybrids and have equal numbers of parameters: an MLP is made wider for parts that are missing.
 """
 
 from dataclasses import replace
@@ -43,7 +44,7 @@ TASKS: dict[str, tuple[Task, int]] = {
         4,
     ),
 }
-"""With the number of tokens that the window, the selection and a chunk have."""
+"""Task, and the number of tokens of the window, the selection and a chunk."""
 PARTS = {
     "state-space model": "conv ssm",
     "+ sparse attention": "conv attention",
@@ -61,23 +62,25 @@ OTHER_VARIANTS = {"+ window alone": "conv window", "+ tokens asked for": "conv a
 PATTERNS = PARTS | CONTROLS | OTHER_VARIANTS
 VARIANTS = {"mqar": tuple(PATTERNS), "needles": (*PARTS, *CONTROLS)}
 WIDTH, INTERMEDIATE_SIZE = 32, 16
-"""INNER: of the perceptron in the model with all parts; the others' are wider."""
+"""Model width, and MLP width of the variant with all parts; other variants have wider MLPs."""
 
 
 def grid(rows: list[ResultRow]) -> list[Trial]:
-    return [_cell("grid", task, name, rate, 0) for task, names in VARIANTS.items() for name in names for rate in RATES]
+    """Return every variant at every learning rate with seed 0."""
+    return [_trial("grid", task, name, rate, 0) for task, names in VARIANTS.items() for name in names for rate in RATES]
 
 
 def seeds(rows: list[ResultRow]) -> list[Trial]:
-    found = {
+    """Return other seeds of every variant at its best learning rate."""
+    best = {
         (task, name): best_row(rows, "grid", task=task, mixer=name)
         for task, names in VARIANTS.items()
         for name in names
     }
-    return [_cell("seeds", *arm, row["lr"], seed) for arm, row in found.items() for seed in SEEDS]
+    return [_trial("seeds", *variant, row["lr"], seed) for variant, row in best.items() for seed in SEEDS]
 
 
-def _cell(stage: str, task: str, name: str, rate: float, seed: int) -> Trial:
+def _trial(stage: str, task: str, name: str, rate: float, seed: int) -> Trial:
     labels = {"stage": stage, "task": task, "mixer": name, "lr": rate, "seed": seed}
     return Trial(labels, _run(task, name, rate, seed))
 
@@ -90,20 +93,28 @@ def _run(task: str, name: str, rate: float, seed: int) -> RunConfig:
 
 @cache
 def parameter_matched(task: str, name: str) -> LMConfig:
-    """The arm with a perceptron as wide as makes up for what it lacks beside all parts."""
-    vocab = TASKS[task][0].vocab_size
-    least, more = (accounting.count_parameters(_model(task, name, inner), vocab) for inner in (1, 2))
-    wanted = accounting.count_parameters(_model(task, "all parts", INTERMEDIATE_SIZE), vocab)
-    return _model(task, name, 1 + round((wanted - least) / (more - least)))
+    """Return a variant with the MLP width that gives the number of parameters of the variant with all parts.
+
+    Args:
+        task: A key of `TASKS`.
+        name: A key of `PATTERNS`.
+
+    Returns:
+        The model.
+    """
+    vocab_size = TASKS[task][0].vocab_size
+    smallest, next_larger = (accounting.count_parameters(_model(task, name, width), vocab_size) for width in (1, 2))
+    target = accounting.count_parameters(_model(task, "all parts", INTERMEDIATE_SIZE), vocab_size)
+    return _model(task, name, 1 + round((target - smallest) / (next_larger - smallest)))
 
 
 def _model(task: str, name: str, intermediate_size: int) -> LMConfig:
-    few = TASKS[task][1]
+    num_tokens = TASKS[task][1]
     ssm = DiagonalSSM(max_timescale=32.0)
-    sparse = SparseGlobalAttention(window=few, top_k=few, block_size=4, rope_theta=None)
+    sparse = SparseGlobalAttention(window=num_tokens, top_k=num_tokens, block_size=4, rope_theta=None)
     attentions: dict[str, MixerConfig] = {
-        "window": SlidingWindow(window=few, rope_theta=None),
-        "wider": SlidingWindow(window=2 * few, rope_theta=None),
+        "window": SlidingWindow(window=num_tokens, rope_theta=None),
+        "wider": SlidingWindow(window=2 * num_tokens, rope_theta=None),
         "everything": Attention(rope_theta=None),
         "asked": replace(sparse, selector=QueryDependentSelector(score_dim=16), cache="full"),
         "keys": replace(sparse, selector=KeyScore(hidden_size=32)),
@@ -111,15 +122,15 @@ def _model(task: str, name: str, intermediate_size: int) -> LMConfig:
     blocks = hydra_blocks(
         ssm,
         sparse,
-        ChunkExperts(num_experts=4, intermediate_size=16, chunk_size=few),
-        Workspace(num_slots=16, slot_dim=32, chunk_size=few),
+        ChunkExperts(num_experts=4, intermediate_size=16, chunk_size=num_tokens),
+        Workspace(num_slots=16, slot_dim=32, chunk_size=num_tokens),
         ProductKeys(num_sub_keys=8, num_heads=2, head_k_dim=16, value_dim=32, top_k=4),
     ) | {
         key: Block(mixer=Parallel(ssm=ssm, attention=part), channel=NoChannelMixer())
         for key, part in attentions.items()
     }
-    filled = next(key for key in PATTERNS[name].split() if key not in ("conv", "workspace", "facts"))
-    blocks[filled] = replace(blocks[filled], channel=SwiGLU(intermediate_size=intermediate_size))
+    last_mixer = next(key for key in PATTERNS[name].split() if key not in ("conv", "workspace", "facts"))
+    blocks[last_mixer] = replace(blocks[last_mixer], channel=SwiGLU(intermediate_size=intermediate_size))
     return LMConfig(d_model=WIDTH, pattern=PATTERNS[name], blocks=blocks | {"conv": CONV_BLOCK})
 
 

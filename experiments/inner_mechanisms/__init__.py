@@ -1,1 +1,1 @@
-"""What each part of a memory that learns while it reads is for, shown without training a model; see README.md."""
+"""The effect of forgetting, momentum, depth and chunk size in a neural memory, measured without training a model."""

@@ -1,4 +1,4 @@
-"""Forgetting, on a regression whose teacher changes every 48 tokens: none, at a constant rate, or all at the change."""
+"""Forgetting: regression on a teacher that changes every 48 tokens, with no, constant or complete forgetting."""
 
 from itertools import product
 
@@ -12,27 +12,35 @@ WIDTH, REGIME_LENGTH, NUM_REGIMES, ROWS = 32, 48, 16, 8
 RATES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 KEEPS = (0.9, 0.94, 0.96, 0.98, 0.99, 0.995)
 NOISES = (0.0, 0.5)
-LEARNER = InnerOptimizer(network=LinearNet(), gradient="token", momentum=False, chunk_size=16)
+INNER_OPTIMIZER = InnerOptimizer(network=LinearNet(), gradient="token", momentum=False, chunk_size=16)
 
 
 def measure() -> list[dict]:
-    """A row per noise of the values and way of forgetting: the error of fresh queries against the current teacher.
+    """Measure each noise level and forgetting method at the method's best setting.
 
-    The share of the answers' squares that is missed; every way at its own best rate.
+    Returns:
+        Rows with the squared error of new queries against the current teacher, relative to the square of the answers.
     """
     rows = []
     for noise in NOISES:
-        errors = relative_errors(noise)
-        for way, (settings, scores) in errors.items():
+        for method, (settings, scores) in relative_errors(noise).items():
             index, error = select_setting(scores, np.minimum)
             rate, keep = settings[index]
-            setting = {"noise": noise, "forgets": way, "lr": rate} | ({"keep": keep} if way == "constant" else {})
+            setting = {"noise": noise, "forgets": method, "lr": rate} | ({"keep": keep} if method == "constant" else {})
             rows.append({"mechanism": "decay", **setting, "error": round(error, 4)})
     return rows
 
 
 def relative_errors(noise: float, seed: int = 0) -> dict[str, tuple[list[tuple[float, float]], np.ndarray]]:
-    """Per way of forgetting its settings (rate, keep) and the error of each row and setting."""
+    """Measure every setting of every forgetting method in one call of the op.
+
+    Args:
+        noise: Standard deviation of the noise on the values.
+        seed: Seed of the data.
+
+    Returns:
+        By method, its settings (learning rate, keep) and the relative squared errors [rows, settings].
+    """
     rng = np.random.default_rng(seed)
     shape = (ROWS, REGIME_LENGTH * NUM_REGIMES, WIDTH)
     q, k = l2_normalize(rng.normal(size=(2, *shape)))
@@ -41,23 +49,23 @@ def relative_errors(noise: float, seed: int = 0) -> dict[str, tuple[list[tuple[f
     v = v + noise * rng.normal(size=shape)
     changes = np.arange(shape[1]) % REGIME_LENGTH == 0
 
-    ways = {
+    methods = {
         "never": [(rate, 1.0) for rate in RATES],
         "constant": list(product(RATES, KEEPS)),
         "at the change": [(rate, 0.0) for rate in RATES],
     }
-    everything = [(way, *setting) for way, settings in ways.items() for setting in settings]
-    logs = np.array([0.0 if way == "at the change" else np.log(keep) for way, _, keep in everything])
-    flagged = np.array([way == "at the change" for way, *_ in everything])
-    log_keep = np.where(flagged & changes[:, None], LOG_CLOSED, logs)
-    lr = np.array([rate for _, rate, _ in everything])
-    every = (ROWS, shape[1], len(everything))
-    gates = MemoryGates(np.broadcast_to(lr, every), np.zeros(every), np.broadcast_to(log_keep, every))
-    reads, _ = run_memory(LEARNER, q, k, v, gates, {"w1": np.zeros((WIDTH, WIDTH))})
-    settled = slice(REGIME_LENGTH, None)  # the first regime follows nothing
-    miss = np.square(reads - answers[:, :, None])[:, settled].sum(axis=(1, 3))
-    errors = miss / np.square(answers[:, settled]).sum(axis=(1, 2))[:, None]
+    heads = [(method, *setting) for method, settings in methods.items() for setting in settings]
+    constant_log_keep = np.array([0.0 if method == "at the change" else np.log(keep) for method, _, keep in heads])
+    forgets_at_change = np.array([method == "at the change" for method, *_ in heads])
+    log_keep = np.where(forgets_at_change & changes[:, None], LOG_CLOSED, constant_log_keep)
+    lr = np.array([rate for _, rate, _ in heads])
+    gate_shape = (ROWS, shape[1], len(heads))
+    gates = MemoryGates(np.broadcast_to(lr, gate_shape), np.zeros(gate_shape), np.broadcast_to(log_keep, gate_shape))
+    reads, _ = run_memory(INNER_OPTIMIZER, q, k, v, gates, {"w1": np.zeros((WIDTH, WIDTH))})
+    measured = slice(REGIME_LENGTH, None)  # without the first teacher, before which there is nothing to forget
+    error = np.square(reads - answers[:, :, None])[:, measured].sum(axis=(1, 3))
+    relative = error / np.square(answers[:, measured]).sum(axis=(1, 2))[:, None]
     return {
-        way: (settings, errors[:, [i for i, (name, *_) in enumerate(everything) if name == way]])
-        for way, settings in ways.items()
+        method: (settings, relative[:, [i for i, (name, *_) in enumerate(heads) if name == method]])
+        for method, settings in methods.items()
     }

@@ -1,7 +1,7 @@
-"""Depth against its controls, and staleness: a nonlinear teacher, v = |k A|, learned from 2048 unit keys.
+"""Depth and stale gradients: a nonlinear teacher, v = |k A|, learned from 2048 unit keys.
 
-An even function has no linear part, so a matrix memory can do nothing. Controls: the first layer fixed at its start
-(`w2` alone learns), and fixed random features with a linear memory behind them.
+An even function has no linear part, so a matrix memory learns nothing of it. The controls of a two-layer memory are the
+same memory with a fixed first layer (only `w2` is trained), and fixed random features with a linear memory.
 """
 
 import numpy as np
@@ -31,39 +31,66 @@ MEMORIES = {
 
 
 def measure() -> list[dict]:
-    """A row per memory of `MEMORIES`, and per chunk of the deep one, each at its best rate: the error of fresh queries.
+    """Measure each of `MEMORIES`, and the two-layer memory at each chunk size, at their best learning rates.
 
-    The share of the answers' squares that is missed, over the second half of the tokens.
+    Returns:
+        Rows with the squared error of new queries, relative to the square of the answers, over the second half of the
+        tokens.
     """
-    rows = [{"mechanism": "depth", "memory": name, **best_rate(learner)} for name, learner in MEMORIES.items()]
+    rows = [
+        {"mechanism": "depth", "memory": name, **best_rate(inner_optimizer)}
+        for name, inner_optimizer in MEMORIES.items()
+    ]
     for chunk in CHUNKS:
-        learner = InnerOptimizer(network=MLPNet(), momentum=False, chunk_size=chunk)
-        rows.append({"mechanism": "staleness", "chunk": chunk, **best_rate(learner)})
+        inner_optimizer = InnerOptimizer(network=MLPNet(), momentum=False, chunk_size=chunk)
+        rows.append({"mechanism": "staleness", "chunk": chunk, **best_rate(inner_optimizer)})
     return rows
 
 
-def best_rate(learner: InnerOptimizer, rows: int = ROWS) -> dict:
-    """The rate that is best on the first half of the rows, the error on the second, and the floats of state."""
-    index, error = select_setting(relative_errors(learner, rows), np.minimum)
-    floats = sum(i * o for i, o in learner.trainable_shapes(WIDTH).values())
+def best_rate(inner_optimizer: InnerOptimizer, rows: int = ROWS) -> dict:
+    """Measure a memory at the learning rate that is best on the first half of the rows.
+
+    Args:
+        inner_optimizer: The memory's inner optimizer.
+        rows: Number of rows.
+
+    Returns:
+        The number of trainable floats, the learning rate, and the error on the second half of the rows.
+    """
+    index, error = select_setting(relative_errors(inner_optimizer, rows), np.minimum)
+    floats = sum(i * o for i, o in inner_optimizer.trainable_shapes(WIDTH).values())
     return {"floats": floats, "lr": RATES[index], "error": round(error, 4)}
 
 
-def relative_errors(learner: InnerOptimizer, rows: int, seed: int = 0) -> np.ndarray:
-    """[rows, rates]; not finite where a memory diverged."""
+def relative_errors(inner_optimizer: InnerOptimizer, rows: int, seed: int = 0) -> np.ndarray:
+    """Measure a memory at all learning rates in one call of the op.
+
+    Args:
+        inner_optimizer: The memory's inner optimizer.
+        rows: Number of rows.
+        seed: Seed of the data.
+
+    Returns:
+        Relative squared errors [rows, learning rates]; not finite for a memory that diverged.
+    """
     rng = np.random.default_rng(seed)
     q, k = l2_normalize(rng.normal(size=(2, rows, LENGTH, WIDTH)))
     teacher = rng.normal(size=(rows, WIDTH, WIDTH))
-    mean = np.sqrt(2 / np.pi)  # of |x| for a normal x; the answers have mean 0 and deviation 1
+    mean = np.sqrt(2 / np.pi)  # of |x| for a standard normal x; the answers have mean 0 and standard deviation 1
     answers, v = ((np.abs(x @ teacher) - mean) / np.sqrt(1 - mean**2) for x in (q, k))
-    shapes = learner.network.shapes(WIDTH)
-    scale = 0.0 if len(shapes) == 1 else 1.0  # a memory of one matrix starts best from nothing
+    shapes = inner_optimizer.network.shapes(WIDTH)
+    scale = 0.0 if len(shapes) == 1 else 1.0  # a matrix memory starts at zero
     weights = {name: scale * rng.normal(size=shape) / np.sqrt(shape[0]) for name, shape in shapes.items()}
-    every = (rows, LENGTH, len(RATES))
+    gate_shape = (rows, LENGTH, len(RATES))
     reads, _ = run_memory(
-        learner, q, k, v, MemoryGates(np.broadcast_to(RATES, every), np.zeros(every), np.zeros(every)), weights
+        inner_optimizer,
+        q,
+        k,
+        v,
+        MemoryGates(np.broadcast_to(RATES, gate_shape), np.zeros(gate_shape), np.zeros(gate_shape)),
+        weights,
     )
-    late = slice(LENGTH // 2, None)
+    second_half = slice(LENGTH // 2, None)
     with np.errstate(over="ignore", invalid="ignore"):
-        miss = np.square(reads - answers[:, :, None])[:, late].sum(axis=(1, 3))
-        return miss / np.square(answers[:, late]).sum(axis=(1, 2))[:, None]
+        error = np.square(reads - answers[:, :, None])[:, second_half].sum(axis=(1, 3))
+        return error / np.square(answers[:, second_half]).sum(axis=(1, 2))[:, None]

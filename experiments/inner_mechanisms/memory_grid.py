@@ -1,4 +1,4 @@
-"""One head per setting: how a grid of inner learning rates and gates is measured in one call of `neural_memory`."""
+"""A grid of inner learning rates and gates in one call of `neural_memory`, with one head per setting."""
 
 from typing import NamedTuple
 
@@ -10,11 +10,11 @@ from jaxtyping import Float
 from recallax.pallas_kernels.neural_memory import InnerOptimizer, MemoryInputs, OuterParams, neural_memory
 
 LOG_CLOSED = -1e4
-"""The logarithm of a gate that is shut."""
+"""Logarithm of a closed gate."""
 
 
 class MemoryGates(NamedTuple):
-    """Of every setting, for all matrices of its memory alike."""
+    """Gates of every token and setting, equal for all matrices of a memory."""
 
     lr: Float[np.ndarray, "B T H"]
     log_momentum: Float[np.ndarray, "B T H"]
@@ -22,18 +22,27 @@ class MemoryGates(NamedTuple):
 
 
 def run_memory(
-    learner: InnerOptimizer,
+    inner_optimizer: InnerOptimizer,
     q: Float[np.ndarray, "B T D"],
     k: Float[np.ndarray, "B T D"],
     v: Float[np.ndarray, "B T D"],
     gates: MemoryGates,
     weights: dict[str, Float[np.ndarray, "I O"]],
 ) -> tuple[Float[np.ndarray, "B T H D"], dict[str, Float[np.ndarray, "B H I O"]]]:
-    """What every setting reads, and what it has learned at the end: the change of each matrix from `weights`.
+    """Run a memory with every setting on the same rows and from the same weights, in float32.
 
-    All settings see the same rows and start from the same weights. float32 in the op, float64 in what is returned.
+    Args:
+        inner_optimizer: The memory's inner optimizer.
+        q: Queries.
+        k: Keys.
+        v: Values.
+        gates: Gates of every setting H.
+        weights: Initial weights by name.
+
+    Returns:
+        The outputs of every setting, and the change of each matrix at the end, float64.
     """
-    (b, t, d), heads, layers = q.shape, gates.lr.shape[-1], len(learner.trainable_shapes(q.shape[-1]))
+    (b, t, d), heads, layers = q.shape, gates.lr.shape[-1], len(inner_optimizer.trainable_shapes(q.shape[-1]))
 
     def per_head(x: np.ndarray) -> jax.Array:
         return jnp.asarray(np.broadcast_to(x[:, :, None], (b, t, heads, d)), jnp.float32)
@@ -44,21 +53,27 @@ def run_memory(
     start = {n: jnp.asarray(np.broadcast_to(w, (heads, *w.shape)), jnp.float32) for n, w in weights.items()}
     fixed = OuterParams(start, jnp.ones((heads, d)), jnp.zeros((heads, d)))
     tokens = MemoryInputs(*(per_head(x) for x in (q, k, v)), *(per_matrix(x) for x in gates))
-    out, state = jax.jit(lambda tokens, fixed: neural_memory(learner, tokens, fixed))(tokens, fixed)
+    out, state = jax.jit(lambda tokens, fixed: neural_memory(inner_optimizer, tokens, fixed))(tokens, fixed)
     return np.asarray(out, np.float64), {n: np.asarray(x, np.float64) for n, x in state.fast_weights.delta.items()}
 
 
 def l2_normalize(x: Float[np.ndarray, "... D"]) -> Float[np.ndarray, "... D"]:
+    """Scale vectors to unit length."""
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def select_setting(scores: Float[np.ndarray, "B H"], reduce: np.ufunc) -> tuple[int, float]:
-    """The setting that is best (np.minimum or np.maximum) on the first half of the rows, and its mean on the second.
+    """Select the best setting on the first half of the rows, and measure it on the second half.
 
-    What is not finite, a memory that diverged, is worst.
+    Args:
+        scores: Scores by row and setting; values that are not finite, from a memory that diverged, are worst.
+        reduce: np.minimum if low scores are best, np.maximum if high scores are.
+
+    Returns:
+        The index of the setting, and its mean score on the second half of the rows.
     """
     half = len(scores) // 2
     sign = 1 if reduce is np.minimum else -1
-    tuned = sign * scores[:half].mean(axis=0)
-    index = int(np.argmin(np.where(np.isfinite(tuned), tuned, np.inf)))
+    means = sign * scores[:half].mean(axis=0)
+    index = int(np.argmin(np.where(np.isfinite(means), means, np.inf)))
     return index, float(scores[half:, index].mean())

@@ -1,8 +1,8 @@
-"""Does LongMamba let a state-space model that was trained on 32 tokens read 2, 4, 8 and 16 times as many?
+"""Does LongMamba extend a state-space model trained on 32 tokens to 2, 4, 8 and 16 times that length?
 
-Two layers of width 32 on induction heads (8 symbols: one token to remember, among noise) and on MQAR of two pairs whose
-queries stand anywhere behind them. Every trained model is evaluated at each length as it is and with filters that are
-calibrated for that length, at the share that the paper has for Mamba-2 and at the one it has for Mamba.
+Two layers of width 32 on induction heads (8 symbols: one token to remember among noise) and on MQAR with two pairs and
+queries at uniform positions. Every trained model is evaluated at each length without filters, and with filters that are
+calibrated for that length, with the thresholds that the paper uses for Mamba-2 and for Mamba.
 """
 
 from dataclasses import replace
@@ -24,37 +24,46 @@ MIXERS: dict[str, MixerConfig] = {
     "diagonal SSM": DiagonalSSM(max_timescale=float(LENGTH)),
 }
 TASK_SETTINGS = {"induction": (tuple(MIXERS), 4e-3, 400), "two pairs": (("Mamba-2",), 8e-3, 700)}
-"""Mixers, rate and steps of each task."""
+"""Mixers, learning rate and steps of each task."""
 
 
 def make_task(name: str, length: int) -> Task:
-    """All splits at one length."""
+    """Make a task with one length in all splits.
+
+    Args:
+        name: A key of `TASK_SETTINGS`.
+        length: Row length in tokens.
+
+    Returns:
+        The task.
+    """
     if name == "induction":
         return InductionHeads(num_symbols=8, length=length, test_lengths=(length,))
-    rows = (MixtureSlice(length=length, num_kv_pairs=2),)
-    return MQAR(vocab_size=32, mixture=rows, test_mixture=rows, power_a=1.0)
+    slices = (MixtureSlice(length=length, num_kv_pairs=2),)
+    return MQAR(vocab_size=32, mixture=slices, test_mixture=slices, power_a=1.0)
 
 
 def accuracy_by_length(program: Program, state: TrainState) -> ResultRow:
-    """Test accuracy at every length, of the model as it is and with filters, by `plain` and the share kept."""
-    config, found = program.config, {}
+    """Measure test accuracy at every length, without filters (`plain`) and at each kept fraction."""
+    config, accuracy = program.config, {}
     name = "induction" if isinstance(config.task, InductionHeads) else "two pairs"
     for factor in LENGTH_FACTORS:
         length = factor * LENGTH
         longer = replace(config, task=make_task(name, length))
         row = {"plain": Program(longer).evaluate(state, "test")["accuracy"]}
-        reader: Program | None = None
-        for keeps in KEPT_FRACTIONS:
+        evaluator: Program | None = None
+        for fraction in KEPT_FRACTIONS:
             long, filtered, _ = calibrate(
-                program, state, CalibrationOptions(context_length=length, min_retention=keeps)
+                program, state, CalibrationOptions(context_length=length, min_retention=fraction)
             )
-            reader = reader or Program(replace(longer, model=long.config.model))
-            row[f"{keeps:g}"] = reader.evaluate(filtered, "test")["accuracy"]
-        found[str(factor)] = row
-    return {"lengths": found}
+            evaluator = evaluator or Program(replace(longer, model=long.config.model))
+            row[f"{fraction:g}"] = evaluator.evaluate(filtered, "test")["accuracy"]
+        accuracy[str(factor)] = row
+    return {"lengths": accuracy}
 
 
-def cells(rows: list[ResultRow]) -> list[Trial]:
+def all_trials(rows: list[ResultRow]) -> list[Trial]:
+    """Return every task, mixer and seed."""
     return [
         Trial(
             {"stage": "read", "task": name, "mixer": mixer, "lr": rate, "seed": seed},
@@ -75,4 +84,4 @@ def cells(rows: list[ResultRow]) -> list[Trial]:
     ]
 
 
-STAGES: tuple[SweepStage, ...] = (cells,)
+STAGES: tuple[SweepStage, ...] = (all_trials,)

@@ -1,7 +1,8 @@
-"""Titans' ways of joining memory and attention on MQAR, where attention alone cannot see back far enough.
+"""Which of Titans' combinations of memory and attention recalls best when the attention window is short?
 
-Stages: three learning rates; then, at the rate that is best on valid, another seed, and for memory as a context its
-other two ways of asking; and the joins with a deeper memory. Attention over the whole row is the control.
+Stages: three learning rates with one seed; then, at the learning rate that is best on valid, a second seed, the two
+other query sources of memory as a context, and the combinations with a two-layer memory. Attention over the whole row
+is the control.
 """
 
 from dataclasses import replace
@@ -42,26 +43,29 @@ MLP_PATTERNS = tuple(name for name in PATTERNS if name.startswith("memory as"))
 
 
 def grid(rows: list[ResultRow]) -> list[Trial]:
-    return [_cell("grid", name, rate, 0) for name in PATTERNS for rate in RATES]
+    """Return every pattern at every learning rate with seed 0."""
+    return [_trial("grid", name, rate, 0) for name in PATTERNS for rate in RATES]
 
 
 def seeds(rows: list[ResultRow]) -> list[Trial]:
-    chosen = {name: best_row(rows, "grid", mixer=name)["lr"] for name in PATTERNS}
-    return [_cell("seeds", name, rate, seed) for name, rate in chosen.items() for seed in SEEDS]
+    """Return a second seed of every pattern at its best learning rate."""
+    best = {name: best_row(rows, "grid", mixer=name)["lr"] for name in PATTERNS}
+    return [_trial("seeds", name, rate, seed) for name, rate in best.items() for seed in SEEDS]
 
 
 def query_variants(rows: list[ResultRow]) -> list[Trial]:
+    """Return the other query sources of memory as a context, at its best learning rate."""
     rate = best_row(rows, "grid", mixer="memory as a context")["lr"]
-    return [_cell("asking", name, rate, seed) for name in QUERY_VARIANTS for seed in SEEDS]
+    return [_trial("asking", name, rate, seed) for name in QUERY_VARIANTS for seed in SEEDS]
 
 
 def mlp_memories(rows: list[ResultRow]) -> list[Trial]:
-    """The joins with a two-layer network for a memory, at the rate that was best with a matrix."""
-    chosen = {name: best_row(rows, "grid", mixer=name)["lr"] for name in MLP_PATTERNS}
-    return [_cell("deep", name, rate, SEEDS[0], MLP_MEMORY) for name, rate in chosen.items()]
+    """Return the combinations with a two-layer memory, at the learning rate that was best with a matrix memory."""
+    best = {name: best_row(rows, "grid", mixer=name)["lr"] for name in MLP_PATTERNS}
+    return [_trial("deep", name, rate, SEEDS[0], MLP_MEMORY) for name, rate in best.items()]
 
 
-def _cell(stage: str, name: str, rate: float, seed: int, memory: NeuralMemory = LINEAR_MEMORY) -> Trial:
+def _trial(stage: str, name: str, rate: float, seed: int, memory: NeuralMemory = LINEAR_MEMORY) -> Trial:
     return Trial({"stage": stage, "mixer": name, "lr": rate, "seed": seed}, _run(name, rate, seed, memory))
 
 

@@ -1,6 +1,7 @@
-"""MoM against a single memory with as many parameters, on `mqar_micro`, with keys of width 4 for up to 8 pairs.
+"""Is MoM better than one memory of equal parameters when keys are short?
 
-Stages: four learning rates with two seeds each; then the rate whose mean over both is best on valid, with two others.
+On `mqar_micro`, with keys of width 4 for up to 8 pairs. Stages: four learning rates with two seeds each, then two other
+seeds at the learning rate with the best mean on valid.
 """
 
 import numpy as np
@@ -17,20 +18,30 @@ MIXERS: dict[str, MixerConfig] = {
 
 
 def grid(rows: list[ResultRow]) -> list[Trial]:
-    return [_cell("grid", name, rate, seed) for name in MIXERS for rate in RATES for seed in (0, 1)]
+    """Return both mixers at every learning rate with two seeds."""
+    return [_trial("grid", name, rate, seed) for name in MIXERS for rate in RATES for seed in (0, 1)]
 
 
 def seeds(rows: list[ResultRow]) -> list[Trial]:
-    return [_cell("seeds", name, best_rate(rows, name), seed) for name in MIXERS for seed in (2, 3)]
+    """Return two other seeds of both mixers at their best learning rates."""
+    return [_trial("seeds", name, best_rate(rows, name), seed) for name in MIXERS for seed in (2, 3)]
 
 
 def best_rate(rows: list[ResultRow], name: str) -> float:
-    """By the mean accuracy on valid of the grid's two seeds."""
-    found = [row for row in rows if row["stage"] == "grid" and row["mixer"] == name]
-    return max(RATES, key=lambda rate: np.mean([row["valid"]["accuracy"] for row in found if row["lr"] == rate]))
+    """Select a mixer's learning rate by the mean accuracy of the grid's two seeds on valid.
+
+    Args:
+        rows: Rows with those of the stage `grid`.
+        name: A key of `MIXERS`.
+
+    Returns:
+        The best learning rate.
+    """
+    own = [row for row in rows if row["stage"] == "grid" and row["mixer"] == name]
+    return max(RATES, key=lambda rate: np.mean([row["valid"]["accuracy"] for row in own if row["lr"] == rate]))
 
 
-def _cell(stage: str, name: str, rate: float, seed: int) -> Trial:
+def _trial(stage: str, name: str, rate: float, seed: int) -> Trial:
     return Trial(
         {"stage": stage, "mixer": name, "lr": rate, "seed": seed}, mqar_micro_with_mixer(MIXERS[name], rate, seed)
     )

@@ -1,9 +1,9 @@
-"""Does a memory that is too small for MQAR recall more of it if the pairs are read twice?
+"""Does reading the context twice raise recall when the state is too small?
 
-`mqar_micro` (vocabulary 64, length 32, 4 and 8 pairs, width 32). BASED with d' = 2 and 4, whose state stays the same:
-reading once, reading rows that repeat the pairs (JRT-Prompt, which is MQAR in two passes), and with prefix linear
-attention over them (JRT-RNN). Attention, reading once, is the control. Stages: three learning rates with one seed, then
-the best on valid with two others.
+`mqar_micro` (vocabulary 64, length 32, 4 and 8 pairs, width 32). BASED with d' = 2 and 4 is trained on rows with one
+copy of the pairs, on rows with two copies (JRT-Prompt), and with prefix linear attention over the pairs (JRT-RNN); its
+state has the same size in all three. Attention with one copy is the control. Stages: three learning rates with one
+seed, then the best on valid with two other seeds.
 """
 
 from dataclasses import replace
@@ -26,6 +26,7 @@ MIXERS: dict[str, MixerConfig] = {
 
 
 def config(name: str, rate: float, seed: int) -> RunConfig:
+    """Return the run of one of `MIXERS` at a learning rate."""
     run = mqar_micro_with_mixer(MIXERS[name], rate, seed)
     return replace(run, task=JRTPrompt(task=run.task)) if name.startswith("prompt") else run
 

@@ -1,7 +1,8 @@
-"""Memories of equal bytes on recall with overwrites among noise, trained on 32 tokens and tested on 32, 64 and 128.
+"""Which memory recalls the last value of an overwritten key, beyond its training length?
 
-Stages: six learning rates for the full neural memory and Gated DeltaNet, three for the others, with one seed; then the
-rate that is best on valid with another seed, and the norm of what is held after up to 16 times the length.
+The memories have equal bytes of state. They are trained on 32 tokens and tested on 32, 64 and 128. Stages: six learning
+rates for the full neural memory and Gated DeltaNet and three for the others, with one seed; then a second seed at the
+learning rate that is best on valid, with the norm of the memory after up to 16 times the training length.
 """
 
 from dataclasses import replace
@@ -31,10 +32,10 @@ TASK = OverwriteRecall.length_extrapolation(
 )
 FULL = NeuralMemory(num_heads=1, head_dim=32, inner_optimizer=InnerOptimizer(network=MLPNet(expansion=1), chunk_size=4))
 DOUBLED_MEMORY = replace(FULL.inner_optimizer, network=MLPNet(expansion=2))
-"""Twice the network, for learners that keep half as much for each weight, or learn half of the weights."""
+"""Twice the network, for inner optimizers that store half as much per weight or train half of the weights."""
 NUM_FEATURES = 2 * 32
 FEATURE_SQUARED_NORM = 0.425 * NUM_FEATURES
-"""Of a random feature vector's square, where keys are of length 1: steps are that much longer than with keys alone."""
+"""Mean squared norm of the random features of a unit key, by which an inner step is longer than with keys alone."""
 MIXERS: dict[str, MixerConfig] = {
     "full": FULL,
     "gated_delta_net": GatedDeltaNet(num_heads=1, head_k_dim=62, head_v_dim=64),
@@ -60,11 +61,14 @@ MIXERS: dict[str, MixerConfig] = {
 RATES = (4e-3, 8e-3, 1.6e-2)
 WIDE_GRID_MIXERS = ("full", "gated_delta_net")
 WIDE_GRID_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
+NORM_ROWS = 32
+"""Rows over which the norms are averaged."""
 LENGTH_FACTORS = (1, 4, 16)
-"""Times the train length after which the norms are taken."""
+"""Lengths, as multiples of the training length, after which the norms are measured."""
 
 
 def config(name: str, rate: float, seed: int) -> RunConfig:
+    """Return the run of one of `MIXERS` at a learning rate."""
     return RunConfig(
         task=TASK,
         model=zoology(MIXERS[name], 32),
@@ -75,41 +79,53 @@ def config(name: str, rate: float, seed: int) -> RunConfig:
 
 
 def memory_norms(program: Program, state: TrainState) -> ResultRow:
-    """How far the memory is from where it starts, after rows of each length: root of the mean square over rows."""
-    found: dict[str, float] = {}
+    """Measure the distance of the memory from its start after rows of each length: root mean square over rows."""
+    norms: dict[str, float] = {}
     for times in LENGTH_FACTORS:
         part = OverwriteSlice(length=times * LENGTH, num_keys=NUM_KEYS, num_writes=times * NUM_WRITES)
         task = replace(TASK, mixture=(part,), test_mixture=(part,))
-        batch = task.batch(0, "test", 0, 32)
-        held = jax.jit(squared_memory_norms, static_argnums=0)(
+        batch = task.batch(0, "test", 0, NORM_ROWS)
+        squares = jax.jit(squared_memory_norms, static_argnums=0)(
             program.graphdef, state.params, state.statistics, batch.tokens
         )
-        if held.size:
-            found[str(part.length)] = round(float(np.sqrt(held.sum() / 32)), 4)
-    return {"norms": found}
+        if squares.size:
+            norms[str(part.length)] = round(float(np.sqrt(squares.sum() / NORM_ROWS)), 4)
+    return {"norms": norms}
 
 
 def squared_memory_norms(graph: nnx.GraphDef, params: dict, statistics: dict, tokens: jax.Array) -> jax.Array:
-    """The sum of squares of what each memory of the model holds."""
+    """Compute the squared norm of each recurrent memory of a model after a batch.
+
+    Args:
+        graph: Graph of the model.
+        params: Parameters of the model.
+        statistics: Statistics of the model.
+        tokens: Token ids, one document per row.
+
+    Returns:
+        The sum of squares of each memory, over all rows.
+    """
     model = nnx.merge(graph, params, statistics)
     size, length = tokens.shape
     _, state, _ = model.prefill(jnp.asarray(tokens), unpacked_seq_info(size, length), model.init_state(size, length))
-    kinds = FastWeights | MatrixState
-    parts = [x for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kinds)) if isinstance(x, kinds)]
-    held = [x.delta if isinstance(x, FastWeights) else x.recurrent_state for x in parts]
-    return jnp.asarray([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(held)])
+    types = FastWeights | MatrixState
+    leaves = [x for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, types)) if isinstance(x, types)]
+    memories = [x.delta if isinstance(x, FastWeights) else x.recurrent_state for x in leaves]
+    return jnp.asarray([jnp.sum(jnp.square(x)) for x in jax.tree.leaves(memories)])
 
 
 def grid(rows: list[ResultRow]) -> list[Trial]:
+    """Return every mixer at every learning rate with seed 0."""
     rates = {name: WIDE_GRID_RATES if name in WIDE_GRID_MIXERS else RATES for name in MIXERS}
-    return [_cell("grid", name, rate, 0) for name in MIXERS for rate in rates[name]]
+    return [_trial("grid", name, rate, 0) for name in MIXERS for rate in rates[name]]
 
 
 def seeds(rows: list[ResultRow]) -> list[Trial]:
-    return [_cell("seeds", name, best_row(rows, "grid", mixer=name)["lr"], 1) for name in MIXERS]
+    """Return a second seed of every mixer at its best learning rate."""
+    return [_trial("seeds", name, best_row(rows, "grid", mixer=name)["lr"], 1) for name in MIXERS]
 
 
-def _cell(stage: str, name: str, rate: float, seed: int) -> Trial:
+def _trial(stage: str, name: str, rate: float, seed: int) -> Trial:
     labels = {"stage": stage, "mixer": name, "lr": rate, "seed": seed}
     return Trial(labels, config(name, rate, seed), extra_metrics=memory_norms if stage == "seeds" else None)
 

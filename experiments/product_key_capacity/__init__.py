@@ -1,1 +1,1 @@
-"""See README.md."""
+"""The capacity of a product-key memory for random facts."""

@@ -1,7 +1,7 @@
-"""Accuracy against bytes of state: ten mixers on `mqar_micro`, then the best of them at a larger size.
+"""What recall accuracy does a mixer reach for the bytes of its state?
 
-Stages: a grid of seven learning rates with one seed; the rate that is best on valid with two other seeds; the same rate
-at vocabulary 256, length 64, 8 pairs, width 64.
+Ten mixers on `mqar_micro`. Stages: seven learning rates with one seed; the best on valid with two other seeds; and the
+best mixers with the same learning rate at vocabulary 256, length 64, 8 pairs and width 64.
 """
 
 import dataclasses
@@ -31,11 +31,21 @@ LARGER_SIZE_MIXERS = ("attention", "based 16", "based 8", "linear elu")
 
 
 def mqar_micro_config(name: str, rate: float, seed: int) -> RunConfig:
+    """Return the run of one of `MIXERS` at a learning rate."""
     return mqar_micro_with_mixer(MIXERS[name], rate, seed)
 
 
 def mqar_micro_with_mixer(mixer: MixerConfig, rate: float, seed: int) -> RunConfig:
-    """`mqar_micro` with this mixer."""
+    """Return `mqar_micro` with another mixer.
+
+    Args:
+        mixer: The mixer.
+        rate: Peak learning rate.
+        seed: Seed of the parameters and of the data.
+
+    Returns:
+        The run.
+    """
     config = mqar_micro.get_config()
     return dataclasses.replace(
         config,
@@ -46,6 +56,7 @@ def mqar_micro_with_mixer(mixer: MixerConfig, rate: float, seed: int) -> RunConf
 
 
 def larger_config(name: str, rate: float, seed: int) -> RunConfig:
+    """Return the run of one of `MIXERS` at the larger size."""
     slices = (MixtureSlice(length=64, num_kv_pairs=8),)
     return RunConfig(
         task=MQAR(vocab_size=256, mixture=slices, test_mixture=slices),
@@ -57,6 +68,7 @@ def larger_config(name: str, rate: float, seed: int) -> RunConfig:
 
 
 def larger_size(rows: list[ResultRow]) -> list[Trial]:
+    """Return two seeds of the best mixers at the larger size."""
     return seeds_at_best_lr("small", LARGER_SIZE_MIXERS, larger_config, rows)
 
 

@@ -1,8 +1,8 @@
-"""Accuracy against bytes of state for the linear-recurrence family and MoM, on `mqar_micro`.
+"""What recall accuracy do linear recurrences and MoM reach for the bytes of their state, on `mqar_micro`?
 
-BASED, windows, linear attention and the attention control stand in `experiments/recall_frontier`, on the same task,
-rates and steps; the report draws both. Stages: a grid of six learning rates with one seed, then the rate that is best
-on valid with two other seeds.
+`experiments/recall_frontier` has BASED, windows, linear attention and the attention control with the same task,
+learning rates and steps; the report shows both. Stages: six learning rates with one seed, then the best on valid with
+two other seeds.
 """
 
 from experiments.recall_frontier.sweep import mqar_micro_with_mixer
@@ -36,6 +36,7 @@ MIXERS: dict[str, MixerConfig] = {
 
 
 def mqar_micro_config(name: str, rate: float, seed: int) -> RunConfig:
+    """Return the run of one of `MIXERS` at a learning rate."""
     return mqar_micro_with_mixer(MIXERS[name], rate, seed)
 
 

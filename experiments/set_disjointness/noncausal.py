@@ -1,8 +1,8 @@
-"""The control: BASED's Taylor attention with every token seeing the whole document, as in JRT's synthetic study.
+"""The non-causal control: BASED's Taylor attention in which every token attends to the whole document (JRT, section 3).
 
     y_i = sum_j f(s_ij) v_j / sum_j f(s_ij)   over all j of the document
 
-It has no state and cannot decode, so it lives here and not among the mixers.
+It has no state and cannot decode, so it is not part of `recallax.layers`.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class NonCausalBasedMixer(SequenceMixer):
         segments = jnp.asarray(seq.segment_ids)
         q, k, v = (part(x).reshape(*x.shape[:2], self.num_heads, -1) for part in (self.q, self.k, self.v))
         weights = taylor_score(jnp.einsum("bihk,bjhk->bhij", q, k) * self.feature_dim**-0.5)
-        together = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
-        weights = jnp.where(together[:, None], weights, 0)
+        same_document = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
+        weights = jnp.where(same_document[:, None], weights, 0)
         weights = weights / jnp.maximum(weights.sum(axis=-1, keepdims=True), 0.5)
         return self.out(jnp.einsum("bhij,bjhv->bihv", weights, v).reshape(x.shape)), {}

@@ -1,9 +1,8 @@
-"""Does a causal model with a small state depend on which of two sets comes first?
+"""Does a causal model with a small state depend on the order of two sets, and does reading them twice help?
 
-And does it help to read twice, at the same state? Sets of 4 and 16 out of 60 ids, both orders in training. BASED with
-d' = 2 and 4, and with d' = 2 also on rows that repeat the sets (JRT-Prompt) and with prefix linear attention over them
-(JRT-RNN); as control, d' = 8 with every token seeing the whole row. Stages: three learning rates with one seed, then
-the best on valid with two others.
+Sets of 4 and 16 out of 60 ids, both orders in training. BASED with d' = 2 and 4, and with d' = 2 also on rows that
+repeat the sets (JRT-Prompt) and with prefix linear attention over them (JRT-RNN). The control is not causal and has d'
+= 8. Stages: three learning rates with one seed, then the best on valid with two other seeds.
 """
 
 from experiments.set_disjointness.noncausal import NonCausalBased
@@ -33,7 +32,15 @@ EARLIER_MIXERS: dict[str, MixerConfig] = {
 
 
 def make_task(sizes: tuple[int, int], vocab_size: int) -> SetDisjointness:
-    """Return the task with one pair of set sizes (short, long) in every split."""
+    """Make the task with one pair of set sizes in every split.
+
+    Args:
+        sizes: Sizes of the short and the long set.
+        vocab_size: Number of token ids.
+
+    Returns:
+        The task.
+    """
     return SetDisjointness(vocab_size=vocab_size, set_sizes=(sizes,), test_set_sizes=(sizes,))
 
 

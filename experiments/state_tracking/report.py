@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from experiments.results import best_row, markdown_row, read_rows, write_table
-from experiments.state_tracking.sweep import CELLS, RATES
+from experiments.state_tracking.sweep import RATES, VARIANTS
 from recallax.sweep import ResultRow
 
 FOLDER = Path(__file__).parent
@@ -14,7 +14,7 @@ def table(rows: list[ResultRow]) -> str:
     rates = [f"valid at {rate:g}" for rate in RATES]
     header = ["task and strength", *rates, "test, two seeds", "by position, two seeds"]
     lines = [markdown_row(header), "|---" * len(header) + "|"]
-    for name in CELLS:
+    for name in VARIANTS:
         grid = {r["lr"]: r["valid"]["accuracy"] for r in rows if r["stage"] == "grid" and r["mixer"] == name}
         best = best_row(rows, "grid", mixer=name)["lr"]
         seeds = [r for r in rows if r["stage"] == "seeds" and r["mixer"] == name and r["lr"] == best]

@@ -1,8 +1,8 @@
-"""Do negative eigenvalues turn state tracking from failure into success?
+"""Do negative eigenvalues enable state tracking?
 
-One DeltaNet layer with strengths of at most 1 (eigenvalues in [0, 1]) and at most 2 (in [-1, 1]), without a short
-convolution, on parity and on the 120 states of S5 reached by transpositions, one per token. Stages: three learning
-rates with one seed, then the best on valid with two others.
+One DeltaNet layer with beta of at most 1 (eigenvalues in [0, 1]) and of at most 2 (in [-1, 1]), without a short
+convolution, on parity and on the 120 states of S5 with one transposition per token. Stages: three learning rates with
+one seed, then the best on valid with two other seeds.
 """
 
 from experiments.state_tracking.transpositions import TranspositionTracking
@@ -18,11 +18,12 @@ TASKS: dict[str, StateTracking] = {
     "parity": StateTracking(group="parity", length=32, test_lengths=(32, 64, 128)),
     "S5": TranspositionTracking(group="S5", length=16, test_lengths=(16, 32, 64)),
 }
-CELLS = {f"{task}, beta <= {beta}": (task, beta == 2) for task in TASKS for beta in (1, 2)}
+VARIANTS = {f"{task}, beta <= {beta}": (task, beta == 2) for task in TASKS for beta in (1, 2)}
 
 
 def config(name: str, rate: float, seed: int) -> RunConfig:
-    task, negative = CELLS[name]
+    """Return the run of one of `VARIANTS` at a learning rate."""
+    task, negative = VARIANTS[name]
     block = Block(mixer=DeltaNet(num_heads=4, allow_neg_eigval=negative, conv_size=0), channel=SwiGLU(expand=4.0))
     return RunConfig(
         task=TASKS[task],
@@ -33,4 +34,4 @@ def config(name: str, rate: float, seed: int) -> RunConfig:
     )
 
 
-STAGES: tuple[SweepStage, ...] = lr_grid_then_seeds(CELLS, RATES, config)
+STAGES: tuple[SweepStage, ...] = lr_grid_then_seeds(VARIANTS, RATES, config)

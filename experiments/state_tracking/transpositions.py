@@ -1,4 +1,4 @@
-"""S5 from transpositions alone: the same 120 states, but every token exchanges two points."""
+"""State tracking on symmetric groups in which every token is a transposition."""
 
 from dataclasses import dataclass
 
@@ -13,20 +13,24 @@ from recallax.types import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class TranspositionTracking(StateTracking):
-    """As StateTracking, with tokens drawn from the transpositions; one reflection per token suffices."""
+    """StateTracking whose tokens are transpositions, so that one reflection per token is sufficient."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.group not in ("S3", "S5"):
-            raise ConfigError(f"Swaps.group is {self.group!r}; only S3 and S5 are made of transpositions")
+            raise ConfigError(
+                f"TranspositionTracking.group is {self.group!r}; it must be S3 or S5, which transpositions generate"
+            )
 
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
-        whole = super().batch(seed, split, index, size)
+        batch = super().batch(seed, split, index, size)
         permutations = group_elements(self.group)
-        moved = (permutations != np.arange(permutations.shape[1])).sum(axis=1)
-        swaps = np.flatnonzero(moved == 2).astype(np.int32)
-        tokens = batch_rng(seed, split, index, "swaps").choice(swaps, size=np.shape(whole.tokens)).astype(np.int32)
+        num_moved = (permutations != np.arange(permutations.shape[1])).sum(axis=1)
+        transpositions = np.flatnonzero(num_moved == 2).astype(np.int32)
+        tokens = (
+            batch_rng(seed, split, index, "swaps").choice(transpositions, size=np.shape(batch.tokens)).astype(np.int32)
+        )
         table, targets = cayley_table(self.group), tokens.copy()
         for t in range(1, tokens.shape[1]):
             targets[:, t] = table[targets[:, t - 1], tokens[:, t]]
-        return whole._replace(tokens=tokens, targets=targets)
+        return batch._replace(tokens=tokens, targets=targets)

@@ -1,7 +1,7 @@
-"""Does a sliding window recall exactly what lies within its reach?
+"""Does a sliding window recall exactly the pairs that it covers?
 
-Windows of 16, 24, 32 and 48 tokens on MQAR with vocabulary 256, length 64 and 8 pairs, width 64. The rate is the one
-that `recall_frontier` found best on valid for a window of 16 on `mqar_micro`; two seeds.
+Windows of 16, 24, 32 and 48 tokens on MQAR with vocabulary 256, length 64 and 8 pairs, at width 64. The learning rate
+is the best one of a window of 16 on `mqar_micro` in `recall_frontier`, with two seeds.
 """
 
 import dataclasses
@@ -24,9 +24,17 @@ TASK = MQAR(
 
 
 def fraction_within_window(task: MQAR, window: int, rows: int = 4096) -> float:
-    """Share of queries whose value stands within the last `window` tokens, the query itself included: the mean over the
-    segments of the test mixture, so many rows of each."""
-    return float(np.mean([_slice_fraction_within_window(task, segment, window, rows) for segment in task.test_mixture]))
+    """Measure the fraction of queries whose value is within the window.
+
+    Args:
+        task: The task.
+        window: Tokens that the query sees, the query included.
+        rows: Number of rows of each slice of the test mixture.
+
+    Returns:
+        The mean over the slices.
+    """
+    return float(np.mean([_slice_fraction_within_window(task, part, window, rows) for part in task.test_mixture]))
 
 
 def _slice_fraction_within_window(task: MQAR, mixture_slice: MixtureSlice, window: int, rows: int) -> float:
@@ -39,12 +47,20 @@ def _slice_fraction_within_window(task: MQAR, mixture_slice: MixtureSlice, windo
 
 
 def predicted_accuracy(window: int) -> float:
-    """Reach, and for the rest a guess among the values of the vocabulary."""
+    """Predict the accuracy of a window from the generator.
+
+    Args:
+        window: Tokens that a query sees, the query included.
+
+    Returns:
+        The fraction of values within the window, with a random value of the vocabulary for the others.
+    """
     within = fraction_within_window(TASK, window)
     return within + (1 - within) / (TASK.vocab_size // 2)
 
 
-def cells(rows: list[ResultRow]) -> list[Trial]:
+def all_trials(rows: list[ResultRow]) -> list[Trial]:
+    """Return every window and seed."""
     return [
         Trial(
             {"stage": "reach", "window": window, "lr": RATE, "seed": seed},
@@ -61,4 +77,4 @@ def cells(rows: list[ResultRow]) -> list[Trial]:
     ]
 
 
-STAGES: tuple[SweepStage, ...] = (cells,)
+STAGES: tuple[SweepStage, ...] = (all_trials,)

@@ -1,6 +1,6 @@
-"""A needle that lies beyond the window, with and without a workspace that was written on the way.
+"""Does a workspace retrieve a fact beyond the attention window?
 
-Stages: two learning rates for every arm; then a second seed at the rate that is best on valid.
+Stages: two learning rates for every pattern with one seed, then the best on valid with a second seed.
 """
 
 from experiments.sweep_stages import lr_grid_then_seeds

@@ -1,7 +1,8 @@
-"""What does BASED-1.3B cost?
+"""BASED-1.3B at its published size, on MQAR at the size of language-model pretraining.
 
-36 layers, width 1792, 1349.5M parameters; the published shape (arXiv 2402.18668) and optimizer settings. Expected:
-nothing published on this task; the counts of `recallax show` are tested. Cost: a day on one H100.
+Question: what does the model cost? 36 layers, width 1792, 1349.5M parameters; shape and optimizer settings of the
+paper (arXiv 2402.18668). Expected: no published result on this task; tests check the counts of `recallax show`.
+Cost: a day on one H100.
 
     recallax show based_1b3
 """

@@ -1,7 +1,8 @@
-"""What does BASED-360M cost, and does it train at MQAR of language-model size?
+"""BASED-360M at its published size, on MQAR at the size of language-model pretraining.
 
-27 layers, width 1024, 362.6M parameters; the published shape (arXiv 2402.18668) and optimizer settings. Expected:
-nothing published on this task; the counts of `recallax show` are tested. Cost: hours on one H100.
+Question: what does the model cost, and does it train? 27 layers, width 1024, 362.6M parameters; shape and optimizer
+settings of the paper (arXiv 2402.18668). Expected: no published result on this task; tests check the counts of
+`recallax show`. Cost: hours on one H100.
 
     recallax show based_360m
 """
@@ -14,7 +15,7 @@ from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train, tiny_ru
 
 
 def mqar_at_pretraining_size(model: LMConfig) -> RunConfig:
-    """A model on MQAR with the vocabulary, length, rows and optimizer of the published pretraining."""
+    """Return a run of a model on MQAR with the vocabulary, length, batch and optimizer of the published pretraining."""
     slices = (MixtureSlice(length=2048, num_kv_pairs=256),)
     return RunConfig(
         task=MQAR(vocab_size=model.vocab_size or VOCAB_SIZE, mixture=slices, test_mixture=slices),
@@ -26,11 +27,14 @@ def mqar_at_pretraining_size(model: LMConfig) -> RunConfig:
 
 
 def mqar_at_pretraining_size_tiny(config: RunConfig, model: LMConfig) -> RunConfig:
+    """Return the tiny form of such a run, with a small model."""
     slices = (MixtureSlice(length=16, num_kv_pairs=2),)
     return tiny_run(config, task=MQAR(vocab_size=32, mixture=slices, test_mixture=slices), model=model)
 
 
 def tiny_based_blocks() -> dict[str, Block]:
+    """Return the blocks of BASED at a size for tests."""
+
     def block(mixer: MixerConfig) -> Block:
         return Block(mixer=mixer, channel=SwiGLU(expand=2.0))
 

@@ -1,12 +1,12 @@
-"""What does BASED-360M reach on books, and on what it can recall? PG-19, a TFDS corpus by name.
+"""BASED-360M on books: language modelling and recall on PG-19.
 
-28,602 books from before 1919 (Rae et al. 2020, arXiv 1911.05507) in rows of 2048 tokens, through a BPE of 50,257 ids
-that is trained on them; 10 billion tokens, as many as the published models saw of the Pile. Expected: nothing
-published on PG-19. On the Pile this model has perplexity 8.65 (attention 8.39); on recall tokens, pure Taylor
-attention has 2.29 and attention 1.87. Cost: 2.2e19 FLOPs, most of a day of one H100; 11 GB of download, and about 17
-GB in the two caches.
+Question: which perplexity does the model reach, and which on tokens that it can recall? 28,602 books from before 1919
+(Rae et al. 2020, arXiv 1911.05507) in rows of 2048 tokens, with a BPE of 50,257 ids that is trained on them; 10 billion
+tokens, as many as the published models saw of the Pile. Expected: no published result on PG-19. On the Pile this model
+has perplexity 8.65 (attention 8.39); on recall tokens, pure Taylor attention has 2.29 and attention 1.87.
+Cost: 2.2e19 FLOPs, most of a day on one H100; a download of 11 GB, and about 17 GB in the two caches.
 
-    recallax tokenizer based_360m_text --download --ids 50257 --out tokenizers/pg19.json
+    recallax tokenizer based_360m_text --download --vocab-size 50257 --out tokenizers/pg19.json
     recallax corpus based_360m_text
     recallax train based_360m_text
 """

@@ -1,7 +1,8 @@
-"""Does linear attention copy strings longer than those it was trained on?
+"""Linear attention on copying of strings.
 
-Train lengths 5 to 20, test lengths up to 160 (Jelassi et al. 2024, arXiv 2402.01032). Expected: exact at trained
-lengths, falling beyond them. Cost: minutes on a GPU.
+Question: does it copy strings longer than those it was trained on? Train lengths 5 to 20, test lengths up to 160
+(Jelassi et al. 2024, arXiv 2402.01032). Expected: exact at trained lengths, with lower accuracy beyond them.
+Cost: minutes on a GPU.
 
     recallax train copying_linear
 """

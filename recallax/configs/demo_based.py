@@ -1,6 +1,6 @@
-"""The demo, part 1: BASED on a small MQAR, with about as many bytes of state as `demo_window`.
+"""Demo, part 1: BASED on a small MQAR, with about as many bytes of state as `demo_window`.
 
-Expected: test accuracy above .9. Cost: about half a minute on two CPU cores.
+Expected: test accuracy above 0.9. Cost: about half a minute on two CPU cores.
 
     recallax train demo_based
 """

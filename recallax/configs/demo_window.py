@@ -1,7 +1,7 @@
-"""The demo, part 2: a sliding window on the same MQAR, with about as many bytes of state as `demo_based`.
+"""Demo, part 2: a sliding window on the same MQAR, with about as many bytes of state as `demo_based`.
 
-BASED's state at feature_dim 4 and width 32 is 15 x 33 float32, 1980 bytes; a window of 8 tokens caches 2048 bytes.
-Expected: test accuracy about .26, the share of queries whose value is within 8 tokens.
+The state of BASED at feature_dim 4 and width 32 is 15 x 33 float32, 1980 bytes; a window of 8 tokens caches 2048 bytes.
+Expected: test accuracy about 0.26, the share of queries whose value is within 8 tokens.
 Cost: about half a minute on two CPU cores.
 
     recallax train demo_window

@@ -1,11 +1,12 @@
-"""What does Hydra cost at 1.6B parameters, and does it train at MQAR of language-model size?
+"""Hydra at 1.6B parameters, on MQAR at the size of language-model pretraining.
 
-24 blocks of width 2048; arXiv 2508.15099 gives the total of the parameters, `recallax/models/hydra_lm.py` says how it is
-split. Expected: 1.62B parameters of which a token takes .94B, a state of 51 MB at any context, and FLOPs per token that
-do not grow with it. Cost: hours on one H100 or more.
+Question: what does the model cost, and does it train? 24 blocks of width 2048. The paper (arXiv 2508.15099) gives the
+total number of parameters; `recallax/models/hydra_lm.py` describes how they are divided. Expected: 1.62B parameters, of
+which 0.94B are used per token, a state of 51 MB at any context, and FLOPs per token that do not grow with the context.
+Cost: hours on one H100 or more.
 
     recallax show hydra_1b6
-    recallax show hydra_1b6 --model.pattern "(ssm experts)*12"           without attention; every block by its name
+    recallax show hydra_1b6 --model.pattern "(ssm experts)*12"           without attention
 """
 
 from recallax.configs import mqar_hydra

@@ -1,8 +1,8 @@
-"""What does Hydra's curriculum look like at 1.6B parameters, and does it train more stably than all parts at once?
+"""Hydra at 1.6B parameters with a curriculum, on MQAR at the size of language-model pretraining.
 
-`hydra_1b6` in the stages of `mqar_hydra_staged`, on rows of 512, then 1024, then 2048 tokens; the control is
-`hydra_1b6` itself, of as many steps. Expected: nothing is published beyond that training is staged (arXiv 2508.15099).
-Cost: hours on one H100 or more.
+Question: does staged training make the training more stable? `hydra_1b6` with the stages of `mqar_hydra_staged`, on
+rows of 512, then 1024, then 2048 tokens; the control is `hydra_1b6`, which has as many steps. Expected: no published
+result; the paper (arXiv 2508.15099) only states that training is staged. Cost: hours on one H100 or more.
 
     recallax show hydra_1b6_staged
     recallax train hydra_1b6_staged

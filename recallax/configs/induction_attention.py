@@ -1,7 +1,8 @@
-"""Does attention find the token after the last occurrence of a special one, at other lengths?
+"""Softmax attention on induction heads.
 
-Train length 256, test lengths 64 to 1024 (Gu & Dao 2023, Mamba, arXiv 2312.00752, section 4.1.2). Expected: exact up
-to about twice the trained length. Cost: minutes on a GPU.
+Question: does it find the token after the last occurrence of a special token, at other lengths? Train length 256, test
+lengths 64 to 1024 (Gu & Dao 2023, Mamba, arXiv 2312.00752, section 4.1.2). Expected: exact up to about twice the
+trained length. Cost: minutes on a GPU.
 
     recallax train induction_attention
 """

@@ -1,11 +1,13 @@
-"""How far beyond its training length does a state-space model find the token after a cue, and does LongMamba help?
+"""A state-space model on induction heads, with LongMamba for longer contexts.
 
-Two layers of the diagonal state-space model, width 32, trained on rows of 32 tokens of 8 symbols and read at up to 512.
-Expected: 1.00 at 32 tokens, .98 at 64, .65 at 128, .4 at 256; filters calibrated for 256 tokens win there and cost at
-lengths that the model reads without them (`experiments/long_mamba`). Cost: a minute on one CPU core.
+Question: how far beyond its training length does the model find the token after a cue, and does LongMamba help? Two
+layers of the diagonal state-space model, width 32, trained on rows of 32 tokens of 8 symbols, tested at up to 512
+tokens. Expected: accuracy 1.00 at 32 tokens, 0.98 at 64, 0.65 at 128, 0.4 at 256; filters calibrated for 256 tokens
+raise the accuracy there, and lower it at lengths that the model reads without them (`experiments/long_mamba`).
+Cost: a minute on one CPU core.
 
     recallax train induction_ssm --run runs/ssm
-    recallax calibrate runs/ssm --context 256
+    recallax calibrate runs/ssm --context-length 256
     recallax eval runs/ssm/long-256
 """
 

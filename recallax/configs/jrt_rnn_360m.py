@@ -1,8 +1,8 @@
-"""What does JRT-RNN-360M cost, and does it train at MQAR of language-model size?
+"""JRT-RNN-360M at its published size, on MQAR at the size of language-model pretraining.
 
-26 layers, width 1024, 356.6M parameters; the published shape (arXiv 2407.05483), prefix of up to 1024 tokens, mask id
-and loss weights. Expected: nothing published on this task; the counts of `recallax show` are tested. Cost: hours on one
-H100.
+Question: what does the model cost, and does it train? 26 layers, width 1024, 356.6M parameters; shape, prefix of up to
+1024 tokens, mask id and loss weights of the paper (arXiv 2407.05483). Expected: no published result on this task; tests
+check the counts of `recallax show`. Cost: hours on one H100.
 
     recallax show jrt_rnn_360m
 """

@@ -1,7 +1,8 @@
-"""How much of a sequence can a model put into its last hidden state? MAD's compression.
+"""Linear attention on the compression task of MAD.
 
-Vocabulary 16, length 32, rebuilt by a readout of its own from the last token (Poli et al. 2024, arXiv 2403.17844).
-Expected: 40 to 50 %, as the published tables. Cost: minutes on a GPU.
+Question: how much of a sequence can the last hidden state contain? Vocabulary 16, length 32; a decoder of its own
+reconstructs the sequence from the last token (Poli et al. 2024, arXiv 2403.17844). Expected: accuracy 0.4 to 0.5, as in
+the published tables. Cost: minutes on a GPU.
 
     recallax train mad_compression_linear
 """

@@ -1,7 +1,7 @@
-"""How does BASED do at MAD's in-context recall?
+"""BASED on the in-context recall task of MAD.
 
-Vocabulary 16, length 128 (Poli et al. 2024, arXiv 2403.17844). Expected: above 90 %, as the linear attentions
-of the published tables. Cost: minutes on a GPU.
+Question: how much does it recall? Vocabulary 16, length 128 (Poli et al. 2024, arXiv 2403.17844). Expected: accuracy
+above 0.9, as linear attention in the published tables. Cost: minutes on a GPU.
 
     recallax train mad_recall_based
 """

@@ -1,8 +1,8 @@
-"""What does MoM of the paper's 1.3B setting cost, and does it train at MQAR of language-model size?
+"""MoM at the 1.3B setting of the paper, on MQAR at the size of language-model pretraining.
 
-24 layers, published shape (arXiv 2502.13685). Expected: nothing published on this task
-(on text: recall-intensive average 36.04 against 32.30 for Gated DeltaNet);
-the counts of `recallax show` are tested. Cost: hours on one H100.
+Question: what does the model cost, and does it train? 24 layers, shape of the paper (arXiv 2502.13685). Expected: no
+published result on this task (on text: recall-intensive average 36.04, and 32.30 for Gated DeltaNet); tests check the
+counts of `recallax show`. Cost: hours on one H100.
 
     recallax show mom_1b3
 """

@@ -1,8 +1,8 @@
-"""What does MoM of the paper's 380M setting cost, and does it train at MQAR of language-model size?
+"""MoM at the 380M setting of the paper, on MQAR at the size of language-model pretraining.
 
-24 layers, published shape (arXiv 2502.13685). Expected: nothing published on this task
-(on text: recall-intensive average 28.16 against 24.78 for Gated DeltaNet);
-the counts of `recallax show` are tested. Cost: hours on one H100.
+Question: what does the model cost, and does it train? 24 layers, shape of the paper (arXiv 2502.13685). Expected: no
+published result on this task (on text: recall-intensive average 28.16, and 24.78 for Gated DeltaNet); tests check the
+counts of `recallax show`. Cost: hours on one H100.
 
     recallax show mom_380m
 """
@@ -16,7 +16,7 @@ from recallax.train.run_config import RunConfig
 
 
 def tiny_mom_blocks() -> dict[str, Block]:
-    """The mixer of `mqar_mom`'s small form, so that the laws meet it once."""
+    """Return a block with the mixer of `mqar_mom.get_tiny`, so that the laws test it once."""
     mixer = mqar_mom.get_tiny().model.blocks["mixer"].mixer
     return {"mom": Block(mixer=mixer, channel=SwiGLU(expand=2.0))}
 

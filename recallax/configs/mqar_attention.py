@@ -1,7 +1,7 @@
-"""Does softmax attention solve MQAR's standard mixture?
+"""Softmax attention on the standard mixture of MQAR.
 
-Width 64. Expected: mean test accuracy 1.00 over the seven slices (BASED, arXiv 2402.18668, figure 2).
-Cost: minutes on one H100.
+Question: does it solve the task? Width 64. Expected: mean test accuracy 1.00 over the seven slices (BASED, arXiv
+2402.18668, figure 2). Cost: minutes on one H100.
 
     recallax train mqar_attention
 """

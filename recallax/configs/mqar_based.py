@@ -1,7 +1,8 @@
-"""How much of MQAR's standard mixture does BASED with 16-wide queries and keys recall?
+"""BASED with 16-dimensional queries and keys on the standard mixture of MQAR.
 
-Width 64. Expected: mean test accuracy .91 over the seven slices (BASED, arXiv 2402.18668, figure 2; .72 at
-feature_dim 8 and .97 at 24), best of learning rates 1e-3, 3.2e-3, 1e-2, 3.2e-2. Cost: minutes on one H100.
+Question: how much does it recall? Width 64. Expected: mean test accuracy 0.91 over the seven slices (BASED, arXiv
+2402.18668, figure 2; 0.72 at feature_dim 8 and 0.97 at 24), with the best of the learning rates 1e-3, 3.2e-3, 1e-2 and
+3.2e-2. Cost: minutes on one H100.
 
     recallax train mqar_based
 """
@@ -14,7 +15,7 @@ from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train, tiny_ru
 
 
 def mqar_standard(model: LMConfig) -> RunConfig:
-    """A model on the standard mixture, with its published number of steps and rows."""
+    """Return a run of a model on the standard mixture, with the published number of steps and rows."""
     return RunConfig(
         task=MQAR(filler="zoology"),
         model=model,
@@ -25,6 +26,7 @@ def mqar_standard(model: LMConfig) -> RunConfig:
 
 
 def mqar_standard_tiny(model: LMConfig) -> RunConfig:
+    """Return the tiny form of such a run."""
     slices = (MixtureSlice(length=16, num_kv_pairs=2), MixtureSlice(length=24, num_kv_pairs=4))
     return tiny_run(
         mqar_standard(model),

@@ -1,8 +1,8 @@
-"""How much of MQAR's standard mixture does DeltaNet recall?
+"""DeltaNet on the standard mixture of MQAR.
 
-Width 64, behind a short convolution. Expected: near attention wherever a state of
-64 x 64 suffices.
-`experiments/recall_vs_state` has what a small version reaches, at rates chosen on valid. Cost: minutes on one H100.
+Question: how much does it recall? Width 64, after a short convolution. Expected: close to attention where a state of
+64 x 64 suffices. `experiments/recall_vs_state` has results of a small version, at learning rates chosen on valid.
+Cost: minutes on one H100.
 
     recallax train mqar_delta_net
     recallax train mqar_delta_net --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

@@ -1,8 +1,8 @@
-"""How much of MQAR's standard mixture does Gated DeltaNet recall?
+"""Gated DeltaNet on the standard mixture of MQAR.
 
-Width 64, behind a short convolution. Expected: as DeltaNet; sensitive to the learning
-rate (.06, .09 and .97 over three rates in one published run).
-`experiments/recall_vs_state` has what a small version reaches, at rates chosen on valid. Cost: minutes on one H100.
+Question: how much does it recall? Width 64, after a short convolution. Expected: as DeltaNet, and sensitive to the
+learning rate (0.06, 0.09 and 0.97 at three rates in one published run). `experiments/recall_vs_state` has results of a
+small version, at learning rates chosen on valid. Cost: minutes on one H100.
 
     recallax train mqar_gated_delta_net
     recallax train mqar_gated_delta_net --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

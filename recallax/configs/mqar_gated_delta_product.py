@@ -1,7 +1,7 @@
-"""How much of MQAR's standard mixture does Gated DeltaProduct with two steps per token recall?
+"""Gated DeltaProduct with two Householder steps per token on the standard mixture of MQAR.
 
-Width 64, behind a short convolution. Expected: as Gated DeltaNet: recall does not need a second reflection.
-Cost: minutes on one H100.
+Question: how much does it recall? Width 64, after a short convolution. Expected: as Gated DeltaNet, because recall does
+not need a second reflection. Cost: minutes on one H100.
 
     recallax train mqar_gated_delta_product
     recallax train mqar_gated_delta_product --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

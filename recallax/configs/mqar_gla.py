@@ -1,7 +1,8 @@
-"""How much of MQAR's standard mixture does gated linear attention (a decay per channel) recall?
+"""Gated linear attention, with a decay per channel, on the standard mixture of MQAR.
 
-Width 64, behind a short convolution. Expected: no published number for this width and state.
-`experiments/recall_vs_state` has what a small version reaches, at rates chosen on valid. Cost: minutes on one H100.
+Question: how much does it recall? Width 64, after a short convolution. Expected: no published result for this width and
+state. `experiments/recall_vs_state` has results of a small version, at learning rates chosen on valid.
+Cost: minutes on one H100.
 
     recallax train mqar_gla
     recallax train mqar_gla --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

@@ -1,7 +1,7 @@
-"""How much of MQAR's standard mixture does HGRN2 (key tied to the forget gate) recall?
+"""HGRN2, whose key is tied to the forget gate, on the standard mixture of MQAR.
 
-Width 64, behind a short convolution. Expected: no published number for this width and state.
-Cost: minutes on one H100.
+Question: how much does it recall? Width 64, after a short convolution. Expected: no published result for this width and
+state. Cost: minutes on one H100.
 
     recallax train mqar_hgrn2
     recallax train mqar_hgrn2 --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

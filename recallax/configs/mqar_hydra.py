@@ -1,14 +1,15 @@
-"""How much of MQAR's standard mixture does each part of Hydra recall, alone beside its state-space model and together?
+"""Hydra on the standard mixture of MQAR, with all of its parts or with one of them.
 
-Width 64; a window of 16 tokens and 32 chosen ones, 4 experts by chunks of 16, a workspace of 16 slots, 1,024 slots of
-facts (Hydra, arXiv 2508.15099, at the size of MQAR). Expected: no published number; the state-space model has 64
-states, so what is recalled is what attention and the workspace add. Cost: minutes on one H100.
+Question: how much does each part recall, together with the state-space model alone and with all parts? Width 64; a
+window of 16 tokens and 32 selected ones, 4 experts per chunks of 16 tokens, a workspace of 16 slots, 1,024 slots of
+product keys (Hydra, arXiv 2508.15099, at the size of MQAR). Expected: no published result; the state-space model has 64
+states, so that attention and the workspace determine the recall. Cost: minutes on one H100.
 
     recallax train mqar_hydra
-    recallax train mqar_hydra --model.pattern "ssm*4"                   the state-space model alone; with it:
+    recallax train mqar_hydra --model.pattern "ssm*4"                   the state-space model alone
     recallax train mqar_hydra --model.pattern "(ssm attention)*2"       or (ssm experts)*2, (ssm*2 workspace)*2
-    recallax train mqar_hydra --model.pattern "(delta attention)*2"     another recurrence in its place
-    recallax train mqar_hydra --model.pattern "(ssm asked)*2"           blocks ask for tokens; or keys, landmark
+    recallax train mqar_hydra --model.pattern "(delta attention)*2"     another recurrence
+    recallax train mqar_hydra --model.pattern "(ssm asked)*2"           another selector; or keys, landmark
 """
 
 from dataclasses import replace
@@ -38,7 +39,7 @@ EXPERTS = ChunkExperts(num_experts=4, intermediate_size=64, chunk_size=16)
 def add_hydra_variants(
     blocks: dict[str, Block], ssm: DiagonalSSM, attention: SparseGlobalAttention
 ) -> dict[str, Block]:
-    """The blocks, with other selectors, routes and recurrences."""
+    """Return the blocks, and additional ones with other selectors, routes and recurrences."""
     others = {
         "asked": Parallel(ssm=ssm, attention=replace(attention, selector=QueryDependentSelector(), cache="full")),
         "keys": Parallel(ssm=ssm, attention=replace(attention, selector=KeyScore())),
@@ -60,7 +61,7 @@ def get_config() -> RunConfig:
 
 
 def get_tiny() -> RunConfig:
-    """Every part once; that they also stand beside one another is among the laws' wide sweeps."""
+    """Return a run with each part in a block of its own; the full laws also test parts in one block."""
     ssm = LongMamba(mixer=DiagonalSSM(max_timescale=8.0), training_length=24, context_length=48)
     experts = ChunkExperts(num_experts=3, top_k=2, intermediate_size=5, chunk_size=3)
     sparse = SparseGlobalAttention(window=3, top_k=2, block_size=2, num_heads=2, num_kv_heads=1, head_dim=6)

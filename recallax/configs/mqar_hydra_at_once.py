@@ -1,7 +1,8 @@
-"""What do Hydra's parts recall when all of them train from the first step?
+"""Hydra on a small MQAR, with all parameters trained from the first step.
 
-The control of `mqar_hydra_staged`: the same model, rows, rate and number of steps, without stages. Expected: no
-published number; the state-space models alone guess (.19). Cost: some three minutes on a CPU core.
+Question: how much do Hydra's parts recall without stages? The control of `mqar_hydra_staged`: the same model, rows,
+learning rate and number of steps. Expected: no published result; the state-space models alone reach chance (0.19).
+Cost: about three minutes on one CPU core.
 
     recallax train mqar_hydra_at_once
 """

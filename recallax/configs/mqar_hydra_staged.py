@@ -1,27 +1,28 @@
-"""Does waking Hydra's parts one after the other beat all of them on from the first step?
+"""Hydra on a small MQAR, with a curriculum that adds its parts one after the other.
 
-Hydra's parts at the size of `mqar_micro`, as in `experiments/hydra_parts`: width 32, windows of 8 and 8 chosen tokens,
-4 experts by chunks of 8, 16 slots written every 8 tokens, 64 product keys. The control is `mqar_hydra_at_once`, of as
-many steps. Expected: nothing is published; the staged run meets the final rows later, so it has to gain from the stages
-what it loses by them. Measured: it does not (`experiments/staging`). Cost: some three minutes on a CPU core.
+Question: does staged training help? Hydra's parts at the size of `mqar_micro`, as in `experiments/hydra_parts`: width
+32, windows of 8 and 8 selected tokens, 4 experts per chunks of 8 tokens, 16 slots written every 8 tokens, 64 product
+keys. The control is `mqar_hydra_at_once`, which has as many steps. Expected: no published result; the staged run trains
+on the final rows for fewer steps, so the stages must gain more than that costs. Measured: they do not
+(`experiments/hydra_curriculum`). Cost: about three minutes on one CPU core.
 
-Hydra (arXiv 2508.15099) says that training is staged so that the parts wake stably, and starts the gates of attention
-and experts at .2 and .5; which stages, how long, and on what is chosen here:
+Hydra (arXiv 2508.15099) states that training is staged for stability, and initializes the gates of attention and
+experts to 0.2 and 0.5. The stages, their lengths and their tasks are chosen here:
 
-    ssm         embedding and state-space models alone, gates of attention and experts at 0, facts shut, on short rows;
-                until the loss on valid has settled
-    attention   its gate rises from 0 to .2
-    experts     theirs rises from 0 to .5, with twice the weight on balance
-    workspace   whose output starts at 0, on rows of four of its chunks
+    ssm         embedding and state-space models only, gates of attention and experts at 0, product keys closed, on
+                short rows, until the loss on valid stops improving
+    attention   its gate rises from 0 to 0.2
+    experts     their gate rises from 0 to 0.5, with twice the weight of the load-balancing loss
+    workspace   its output starts at 0; on rows of four of its chunks
     facts       the gate of the product keys opens from sigmoid(-6) to sigmoid(-2)
-    all         everything learns, the gates too, on the rows of the run
+    all         all parameters train, the gates too, on the rows of the run
 
-What wakes goes on training with what woke before. The experts start as drawn, not as copies of one perceptron, and the
-router has no temperature.
+A part that has started to train continues in all later stages. Experts are initialized independently, not as copies of
+one perceptron, and the router has no temperature.
 
     recallax train mqar_hydra_staged
     recallax train mqar_hydra_at_once
-    recallax show mqar_hydra_staged                                          the stages and what trains in each
+    recallax show mqar_hydra_staged                                          the stages and their parameters
     recallax train mqar_hydra_staged --curriculum.stages.1.until.steps 600
 """
 
@@ -52,14 +53,14 @@ ATTENTION, EXPERTS, WORKSPACE, FACTS = (
 GATES_OFF = tuple(Ramp(gate=f"*.gates.{name}", start=0.0, end=0.0) for name in ("attention", "experts"))
 FACTS_OFF = Ramp(gate="blocks.facts.mixer.gate.bias", start=-100.0, end=-100.0)
 NO_ROUTER_LOSSES = {"expert_balance": 0.0, "expert_z": 0.0}
-"""A router that nothing listens to has nothing to balance."""
+"""Loss weights for stages in which the output of the experts is not used."""
 
 
 class StageSteps(NamedTuple):
-    """Steps of the stages before the last."""
+    """Number of steps of each stage before the last."""
 
     ssm: tuple[int, int]
-    """At least, and at most."""
+    """Minimum and maximum."""
     attention: int
     experts: int
     workspace: int
@@ -67,8 +68,17 @@ class StageSteps(NamedTuple):
 
 
 def hydra_stages(steps: StageSteps, short_task: Task, medium_task: Task) -> Curriculum:
-    """See the head of the file; `short_task` is for the first two stages, `medium_task` for the two after them."""
-    least, most = steps.ssm
+    """Return the stages ssm, attention, experts, workspace, facts and all.
+
+    Args:
+        steps: Number of steps of each stage before the last.
+        short_task: Task of the first two stages.
+        medium_task: Task of the two stages after them.
+
+    Returns:
+        The curriculum.
+    """
+    min_steps, max_steps = steps.ssm
     return Curriculum(
         stages=(
             Stage(
@@ -77,7 +87,7 @@ def hydra_stages(steps: StageSteps, short_task: Task, medium_task: Task) -> Curr
                 ramps=(*GATES_OFF, FACTS_OFF),
                 task=short_task,
                 loss_weights=NO_ROUTER_LOSSES,
-                until=MetricPlateau(patience=2, min_delta=0.01, min_steps=least, max_steps=most),
+                until=MetricPlateau(patience=2, min_delta=0.01, min_steps=min_steps, max_steps=max_steps),
             ),
             Stage(
                 name="attention",
@@ -113,13 +123,13 @@ def hydra_stages(steps: StageSteps, short_task: Task, medium_task: Task) -> Curr
 
 
 def mqar_rows(vocab_size: int, *length_and_pairs: tuple[int, int]) -> MQAR:
-    """MQAR of these lengths and pairs, in all splits."""
-    segments = tuple(MixtureSlice(length=length, num_kv_pairs=pairs) for length, pairs in length_and_pairs)
-    return MQAR(vocab_size=vocab_size, mixture=segments, test_mixture=segments)
+    """Return MQAR with rows of given lengths and numbers of pairs, in all splits."""
+    slices = tuple(MixtureSlice(length=length, num_kv_pairs=pairs) for length, pairs in length_and_pairs)
+    return MQAR(vocab_size=vocab_size, mixture=slices, test_mixture=slices)
 
 
 def joint_training_run() -> RunConfig:
-    """The same model, rows and steps without stages."""
+    """Return the control: the same model, rows and steps without stages."""
     blocks = hydra_blocks(
         DiagonalSSM(max_timescale=32.0),
         SparseGlobalAttention(window=8, top_k=8, block_size=4, rope_theta=None),
@@ -137,6 +147,7 @@ def joint_training_run() -> RunConfig:
 
 
 def joint_training_run_tiny() -> RunConfig:
+    """Return the tiny form of the control."""
     model = mqar_hydra.get_tiny().model
     config = tiny_run(joint_training_run(), task=mqar_rows(32, (16, 2)), model=model)
     return replace(config, train=replace(config.train, steps=12))

@@ -1,7 +1,7 @@
-"""How much more of MQAR's standard mixture does BASED recall if it reads the pairs twice, ahead and then in order?
+"""JRT-RNN, which reads the key-value pairs twice, on the standard mixture of MQAR.
 
-Width 64, the state of `mqar_based`: prefix linear attention over the pairs, and JRT's masked loss on them with weight
-.25. Other blocks that `--model.pattern` can name: `once` is BASED, which reads them once. Expected: above
+Question: how much more than BASED does it recall? Width 64, the state of `mqar_based`: prefix linear attention over the
+pairs, and JRT's masked loss on them with weight 0.25. The block `once` is BASED, which reads them once. Expected: above
 `mqar_based` (Just Read Twice, arXiv 2407.05483, has no MQAR at this size). Cost: minutes on one H100.
 
     recallax train mqar_jrt_rnn
@@ -20,7 +20,7 @@ from recallax.train.run_config import RunConfig
 
 
 def with_masked_prefix(config: RunConfig, mask_id: int | None = None) -> RunConfig:
-    """The run with the prefix masked and JRT's loss, as the published code weighs it."""
+    """Return the run with a masked prefix and JRT's loss, with the weights of the published code."""
     task = MaskedPrefix(task=config.task, mask_token_id=mask_id)
     return replace(config, task=task, train=replace(config.train, loss_weights=masked_prefix_loss_weights("code")))
 

@@ -1,7 +1,8 @@
-"""How much of MQAR's standard mixture does Kimi Delta Attention recall?
+"""Kimi Delta Attention on the standard mixture of MQAR.
 
-Width 64, behind a short convolution. Expected: as Gated DeltaNet or better; no published number for this width.
-`experiments/recall_vs_state` has what a small version reaches, at rates chosen on valid. Cost: minutes on one H100.
+Question: how much does it recall? Width 64, after a short convolution. Expected: as Gated DeltaNet or better; no
+published result for this width. `experiments/recall_vs_state` has results of a small version, at learning rates chosen
+on valid. Cost: minutes on one H100.
 
     recallax train mqar_kda
     recallax train mqar_kda --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

@@ -1,8 +1,9 @@
-"""Does landmark attention recall what full attention recalls, if a query reads four blocks of 16 tokens and its own?
+"""Landmark attention on the standard mixture of MQAR.
 
-MQAR's standard mixture, width 64, behind a short convolution, without positions. It is trained on the grouped softmax
-over all blocks, and so is the accuracy that training reports. Expected: 1.00 like `mqar_attention` (no published
-number: the paper has no MQAR). Cost: minutes on one H100.
+Question: does it recall as much as full attention, if a query reads four selected blocks of 16 tokens and its own?
+Width 64, after a short convolution, without positions. Training, and the accuracy that training reports, use the
+grouped softmax over all blocks. Expected: 1.00 as `mqar_attention` (no published result: the paper has no MQAR).
+Cost: minutes on one H100.
 
     recallax train mqar_landmark
 """

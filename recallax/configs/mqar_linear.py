@@ -1,7 +1,7 @@
-"""How much of MQAR's standard mixture does plain linear attention (elu + 1) recall?
+"""Linear attention with the feature map elu + 1 on the standard mixture of MQAR.
 
-Width 64. Expected: less than BASED at equal bytes of state; no published number for this width.
-Cost: minutes on one H100.
+Question: how much does it recall? Width 64. Expected: less than BASED at equal bytes of state; no published result for
+this width. Cost: minutes on one H100.
 
     recallax train mqar_linear
 """

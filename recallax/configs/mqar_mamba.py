@@ -1,8 +1,7 @@
-"""How much of MQAR's standard mixture does Mamba-1 (element-wise states) recall?
+"""Mamba, with element-wise states, on the standard mixture of MQAR.
 
-Width 64, behind a short convolution. Expected: below the matrix memories; no published
-number for this width.
-Cost: minutes on one H100.
+Question: how much does it recall? Width 64, after a short convolution. Expected: less than matrix-valued states; no
+published result for this width. Cost: minutes on one H100.
 
     recallax train mqar_mamba
     recallax train mqar_mamba --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

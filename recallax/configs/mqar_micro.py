@@ -1,7 +1,7 @@
-"""How does BASED do at the smallest MQAR that still separates mixers?
+"""BASED on the smallest MQAR that separates mixers.
 
-Vocabulary 64, length 32, 4 and 8 pairs, width 32: the size of the learning-rate grids in
-`experiments/recall_frontier`. Expected: test accuracy above .95. Cost: about 20 seconds on two CPU cores.
+Question: how much does it recall? Vocabulary 64, length 32, 4 and 8 pairs, width 32: the size of the learning-rate
+grids in `experiments/recall_frontier`. Expected: test accuracy above 0.95. Cost: about 20 seconds on two CPU cores.
 
     recallax train mqar_micro
 """

@@ -1,8 +1,9 @@
-"""How much of MQAR's standard mixture does a Mixture of Memories recall?
+"""Mixture of Memories on the standard mixture of MQAR.
 
-Four Gated DeltaNet cells, of which each token takes two, and a shared one. Width 64, behind a short convolution.
-Expected: above its single cell where that is short of state; no published number (the paper has no MQAR).
-`experiments/recall_vs_state` has what a small version reaches, at rates chosen on valid. Cost: minutes on one H100.
+Question: how much does it recall? Four Gated DeltaNet memories, of which each token uses two, and a shared one. Width
+64, after a short convolution. Expected: more than one such memory where its state is too small; no published result
+(the paper has no MQAR). `experiments/recall_vs_state` has results of a small version, at learning rates chosen on
+valid. Cost: minutes on one H100.
 
     recallax train mqar_mom
     recallax train mqar_mom --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

@@ -1,8 +1,8 @@
-"""How much of MQAR's standard mixture does a stack in the manner of Nemotron-H recall?
+"""A Nemotron-H stack on the standard mixture of MQAR.
 
-Width 64; Mamba-2, perceptron, attention without positions, perceptron (Nemotron-H, arXiv 2504.03624, section 2, which
-has one attention in about thirteen layers). Expected: no published number; attention alone should solve it.
-Cost: minutes on one H100.
+Question: how much does it recall? Width 64; Mamba-2, perceptron, attention without positions, perceptron (Nemotron-H,
+arXiv 2504.03624, section 2, which has one attention layer in about thirteen layers). Expected: no published result;
+attention alone should solve the task. Cost: minutes on one H100.
 
     recallax train mqar_nemotron_h
     recallax train mqar_nemotron_h --model.pattern "(mamba mlp)*2"      the same depth without attention
@@ -15,6 +15,7 @@ from recallax.train.run_config import RunConfig
 
 
 def nemotron_h_model(d_model: int, mamba: Mamba2, attention: Attention) -> LMConfig:
+    """Return a model of one period of the stack."""
     parts: dict[str, MixerConfig] = {"mamba": mamba, "mlp": ReLUSquared(), "attention": attention}
     blocks = {name: Block(mixer=part, channel=NoChannelMixer()) for name, part in parts.items()}
     return LMConfig(d_model=d_model, pattern="mamba mlp attention mlp", blocks=blocks)

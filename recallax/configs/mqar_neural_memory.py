@@ -1,7 +1,8 @@
-"""How much of MQAR's standard mixture does Titans' neural memory recall?
+"""The neural memory of Titans on the standard mixture of MQAR.
 
-A two-layer network per head that learns by gradient descent with momentum while it reads. Width 64, behind a short
-convolution. Expected: no published number (the paper has no MQAR). Cost: minutes on one H100.
+Question: how much does it recall? The memory is a two-layer network per head that is trained by gradient descent with
+momentum while it reads. Width 64, after a short convolution. Expected: no published result (the paper has no MQAR).
+Cost: minutes on one H100.
 
     recallax train mqar_neural_memory
     recallax train mqar_neural_memory --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

@@ -1,8 +1,7 @@
-"""How much of MQAR's standard mixture does RetNet: a constant decay per head, no gates recall?
+"""RetNet, with a constant decay per head and no gates, on the standard mixture of MQAR.
 
-Width 64, behind a short convolution. Expected: a decay that no token can hold
-back costs recall.
-Cost: minutes on one H100.
+Question: how much does it recall? Width 64, after a short convolution. Expected: less than gated mixers, because its
+decay does not depend on the tokens. Cost: minutes on one H100.
 
     recallax train mqar_retnet
     recallax train mqar_retnet --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

@@ -1,8 +1,7 @@
-"""How much of MQAR's standard mixture does Griffin's RG-LRU recall?
+"""The RG-LRU of Griffin on the standard mixture of MQAR.
 
-Width 64, behind a short convolution. Expected: near chance beyond a few pairs, since
-one number per channel has no room for an association.
-Cost: minutes on one H100.
+Question: how much does it recall? Width 64, after a short convolution. Expected: close to chance beyond a few pairs,
+because a state of one number per channel cannot store associations. Cost: minutes on one H100.
 
     recallax train mqar_rg_lru
     recallax train mqar_rg_lru --model.pattern "conv (mixer*3 window)*2"      a hybrid, 3:1

@@ -1,8 +1,8 @@
-"""How much of MQAR's standard mixture do Titans' ways of joining memory and attention recall?
+"""Titans, with memory as a context, as a gate and as a layer, on the standard mixture of MQAR.
 
-Width 64, two layers, behind a short convolution: memory as a context (its three ways of asking), as a gate, and as a
-layer, with attention over segments and windows of 16 tokens so that the memory has to hold the rest. Expected: no
-published number (the paper has no MQAR). Cost: minutes on one H100.
+Question: how much does each combination of memory and attention recall? Width 64, two layers, after a short
+convolution; memory as a context has three query sources. Attention covers blocks and windows of 16 tokens, so that the
+memory must store the rest. Expected: no published result (the paper has no MQAR). Cost: minutes on one H100.
 
     recallax train mqar_titans
     recallax train mqar_titans --model.pattern "conv mac_previous"       or mac_learned, mag, "memory window"
@@ -21,17 +21,17 @@ from recallax.train.run_config import RunConfig
 
 
 def titans_variants(memory: MixerConfig, window: SlidingWindow, segment: int, retrieved: int, d_model: int) -> LMConfig:
-    """`conv mac`, with a block for each other way of joining."""
+    """Return the model `conv mac`, with a block for each other combination of memory and attention."""
     blocks = {}
     for join in ("mac", "mag", "mal"):
         blocks |= titans_blocks(join, memory, window, Identity(), 1, segment)[0]
     mac = blocks["mac"].mixer
     assert isinstance(mac, MemoryAsContext)
-    asking = {
+    query_sources = {
         "mac_previous": replace(mac, query_source="previous", num_retrieved_tokens=retrieved),
         "mac_learned": replace(mac, query_source="learned", num_retrieved_tokens=retrieved),
     }
-    blocks |= {name: Block(mixer=mixer, channel=Identity()) for name, mixer in asking.items()}
+    blocks |= {name: Block(mixer=mixer, channel=Identity()) for name, mixer in query_sources.items()}
     model = zoology(memory, d_model)
     return replace(model, pattern="conv mac", blocks={"conv": model.blocks["conv"]} | blocks)
 

@@ -1,7 +1,8 @@
-"""How much of MQAR's standard mixture lies within a sliding window of 64 tokens?
+"""Sliding-window attention over 64 tokens on the standard mixture of MQAR.
 
-Width 128. Expected: mean test accuracy .51 over the seven slices (.145 at window 16, .80 at 256): the share of
-queries whose value is in reach, so this checks generator and window at once. Cost: minutes on one H100.
+Question: which share of the queries has its value within the window? This checks the task generator and the window.
+Width 128. Expected: mean test accuracy 0.51 over the seven slices (0.145 at window 16, 0.80 at 256).
+Cost: minutes on one H100.
 
     recallax train mqar_window
 """

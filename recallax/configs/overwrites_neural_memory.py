@@ -1,11 +1,12 @@
-"""Does Titans' neural memory hold the last value of every key while older ones pile up?
+"""The neural memory of Titans on recall of overwritten values.
 
-16 keys, written 64 times among noise in 512 tokens; tested at 1, 2 and 4 times the length with as many times the
-writes. Width 64, behind a short convolution. Expected: no published number. `experiments/overwrites` has what a small
-version reaches beside other memories. Cost: minutes on one H100.
+Question: does it recall the last value of every key while the number of older values grows? 16 keys, written 64 times
+among noise in 512 tokens; tested at 1, 2 and 4 times the length with as many times the writes. Width 64, after a short
+convolution. Expected: no published result. `experiments/overwrites` compares a small version with other memories.
+Cost: minutes on one H100.
 
     recallax train overwrites_neural_memory
-    recallax train overwrites_neural_memory --model.pattern "conv attention"      what attention does
+    recallax train overwrites_neural_memory --model.pattern "conv attention"      attention
 """
 
 from recallax.configs import mqar_neural_memory

@@ -1,7 +1,8 @@
-"""The control that recall should not solve: parity, where every bit counts.
+"""Softmax attention on parity, a control that recall cannot solve.
 
-Train length 32, test lengths up to 256. Expected: near chance beyond the trained length for every mixer here; it
-takes a transition with negative eigenvalues (Grazzi et al. 2024, arXiv 2411.12537). Cost: minutes on a GPU.
+Question: does it generalize to longer rows? Train length 32, test lengths up to 256. Expected: close to chance beyond
+the trained length for every mixer without negative eigenvalues in its transition (Grazzi et al. 2024, arXiv
+2411.12537). Cost: minutes on a GPU.
 
     recallax train parity_attention
 """

@@ -1,7 +1,8 @@
-"""Does the order of two sets matter to a model that reads them once? Set disjointness.
+"""BASED on set disjointness.
 
-The published sizes (Arora et al. 2024, JRT, arXiv 2407.05483, section 3). Expected: better with the short set first;
-`experiments/set_disjointness` measures the gap at a smaller size. Cost: an hour on a GPU.
+Question: does the order of two sets matter to a model that reads them once? The published sizes (Arora et al. 2024,
+JRT, arXiv 2407.05483, section 3). Expected: higher accuracy with the short set first;
+`experiments/set_disjointness` measures the difference at a smaller size. Cost: an hour on a GPU.
 
     recallax train set_disjointness_based
 """

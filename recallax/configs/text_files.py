@@ -1,9 +1,9 @@
-"""What does a small BASED learn from text files of one's own? By bytes, the model of `text_based`.
+"""A small BASED on your own text files, as bytes; the model of `text_based`.
 
-Needs the extra `tfds`: the files are turned into a TFDS corpus in the cache folder. Expected: as `text_based` on as
-much text. Cost: a couple of minutes on two CPU cores.
+Question: which perplexity does it reach on them? Needs the extra `tfds`: the files are converted to a TFDS corpus in
+the cache folder. Expected: as `text_based` on as much text. Cost: a few minutes on two CPU cores.
 
-    recallax train text_files --task.source.paths "notes/**/*.md" --task.source.documents file
+    recallax train text_files --task.source.paths "notes/**/*.md" --task.source.document-unit file
 """
 
 from dataclasses import replace

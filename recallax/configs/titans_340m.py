@@ -1,7 +1,8 @@
-"""What does Titans with memory as a gate cost at 340M parameters, and does it train at MQAR of language-model size?
+"""Titans with memory as a gate at 340M parameters, on MQAR at the size of language-model pretraining.
 
-24 layers, published width and heads (arXiv 2501.00663, NeurIPS version). Expected: nothing published on this task (on
-text: LAMBADA perplexity 28.72 against 30.94 for Gated DeltaNet). Cost: hours on one H100.
+Question: what does the model cost, and does it train? 24 layers, width and heads of the paper (arXiv 2501.00663,
+NeurIPS version). Expected: no published result on this task (on text: LAMBADA perplexity 28.72, and 30.94 for Gated
+DeltaNet). Cost: hours on one H100.
 
     recallax show titans_340m
     recallax train titans_340m --model.pattern "mac*24"                  memory as a context
@@ -20,7 +21,7 @@ from recallax.train.run_config import RunConfig
 
 
 def add_titans_variants(config: LMConfig) -> LMConfig:
-    """The model, with the blocks of the other ways of joining."""
+    """Return the model with additional blocks for the other combinations of memory and attention."""
     others = {name: block for join in ("mac", "mal", "lmm") for name, block in titans("340m", join).blocks.items()}
     return replace(config, blocks=others | config.blocks)
 

@@ -1,7 +1,7 @@
 """Import of another project's checkpoint: config.json and state dict to a recallax model.
 
-The import is strict. A value that recallax does not support, a missing or unused key, and an array of another shape raise
-an error that names it.
+The import is strict. A value that recallax does not support, a missing or unused key, and an array of another shape
+raise an error that names it.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,9 +1,9 @@
 """Reading and writing of safetensors files, with a full check of the header.
 
-A file consists of eight bytes that give the length of a JSON header, the header, and the bytes of the tensors. Files may
-come from anywhere, so the whole header is checked before any tensor is read: its length, valid JSON without repeated
-keys, supported dtypes, shapes that agree with the byte offsets, and tensors that fill the rest of the file without gaps
-or overlaps. Source: the format's description in the README of safetensors 0.8.
+A file consists of eight bytes that give the length of a JSON header, the header, and the bytes of the tensors. Files
+may come from anywhere, so the whole header is checked before any tensor is read: its length, valid JSON without
+repeated keys, supported dtypes, shapes that agree with the byte offsets, and tensors that fill the rest of the file
+without gaps or overlaps. Source: the format's description in the README of safetensors 0.8.
 """
 
 import json

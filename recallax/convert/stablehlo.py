@@ -55,7 +55,7 @@ class ExportedPrograms(NamedTuple):
     Row b contains lengths[b] >= 1 tokens and padding on the right, at positions from start[b]; position 0 resets the
     state."""
     step: Callable[..., Any]
-    """(weights, token [B], position [B], active [B], state) -> (float32 logits, state); inactive rows keep their state."""
+    """(weights, token [B], position [B], active [B], state) -> (float32 logits, state). Inactive rows keep it."""
     metadata: dict[str, Any]
     """The content of programs.json."""
 
@@ -185,7 +185,7 @@ def _export_prefill_and_step(
 
 
 def _prefill_and_step(
-    make_model: ModelFactory, tree: jax.tree_util.PyTreeDef, names: list[str]
+    make_model: ModelFactory, tree: Any, names: list[str]
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Return the functions to export, whose state is a dictionary with one entry per leaf of `tree`."""
 

@@ -44,25 +44,32 @@ class DeltaNet(MemoryConfig):
     """Added to the mean square in the output norm."""
 
     def head_dims(self, d_model: int) -> HeadDims:
-        keys = self.head_k_dim or head_dim_of("delta_net", d_model, self.num_heads)
-        return HeadDims(self.num_heads, self.num_heads, keys, self.head_v_dim or keys)
+        head_k_dim = self.head_k_dim or head_dim_of("delta_net", d_model, self.num_heads)
+        return HeadDims(self.num_heads, self.num_heads, head_k_dim, self.head_v_dim or head_k_dim)
 
     def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
-        _, heads, keys, values = self.head_dims(d_model)
-        widths = {"k": heads * keys, "v": heads * values, "beta": heads}
+        _, num_heads, head_k_dim, head_v_dim = self.head_dims(d_model)
+        widths = {"k": num_heads * head_k_dim, "v": num_heads * head_v_dim, "beta": num_heads}
         return Projections({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
 
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "DeltaNetCell":
-        _, heads, keys, values = dims = self.head_dims(d_model)
-        width = heads * (2 * keys + values)
+        _, num_heads, head_k_dim, head_v_dim = dims = self.head_dims(d_model)
+        width = num_heads * (2 * head_k_dim + head_v_dim)
         conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
         return DeltaNetCell(dims, conv, self.allow_neg_eigval)
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
-        _, heads, _, values = self.head_dims(d_model)
-        inner = heads * values
+        _, num_heads, _, head_v_dim = self.head_dims(d_model)
+        inner_dim = num_heads * head_v_dim
         return OutputProjection(
-            inner, d_model, layer, num_groups=heads, gate=None, norm_eps=self.norm_eps, precision=precision, rngs=rngs
+            inner_dim,
+            d_model,
+            layer,
+            num_groups=num_heads,
+            gate=None,
+            norm_eps=self.norm_eps,
+            precision=precision,
+            rngs=rngs,
         )
 
 

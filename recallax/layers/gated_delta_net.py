@@ -45,29 +45,36 @@ class GatedDeltaNet(MemoryConfig):
     """Added to the mean square in the output norm."""
 
     def head_dims(self, d_model: int) -> HeadDims:
-        heads = self.num_v_heads or self.num_heads
-        head_dim_of("gated_delta_net's value heads over key heads", heads, self.num_heads)
-        keys = self.head_k_dim or max(1, 3 * head_dim_of("gated_delta_net", d_model, self.num_heads) // 4)
-        return HeadDims(self.num_heads, heads, keys, self.head_v_dim or 2 * keys)
+        num_v_heads = self.num_v_heads or self.num_heads
+        head_dim_of("gated_delta_net's value heads over key heads", num_v_heads, self.num_heads)
+        head_k_dim = self.head_k_dim or max(1, 3 * head_dim_of("gated_delta_net", d_model, self.num_heads) // 4)
+        return HeadDims(self.num_heads, num_v_heads, head_k_dim, self.head_v_dim or 2 * head_k_dim)
 
     def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
-        groups, heads, keys, values = self.head_dims(d_model)
-        widths = {"k": groups * keys, "v": heads * values, "beta": heads, "decay": heads}
+        num_heads, num_v_heads, head_k_dim, head_v_dim = self.head_dims(d_model)
+        widths = {"k": num_heads * head_k_dim, "v": num_v_heads * head_v_dim, "beta": num_v_heads, "decay": num_v_heads}
         return Projections({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
 
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "GatedDeltaNetCell":
-        groups, heads, keys, values = dims = self.head_dims(d_model)
-        width = 2 * groups * keys + heads * values
+        num_heads, num_v_heads, head_k_dim, head_v_dim = dims = self.head_dims(d_model)
+        width = 2 * num_heads * head_k_dim + num_v_heads * head_v_dim
         conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
-        gate = DecayGate(heads, heads, precision=precision, rngs=rngs)
+        gate = DecayGate(num_v_heads, num_v_heads, precision=precision, rngs=rngs)
         return GatedDeltaNetCell(dims, conv, gate, self.allow_neg_eigval)
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
-        _, heads, _, values = self.head_dims(d_model)
-        inner = heads * values
-        gate = Linear(d_model, inner, precision=precision, rngs=rngs)
+        _, num_v_heads, _, head_v_dim = self.head_dims(d_model)
+        inner_dim = num_v_heads * head_v_dim
+        gate = Linear(d_model, inner_dim, precision=precision, rngs=rngs)
         return OutputProjection(
-            inner, d_model, layer, num_groups=heads, gate=gate, norm_eps=self.norm_eps, precision=precision, rngs=rngs
+            inner_dim,
+            d_model,
+            layer,
+            num_groups=num_v_heads,
+            gate=gate,
+            norm_eps=self.norm_eps,
+            precision=precision,
+            rngs=rngs,
         )
 
 
@@ -82,8 +89,10 @@ class GatedDeltaNetCell(MatrixCell):
     def recurrence_inputs(
         self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
     ) -> RecurrenceInputs:
-        groups, heads, keys, _ = self.head_dims
-        q, k, v = (split_heads(projections[name], n) for name, n in (("q", groups), ("k", groups), ("v", heads)))
+        num_heads, num_v_heads, head_k_dim, _ = self.head_dims
+        q, k, v = (
+            split_heads(projections[name], n) for name, n in (("q", num_heads), ("k", num_heads), ("v", num_v_heads))
+        )
         beta = beta_gate(projections["beta"], self.allow_neg_eigval)
         log_decay = self.gate(self.gate.dt(projections["decay"]))
-        return RecurrenceInputs(l2_normalize(q) * keys**-0.5, l2_normalize(k), v, log_decay, beta, beta)
+        return RecurrenceInputs(l2_normalize(q) * head_k_dim**-0.5, l2_normalize(k), v, log_decay, beta, beta)

@@ -49,28 +49,35 @@ class GatedDeltaProduct(MemoryConfig):
         require_at_least(1, num_householder=self.num_householder)
 
     def head_dims(self, d_model: int) -> HeadDims:
-        keys = self.head_k_dim or max(1, 3 * head_dim_of("gated_delta_product", d_model, self.num_heads) // 4)
-        return HeadDims(self.num_heads, self.num_heads, keys, self.head_v_dim or 2 * keys)
+        head_k_dim = self.head_k_dim or max(1, 3 * head_dim_of("gated_delta_product", d_model, self.num_heads) // 4)
+        return HeadDims(self.num_heads, self.num_heads, head_k_dim, self.head_v_dim or 2 * head_k_dim)
 
     def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
-        _, heads, keys, values = self.head_dims(d_model)
-        steps = self.num_householder * heads
-        widths = {"k": steps * keys, "v": steps * values, "beta": steps, "decay": heads}
+        _, num_heads, head_k_dim, head_v_dim = self.head_dims(d_model)
+        steps = self.num_householder * num_heads
+        widths = {"k": steps * head_k_dim, "v": steps * head_v_dim, "beta": steps, "decay": num_heads}
         return Projections({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
 
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "GatedDeltaProductCell":
-        _, heads, keys, values = dims = self.head_dims(d_model)
-        width = heads * (keys + self.num_householder * (keys + values))
+        _, num_heads, head_k_dim, head_v_dim = dims = self.head_dims(d_model)
+        width = num_heads * (head_k_dim + self.num_householder * (head_k_dim + head_v_dim))
         conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
-        gate = DecayGate(heads, heads, precision=precision, rngs=rngs)
+        gate = DecayGate(num_heads, num_heads, precision=precision, rngs=rngs)
         return GatedDeltaProductCell(dims, conv, gate, self.allow_neg_eigval, self.num_householder)
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
-        _, heads, _, values = self.head_dims(d_model)
-        gate = Linear(d_model, heads * values, precision=precision, rngs=rngs)
-        inner = heads * values
+        _, num_heads, _, head_v_dim = self.head_dims(d_model)
+        gate = Linear(d_model, num_heads * head_v_dim, precision=precision, rngs=rngs)
+        inner_dim = num_heads * head_v_dim
         return OutputProjection(
-            inner, d_model, layer, num_groups=heads, gate=gate, norm_eps=self.norm_eps, precision=precision, rngs=rngs
+            inner_dim,
+            d_model,
+            layer,
+            num_groups=num_heads,
+            gate=gate,
+            norm_eps=self.norm_eps,
+            precision=precision,
+            rngs=rngs,
         )
 
 
@@ -93,13 +100,13 @@ class GatedDeltaProductCell(MatrixCell):
     def recurrence_inputs(
         self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
     ) -> RecurrenceInputs:
-        heads, steps = self.head_dims.num_v_heads, self.num_householder
+        num_heads, steps = self.head_dims.num_v_heads, self.num_householder
         batch, length = positions.shape
         # Channels are ordered by step first, then by head.
-        k, v, beta = (projections[name].reshape(batch, length * steps, heads, -1) for name in ("k", "v", "beta"))
-        q = l2_normalize(projections["q"].reshape(batch, length, heads, -1)) * self.head_dims.head_k_dim**-0.5
+        k, v, beta = (projections[name].reshape(batch, length * steps, num_heads, -1) for name in ("k", "v", "beta"))
+        q = l2_normalize(projections["q"].reshape(batch, length, num_heads, -1)) * self.head_dims.head_k_dim**-0.5
         decay = self.gate(self.gate.dt(projections["decay"]))
-        log_decay = jnp.zeros((batch, length, steps, heads), decay.dtype).at[:, :, 0].set(decay)
+        log_decay = jnp.zeros((batch, length, steps, num_heads), decay.dtype).at[:, :, 0].set(decay)
         beta = beta_gate(beta[..., 0], self.allow_neg_eigval)
         q = jnp.repeat(q, steps, axis=1)  # the op reads after every step; `MatrixCell.run` keeps the last output
-        return RecurrenceInputs(q, l2_normalize(k), v, log_decay.reshape(batch, -1, heads), beta, beta)
+        return RecurrenceInputs(q, l2_normalize(k), v, log_decay.reshape(batch, -1, num_heads), beta, beta)

@@ -45,33 +45,40 @@ class GLA(MemoryConfig):
     """Added to the mean square in the output norm."""
 
     def head_dims(self, d_model: int) -> HeadDims:
-        values = self.head_v_dim or head_dim_of("gla", d_model, self.num_heads)
-        return HeadDims(self.num_heads, self.num_heads, self.head_k_dim or max(1, values // 2), values)
+        head_v_dim = self.head_v_dim or head_dim_of("gla", d_model, self.num_heads)
+        return HeadDims(self.num_heads, self.num_heads, self.head_k_dim or max(1, head_v_dim // 2), head_v_dim)
 
     def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
-        _, heads, keys, values = self.head_dims(d_model)
+        _, num_heads, head_k_dim, head_v_dim = self.head_dims(d_model)
         return Projections(
             {
-                "k": Linear(d_model, heads * keys, precision=precision, rngs=rngs),
-                "v": Linear(d_model, heads * values, precision=precision, rngs=rngs),
+                "k": Linear(d_model, num_heads * head_k_dim, precision=precision, rngs=rngs),
+                "v": Linear(d_model, num_heads * head_v_dim, precision=precision, rngs=rngs),
                 "decay": LowRank(
-                    d_model, self.gate_low_rank_dim, heads * keys, precision=precision, rngs=rngs, bias=True
+                    d_model, self.gate_low_rank_dim, num_heads * head_k_dim, precision=precision, rngs=rngs, bias=True
                 ),
             }
         )
 
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "GLACell":
-        _, heads, keys, values = dims = self.head_dims(d_model)
-        width = heads * (2 * keys + values)
+        _, num_heads, head_k_dim, head_v_dim = dims = self.head_dims(d_model)
+        width = num_heads * (2 * head_k_dim + head_v_dim)
         conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
         return GLACell(dims, conv, self.gate_logit_normalizer)
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
-        _, heads, _, values = self.head_dims(d_model)
-        gate = Linear(d_model, heads * values, precision=precision, rngs=rngs)
-        inner = heads * values
+        _, num_heads, _, head_v_dim = self.head_dims(d_model)
+        gate = Linear(d_model, num_heads * head_v_dim, precision=precision, rngs=rngs)
+        inner_dim = num_heads * head_v_dim
         return OutputProjection(
-            inner, d_model, layer, num_groups=heads, gate=gate, norm_eps=self.norm_eps, precision=precision, rngs=rngs
+            inner_dim,
+            d_model,
+            layer,
+            num_groups=num_heads,
+            gate=gate,
+            norm_eps=self.norm_eps,
+            precision=precision,
+            rngs=rngs,
         )
 
 

@@ -67,12 +67,12 @@ class HGRN2Cell(MatrixCell):
     def recurrence_inputs(
         self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
     ) -> RecurrenceInputs:
-        heads = self.head_dims.num_v_heads
-        gate = split_heads(projections["decay"].astype(jnp.float32), heads)
-        v = split_heads(projections["v"], heads)
-        bound = jnp.broadcast_to(self.floor[...].reshape(heads, -1), gate.shape)
+        num_heads = self.head_dims.num_v_heads
+        gate = split_heads(projections["decay"].astype(jnp.float32), num_heads)
+        v = split_heads(projections["v"], num_heads)
+        bound = jnp.broadcast_to(self.floor[...].reshape(num_heads, -1), gate.shape)
         # log f = log(l + (1 - l) sigmoid(gate)), in a form that does not round f to 0 or 1 first.
         log_bound = jnp.log(jnp.maximum(bound, TINY))
         log_decay = jnp.minimum(jnp.logaddexp(log_bound, jnp.log1p(-bound) + jax.nn.log_sigmoid(gate)), 0)
         k = ((1 - bound) * jax.nn.sigmoid(-gate)).astype(v.dtype)
-        return RecurrenceInputs(jax.nn.silu(split_heads(projections["q"], heads)), k, v, log_decay=log_decay)
+        return RecurrenceInputs(jax.nn.silu(split_heads(projections["q"], num_heads)), k, v, log_decay=log_decay)

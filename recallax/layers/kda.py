@@ -60,33 +60,37 @@ class KDA(MemoryConfig):
             raise ConfigError(f"lower_bound is {self.lower_bound}; the smallest log-decay of KDA must be below 0")
 
     def head_dims(self, d_model: int) -> HeadDims:
-        keys = self.head_k_dim or head_dim_of("kda", d_model, self.num_heads)
-        return HeadDims(self.num_heads, self.num_heads, keys, self.head_v_dim or keys)
+        head_k_dim = self.head_k_dim or head_dim_of("kda", d_model, self.num_heads)
+        return HeadDims(self.num_heads, self.num_heads, head_k_dim, self.head_v_dim or head_k_dim)
 
     def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
-        _, heads, keys, values = self.head_dims(d_model)
-        widths = {"k": heads * keys, "v": heads * values, "beta": heads}
+        _, num_heads, head_k_dim, head_v_dim = self.head_dims(d_model)
+        widths = {"k": num_heads * head_k_dim, "v": num_heads * head_v_dim, "beta": num_heads}
         linear = {name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()}
-        return Projections(linear | {"decay": LowRank(d_model, values, heads * keys, precision=precision, rngs=rngs)})
+        return Projections(
+            linear | {"decay": LowRank(d_model, head_v_dim, num_heads * head_k_dim, precision=precision, rngs=rngs)}
+        )
 
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "KDACell":
-        _, heads, keys, values = dims = self.head_dims(d_model)
-        width = heads * (2 * keys + values)
+        _, num_heads, head_k_dim, head_v_dim = dims = self.head_dims(d_model)
+        width = num_heads * (2 * head_k_dim + head_v_dim)
         conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
         if self.decay_gate == "softplus":
-            gate = DecayGate(heads, heads * keys, precision=precision, rngs=rngs)
+            gate = DecayGate(num_heads, num_heads * head_k_dim, precision=precision, rngs=rngs)
         else:
-            gate = BoundedDecayGate(heads, heads * keys, self.lower_bound, precision=precision, rngs=rngs)
+            gate = BoundedDecayGate(num_heads, num_heads * head_k_dim, self.lower_bound, precision=precision, rngs=rngs)
         return KDACell(dims, conv, gate, self.allow_neg_eigval)
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
-        _, heads, _, values = self.head_dims(d_model)
+        _, num_heads, _, head_v_dim = self.head_dims(d_model)
         return OutputProjection(
-            heads * values,
+            num_heads * head_v_dim,
             d_model,
             layer,
-            num_groups=heads,
-            gate=LowRank(d_model, values, heads * values, precision=precision, rngs=rngs, bias=self.output_gate_bias),
+            num_groups=num_heads,
+            gate=LowRank(
+                d_model, head_v_dim, num_heads * head_v_dim, precision=precision, rngs=rngs, bias=self.output_gate_bias
+            ),
             activation="sigmoid",
             norm_eps=self.norm_eps,
             precision=precision,
@@ -125,12 +129,12 @@ class KDACell(MatrixCell):
     def recurrence_inputs(
         self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
     ) -> RecurrenceInputs:
-        _, heads, keys, _ = self.head_dims
-        q, k, v = (split_heads(projections[name], heads) for name in ("q", "k", "v"))
+        _, num_heads, head_k_dim, _ = self.head_dims
+        q, k, v = (split_heads(projections[name], num_heads) for name in ("q", "k", "v"))
         beta = beta_gate(projections["beta"], self.allow_neg_eigval)
         decay = projections["decay"]
         if isinstance(self.gate, BoundedDecayGate):
             log_decay = self.gate(decay)
         else:
-            log_decay = self.gate(split_heads(self.gate.dt(decay), heads))
-        return RecurrenceInputs(l2_normalize(q) * keys**-0.5, l2_normalize(k), v, log_decay, beta, beta)
+            log_decay = self.gate(split_heads(self.gate.dt(decay), num_heads))
+        return RecurrenceInputs(l2_normalize(q) * head_k_dim**-0.5, l2_normalize(k), v, log_decay, beta, beta)

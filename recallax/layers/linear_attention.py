@@ -52,14 +52,14 @@ class LinearAttention(MemoryConfig):
     """Added to the mean square in the output norm, which only the identity map has."""
 
     def head_dims(self, d_model: int) -> HeadDims:
-        values = head_dim_of("linear attention", d_model, self.num_heads)
-        return HeadDims(self.num_heads, self.num_heads, self.feature_dim or values, values)
+        head_v_dim = head_dim_of("linear attention", d_model, self.num_heads)
+        return HeadDims(self.num_heads, self.num_heads, self.feature_dim or head_v_dim, head_v_dim)
 
     def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
-        _, heads, keys, _ = self.head_dims(d_model)
+        _, num_heads, head_k_dim, _ = self.head_dims(d_model)
         return Projections(
             {
-                "k": Linear(d_model, heads * keys, precision=precision, rngs=rngs),
+                "k": Linear(d_model, num_heads * head_k_dim, precision=precision, rngs=rngs),
                 "v": Linear(d_model, d_model, precision=precision, rngs=rngs),
             }
         )

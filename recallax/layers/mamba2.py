@@ -58,41 +58,43 @@ class Mamba2(MemoryConfig):
             raise ConfigError(f"dt_limit is {self.dt_limit}; it must be a range of step sizes of at least 0")
 
     def head_dims(self, d_model: int) -> HeadDims:
-        inner = self.intermediate_size or self.expand * d_model
-        if inner % self.head_dim:
-            raise ConfigError(f"head_dim is {self.head_dim}; it must divide the intermediate size {inner} of Mamba2")
-        heads = inner // self.head_dim
-        head_dim_of("mamba2's heads over groups", heads, self.num_groups)
-        return HeadDims(self.num_groups, heads, self.state_dim, self.head_dim)
+        intermediate_size = self.intermediate_size or self.expand * d_model
+        if intermediate_size % self.head_dim:
+            raise ConfigError(
+                f"head_dim is {self.head_dim}; it must divide the intermediate size {intermediate_size} of Mamba2"
+            )
+        num_heads = intermediate_size // self.head_dim
+        head_dim_of("mamba2's heads over groups", num_heads, self.num_groups)
+        return HeadDims(self.num_groups, num_heads, self.state_dim, self.head_dim)
 
     def q_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
         width, std = self.num_groups * self.state_dim, torch_linear_std(d_model)
         return Projections({"q": Linear(d_model, width, std=std, precision=precision, rngs=rngs)})
 
     def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
-        groups, heads, keys, values = self.head_dims(d_model)
-        widths = {"k": groups * keys, "v": heads * values, "dt": heads}
+        num_groups, num_heads, head_k_dim, head_v_dim = self.head_dims(d_model)
+        widths = {"k": num_groups * head_k_dim, "v": num_heads * head_v_dim, "dt": num_heads}
         std = torch_linear_std(d_model)
         linear = {name: Linear(d_model, w, std=std, precision=precision, rngs=rngs) for name, w in widths.items()}
         return Projections(linear)
 
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "Mamba2Cell":
-        groups, heads, keys, values = dims = self.head_dims(d_model)
-        width = 2 * groups * keys + heads * values
+        num_groups, num_heads, head_k_dim, head_v_dim = dims = self.head_dims(d_model)
+        width = 2 * num_groups * head_k_dim + num_heads * head_v_dim
         conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs, bias=True)
         low, high = self.dt_limit
         limit = (float(low), float("inf" if high is None else high))
-        gate = DecayGate(heads, heads, precision=precision, rngs=rngs, dt_limit=limit)
+        gate = DecayGate(num_heads, num_heads, precision=precision, rngs=rngs, dt_limit=limit)
         return Mamba2Cell(dims, conv, gate, precision)
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
-        _, heads, _, values = self.head_dims(d_model)
+        _, num_heads, _, head_v_dim = self.head_dims(d_model)
         return OutputProjection(
-            heads * values,
+            num_heads * head_v_dim,
             d_model,
             layer,
             num_groups=self.num_groups,
-            gate=Linear(d_model, heads * values, std=torch_linear_std(d_model), precision=precision, rngs=rngs),
+            gate=Linear(d_model, num_heads * head_v_dim, std=torch_linear_std(d_model), precision=precision, rngs=rngs),
             order=self.order,
             shared_scale=False,
             norm_eps=self.norm_eps,
@@ -112,9 +114,9 @@ class Mamba2Cell(MatrixCell, StepFilteredModule):
     def recurrence_inputs(
         self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
     ) -> RecurrenceInputs:
-        groups, heads, _, _ = self.head_dims
-        q, k = (split_heads(projections[name], groups) for name in ("q", "k"))
-        x = split_heads(projections["v"], heads)
+        num_groups, num_heads, _, _ = self.head_dims
+        q, k = (split_heads(projections[name], num_groups) for name in ("q", "k"))
+        x = split_heads(projections["v"], num_heads)
         dt = self.filter_steps(self.gate.dt(projections["dt"]))
         v = (x.astype(jnp.float32) * dt[..., None]).astype(x.dtype)
         return RecurrenceInputs(q, k, v, log_decay=self.gate(dt))

@@ -40,23 +40,30 @@ class RetNet(MemoryConfig):
     """Added to the mean square in the output norm."""
 
     def head_dims(self, d_model: int) -> HeadDims:
-        keys = self.head_k_dim or head_dim_of("retnet", d_model, self.num_heads)
-        return HeadDims(self.num_heads, self.num_heads, keys, self.head_v_dim or 2 * keys)
+        head_k_dim = self.head_k_dim or head_dim_of("retnet", d_model, self.num_heads)
+        return HeadDims(self.num_heads, self.num_heads, head_k_dim, self.head_v_dim or 2 * head_k_dim)
 
     def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
-        _, heads, keys, values = self.head_dims(d_model)
-        widths = {"k": heads * keys, "v": heads * values}
+        _, num_heads, head_k_dim, head_v_dim = self.head_dims(d_model)
+        widths = {"k": num_heads * head_k_dim, "v": num_heads * head_v_dim}
         return Projections({name: Linear(d_model, w, precision=precision, rngs=rngs) for name, w in widths.items()})
 
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "RetNetCell":
         return RetNetCell(self.head_dims(d_model), self.rope_theta)
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
-        _, heads, _, values = self.head_dims(d_model)
-        gate = Linear(d_model, heads * values, precision=precision, rngs=rngs)
-        inner = heads * values
+        _, num_heads, _, head_v_dim = self.head_dims(d_model)
+        gate = Linear(d_model, num_heads * head_v_dim, precision=precision, rngs=rngs)
+        inner_dim = num_heads * head_v_dim
         return OutputProjection(
-            inner, d_model, layer, num_groups=heads, gate=gate, norm_eps=self.norm_eps, precision=precision, rngs=rngs
+            inner_dim,
+            d_model,
+            layer,
+            num_groups=num_heads,
+            gate=gate,
+            norm_eps=self.norm_eps,
+            precision=precision,
+            rngs=rngs,
         )
 
 
@@ -70,7 +77,7 @@ class RetNetCell(MatrixCell):
     def recurrence_inputs(
         self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
     ) -> RecurrenceInputs:
-        heads, keys = self.head_dims.num_v_heads, self.head_dims.head_k_dim
-        q, k = (rotary(split_heads(projections[name], heads), positions, self.rope_theta) for name in ("q", "k"))
-        gamma = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads, dtype=jnp.float32))))
-        return RecurrenceInputs(q * keys**-0.5, k, split_heads(projections["v"], heads), log_decay=gamma)
+        num_heads, head_k_dim = self.head_dims.num_v_heads, self.head_dims.head_k_dim
+        q, k = (rotary(split_heads(projections[name], num_heads), positions, self.rope_theta) for name in ("q", "k"))
+        gamma = jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(num_heads, dtype=jnp.float32))))
+        return RecurrenceInputs(q * head_k_dim**-0.5, k, split_heads(projections["v"], num_heads), log_decay=gamma)

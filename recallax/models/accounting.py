@@ -1,7 +1,7 @@
-"""What a model costs, counted from the model itself: parameters, bytes of state, FLOPs.
+"""Parameters, state bytes and FLOPs, counted from the model itself.
 
-Nothing is estimated by formula: parameters and states are the shapes that the code would allocate, FLOPs are the
-matrix products of the traced program.
+No quantity is computed by a formula: parameters and states are the shapes that the code allocates, and FLOPs are those
+of the matrix products in the traced program.
 """
 
 import math
@@ -15,23 +15,46 @@ from recallax.config import Config
 from recallax.layers import MoM
 from recallax.models.lm import LM, LMConfig
 from recallax.models.parameter_paths import layer_paths, parameter_paths, parameter_shapes
-from recallax.models.pattern import parse_pattern
 from recallax.types import unpacked_seq_info
 
 
 def abstract_model(config: LMConfig, vocab_size: int | None = None) -> LM:
-    """The model with shapes in place of arrays; costs no memory."""
+    """Build a model with shapes instead of arrays, which needs no memory.
+
+    Args:
+        config: The model config.
+        vocab_size: The task's vocabulary size, for configs without one.
+
+    Returns:
+        The abstract model.
+    """
     return nnx.eval_shape(lambda: config.build(nnx.Rngs(0), vocab_size))
 
 
 def count_parameters(config: LMConfig, vocab_size: int | None = None) -> int:
-    """Number of trainable numbers."""
+    """Count the trainable parameters.
+
+    Args:
+        config: The model config.
+        vocab_size: The task's vocabulary size, for configs without one.
+
+    Returns:
+        The number of parameters.
+    """
     params = nnx.split(abstract_model(config, vocab_size), nnx.Param, ...)[1]
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 def count_active_parameters(config: LMConfig, vocab_size: int | None = None) -> int:
-    """Parameters that one token takes: of memories and experts as many as it chooses, of a table the rows it reads."""
+    """Count the parameters that one token uses: those of its memories and experts, and the rows of a table it reads.
+
+    Args:
+        config: The model config.
+        vocab_size: The task's vocabulary size, for configs without one.
+
+    Returns:
+        The number of parameters.
+    """
     blocks = {name: _with_active_memories_only(block) for name, block in config.blocks.items()}
     params = nnx.split(abstract_model(replace(config, blocks=blocks), vocab_size), nnx.Param, ...)[1]
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
@@ -39,45 +62,71 @@ def count_active_parameters(config: LMConfig, vocab_size: int | None = None) -> 
 
 
 def _with_active_memories_only[C: Config](config: C) -> C:
-    """With as many memories as a token chooses, wherever in it there is a mixture of them."""
+    """Reduce every mixture of memories in a config to the memories that one token selects."""
     if isinstance(config, MoM):
         config = replace(config, num_memories=config.top_k)
-    inside = {f.name: getattr(config, f.name) for f in fields(config)}
-    parts = {name: _with_active_memories_only(part) for name, part in inside.items() if isinstance(part, Config)}
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    parts = {name: _with_active_memories_only(value) for name, value in values.items() if isinstance(value, Config)}
     return replace(config, **parts) if parts else config
 
 
 def parameter_table(config: LMConfig, vocab_size: int | None = None) -> dict[str, int]:
-    """Trainable numbers by what they belong to: embedding, norm, readout, and each part of each block."""
+    """Count the trainable parameters by module: embedding, norm, head, and each part of each block.
+
+    Args:
+        config: The model config.
+        vocab_size: The task's vocabulary size, for configs without one.
+
+    Returns:
+        Numbers of parameters by module. Parts of a block are summed over its layers.
+    """
     table: dict[str, int] = {}
     model = abstract_model(config, vocab_size)
-    places = parameter_paths(model, layer_paths(parse_pattern(config.pattern, list(config.blocks))))
-    for name, shape in parameter_shapes(model, places).items():
+    paths = parameter_paths(model, layer_paths(config.terms))
+    for name, shape in parameter_shapes(model, paths).items():
         parts = name.split(".")
-        what = parts[0]
+        module = parts[0]
         if parts[0] == "layers":
-            deep = 3 if parts[2].endswith("norm") else 5 if parts[3] == "paths" else 4
-            what = " ".join([config.layer_names[int(parts[1])], *parts[2:deep]])
-        table[what] = table.get(what, 0) + math.prod(shape)
+            depth = 3 if parts[2].endswith("norm") else 5 if parts[3] == "paths" else 4
+            module = " ".join([config.layer_names[int(parts[1])], *parts[2:depth]])
+        table[module] = table.get(module, 0) + math.prod(shape)
     return table
 
 
 def state_bytes(config: LMConfig, context_length: int, vocab_size: int | None = None) -> int:
-    """Bytes that one sequence of `context_length` tokens leaves in the model's state, over all layers."""
+    """Count the bytes of the model's state for one sequence, over all layers.
+
+    Args:
+        config: The model config.
+        context_length: Tokens of the sequence.
+        vocab_size: The task's vocabulary size, for configs without one.
+
+    Returns:
+        The number of bytes.
+    """
     state = jax.eval_shape(lambda: config.build(nnx.Rngs(0), vocab_size).init_state(1, context_length))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def forward_flops(config: LMConfig, length: int, vocab_size: int | None = None, num_targets: int | None = None) -> int:
-    """FLOPs of the matrix products of one forward pass over one row; logits at `num_targets` positions (None: all).
+    """Count the FLOPs of the matrix products of one forward pass over one row.
 
-    A training step costs three times as much by convention. Element-wise work is not counted.
+    A training step needs three times as many by convention. Element-wise operations are not counted.
+
+    Args:
+        config: The model config.
+        length: Tokens of the row.
+        vocab_size: The task's vocabulary size, for configs without one.
+        num_targets: Positions with logits. None: all.
+
+    Returns:
+        The number of FLOPs; a multiplication and an addition are two.
     """
-    at = None if num_targets is None or num_targets >= length else jnp.zeros((1, num_targets), jnp.int32)
+    logit_indices = None if num_targets is None or num_targets >= length else jnp.zeros((1, num_targets), jnp.int32)
 
     def forward(params, rest):
         seq = jax.tree.map(jnp.asarray, unpacked_seq_info(1, length))
-        return nnx.merge(graph, params, rest)(jnp.zeros((1, length), jnp.int32), seq, at)
+        return nnx.merge(graph, params, rest)(jnp.zeros((1, length), jnp.int32), seq, logit_indices)
 
     graph, params, rest = nnx.split(abstract_model(config, vocab_size), nnx.Param, ...)
     return _jaxpr_flops(jax.make_jaxpr(forward)(params, rest).jaxpr)
@@ -102,7 +151,14 @@ def _jaxpr_flops(jaxpr) -> int:
 
 
 def sub_jaxprs(params: dict) -> list:
-    """The programs inside an equation, wherever its parameters hold them."""
+    """Return the jaxprs in the parameters of an equation.
+
+    Args:
+        params: The equation's parameters.
+
+    Returns:
+        The jaxprs, without constants.
+    """
     values = [v for p in params.values() for v in (p if isinstance(p, list | tuple) else [p])]
-    opened = [getattr(v, "jaxpr", v) for v in values]
-    return [v for v in opened if hasattr(v, "eqns")]
+    jaxprs = [getattr(v, "jaxpr", v) for v in values]
+    return [v for v in jaxprs if hasattr(v, "eqns")]

@@ -1,9 +1,9 @@
-"""One layer: a sequence mixer and a channel mixer, each normalised before and added to the residual stream.
+"""One layer: a sequence mixer and a channel mixer, each after a norm and with a residual connection.
 
     r <- r + mixer(norm(r));   r <- r + channel(norm(r))
 
-A block whose channel mixer is `NoChannelMixer` has one sublayer, and one norm.
-The residual stream is float32; mixers work in the compute dtype.
+A block whose channel mixer is `NoChannelMixer` has one sublayer and one norm. The residual stream is float32; mixers
+use the compute dtype.
 """
 
 from dataclasses import dataclass
@@ -22,14 +22,26 @@ from recallax.types import Aux, Precision, SeqInfo, StepInfo, add_aux
 
 @dataclass(frozen=True, kw_only=True)
 class Block(Config):
-    """A named layer of a pattern."""
+    """A named layer of a pattern: a sequence mixer and a channel mixer."""
 
     mixer: MixerConfig
+    """The sequence mixer."""
     channel: MixerConfig = SwiGLU()
+    """The channel mixer."""
 
 
 class BlockModule(nnx.Module):
-    """See the head of the file."""
+    """A layer: r <- r + mixer(norm(r)), then r <- r + channel(norm(r)).
+
+    Args:
+        config: The block's config.
+        d_model: Width of the residual stream.
+        layer: The layer's number and the number of layers.
+        dropout: Dropout rate of each mixer's output.
+        norm_eps: Epsilon of the norms.
+        precision: The dtypes of parameters and computation.
+        rngs: Random number generators of the parameters.
+    """
 
     def __init__(
         self,
@@ -45,11 +57,20 @@ class BlockModule(nnx.Module):
         self.mixer = config.mixer.build(d_model, layer, precision=precision, rngs=rngs)
         self.channel = config.channel.build(d_model, layer, precision=precision, rngs=rngs)
         self.mixer_norm = RMSNorm(d_model, precision=precision, eps=norm_eps)
-        second = not isinstance(config.channel, NoChannelMixer)
-        self.channel_norm = RMSNorm(d_model, precision=precision, eps=norm_eps) if second else _identity
+        has_channel = not isinstance(config.channel, NoChannelMixer)
+        self.channel_norm = RMSNorm(d_model, precision=precision, eps=norm_eps) if has_channel else _identity
         self.dropout = dropout
 
     def __call__(self, r: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
+        """Apply the layer to whole sequences.
+
+        Args:
+            r: The residual stream, float32.
+            seq: Positions, document ids, prefixes, and the layer's key.
+
+        Returns:
+            The residual stream after the layer, and the auxiliary means of the mixers.
+        """
         keys = None if seq.key is None else jax.random.split(seq.key, 4)
         y, aux = self.mixer(self.mixer_norm(r), _with_key(seq, keys, 0))
         r = r + self._apply_dropout(y, keys, 1)
@@ -57,15 +78,47 @@ class BlockModule(nnx.Module):
         return r + self._apply_dropout(y, keys, 3), add_aux(aux, more)
 
     def init_state(self, batch: int, max_len: int) -> State:
+        """Return the states of both mixers before any token.
+
+        Args:
+            batch: The number of rows.
+            max_len: Largest number of tokens per row.
+
+        Returns:
+            The states.
+
+        Raises:
+            TypeError: If a mixer has no state.
+        """
         return tuple(_require_recurrent(m).init_state(batch, max_len) for m in (self.mixer, self.channel))
 
     def prefill(self, r: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
+        """Read further tokens of each row.
+
+        Args:
+            r: The residual stream, float32.
+            seq: The tokens' sequence information.
+            state: The states before the tokens.
+
+        Returns:
+            The residual stream after the layer, the states after the tokens, and auxiliary means.
+        """
         y, mixer, aux = _require_recurrent(self.mixer).prefill(self.mixer_norm(r), seq, state[0])
         r = r + y.astype(r.dtype)
         y, channel, more = _require_recurrent(self.channel).prefill(self.channel_norm(r), seq, state[1])
         return r + y.astype(r.dtype), (mixer, channel), add_aux(aux, more)
 
     def step(self, r: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
+        """Read one token of each active row.
+
+        Args:
+            r: The residual stream, float32.
+            info: Positions, and the rows that are active.
+            state: The states before the token.
+
+        Returns:
+            The residual stream after the layer, and the states after the token.
+        """
         y, mixer = _require_recurrent(self.mixer).step(self.mixer_norm(r), info, state[0])
         r = r + y.astype(r.dtype)
         y, channel = _require_recurrent(self.channel).step(self.channel_norm(r), info, state[1])
@@ -76,7 +129,16 @@ class BlockModule(nnx.Module):
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: PRNGKeyArray | None) -> Float[Array, "..."]:
-    """Dropout: zero each element with probability `rate` and scale the rest up; the identity without a key."""
+    """Zero elements at random, and divide the others by 1 - rate.
+
+    Args:
+        x: The input.
+        rate: The probability of zeroing an element.
+        key: The random key. None: return the input.
+
+    Returns:
+        The input after dropout.
+    """
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)

@@ -1,4 +1,4 @@
-"""A small hybrid for tasks beyond MQAR: a gated convolution and the mixer under test, twice, with SwiGLU."""
+"""A small hybrid for tasks other than MQAR: a gated convolution and the mixer under test, twice, with SwiGLU."""
 
 from recallax.layers import GatedConv, MixerConfig, SwiGLU
 from recallax.models.block import Block
@@ -7,7 +7,16 @@ from recallax.models.lm_head import LMHead, Tied
 
 
 def hybrid(mixer: MixerConfig, d_model: int, lm_head: LMHead | None = None) -> LMConfig:
-    """`(conv mixer)*2` at the given width."""
+    """Return the model `(conv mixer)*2`.
+
+    Args:
+        mixer: The mixer under test.
+        d_model: The model's width.
+        lm_head: The language model head. None: tied.
+
+    Returns:
+        The model config.
+    """
     blocks = {
         "conv": Block(mixer=GatedConv(conv_size=3), channel=SwiGLU()),
         "mixer": Block(mixer=mixer, channel=SwiGLU()),

@@ -1,25 +1,25 @@
-"""Hydra, the hybrid language model of about 1.6B parameters (arXiv 2508.15099), and its toy.
+"""Hydra, the hybrid language model of about 1.6B parameters (arXiv 2508.15099), and its toy model.
 
-A block adds three parallel paths to the stream: a diagonal state-space model in every block, sparse global attention in
-every third, a mixture of experts in every other one; so a period is six blocks, of which the last has all three. Of
-the model the paper gives 1.61B parameters in all and names the parts; the split below is chosen, from width 2048, 24
-blocks and 50,304 tied ids. In millions:
+A block adds up to three parallel paths to the residual stream: a diagonal state-space model in every block, sparse
+global attention in every third block, and a mixture of experts in every second block. A period is six blocks, and the
+last one has all three paths. The paper states 1.61B parameters in total and names the parts. The sizes below are
+chosen to match, with width 2048, 24 blocks and 50,304 tied ids. Parameters in millions:
 
     state-space models   24 blocks: 4 d^2 in, d^2 past it                        503.6
-    attention             8 blocks: 16 heads of 128, window 256, 512 chosen      134.2
+    attention             8 blocks: 16 heads of 128, window 256, 512 selected    134.2
     experts              12 blocks: 8 of inner width 1248, 2 per token           736.3     active 184.2
     embedding            tied                                                    103.0
     product keys         512^2 values of 512, 4 heads of which each reads 32     137.9     active   3.7
     workspaces            8: 64 slots of width 128                                 9.1
     total                                                                       1624.2     active 938.0
 
-Left open and chosen: a workspace after every block with attention; the product-key memory once, after three quarters
-of the blocks, where a repeated period ends; no perceptron besides the experts; experts are routed by a chunk's first
-token, in chunks of 64, as long as the workspaces'. Both of `mixer`'s kinds of names are blocks, so that `pattern` says
-which parts a model has:
+The paper leaves these choices open: there is a workspace after every block with attention; the product-key memory
+occurs once, after three quarters of the blocks, at the end of a repeated period; there is no MLP besides the experts;
+experts are selected by the first token of a chunk of 64 tokens, which is also the chunk of the workspaces. Block names
+in the pattern:
 
-    ssm, attention, experts, all      a block with the paths of that name besides the state-space model
-    workspace, facts                  the two memories, each behind a norm of its own
+    ssm, attention, experts, all      a block with these paths besides the state-space model
+    workspace, facts                  the two memories, each after its own norm
 """
 
 from recallax.layers import (
@@ -44,13 +44,24 @@ ABLATIONS = {
     "facts": "ssm*3 facts ssm",
     "all": "ssm all workspace facts ssm all workspace",
 }
-"""Four blocks of the state-space model with each other part alone, and with all of them."""
+"""Patterns of four state-space blocks with one other part each, and with all parts."""
 
 
 def hydra_blocks(
     ssm: MixerConfig, attention: MixerConfig, experts: MixerConfig, workspace: MixerConfig, facts: MixerConfig
 ) -> dict[str, Block]:
-    """The blocks of these parts; any recurrent mixer may be the state-space model."""
+    """Build the blocks of a Hydra model.
+
+    Args:
+        ssm: The state-space model; any recurrent mixer.
+        attention: The sparse global attention.
+        experts: The mixture of experts.
+        workspace: The workspace memory.
+        facts: The product-key memory.
+
+    Returns:
+        Blocks by name.
+    """
     mixers = {
         "ssm": Parallel(ssm=ssm),
         "attention": Parallel(ssm=ssm, attention=attention),
@@ -63,7 +74,11 @@ def hydra_blocks(
 
 
 def hydra_1b6() -> LMConfig:
-    """See the head of the file."""
+    """Return the model of about 1.6B parameters: 24 blocks of width 2048.
+
+    Returns:
+        The model config.
+    """
     blocks = hydra_blocks(
         DiagonalSSM(max_timescale=2048.0),
         SparseGlobalAttention(num_heads=16),
@@ -78,7 +93,11 @@ def hydra_1b6() -> LMConfig:
 
 
 def hydra_toy() -> LMConfig:
-    """The sizes of the authors' prototype: 8 blocks of width 256, attention in the fourth and the eighth."""
+    """Return the authors' prototype: 8 blocks of width 256, with attention in the fourth and the eighth.
+
+    Returns:
+        The model config.
+    """
     blocks = hydra_blocks(
         DiagonalSSM(max_timescale=512.0),
         SparseGlobalAttention(num_heads=4),

@@ -1,12 +1,13 @@
 """Landmark attention's published language models (Mohtashami & Jaggi 2023, arXiv 2305.16300; sizes from section 4).
 
     landmark_pg19      12 layers of width 1024, 8 heads of 128: from scratch on books, blocks of 50 tokens, 202.5M
-    landmark_llama     LLaMA-7B, fine-tuned: blocks of 63 tokens (so that a block and its landmark are 64), 6738.4M
+    landmark_llama     LLaMA-7B, fine-tuned: blocks of 63 tokens (a block and its landmark are 64), 6738.4M
 
-The first has the paper's feed-forward width of 4096 as SwiGLU of as many parameters (inner width 2731), tied embeddings
-of GPT-2's ids padded to 50,304, rotary positions. Both read the four blocks that each head and token chooses, at stingy
-distances; with a training length of 512 and 2048, blocks up to k + 2 = 6 apart are distances that training has seen.
-The landmark's embedding counts to the parameters; the published models give it an id of the vocabulary instead.
+`landmark_pg19` replaces the paper's feed-forward width of 4096 by a SwiGLU with as many parameters (inner width 2731).
+It has tied embeddings of GPT-2's ids padded to 50,304, and rotary positions. In both models each head and token reads
+the four blocks that it selects, with compressed positions: distances are at most k + 2 = 6 blocks, which training on
+rows of 512 and 2048 tokens covers. The landmark's embedding is counted as a parameter; the published models use an id
+of the vocabulary for it.
 """
 
 from recallax.layers import Landmark, SwiGLU
@@ -16,7 +17,14 @@ from recallax.models.lm_head import Untied
 
 
 def landmark_pg19(top_k: int = 4) -> LMConfig:
-    """12 layers, width 1024."""
+    """Return the model for PG-19: 12 layers of width 1024.
+
+    Args:
+        top_k: Blocks that each head and token reads.
+
+    Returns:
+        The model config.
+    """
     mixer = Landmark(block_size=50, num_heads=8, top_k=top_k)
     return LMConfig(
         d_model=1024,
@@ -28,7 +36,14 @@ def landmark_pg19(top_k: int = 4) -> LMConfig:
 
 
 def landmark_llama(top_k: int = 4) -> LMConfig:
-    """LLaMA-7B's 32 layers of width 4096."""
+    """Return LLaMA-7B with landmark attention: 32 layers of width 4096.
+
+    Args:
+        top_k: Blocks that each head and token reads.
+
+    Returns:
+        The model config.
+    """
     mixer = Landmark(block_size=63, num_heads=32, top_k=top_k)
     return LMConfig(
         d_model=4096,

@@ -1,7 +1,7 @@
 """Landmark tokens, which the language model inserts after every block of a document and whose outputs it drops.
 
-So tasks, losses and generation count in tokens of their own, and layers see a longer document: token p of a document
-stands at position p + p // every, and its b-th landmark at b (every + 1) + every.
+Tasks, losses and generation see a document without landmarks; the layers see a longer one. With block size n, token p
+of a document has position p + p // n in the longer document, and its b-th landmark has position b (n + 1) + n.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from recallax.types import Precision, SeqInfo, StepInfo
 
 
 class LandmarkIndices(NamedTuple):
-    """How tokens and the slots of the longer row belong together."""
+    """The correspondence of the tokens of a row and the slots of the row with landmarks."""
 
     slot_of_token: Int[Array, "B T"]
     """The slot of each token."""
@@ -26,62 +26,113 @@ class LandmarkIndices(NamedTuple):
 
 
 class LandmarkTokens(nnx.Module):
-    """The landmark's embedding, and where it goes; `block_size` is the number of tokens before each."""
+    """The embedding of the landmark, and its insertion.
+
+    Args:
+        block_size: The number of tokens before each landmark.
+        width: The model's width.
+        precision: The dtypes of parameters and computation.
+        rngs: Random number generators of the parameters.
+    """
 
     def __init__(self, block_size: int, width: int, *, precision: Precision, rngs: nnx.Rngs):
         self.block_size = block_size
         self.embedding = parameter(0.02 * jax.random.normal(rngs.params(), (width,), precision.param), ("embed",))
 
     def expanded_length(self, tokens: int) -> int:
-        """Of a document with its landmarks."""
+        """Return the length of a document with its landmarks.
+
+        Args:
+            tokens: The number of its tokens.
+
+        Returns:
+            The number of tokens and landmarks.
+        """
         return tokens + tokens // self.block_size
 
     def insert(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B U D"], SeqInfo, LandmarkIndices]:
-        """Embeddings and information with landmarks in place. A landmark follows the last token of its block at once,
-        also at the end of a row; U = T + ceil(T / every), whatever the documents."""
+        """Insert landmarks after the last token of every complete block, also at the end of a row.
+
+        Args:
+            x: Embeddings of the tokens.
+            seq: Their sequence information.
+
+        Returns:
+            Embeddings with landmarks, their sequence information, and the correspondence of tokens and slots. The
+            length is U = T + ceil(T / block_size) for all documents.
+        """
         rows, length = jnp.asarray(seq.positions).shape
-        positions, segments = jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids)
-        ends = (segments > 0) & (positions % self.block_size == self.block_size - 1)
+        positions, segment_ids = jnp.asarray(seq.positions), jnp.asarray(seq.segment_ids)
+        ends = (segment_ids > 0) & (positions % self.block_size == self.block_size - 1)
         earlier = jnp.cumsum(ends, axis=1) - ends.astype(jnp.int32)
-        place = jnp.arange(length)[None] + earlier
+        slot = jnp.arange(length)[None] + earlier
         total = length + -(-length // self.block_size)
         row = jnp.arange(rows)[:, None]
-        source = jnp.full((rows, total), length).at[row, place].set(jnp.arange(length)[None])
-        before = jax.lax.cummax(jnp.where(source < length, source, 0), axis=1)  # the token here or the last one
+        source = jnp.full((rows, total), length).at[row, slot].set(jnp.arange(length)[None])
+        previous = jax.lax.cummax(jnp.where(source < length, source, 0), axis=1)  # the slot's own or previous token
 
-        def following(values: Array) -> Array:
-            return jnp.take_along_axis(values, before, axis=1)
+        def of_previous(values: Array) -> Array:
+            return jnp.take_along_axis(values, previous, axis=1)
 
-        landmark = (source == length) & following(ends) & (jnp.arange(total)[None] == following(place) + 1)
-        real = source < length
+        landmark = (source == length) & of_previous(ends) & (jnp.arange(total)[None] == of_previous(slot) + 1)
+        is_token = source < length
         inserted = jnp.where(
-            landmark[..., None], self.embedding[...].astype(x.dtype), gather_with_inverse(x, source, place)
+            landmark[..., None], self.embedding[...].astype(x.dtype), gather_with_inverse(x, source, slot)
         )
         expanded = SeqInfo(
-            following(positions + positions // self.block_size) + landmark.astype(positions.dtype),
-            jnp.where(real | landmark, following(segments), 0),
-            following(jnp.asarray(seq.prefix)) & (real | landmark),
+            of_previous(positions + positions // self.block_size) + landmark.astype(positions.dtype),
+            jnp.where(is_token | landmark, of_previous(segment_ids), 0),
+            of_previous(jnp.asarray(seq.prefix)) & (is_token | landmark),
             seq.key,
         )
-        return inserted, expanded, LandmarkIndices(place, source)
+        return inserted, expanded, LandmarkIndices(slot, source)
 
     def token_step_info(self, info: StepInfo) -> StepInfo:
-        """Where a token of a step stands among the landmarks."""
+        """Convert the position of a token to that in the document with landmarks.
+
+        Args:
+            info: The token's step information.
+
+        Returns:
+            The step information for the layers.
+        """
         position = jnp.asarray(info.position)
         return StepInfo(position + position // self.block_size, info.active)
 
     def landmark_step_info(self, info: StepInfo) -> StepInfo:
-        """The landmark that follows this token, active where one does."""
+        """Return the step information of the landmark after a token.
+
+        Args:
+            info: The token's step information.
+
+        Returns:
+            The landmark's step information, active in rows where a landmark follows.
+        """
         position = jnp.asarray(info.position)
         ends = position % self.block_size == self.block_size - 1
         return StepInfo(position + position // self.block_size + 1, jnp.asarray(info.active) & ends)
 
     def embedding_rows(self, batch_size: int) -> Float[Array, "B D"]:
-        """The embedding, once per row."""
+        """Repeat the landmark's embedding.
+
+        Args:
+            batch_size: The number of rows.
+
+        Returns:
+            The float32 embedding of each row.
+        """
         embedding = self.embedding[...].astype(jnp.float32)
         return jnp.broadcast_to(embedding, (batch_size, len(embedding)))
 
 
 def drop_landmarks(r: Float[Array, "B U D"], indices: LandmarkIndices) -> Float[Array, "B T D"]:
-    """What came out at the tokens."""
+    """Return the outputs at the tokens.
+
+    Args:
+        r: The outputs with landmarks.
+        indices: The correspondence of tokens and slots.
+
+    Returns:
+        The outputs without landmarks.
+    """
     return gather_with_inverse(r, indices.slot_of_token, indices.token_of_slot)

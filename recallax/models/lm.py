@@ -1,4 +1,4 @@
-"""The language model: embedding, a stack of blocks by pattern, a last norm, a readout."""
+"""The language model: an embedding, a stack of blocks, a final norm and a language model head."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,31 +19,39 @@ from recallax.models.lm_head import LMHead, LogitProjection, Tied
 from recallax.models.parameter_paths import layer_paths
 from recallax.models.pattern import Term, flatten_pattern, parse_pattern
 from recallax.models.stack import Remat, Stack, StackSpec
+from recallax.pallas_kernels.grid import gather_tokens
 from recallax.types import Aux, Precision, SeqInfo, StepInfo, check_shapes
+
+EMBED_DROPOUT_KEY = 2**31 - 1
+"""Folded into the key of the embeddings' dropout; layers fold in their number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LMConfig(Config):
-    """A model as a pattern over named blocks (`recallax.models.pattern`)."""
+    """A language model as a pattern over named blocks (`recallax.models.pattern`)."""
 
     d_model: int
+    """Width of the residual stream."""
     pattern: str
+    """The layers, as names of blocks with repeats, for example `conv (based window)*2`."""
     blocks: dict[str, Block]
+    """Blocks by name."""
     vocab_size: int | None = None
-    """None takes the task's."""
+    """None: use the task's vocabulary size."""
     lm_head: LMHead = Tied()
+    """The map from hidden states to logits."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of products; parameters, residual stream, recurrent states and sums over time are float32."""
+    """Dtype of matrix products; parameters, residual stream, recurrent states and sums over time are float32."""
     dropout: float = 0.0
-    """On what each mixer adds to the residual stream."""
+    """Dropout rate of each mixer's output."""
     embed_dropout: float = 0.0
-    """On the embeddings."""
+    """Dropout rate of the embeddings."""
     norm_eps: float = added_field(1e-5)
-    """Of the norms around mixers and before the readout."""
+    """Epsilon of the norms before mixers and before the head."""
     soft_cap: float | None = added_field(None)
-    """c of logits c tanh(z / c) (Gemma 2, arXiv 2408.00118, section 2); None leaves them as they are."""
+    """c in logits c tanh(z / c) (Gemma 2, arXiv 2408.00118, section 2). None: no cap."""
     remat: Remat = "none"
-    """`block` recomputes each layer in the backward pass instead of keeping its activations."""
+    """`block`: recompute each layer in the backward pass instead of storing its activations."""
 
     def __post_init__(self) -> None:
         parse_pattern(self.pattern, list(self.blocks))
@@ -56,8 +64,8 @@ class LMConfig(Config):
             raise ConfigError(f"soft_cap is {self.soft_cap}; it must be above 0, or None for no cap")
         if self.norm_eps <= 0:
             raise ConfigError(f"norm_eps is {self.norm_eps}; it must be above 0")
-        if len(found := self._landmark_block_sizes) > 1:
-            raise ConfigError(f"layers want landmarks every {sorted(found)} tokens; a model's must agree")
+        if len(sizes := self._landmark_block_sizes) > 1:
+            raise ConfigError(f"layers have the landmark block sizes {sorted(sizes)}; a model's layers must agree")
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -71,72 +79,119 @@ class LMConfig(Config):
 
     @property
     def landmark_block_size(self) -> int | None:
-        """Tokens of a document before each landmark that the model inserts; None inserts none."""
+        """Tokens before each landmark that the model inserts; None: no landmarks."""
         return next(iter(self._landmark_block_sizes), None)
 
     @property
     def _landmark_block_sizes(self) -> set[int]:
-        wanted = {self.blocks[name].mixer.landmark_interval for name in set(self.layer_names)}
-        return {every for every in wanted if every is not None}
+        intervals = {self.blocks[name].mixer.landmark_interval for name in set(self.layer_names)}
+        return {interval for interval in intervals if interval is not None}
 
     def build(self, rngs: nnx.Rngs, vocab_size: int | None = None) -> "LM":
-        """The model; `vocab_size` is the task's, for configs that leave it open."""
+        """Build the model.
+
+        Args:
+            rngs: Random number generators of the parameters.
+            vocab_size: The task's vocabulary size, for configs without one.
+
+        Returns:
+            The model.
+
+        Raises:
+            ConfigError: If no vocabulary size is given, or the model's is smaller than the task's.
+        """
         vocab = self.vocab_size or vocab_size
         if vocab is None:
-            raise ConfigError("vocab_size is None and no task gives it; set model.vocab_size")
+            raise ConfigError("vocab_size is None and there is no task that defines it; set model.vocab_size")
         if vocab_size is not None and vocab < vocab_size:
             raise ConfigError(f"model.vocab_size is {vocab}; the task has {vocab_size} token ids")
         return LM(self, vocab, rngs)
 
 
 class LM(nnx.Module):
-    """See the head of the file. Rows padded on the left are rolled to the right on entry and back at the end."""
+    """Language model: embedding, stack of blocks, final norm, language model head.
+
+    Rows with padding on the left are rotated on entry and back at the end, so mixers see padding on the right only.
+
+    Args:
+        config: The model config.
+        vocab_size: The number of token ids.
+        rngs: Random number generators of the parameters.
+    """
 
     def __init__(self, config: LMConfig, vocab_size: int, rngs: nnx.Rngs):
         precision = Precision(compute=jnp.dtype(config.compute_dtype).type)
         width = config.d_model
         embedding = 0.02 * jax.random.normal(rngs.params(), (vocab_size, width), precision.param)
         self.embedding = parameter(embedding, ("vocab", "embed"))
-        terms = parse_pattern(config.pattern, list(config.blocks))
+        terms = config.terms
         depth = sum(term.num_layers for term in terms)
-        plan = StackSpec(
+        spec = StackSpec(
             config.blocks, width, depth, config.dropout, config.norm_eps, config.remat, precision, rngs.params()
         )
-        self.stack = Stack(terms, plan, 0)
-        places = layer_paths(terms)
-        coupled = any(hgrn2_cells_at(self, place.path) for place in places)
-        self.floors = HGRN2LowerBounds(self, places, precision=precision) if coupled else None
+        self.stack = Stack(terms, spec, 0)
+        layers = layer_paths(terms)
+        has_hgrn2 = any(hgrn2_cells_at(self, layer.path) for layer in layers)
+        self.floors = HGRN2LowerBounds(self, layers, precision=precision) if has_hgrn2 else None
         self.norm = RMSNorm(width, precision=precision, eps=config.norm_eps)
         self.readout = config.lm_head.build(width, vocab_size, precision=precision, rngs=rngs)
-        every = config.landmark_block_size
-        self.landmarks = None if every is None else LandmarkTokens(every, width, precision=precision, rngs=rngs)
+        block_size = config.landmark_block_size
+        self.landmarks = (
+            None if block_size is None else LandmarkTokens(block_size, width, precision=precision, rngs=rngs)
+        )
         self.embed_dropout = config.embed_dropout
         self.soft_cap = config.soft_cap
 
     def __call__(
         self, tokens: Int[Array, "B T"], seq: SeqInfo, logit_indices: Int[Array, "B N"] | None = None
     ) -> tuple[Float[Array, "B N V"], Aux]:
-        """Float32 logits at the row indices `at` (None: everywhere) and the modules' auxiliary means."""
+        """Compute logits.
+
+        Args:
+            tokens: Token ids.
+            seq: Positions, document ids and prefixes, and the key of dropout (None: no dropout).
+            logit_indices: Indices of the tokens whose logits are returned. None: all tokens.
+
+        Returns:
+            Float32 logits, and the auxiliary means of the modules by name.
+        """
         projection, aux = self.logit_projection(tokens, seq, logit_indices)
         return projection.logits(), aux
 
     def logit_projection(
         self, tokens: Int[Array, "B T"], seq: SeqInfo, logit_indices: Int[Array, "B N"] | None = None
     ) -> tuple[LogitProjection, Aux]:
-        """The same before the last product."""
+        """Compute the factors of the logits, without their product, so that a loss need not store all logits.
+
+        Args:
+            tokens: Token ids.
+            seq: Positions, document ids and prefixes, and the key of dropout (None: no dropout).
+            logit_indices: Indices of the tokens whose logits are returned. None: all tokens.
+
+        Returns:
+            The projection, and the auxiliary means of the modules by name.
+        """
         self.apply_lower_bounds()
         tokens, seq, shift = _to_right_padding(tokens, seq)
         x = self._embed(tokens, seq)
         if self.landmarks is None:
             r, aux = self.stack(x, seq, 0)
         else:
-            x, layers, places = self.landmarks.insert(x, seq)
-            r, aux = self.stack(x, layers, 0)
-            r = drop_landmarks(r, places)
+            x, expanded_seq, indices = self.landmarks.insert(x, seq)
+            r, aux = self.stack(x, expanded_seq, 0)
+            r = drop_landmarks(r, indices)
         return self._project_at(r, seq, logit_indices, shift), aux
 
     def init_state(self, batch: int, max_len: int) -> State:
-        """The empty state of `batch` rows that will see at most `max_len` tokens; its bytes are the model's memory."""
+        """Return the state before any token; its bytes are the model's memory.
+
+        Args:
+            batch: The number of rows.
+            max_len: Largest number of tokens per row.
+
+        Returns:
+            The state.
+        """
         return self.stack.init_state(
             batch, max_len if self.landmarks is None else self.landmarks.expanded_length(max_len)
         )
@@ -144,20 +199,39 @@ class LM(nnx.Module):
     def prefill(
         self, tokens: Int[Array, "B T"], seq: SeqInfo, state: State, logit_indices: Int[Array, "B N"] | None = None
     ) -> tuple[Float[Array, "B N V"], State, Aux]:
-        """T >= 1 further tokens; `seq.positions` continue where the state's documents stand (0 starts afresh)."""
+        """Read further tokens of each row.
+
+        Args:
+            tokens: Token ids, T >= 1.
+            seq: Their sequence information; positions continue those of the state's documents, and 0 resets the state.
+            state: The state before the tokens.
+            logit_indices: Indices of the tokens whose logits are returned. None: all tokens.
+
+        Returns:
+            Float32 logits, the state after the tokens, and the auxiliary means of the modules by name.
+        """
         self.apply_lower_bounds()
         tokens, seq, shift = _to_right_padding(tokens, seq._replace(key=None))
         x = self._embed(tokens, seq)
         if self.landmarks is None:
             r, state, aux = self.stack.prefill(x, seq, state)
         else:
-            x, layers, places = self.landmarks.insert(x, seq)
-            r, state, aux = self.stack.prefill(x, layers, state)
-            r = drop_landmarks(r, places)
+            x, expanded_seq, indices = self.landmarks.insert(x, seq)
+            r, state, aux = self.stack.prefill(x, expanded_seq, state)
+            r = drop_landmarks(r, indices)
         return self._project_at(r, seq, logit_indices, shift).logits(), state, aux
 
     def step(self, token: Int[Array, " B"], info: StepInfo, state: State) -> tuple[Float[Array, "B V"], State]:
-        """One further token of each active row: float32 logits and the new state."""
+        """Read one token of each active row.
+
+        Args:
+            token: Token ids.
+            info: Positions in the documents, and the rows that are active.
+            state: The state before the token.
+
+        Returns:
+            Float32 logits, and the state after the token; inactive rows keep their state.
+        """
         check_shapes(info)
         self.apply_lower_bounds()
         x = self.embedding[token].astype(jnp.float32)
@@ -166,40 +240,49 @@ class LM(nnx.Module):
         return self.last_token_logits(r, jnp.asarray(info.position)[:, None]), state
 
     def _landmark_step(self, info: StepInfo, state: State) -> State:
-        """The state after the landmark that follows this token, in rows where one does."""
+        """Return the state after the landmark that follows a token, in rows where one follows."""
         if self.landmarks is None:
             return state
-        follows, x = self.landmarks.landmark_step_info(info), self.landmarks.embedding_rows(info.position.shape[0])
-        return jax.lax.cond(follows.active.any(), lambda s: self.stack.step(x, follows, s)[1], lambda s: s, state)
+        landmark, x = self.landmarks.landmark_step_info(info), self.landmarks.embedding_rows(info.position.shape[0])
+        return jax.lax.cond(landmark.active.any(), lambda s: self.stack.step(x, landmark, s)[1], lambda s: s, state)
 
     def last_token_logits(self, r: Float[Array, "B D"], position: Int[Array, "B 1"]) -> Float[Array, "B V"]:
-        """Float32 logits of what came out of the stack at one token of each row, which stands at `position`."""
+        """Compute logits from the stack's output at one token of each row.
+
+        Args:
+            r: The residual stream at the token.
+            position: The token's position in its document.
+
+        Returns:
+            Float32 logits.
+        """
         hidden = self.norm(r)
         return self._apply_lm_head(hidden[:, None], hidden, position).logits()[:, 0]
 
     def apply_lower_bounds(self) -> None:
+        """Set the lower bounds of HGRN2 layers, if there are any."""
         if self.floors is not None:
             self.floors.apply(self)
 
     def _embed(self, tokens: Int[Array, "B T"], seq: SeqInfo) -> Float[Array, "B T D"]:
         x = self.embedding[tokens].astype(jnp.float32)
-        return x if seq.key is None else dropout(x, self.embed_dropout, jax.random.fold_in(seq.key, 2**31 - 1))
+        return x if seq.key is None else dropout(x, self.embed_dropout, jax.random.fold_in(seq.key, EMBED_DROPOUT_KEY))
 
     def _project_at(
         self, r: Float[Array, "B T D"], seq: SeqInfo, logit_indices: Int[Array, "B N"] | None, shift: Int[Array, " B"]
     ) -> LogitProjection:
         length = r.shape[1]
-        everywhere = jnp.arange(length)[None]
+        all_indices = jnp.arange(length)[None]
         if logit_indices is None:
-            back = (everywhere - shift[:, None]) % length
-            picked = jax.lax.cond(shift.any(), lambda: _gather_tokens(r, back), lambda: r)
+            source = (all_indices - shift[:, None]) % length
+            hidden = jax.lax.cond(shift.any(), lambda: gather_tokens(r, source), lambda: r)
         else:
-            back = (jnp.asarray(logit_indices) - shift[:, None]) % length
-            picked = _gather_tokens(r, back)
-        last = jnp.max(jnp.where(jnp.asarray(seq.segment_ids) > 0, everywhere, 0), axis=1, keepdims=True)
-        summary = self.norm(_gather_tokens(r, last)[:, 0])
-        positions = _gather_tokens(jnp.asarray(seq.positions), back)
-        return self._apply_lm_head(self.norm(picked), summary, positions)
+            source = (jnp.asarray(logit_indices) - shift[:, None]) % length
+            hidden = gather_tokens(r, source)
+        last = jnp.max(jnp.where(jnp.asarray(seq.segment_ids) > 0, all_indices, 0), axis=1, keepdims=True)
+        last_hidden = self.norm(gather_tokens(r, last)[:, 0])
+        positions = gather_tokens(jnp.asarray(seq.positions), source)
+        return self._apply_lm_head(self.norm(hidden), last_hidden, positions)
 
     def _apply_lm_head(
         self, hidden: Float[Array, "B N D"], last_hidden: Float[Array, "B D"], positions: Int[Array, "B N"]
@@ -208,17 +291,12 @@ class LM(nnx.Module):
 
 
 def _to_right_padding(tokens: Int[Array, "B T"], seq: SeqInfo) -> tuple[Int[Array, "B T"], SeqInfo, Int[Array, " B"]]:
-    """Rotate each row left by its leading padding; also returns by how much."""
+    """Rotate each row to the left by its leading padding, and return the shifts."""
     check_shapes(seq)
     segments = jnp.asarray(seq.segment_ids)
     shift = jnp.argmax(segments > 0, axis=1)
     source = (jnp.arange(segments.shape[1])[None] + shift[:, None]) % segments.shape[1]
     tokens, positions, segments, prefix = (
-        _gather_tokens(jnp.asarray(x), source) for x in (tokens, seq.positions, segments, seq.prefix)
+        gather_tokens(jnp.asarray(x), source) for x in (tokens, seq.positions, segments, seq.prefix)
     )
     return tokens, SeqInfo(positions, segments, prefix, seq.key), shift
-
-
-def _gather_tokens(x: Array, index: Int[Array, "B N"]) -> Array:
-    """x[b, index[b, n]] for every row b."""
-    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)

@@ -1,7 +1,7 @@
-"""From the last hidden states to logits over the vocabulary, at the positions that are asked for.
+"""Language model heads: from the final hidden states to logits over the vocabulary.
 
-Every readout ends in one product with a matrix of a row per token. It stops short of it, so that a loss can be taken
-without the logits of all positions (`linear_cross_entropy`).
+Every head ends in a product with a matrix of one row per token id. A head returns the two factors, so that a loss can
+be computed without storing the logits of all positions (`linear_cross_entropy`).
 """
 
 import abc
@@ -18,25 +18,37 @@ from recallax.layers.dense import Linear, parameter
 from recallax.pallas_kernels.einsum_f32 import einsum_f32
 from recallax.types import Precision
 
+INIT_STD = 0.02
+"""Standard deviation of the initial head, as in GPT-2."""
+MAX_WAVELENGTH = 10_000.0
+"""Base of the sinusoidal positions (Vaswani et al. 2017, arXiv 1706.03762, section 3.5)."""
+
 
 class LogitProjection(NamedTuple):
-    """Logits before the product that makes them: z = c tanh((features W^T + b) / c), without a cap just the product."""
+    """The factors of logits z = features W^T + b, with a cap c tanh(z / c)."""
 
     features: Float[Array, "B N F"]
+    """In the compute dtype, which is also that of the product."""
     weight: Float[Array, "V F"]
-    """In the parameters' dtype; the product is taken in that of the features."""
+    """W in the parameters' dtype."""
     bias: Float[Array, " V"] | None = None
+    """b; None: no bias."""
     soft_cap: float | None = None
+    """c; None: no cap."""
 
     def logits(self) -> Float[Array, "B N V"]:
-        """Float32 logits."""
+        """Compute the logits.
+
+        Returns:
+            Float32 logits.
+        """
         logits = einsum_f32("bnf,vf->bnv", self.features, self.weight.astype(self.features.dtype))
         logits = logits if self.bias is None else logits + self.bias.astype(jnp.float32)[None, None]
         return logits if self.soft_cap is None else self.soft_cap * jnp.tanh(logits / self.soft_cap)
 
 
 class LMHeadModule(nnx.Module, abc.ABC):
-    """What a `LMHead` builds."""
+    """A language model head."""
 
     @abc.abstractmethod
     def __call__(
@@ -46,27 +58,47 @@ class LMHeadModule(nnx.Module, abc.ABC):
         last_hidden: Float[Array, "B D"],
         positions: Int[Array, "B N"],
     ) -> LogitProjection:
-        """hidden: at the asked positions; summary: at each row's last token; at: the positions, in the document."""
+        """Compute the factors of the logits.
+
+        Args:
+            hidden: Hidden states at the positions whose logits are needed.
+            embedding: The token embedding.
+            last_hidden: Hidden states at each row's last token.
+            positions: Positions in the document of the logits.
+
+        Returns:
+            The factors.
+        """
 
 
 class LMHead(Config, abc.ABC):
-    """How a model turns hidden states into logits."""
+    """A map from hidden states to logits."""
 
     @abc.abstractmethod
     def build(self, d_model: int, vocab_size: int, *, precision: Precision, rngs: nnx.Rngs) -> LMHeadModule:
-        """The module."""
+        """Build the module.
+
+        Args:
+            d_model: Width of the hidden states.
+            vocab_size: The number of token ids.
+            precision: The dtypes of parameters and computation.
+            rngs: Random number generators of the parameters.
+
+        Returns:
+            The module.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tied(LMHead):
-    """Logits by the transposed embedding."""
+    """Logits from the transposed embedding."""
 
     def build(self, d_model: int, vocab_size: int, *, precision: Precision, rngs: nnx.Rngs) -> LMHeadModule:
         return TiedModule()
 
 
 class TiedModule(LMHeadModule):
-    """h E^T."""
+    """z = h E^T."""
 
     def __call__(self, hidden: Array, embedding: Array, last_hidden: Array, positions: Array) -> LogitProjection:
         return LogitProjection(hidden, embedding)
@@ -74,17 +106,17 @@ class TiedModule(LMHeadModule):
 
 @dataclass(frozen=True, kw_only=True)
 class Untied(LMHead):
-    """Logits by a matrix of their own."""
+    """Logits from a separate matrix."""
 
     def build(self, d_model: int, vocab_size: int, *, precision: Precision, rngs: nnx.Rngs) -> LMHeadModule:
         return UntiedModule(d_model, vocab_size, precision=precision, rngs=rngs)
 
 
 class UntiedModule(LMHeadModule):
-    """h W."""
+    """z = h W."""
 
     def __init__(self, d_model: int, vocab_size: int, *, precision: Precision, rngs: nnx.Rngs):
-        kernel = 0.02 * jax.random.normal(rngs.params(), (d_model, vocab_size), precision.param)
+        kernel = INIT_STD * jax.random.normal(rngs.params(), (d_model, vocab_size), precision.param)
         self.kernel = parameter(kernel, ("embed", "vocab"))
 
     def __call__(self, hidden: Array, embedding: Array, last_hidden: Array, positions: Array) -> LogitProjection:
@@ -93,20 +125,29 @@ class UntiedModule(LMHeadModule):
 
 @dataclass(frozen=True, kw_only=True)
 class Autoencoder(LMHead):
-    """MAD's readout for compression: every token is rebuilt from the last token's hidden state and a position.
+    """MAD's head for compression: each token is reconstructed from the last token's hidden state and a position.
 
     logits_t = W_2 gelu(W_1 (h_last + sinusoid(t))) (Poli et al. 2024, arXiv 2403.17844, appendix on MAD). It reads the
-    end of the row by design, so a model with it does not decode.
+    end of the row by design, so a model with it cannot decode.
     """
 
     hidden_size: int = 128
+    """Width of the hidden layer."""
 
     def build(self, d_model: int, vocab_size: int, *, precision: Precision, rngs: nnx.Rngs) -> LMHeadModule:
         return AutoencoderModule(self, d_model, vocab_size, precision=precision, rngs=rngs)
 
 
 class AutoencoderModule(LMHeadModule):
-    """See `Autoencoder`."""
+    """logits_t = W_2 gelu(W_1 (h_last + sinusoid(t))).
+
+    Args:
+        config: The head's config.
+        d_model: Width of the hidden states.
+        vocab_size: The number of token ids.
+        precision: The dtypes of parameters and computation.
+        rngs: Random number generators of the parameters.
+    """
 
     def __init__(self, config: Autoencoder, d_model: int, vocab_size: int, *, precision: Precision, rngs: nnx.Rngs):
         std = d_model**-0.5
@@ -128,6 +169,6 @@ class AutoencoderModule(LMHeadModule):
 
 
 def _sinusoidal_embedding(positions: Int[Array, "B N"], width: int) -> Float[Array, "B N D"]:
-    rate = 10_000.0 ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    rate = MAX_WAVELENGTH ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angle = positions[..., None].astype(jnp.float32) * rate[None, None]
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)[..., :width]

@@ -14,24 +14,37 @@ from recallax.config import ConfigError, suggest_name
 
 
 class Term(NamedTuple):
-    """A named block or a group of terms, `repeat` times in a row."""
+    """A named block or a group of terms, repeated."""
 
     body: "str | tuple[Term, ...]"
+    """The name of a block, or a group."""
     repeat: int
+    """The number of repetitions."""
 
     @property
     def period(self) -> int:
-        """Layers in one repetition."""
+        """Number of layers in one repetition."""
         return 1 if isinstance(self.body, str) else sum(term.num_layers for term in self.body)
 
     @property
     def num_layers(self) -> int:
-        """Layers in all repetitions."""
+        """Number of layers in all repetitions."""
         return self.period * self.repeat
 
 
 def parse_pattern(pattern: str, block_names: list[str]) -> tuple[Term, ...]:
-    """The terms of a pattern. Raises ConfigError for an empty pattern, bad syntax, or a name not among `block_names`."""
+    """Parse a pattern.
+
+    Args:
+        pattern: The pattern.
+        block_names: The names that it may contain.
+
+    Returns:
+        The terms.
+
+    Raises:
+        ConfigError: If the pattern is empty, has a syntax error, or contains an unknown name.
+    """
     tokens = re.findall(r"[A-Za-z_]\w*|\d+|\S", pattern)
     terms, rest = _parse_terms(tokens, block_names, pattern)
     if rest:
@@ -40,7 +53,14 @@ def parse_pattern(pattern: str, block_names: list[str]) -> tuple[Term, ...]:
 
 
 def flatten_pattern(terms: tuple[Term, ...]) -> list[str]:
-    """The block names layer by layer."""
+    """Return the name of the block of each layer.
+
+    Args:
+        terms: A parsed pattern.
+
+    Returns:
+        One name per layer.
+    """
     return [
         name
         for term in terms
@@ -80,7 +100,7 @@ def _parse_terms(tokens: list[str], block_names: list[str], pattern: str) -> tup
         if head == "(":
             body, tokens = _parse_terms(tokens, block_names, pattern)
             if not tokens:
-                raise ConfigError(f"pattern {pattern!r} has a '(' that is never closed")
+                raise ConfigError(f"pattern {pattern!r} has a '(' without a ')'")
             tokens = tokens[1:]
         elif head in block_names:
             body = head

@@ -1,7 +1,7 @@
-"""How the next token is chosen from logits: the likeliest, or drawn from a tempered and cut distribution.
+"""Rules that select the next token from logits.
 
-Draws are keyed by row and position, never by the batch: the same row under the same key gets the same tokens whatever
-stands beside it, wherever it stands, and however its generation is divided into calls.
+Samples are keyed by row and position, never by the batch: a row gets the same tokens under the same key whatever the
+other rows are, wherever it is in the batch, and however its generation is divided into calls.
 """
 
 import abc
@@ -20,12 +20,20 @@ class Sampling(Config, abc.ABC):
 
     @abc.abstractmethod
     def sample(self, logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
-        """One id per row; `keys` is one key per row."""
+        """Select one token per row.
+
+        Args:
+            logits: Logits of the next token.
+            keys: One random key per row.
+
+        Returns:
+            Token ids, int32.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Greedy(Sampling):
-    """The likeliest token, the lowest id of equals."""
+    """The most likely token; of equal logits, the lowest id."""
 
     def sample(self, logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -33,23 +41,24 @@ class Greedy(Sampling):
 
 @dataclass(frozen=True, kw_only=True)
 class MultinomialSampling(Sampling):
-    """A draw from softmax(logits / temperature), cut to the `top_k` likeliest ids and then, of what is left, to the
-    fewest likeliest ids whose probabilities reach `top_p` together.
+    """A sample from softmax(logits / temperature), restricted by `top_k` and then by `top_p`.
 
-    Of equal logits the lower id counts as the likelier, so exactly min(top_k, V) ids pass the first cut. The second is
-    the nucleus of Holtzman et al. 2020 (arXiv 1904.09751), section 3.1; it always keeps one id.
+    `top_k` keeps the most likely ids; of equal logits the lower id counts as more likely, so exactly min(top_k, V) ids
+    remain. `top_p` keeps the smallest set of the most likely remaining ids whose probabilities sum to at least `top_p`,
+    and always one id: the nucleus of Holtzman et al. 2020 (arXiv 1904.09751), section 3.1.
     """
 
     temperature: float = 1.0
+    """Divisor of the logits."""
     top_k: int | None = None
-    """Ids that may be drawn; None is all."""
+    """Largest number of ids that can be sampled. None: all."""
     top_p: float | None = None
-    """Probability that the ids which may be drawn have together, at least; None is all."""
+    """Smallest total probability of the ids that can be sampled. None: all ids."""
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
             raise ConfigError(
-                f"temperature is {self.temperature}; it must be above 0 and finite (the likeliest token is Greedy)"
+                f"temperature is {self.temperature}; it must be above 0 and finite (Greedy is the limit at 0)"
             )
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k is {self.top_k}; it must be at least 1, or None for all ids")
@@ -64,17 +73,26 @@ class MultinomialSampling(Sampling):
         best, ids = jax.lax.top_k(scores, min(self.top_k or size, size))
         if self.top_p is not None:
             best = jnp.where(_nucleus_mask(best, self.top_p), best, -jnp.inf)
-        drawn = jax.vmap(jax.random.categorical)(keys, best)
-        return jnp.take_along_axis(ids, drawn[:, None], axis=1)[:, 0].astype(jnp.int32)
+        sampled = jax.vmap(jax.random.categorical)(keys, best)
+        return jnp.take_along_axis(ids, sampled[:, None], axis=1)[:, 0].astype(jnp.int32)
 
 
 def row_keys(key: PRNGKeyArray, rows: Int[Array, " B"], positions: Int[Array, " B"]) -> Key[Array, " B"]:
-    """The key of each row's token at that position of its document."""
+    """Return the random key of each row's next token.
+
+    Args:
+        key: The key of all samples.
+        rows: Ids of the rows.
+        positions: Positions in their documents.
+
+    Returns:
+        One key per row.
+    """
     return jax.vmap(lambda row, position: jax.random.fold_in(jax.random.fold_in(key, row), position))(rows, positions)
 
 
 def _nucleus_mask(descending: Float[Array, "B V"], top_p: float) -> Bool[Array, "B V"]:
-    """Ids before which less than `top_p` is reached; the first always."""
-    share = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(share, axis=-1) - share
+    """Return True for ids before which the total probability is below `top_p`, and for the first id."""
+    probabilities = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
     return (before < top_p) | (jnp.arange(descending.shape[-1])[None] == 0)

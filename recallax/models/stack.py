@@ -1,10 +1,10 @@
-"""A stack of blocks that mirrors a parsed pattern: every `*n` is one scan over stacked parameters.
+"""A stack of blocks with the structure of a parsed pattern: every `*n` is one scan over stacked parameters.
 
-The states of repeated layers are a tuple, so that a step of one token writes each of them where it lies. Only reading
-many tokens stacks them, since its program should not grow with the layers.
+The states of repeated layers are a tuple, so that a step of one token updates each of them in place. Prefill stacks
+them, so that its program does not grow with the number of layers.
 
-Layer i draws its parameters from `fold_in(key, i)` and its dropout from `fold_in(seq.key, i)` with i its absolute
-number, so how a pattern is spelled changes neither.
+The layer with absolute number i initialises its parameters with `fold_in(key, i)` and its dropout with
+`fold_in(seq.key, i)`, so both are the same for all spellings of a pattern.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,20 +26,34 @@ type LayerIndex = int | Int[Array, ""]
 
 
 class StackSpec(NamedTuple):
-    """What every block of a model is built with."""
+    """The arguments that all blocks of a model share."""
 
     blocks: Mapping[str, Block]
+    """Block configs by name."""
     d_model: int
+    """Width of the residual stream."""
     num_layers: int
+    """Number of layers of the model."""
     dropout: float
+    """Dropout rate of each mixer's output."""
     norm_eps: float
+    """Epsilon of the norms."""
     remat: Remat
+    """Whether the backward pass recomputes each layer."""
     precision: Precision
+    """The dtypes of parameters and computation."""
     key: PRNGKeyArray
+    """The key of all parameters."""
 
 
 class Stack(nnx.Module):
-    """Terms in a row. `first_layer` is the absolute number of the first layer, at construction as in every call."""
+    """A sequence of terms.
+
+    Args:
+        terms: The terms.
+        spec: The arguments of the blocks.
+        first_layer: The absolute number of the first layer.
+    """
 
     def __init__(self, terms: tuple[Term, ...], spec: StackSpec, first_layer: LayerIndex):
         self.parts = nnx.List()
@@ -54,6 +68,16 @@ class Stack(nnx.Module):
     def __call__(
         self, r: Float[Array, "B T D"], seq: SeqInfo, first_layer: LayerIndex
     ) -> tuple[Float[Array, "B T D"], Aux]:
+        """Apply the layers to whole sequences.
+
+        Args:
+            r: The residual stream, float32.
+            seq: Positions, document ids, prefixes, and the key of dropout.
+            first_layer: The absolute number of the first layer.
+
+        Returns:
+            The residual stream after the layers, and the auxiliary means of their mixers, summed over layers.
+        """
         aux: Aux = {}
         for part, offset in zip(self.parts, self.layer_offsets, strict=True):
             if isinstance(part, Repeat):
@@ -79,9 +103,28 @@ class Stack(nnx.Module):
         return r, aux
 
     def init_state(self, batch: int, max_len: int) -> State:
+        """Return the states of all layers before any token.
+
+        Args:
+            batch: The number of rows.
+            max_len: Largest number of tokens per row.
+
+        Returns:
+            A tuple with one state per part.
+        """
         return tuple(part.init_state(batch, max_len) for part in self.parts)
 
     def prefill(self, r: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
+        """Read further tokens of each row.
+
+        Args:
+            r: The residual stream, float32.
+            seq: The tokens' sequence information.
+            state: The states before the tokens.
+
+        Returns:
+            The residual stream after the layers, the states after the tokens, and auxiliary means.
+        """
         aux: Aux = {}
         states = []
         for part, old in zip(self.parts, state, strict=True):
@@ -91,6 +134,16 @@ class Stack(nnx.Module):
         return r, tuple(states), aux
 
     def step(self, r: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
+        """Read one token of each active row.
+
+        Args:
+            r: The residual stream, float32.
+            info: Positions, and the rows that are active.
+            state: The states before the token.
+
+        Returns:
+            The residual stream after the layers, and the states after the token.
+        """
         states = []
         for part, old in zip(self.parts, state, strict=True):
             r, new = part.step(r, info, old)
@@ -99,7 +152,13 @@ class Stack(nnx.Module):
 
 
 class Repeat(nnx.Module):
-    """The same stack `count` times over parameters with a leading axis of that length."""
+    """A stack that is applied several times, as a scan over parameters with a leading axis.
+
+    Args:
+        term: The repeated term.
+        spec: The arguments of the blocks.
+        first_layer: The absolute number of the first layer.
+    """
 
     def __init__(self, term: Term, spec: StackSpec, first_layer: LayerIndex):
         self.count, self.period = term.repeat, term.period
@@ -111,6 +170,16 @@ class Repeat(nnx.Module):
     def __call__(
         self, r: Float[Array, "B T D"], seq: SeqInfo, first_layer: LayerIndex
     ) -> tuple[Float[Array, "B T D"], Aux]:
+        """Apply the layers to whole sequences.
+
+        Args:
+            r: The residual stream, float32.
+            seq: Positions, document ids, prefixes, and the key of dropout.
+            first_layer: The absolute number of the first layer.
+
+        Returns:
+            The residual stream after the layers, and the auxiliary means of their mixers, summed over layers.
+        """
         graph, params, statistics = nnx.split(self.body, nnx.Param, Statistic)
 
         def body(r: Array, part: tuple[nnx.State, nnx.State, Array]) -> tuple[Array, tuple[Aux, nnx.State]]:
@@ -125,21 +194,50 @@ class Repeat(nnx.Module):
         return r, _sum_over_layers(aux)
 
     def init_state(self, batch: int, max_len: int) -> State:
+        """Return the states of all layers before any token.
+
+        Args:
+            batch: The number of rows.
+            max_len: Largest number of tokens per row.
+
+        Returns:
+            A tuple with one state per part.
+        """
         return tuple(stack.init_state(batch, max_len) for stack in self._unstacked())
 
     def prefill(self, r: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
+        """Read further tokens of each row.
+
+        Args:
+            r: The residual stream, float32.
+            seq: The tokens' sequence information.
+            state: The states before the tokens.
+
+        Returns:
+            The residual stream after the layers, the states after the tokens, and auxiliary means.
+        """
         graph, weights = nnx.split(self.body)
 
         def body(r: Array, part: tuple[nnx.State, State]) -> tuple[Array, tuple[State, Aux]]:
             r, state, aux = nnx.merge(graph, part[0]).prefill(r, seq, part[1])
             return r, (state, aux)
 
-        together = jax.tree.map(lambda *parts: jnp.stack(parts), *state)
-        r, (together, aux) = jax.lax.scan(body, r, (weights, together))
-        return r, tuple(jax.tree.map(lambda x, i=i: x[i], together) for i in range(self.count)), _sum_over_layers(aux)
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *state)
+        r, (stacked, aux) = jax.lax.scan(body, r, (weights, stacked))
+        return r, tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.count)), _sum_over_layers(aux)
 
     def step(self, r: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
-        # One after another: a scan would copy every state once on the way in and once on the way out.
+        """Read one token of each active row.
+
+        Args:
+            r: The residual stream, float32.
+            info: Positions, and the rows that are active.
+            state: The states before the token.
+
+        Returns:
+            The residual stream after the layers, and the states after the token.
+        """
+        # A scan would copy every state twice: once into its input and once out of its result.
         states = []
         for stack, old in zip(self._unstacked(), state, strict=True):
             r, new = stack.step(r, info, old)
@@ -147,7 +245,7 @@ class Repeat(nnx.Module):
         return r, tuple(states)
 
     def _unstacked(self) -> Iterator[Stack]:
-        """The stacks themselves, without the leading axis."""
+        """Return the repetitions as separate stacks."""
         graph, weights = nnx.split(self.body)
         return (nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], weights)) for i in range(self.count))
 
@@ -156,12 +254,10 @@ def _build_term(term: Term, spec: StackSpec, first_layer: LayerIndex) -> BlockMo
     if term.repeat > 1 or not isinstance(term.body, str):
         return Repeat(term, spec, first_layer)
     rngs = nnx.Rngs(jax.random.fold_in(spec.key, first_layer))
-    site = LayerInfo(first_layer, spec.num_layers)
-    block = spec.blocks[term.body]
     return BlockModule(
-        block,
+        spec.blocks[term.body],
         spec.d_model,
-        site,
+        LayerInfo(first_layer, spec.num_layers),
         dropout=spec.dropout,
         norm_eps=spec.norm_eps,
         precision=spec.precision,

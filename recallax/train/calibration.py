@@ -1,7 +1,7 @@
-"""`recallax calibrate`: a trained run made to read a longer context, by LongMamba's filters and without training.
+"""Extension of the context of a trained run with the filters of LongMamba, without training (`recallax calibrate`).
 
-What comes out is a run like any other, so that eval, generate and export take it as it is: the same parameters under
-the same names, LongMamba around the state-space models, and its thresholds among the statistics of the checkpoint.
+The result is an ordinary run, which eval, generate and export accept: the same parameters with the same names,
+LongMamba around the state-space models, and its thresholds among the statistics of the checkpoint.
 """
 
 from dataclasses import replace
@@ -17,6 +17,7 @@ from jaxtyping import Int
 
 from recallax.config import ConfigError, fingerprint, require_at_least, to_json
 from recallax.layers.base import Statistic
+from recallax.models.lm import LM, LMConfig
 from recallax.models.long_mamba_calibration import calibrate_step_filters, with_long_mamba
 from recallax.models.parameter_paths import layer_paths, parameter_paths
 from recallax.models.pattern import parse_pattern
@@ -28,26 +29,27 @@ from recallax.train.run_folder import RunFolder, RunFolderError
 from recallax.train.step import TrainState
 
 THRESHOLD_SUFFIX = ".filter.threshold"
-"""How the names of thresholds end."""
+"""End of the names of thresholds."""
 MAX_BATCHES = 1000
-"""Batches of a split that are looked through for rows of the training length."""
+"""Batches of a split that are searched for rows of the training length."""
 
 
 class CalibrationOptions(NamedTuple):
-    """What thresholds are found from."""
+    """Options of the calibration."""
 
     context_length: int
-    """Tokens that the model is to read."""
+    """Context length of the calibrated model in tokens."""
     train_length: int | None = None
-    """Tokens of the rows that it was trained on; None is the longest train length of its task."""
+    """Length of the training rows in tokens; None: the longest train length of the task."""
     num_rows: int = 32
+    """Rows from which thresholds are computed."""
     min_retention: float = 0.05
-    """Share of its state that a channel must keep over the training length to be filtered (Mamba-2's in the paper)."""
+    """Share of its state that a channel must keep over the training length to be filtered (Mamba-2 in the paper)."""
     clip_quantile: float = 0.95
-    """Quantile at which steps are cut before that is decided."""
+    """Quantile to which step sizes are clipped before that share is computed."""
 
     def validate(self) -> None:
-        """Raises ConfigError for numbers that mean nothing."""
+        """Raise ConfigError for a number out of range."""
         require_at_least(1, context_length=self.context_length, num_rows=self.num_rows)
         for name, value in (("min_retention", self.min_retention), ("clip_quantile", self.clip_quantile)):
             if not 0 < value <= 1:
@@ -55,13 +57,23 @@ class CalibrationOptions(NamedTuple):
 
 
 def calibrate_run(folder: Path, options: CalibrationOptions, out: Path | None = None) -> tuple[Path, list[str]]:
-    """Make a run for `wanted.context` tokens out of a run's newest checkpoint: its folder, and what was found.
+    """Write a run with a longer context from the newest checkpoint of a run.
 
-    out: the new run's folder; `long-<context>` in the run's by default. Raises what restoring raises, RunFolderError
-    where the folder is taken, ConfigError where there is nothing to filter or no row to find thresholds from.
+    Args:
+        folder: Folder of the run.
+        options: Options of the calibration.
+        out: Folder of the new run; None for `long-<context>` in the folder of the run.
+
+    Returns:
+        The folder of the new run, and lines that describe the thresholds.
+
+    Raises:
+        RunFolderError: The run has no checkpoint, or the new folder has checkpoints.
+        CheckpointError: No checkpoint can be restored.
+        ConfigError: The model has no layer to filter, or the task has no row of the training length.
     """
     program, restored = restore_run(folder)
-    long, state, told = calibrate(program, restored.state, options)
+    long, state, report = calibrate(program, restored.state, options)
     out = out or folder / f"long-{options.context_length}"
     with (
         RunFolder(out, long.config) as opened,
@@ -72,26 +84,36 @@ def calibrate_run(folder: Path, options: CalibrationOptions, out: Path | None = 
         meta = {name: value for name, value in restored.metadata.items() if name != "environment"}
         meta |= {"config": to_json(long.config), "fingerprint": fingerprint(long.config)}
         checkpoints.save(restored.step, state, meta)
-    return out, told
+    return out, report
 
 
 def calibrate(
     program: Program, state: TrainState, options: CalibrationOptions
 ) -> tuple[Program, TrainState, list[str]]:
-    """The program and state of the model with filters, and a line for each array of thresholds."""
+    """Add LongMamba's filters to a model.
+
+    Args:
+        program: Program of the trained run.
+        state: Its state.
+        options: Options of the calibration.
+
+    Returns:
+        The program and the state of the model with filters, and lines that describe the thresholds.
+
+    Raises:
+        ConfigError: An option is out of range, the model has no layer to filter, or the task has no row of the
+            training length.
+    """
     options.validate()
     config = program.config
     length = max(config.task.lengths("train")) if options.train_length is None else options.train_length
     long = Program(replace(config, model=with_long_mamba(config.model, length, options.context_length)))
     old, new = _flatten(state.statistics), _flatten(long.abstract_state.statistics)
-    started = {path: old.get(path, jnp.zeros(leaf.shape, leaf.dtype)) for path, leaf in new.items()}
-    state = state._replace(statistics=unflatten_dict(started))
+    initial = {path: old.get(path, jnp.zeros(leaf.shape, leaf.dtype)) for path, leaf in new.items()}
+    state = state._replace(statistics=unflatten_dict(initial))
     if options.context_length <= length:
-        return (
-            long,
-            state,
-            [f"context {options.context_length} is not above the {length} tokens trained on: no filters"],
-        )
+        report = [f"context {options.context_length} is not above the {length} tokens trained on: no filters"]
+        return long, state, report
     tokens, split = _calibration_rows(config.task, config.train.data_seed, length, options.num_rows)
     model = nnx.merge(long.graphdef, state.params, state.statistics)
     model = calibrate_step_filters(
@@ -101,18 +123,24 @@ def calibrate(
         min_retention=options.min_retention,
         clip_quantile=options.clip_quantile,
     )
-    found = nnx.to_pure_dict(nnx.state(model, Statistic))
-    told = [f"thresholds from {len(tokens)} rows of {length} tokens of the {split} split"]
-    leaves, layers = (
-        _flatten(found),
-        layer_paths(parse_pattern(long.config.model.pattern, list(long.config.model.blocks))),
-    )
+    statistics = nnx.to_pure_dict(nnx.state(model, Statistic))
+    report = [
+        f"thresholds from {len(tokens)} rows of {length} tokens of the {split} split",
+        *_describe_thresholds(long.config.model, model, statistics),
+    ]
+    return long, state._replace(statistics=jax.tree.map(jnp.asarray, statistics)), report
+
+
+def _describe_thresholds(config: LMConfig, model: LM, statistics: dict) -> list[str]:
+    """Return a line for each filtered layer."""
+    leaves, lines = _flatten(statistics), []
+    layers = layer_paths(parse_pattern(config.pattern, list(config.blocks)))
     for name, place in parameter_paths(model, layers, (Statistic,)).items():
         if name.endswith(THRESHOLD_SUFFIX):
             values = np.asarray(leaves[place.path])[place.stack_index]
-            where = name.removesuffix(THRESHOLD_SUFFIX)
-            told.append(f"  {where}: {int((values > 0).sum())} of {values.size} channels are filtered")
-    return long, state._replace(statistics=jax.tree.map(jnp.asarray, found)), told
+            layer = name.removesuffix(THRESHOLD_SUFFIX)
+            lines.append(f"  {layer}: {int((values > 0).sum())} of {values.size} channels are filtered")
+    return lines
 
 
 def _flatten(tree: dict) -> dict[tuple, Any]:
@@ -120,19 +148,21 @@ def _flatten(tree: dict) -> dict[tuple, Any]:
 
 
 def _calibration_rows(task: Task, seed: int, length: int, count: int) -> tuple[Int[np.ndarray, "B L"], Split]:
-    """Rows of that length: of valid where it has any, else of train, whose tokens serve as well."""
+    """Return rows of a length and their split: valid if it has such rows, else train."""
     splits: list[Split] = [split for split in ("valid", "train") if length in task.lengths(split)]
     if not splits:
         known = sorted({n for split in ("valid", "train") for n in task.lengths(split)})
         raise ConfigError(f"no row of the task has {length} tokens; train_length must be among {known}")
-    found: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
     for index in range(MAX_BATCHES):
         batch = task.batch(seed, splits[0], index, count)
         if batch.tokens.shape[1] != length:
             continue
         if not (np.asarray(batch.seq.segment_ids) == 1).all():
             raise ConfigError(f"rows of {length} tokens are padded or packed; they must be one document each")
-        found.append(np.asarray(batch.tokens))
-        if sum(map(len, found)) >= count:
-            return np.concatenate(found)[:count], splits[0]
-    raise ConfigError(f"{MAX_BATCHES} batches of {splits[0]} have no {count} rows of {length} tokens; lower num_rows")
+        rows.append(np.asarray(batch.tokens))
+        if sum(map(len, rows)) >= count:
+            return np.concatenate(rows)[:count], splits[0]
+    raise ConfigError(
+        f"{MAX_BATCHES} batches of {splits[0]} have fewer than {count} rows of {length} tokens; lower num_rows"
+    )

@@ -23,10 +23,10 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from recallax.train.leaf_checksums import describe_leaves, leaf_differences
 from recallax.train.log import environment
 
 type PyTree = Any
@@ -95,7 +95,7 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        body = {"meta": {**metadata, "environment": environment()}, "leaves": _describe_leaves(state)}
+        body = {"meta": {**metadata, "environment": environment()}, "leaves": describe_leaves(state)}
         body = json.loads(json.dumps(body, allow_nan=False))  # as restore reads it
         record = ocp.args.JsonSave({"body": body, "sha256": _json_sha256(body)})
         if not self.directory.is_dir():  # orbax would create a new folder, without the older steps
@@ -126,7 +126,7 @@ class Checkpoints:
             CheckpointError: All checkpoints are damaged; they remain in place. Or the newest one that is not damaged
                 has other leaves, shapes or dtypes than `abstract_state`.
         """
-        target, expected = _with_shardings(abstract_state), _describe_leaves(abstract_state)
+        target, expected = _with_shardings(abstract_state), describe_leaves(abstract_state)
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             restored, cause = self._try_restore(step, target, expected)
@@ -185,14 +185,14 @@ class Checkpoints:
         body = record["body"]
         if _json_sha256(body) != record["sha256"]:
             raise ValueError("its description does not match its checksum")
-        if problems := _leaf_differences(body["leaves"], expected):
+        if problems := leaf_differences(body["leaves"], expected):
             raise CheckpointError(
                 f"{self.directory / str(step)} does not fit this state:\n  "
                 + "\n  ".join(problems)
                 + "\nrun the code and config that wrote it, or start in a new folder"
             )
         state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
-        for name, leaf in _describe_leaves(state).items():
+        for name, leaf in describe_leaves(state).items():
             saved = body["leaves"][name]["sha256"]
             if None not in (saved, leaf["sha256"]) and saved != leaf["sha256"]:
                 raise ValueError(f"state{name} does not match its checksum")
@@ -247,26 +247,6 @@ def _is_not_read_only_warning(record: logging.LogRecord) -> bool:
     return "read only" not in record.getMessage()
 
 
-def _describe_leaves(state: PyTree) -> dict[str, Metadata]:
-    """Return form (dtype and shape) and SHA-256 of every leaf, by path; None for a leaf without local values."""
-    described = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        name = jax.tree_util.keystr(path)
-        if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-            raise TypeError(f"state{name} is {type(leaf).__name__}; a checkpoint contains jax arrays only")
-        form = f"{leaf.dtype} {list(leaf.shape)}"
-        described[name] = {"form": form, "sha256": _checksum(form, leaf)}
-    return described
-
-
-def _checksum(form: str, leaf: jax.Array | jax.ShapeDtypeStruct) -> str | None:
-    if not isinstance(leaf, jax.Array) or not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-        return None
-    key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    values = np.asarray(jax.random.key_data(leaf) if key else leaf)
-    return hashlib.sha256(form.encode() + values.tobytes()).hexdigest()
-
-
 def _json_sha256(body: Metadata) -> str:
     """Return the SHA-256 of the canonical JSON. Raises ValueError or TypeError for values that are not JSON."""
     return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
@@ -277,13 +257,6 @@ def _with_shardings(abstract_state: PyTree) -> PyTree:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default), abstract_state
     )
-
-
-def _leaf_differences(saved: dict[str, Metadata], expected: dict[str, Metadata]) -> list[str]:
-    """Return lines `state<path>: saved <form>, expected <form>` for the leaves whose forms differ."""
-    none = {"form": "nothing"}
-    pairs = {name: (saved.get(name, none)["form"], expected.get(name, none)["form"]) for name in saved | expected}
-    return [f"state{name}: saved {old}, expected {new}" for name, (old, new) in sorted(pairs.items()) if old != new]
 
 
 def _warn_of_changed_environment(restored: RestoredCheckpoint) -> None:

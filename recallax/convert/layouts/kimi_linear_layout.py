@@ -1,4 +1,4 @@
-"""Kimi Linear: Kimi Delta Attention with the softplus gate, and SwiGLU. Its latent attention and experts are missing."""
+"""Kimi Linear: Kimi Delta Attention with the softplus gate, and SwiGLU. Latent attention and experts are missing."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -38,7 +38,7 @@ class LlamaLayout(CheckpointLayout):
 
 
 class MistralLayout(LlamaLayout):
-    """`MistralForCausalLM` of transformers. Its window counts the current token, as recallax's does; null is no window."""
+    """`MistralForCausalLM` of transformers. Its window includes the current token; null means full attention."""
 
     architecture = "MistralForCausalLM"
 

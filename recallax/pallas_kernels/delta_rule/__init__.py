@@ -1,13 +1,13 @@
-"""The gated delta rule: a memory that erases what it held under a key before it writes (DeltaNet and its family).
+"""Gated delta rule: a state that erases the value stored under a key before it writes a new one (DeltaNet family).
 
     S_t = (I - k_t e_t^T) Diag(exp(g_t)) S_{t-1} + k_t (w_t v_t)^T,   e_t = b_t k_t        o_t = scale * S_t^T q_t
 
-b is the strength of erasing and w that of writing; both are beta in DeltaNet (no g), Gated DeltaNet (g per token) and
-KDA (g per channel). Decay comes first, then erasure. With unit keys, b up to 1 forgets, and b in (1, 2] reflects
-(negative eigenvalues). State: K x V float32 per value head.
+b is the erase strength and w the write strength; both are beta in DeltaNet (no g), Gated DeltaNet (g per token) and KDA
+(g per channel). The decay is applied before the erasure. With unit keys, b <= 1 removes part of the stored value and b
+in (1, 2] reflects it (negative eigenvalues). State: K x V float32 per value head.
 
-Source: Yang et al. 2024 (arXiv 2406.06484), section 3; Gated DeltaNet (arXiv 2412.06464), equation 10, whose chunk form
-prints the sign of the inverse wrongly; KDA (Kimi Linear, arXiv 2510.26692), section 3.
+Source: Yang et al. 2024 (arXiv 2406.06484), section 3; Gated DeltaNet (arXiv 2412.06464), equation 10, whose chunked
+form is printed with a wrong sign of the inverse; KDA (Kimi Linear, arXiv 2510.26692), section 3.
 """
 
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from recallax.pallas_kernels.chunking import index_documents
 from recallax.pallas_kernels.decay import broadcast_decay, step_decay_factor
 from recallax.pallas_kernels.delta_rule import reference, xla
 from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
+
+__all__ = ["IMPLEMENTATIONS", "delta_rule", "delta_rule_step"]
 
 IMPLEMENTATIONS = {
     "reference": reference.delta_rule,
@@ -39,12 +41,25 @@ def delta_rule(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """Output in v's dtype and final state in float32.
+    """Compute the gated delta rule over whole rows.
 
-    q, k: of G heads, each shared by H / G value heads in a row. erase: b, per token or per channel of the key.
-    write: w. log_decay: g, at most 0; None, constant per value head, per token, or per token and channel.
-    state: belongs to the row's first document; None starts at zero. segments: document ids, 0 is padding.
-    scale: multiplies q; K**-0.5 by default. Raises ValueError where shapes disagree.
+    Args:
+        q: Queries of G heads, each shared by H / G consecutive value heads.
+        k: Keys of G heads; the recurrence is stable for unit keys.
+        v: Values.
+        erase: Erase strength b, per token or per token and key channel.
+        write: Write strength w per token.
+        log_decay: Natural log-decay g, at most 0: constant per value head, per token, or per token and key channel.
+        state: State before the row, which belongs to its first document; None: zeros.
+        segment_ids: Document ids; 0 is padding. None: one document per row.
+        scale: Factor of q; None: K**-0.5.
+        implementation: Name of the implementation; None selects one for the device.
+
+    Returns:
+        Output in v's dtype and final state in float32.
+
+    Raises:
+        ValueError: Shapes do not match.
     """
     op = "delta_rule"
     b, t, groups, width = q.shape
@@ -57,10 +72,10 @@ def delta_rule(
     require(op, erase.shape in (tokens, channels), f"erase has shape {erase.shape}; it must be {tokens} or {channels}")
     require(op, write.shape == tokens, f"write has shape {write.shape}; it must be {tokens}")
     log_decay = broadcast_decay(op, log_decay, channels)
-    wanted = (b, heads, width, values)
+    state_shape = (b, heads, width, values)
     if state is None:
-        state = jnp.zeros(wanted, jnp.float32)
-    require(op, state.shape == wanted, f"state has shape {state.shape}; it must be {wanted}")
+        state = jnp.zeros(state_shape, jnp.float32)
+    require(op, state.shape == state_shape, f"state has shape {state.shape}; it must be {state_shape}")
     docs = None if segment_ids is None else index_documents(segment_ids)
     erase = erase if erase.shape == channels else erase[..., None]
     scale = width**-0.5 if scale is None else scale
@@ -81,14 +96,29 @@ def delta_rule_step(
     log_decay: Float[Array, " H"] | Float[Array, "B H"] | Float[Array, "B H K"] | None = None,
     scale: float | None = None,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
-    """One token of the same recurrence; inactive rows keep their state and output 0."""
+    """Compute one token of `delta_rule`.
+
+    Args:
+        q: Query of each row.
+        k: Key of each row.
+        v: Value of each row.
+        state: State before the token.
+        active: Rows that have a token; the others keep their state and output 0.
+        erase: Erase strength b, per head or per head and key channel.
+        write: Write strength w.
+        log_decay: Natural log-decay g, at most 0: per head, or per head and key channel.
+        scale: Factor of q; None: K**-0.5.
+
+    Returns:
+        Output in v's dtype and state after the token.
+    """
     share = v.shape[1] // q.shape[1]
-    wide = state.dtype
-    q, k = (jnp.repeat(x.astype(wide), share, axis=1) for x in (q, k))
-    erase = k * (erase if erase.ndim == 3 else erase[..., None]).astype(wide)
+    dtype = state.dtype
+    q, k = (jnp.repeat(x.astype(dtype), share, axis=1) for x in (q, k))
+    erase_k = k * (erase if erase.ndim == 3 else erase[..., None]).astype(dtype)
     decayed = state if log_decay is None else step_decay_factor(log_decay, state) * state
-    held = jnp.einsum("bhk,bhkv->bhv", erase, decayed)
-    new = v.astype(wide) * write[..., None].astype(wide) - held
+    erased = jnp.einsum("bhk,bhkv->bhv", erase_k, decayed)
+    new = v.astype(dtype) * write[..., None].astype(dtype) - erased
     state = jnp.where(active[:, None, None, None], decayed + k[..., None] * new[..., None, :], state)
     out = jnp.einsum("bhk,bhkv->bhv", q * (q.shape[-1] ** -0.5 if scale is None else scale), state)
     return jnp.where(active[:, None, None], out, 0).astype(v.dtype), state

@@ -1,9 +1,9 @@
-"""The gated delta rule on TPUs: the chunks of `xla.py` in one walk, with the triangular system solved in VMEM.
+"""Gated delta rule on TPUs: a scan over the chunks of `xla.py`, with the triangular system solved in VMEM.
 
     U = (I + A)^{-1} (w V - D(E) S)
 
-is solved for one right-hand side, after the state is known. The forward pass keeps the state at each chunk's start; the
-backward pass walks the chunks in reverse and differentiates the same body, so it computes each chunk once more.
+is solved for one right-hand side when the state is known. The forward pass saves the state at the start of each chunk.
+The backward pass scans the chunks in reverse and differentiates the same body, so it recomputes each chunk.
 """
 
 import functools
@@ -39,6 +39,7 @@ from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
 from recallax.pallas_kernels.mosaic_tpu.solve_unit_lower import solve_unit_lower
 
 CHUNK = 64
+"""Tokens of a chunk."""
 
 
 def delta_rule(
@@ -52,30 +53,45 @@ def delta_rule(
     document_ids: DocumentIds | None,
     scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """The op's form for TPUs, of float32 or bfloat16 inputs of one dtype."""
+    """Compute the gated delta rule on a TPU.
+
+    Args:
+        q: Queries of G heads, float32 or bfloat16.
+        k: Keys of G heads, in q's dtype.
+        v: Values, in q's dtype.
+        erase: Erase strength, W = 1 (per token) or W = K (per channel).
+        write: Write strength.
+        log_decay: Log-decay, W2 = 1 (per token) or W2 = K (per channel); None: no decay.
+        state: Float32 state before the first token.
+        document_ids: Documents of each row; None: one document without padding.
+        scale: Factor of the queries.
+
+    Returns:
+        Output in v's dtype and final state in float32.
+
+    Raises:
+        Unsupported: The dtypes differ or there is no TPU.
+    """
     length = q.shape[1]
-    steps = make_chunk_grid(CHUNK, length, v, q.shape[2])
+    chunk_grid = make_chunk_grid(CHUNK, length, v, q.shape[2])
     require_uniform_dtype(q=q, k=k, v=v)
     if document_ids is not None:
-        k = jnp.where(
-            document_ids.valid[..., None, None], k, jnp.zeros((), k.dtype)
-        )  # padding neither erases nor writes
+        # Padding neither erases nor writes.
+        k = jnp.where(document_ids.valid[..., None, None], k, jnp.zeros((), k.dtype))
     gate = decays.document_log_decay(log_decay, document_ids, v.shape[2])
-    gate = None if gate is None else head_major(gate, steps)
+    gate = None if gate is None else head_major(gate, chunk_grid)
     if gate is not None and gate.shape[-1] == 1:
-        gate = decays.running_sums(split_chunks(gate[..., 0], steps))
-    erase, write = (head_major(x.astype(jnp.float32), steps) for x in (erase, write))
-    rows = (split_chunks(x[..., 0], steps)[:, :, :, None] for x in (erase, write))
-    erase_row, write = rows
-    q, k, v = (head_major(x, steps) for x in (q * jnp.asarray(scale, q.dtype), k, v))
-    out, final = _core(
-        steps, _DeltaRuleOperands(q, k, v, erase_row if erase.shape[-1] == 1 else erase, write, gate), state
-    )
+        gate = decays.running_sums(split_chunks(gate[..., 0], chunk_grid))
+    erase, write = (head_major(x.astype(jnp.float32), chunk_grid) for x in (erase, write))
+    erase_row, write = (split_chunks(x[..., 0], chunk_grid)[:, :, :, None] for x in (erase, write))
+    q, k, v = (head_major(x, chunk_grid) for x in (q * jnp.asarray(scale, q.dtype), k, v))
+    inputs = _DeltaRuleOperands(q, k, v, erase_row if erase.shape[-1] == 1 else erase, write, gate)
+    out, final = _core(chunk_grid, inputs, state)
     return time_major(out, length), final
 
 
 class _DeltaRuleOperands(NamedTuple):
-    """Of whole chunks, head-major."""
+    """Head-major arrays of whole chunks."""
 
     q: Float[Array, "B G T K"]
     k: Float[Array, "B G T K"]
@@ -83,7 +99,7 @@ class _DeltaRuleOperands(NamedTuple):
     erase: Float[Array, "B H N 1 C"] | Float[Array, "B H T K"]
     write: Float[Array, "B H N 1 C"]
     log_decay: Float[Array, "B H N 2 C"] | Float[Array, "B H T K"] | None
-    """Running sums of the log-decay per token, or the log-decay per channel; with the borders of documents inside."""
+    """Running sums of the log-decay per token, or the log-decay per channel; includes the document boundaries."""
 
     def operands(self) -> list[ChunkOperand]:
         return [PerChunkOperand(x) if x.ndim == 5 else TokenOperand(x) for x in self if x is not None]
@@ -110,17 +126,17 @@ def _chunk(
     write: Float[Array, "1 C"],
     *gates: Float[Array, "2 C"] | Float[Array, "C K"],
 ) -> tuple[Matrices, Matrices]:
-    """The state [K, V] after a chunk and the chunk's output [C, V]."""
+    """Return the state [K, V] after a chunk and the chunk's output [C, V]."""
     (state,) = states
     decay = chunk_decay(gates, *q.shape)
-    # A strength per token scales rows in float32, after a product of the keys as they are.
+    # A strength per token scales rows of the float32 products, so that the keys are not rounded once more.
     per_token = erase.shape[0] == 1
-    erasers = k if per_token else k * erase
-    scores = decay.scores(erasers, k, dtype)
-    held = dot(decays.scale_by_decay(erasers, decay.decay_from_start), state, dtype)
+    erase_k = k if per_token else k * erase
+    scores = decay.scores(erase_k, k, dtype)
+    erased = dot(decays.scale_by_decay(erase_k, decay.decay_from_start), state, dtype)
     if per_token:
-        scores, held = (x * decays.broadcast_column(erase, x.shape[1]) for x in (scores, held))
-    new = solve_unit_lower(scores, v * decays.broadcast_column(write, v.shape[1]) - held)
+        scores, erased = (x * decays.broadcast_column(erase, x.shape[1]) for x in (scores, erased))
+    new = solve_unit_lower(scores, v * decays.broadcast_column(write, v.shape[1]) - erased)
     out = dot(decays.scale_by_decay(q, decay.decay_from_start), state, dtype) + dot(
         decay.scores(q, k, dtype), new, dtype
     )
@@ -132,9 +148,9 @@ def _forward(
     chunk_grid: ChunkGrid, inputs: _DeltaRuleOperands, state: Array
 ) -> tuple[tuple[Array, Array], tuple[_DeltaRuleOperands, Float[Array, "B H N K V"]]]:
     body = save_states(functools.partial(_chunk, inputs.v.dtype))
-    kept = PerChunkOperand(output_shape(*state.shape[:2], chunk_grid.num_chunks, *state.shape[2:]))
+    saved = PerChunkOperand(output_shape(*state.shape[:2], chunk_grid.num_chunks, *state.shape[2:]))
     (final,), (out, states) = chunk_scan(
-        "delta_rule_forward", body, chunk_grid, (state,), inputs.operands(), (TokenOperand(inputs.v), kept)
+        "delta_rule_forward", body, chunk_grid, (state,), inputs.operands(), (TokenOperand(inputs.v), saved)
     )
     return (out, final), (inputs, states)
 
@@ -143,22 +159,26 @@ def _backward(
     chunk_grid: ChunkGrid, residuals: tuple[_DeltaRuleOperands, Array], grads: tuple[Array, Array]
 ) -> tuple[_DeltaRuleOperands, Float[Array, "B H K V"]]:
     inputs, states = residuals
-    slope, late = grads
-    q, dtype, given = inputs.q, inputs.v.dtype, inputs.operands()
-    # One slope per value head; those that share a key head are summed outside, in float32.
+    grad, state_grad = grads
+    q, dtype, operands = inputs.q, inputs.v.dtype, inputs.operands()
+    # One gradient per value head; those that share a key head are summed outside the kernel, in float32.
     heads = inputs.v.shape[1]
-    own = TokenOperand(
+    per_v_head = TokenOperand(
         output_shape(q.shape[0], heads, *q.shape[2:], dtype=q.dtype if q.shape[1] == heads else jnp.float32)
     )
     reverse = chunk_grid._replace(reverse=True)
     body = vjp_body(functools.partial(_chunk, dtype))
-    before = (TokenOperand(slope), PerChunkOperand(states))
-    (early,), results = chunk_scan(
-        "delta_rule_backward", body, reverse, (late,), (*before, *given), (own, own, *given[2:])
+    (initial_grad,), results = chunk_scan(
+        "delta_rule_backward",
+        body,
+        reverse,
+        (state_grad,),
+        (TokenOperand(grad), PerChunkOperand(states), *operands),
+        (per_v_head, per_v_head, *operands[2:]),
     )
     dq, dk, dv, erase, write, *gate = results
     dq, dk = (sum_per_group(x, q.shape[1]).astype(q.dtype) for x in (dq, dk))
-    return _DeltaRuleOperands(dq, dk, dv, erase, write, gate[0] if gate else None), early
+    return _DeltaRuleOperands(dq, dk, dv, erase, write, gate[0] if gate else None), initial_grad
 
 
 _core.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""The definition of the gated delta rule: one token after another, in float32 or wider."""
+"""Definition of the gated delta rule: a scan over tokens, in float32 or dtyper."""
 
 import jax
 import jax.numpy as jnp
@@ -19,24 +19,27 @@ def delta_rule(
     document_ids: DocumentIds | None,
     scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """S_t = (I - k_t e_t^T) Diag(exp(g_t)) S_{t-1} + k_t (w_t v_t)^T; zeroed where a document starts."""
+    """S_t = (I - k_t e_t^T) Diag(exp(g_t)) S_{t-1} + k_t (w_t v_t)^T,  o_t = scale S_t^T q_t.
+
+    S is 0 where a document starts.
+    """
 
     def step(carry, token):
         state, document = carry
         q, k, v, erase, write, log_decay, index, valid = token
-        kept = jnp.where((index == document)[:, None, None, None], state, 0)
-        decayed = jnp.exp(log_decay)[..., None] * kept
-        held = jnp.einsum("bhk,bhkv->bhv", erase * k, decayed)
-        new = decayed + k[..., None] * (write * v - held)[..., None, :]
-        state = jnp.where(valid[:, None, None, None], new, kept)
+        previous = jnp.where((index == document)[:, None, None, None], state, 0)
+        decayed = jnp.exp(log_decay)[..., None] * previous
+        erased = jnp.einsum("bhk,bhkv->bhv", erase * k, decayed)
+        updated = decayed + k[..., None] * (write * v - erased)[..., None, :]
+        state = jnp.where(valid[:, None, None, None], updated, previous)
         return (state, index), jnp.einsum("bhk,bhkv->bhv", q, state)
 
-    wide = accumulator_dtype(q.dtype)
+    dtype = accumulator_dtype(q.dtype)
     document_ids = single_document(*q.shape[:2]) if document_ids is None else document_ids
-    q, k = repeat_heads(q.astype(wide), k, v.shape[2], scale)
-    log_decay = jnp.zeros((*q.shape[:3], 1), wide) if log_decay is None else log_decay
-    tokens = tuple(jnp.moveaxis(x.astype(wide), 1, 0) for x in (q, k, v, erase, write, log_decay))
+    q, k = repeat_heads(q.astype(dtype), k, v.shape[2], scale)
+    log_decay = jnp.zeros((*q.shape[:3], 1), dtype) if log_decay is None else log_decay
+    tokens = tuple(jnp.moveaxis(x.astype(dtype), 1, 0) for x in (q, k, v, erase, write, log_decay))
     tokens += tuple(jnp.moveaxis(x, 1, 0) for x in document_ids)
-    first = (state.astype(wide), jnp.zeros_like(document_ids.index[:, 0]))
-    (state, _), out = jax.lax.scan(step, first, tokens)
+    carry = (state.astype(dtype), jnp.zeros_like(document_ids.index[:, 0]))
+    (state, _), out = jax.lax.scan(step, carry, tokens)
     return jnp.moveaxis(out, 0, 1).astype(v.dtype), state

@@ -1,4 +1,4 @@
-"""The gated delta rule in chunks: a triangular system inside a chunk, a carried state between chunks.
+"""Gated delta rule in XLA: a triangular system within a chunk and a carried state between chunks.
 
 With L the cumulative log-decay, D(x)_i = exp(L_i) x_i, e = b k, and S the state at the chunk's start,
 
@@ -6,7 +6,7 @@ With L the cumulative log-decay, D(x)_i = exp(L_i) x_i, e = b k, and S the state
     U = T (w V) - T D(E) S                                O = D(Q) S + A^{qk} U
     S <- exp(L_C) S + (exp(L_C - L) K)^T U
 
-(the UT transform of DeltaNet, arXiv 2406.06484, section 3.2). T and what it multiplies are float32.
+(the UT transform of DeltaNet, arXiv 2406.06484, section 3.2). T and the operands of its products are float32.
 """
 
 from typing import NamedTuple
@@ -29,6 +29,7 @@ from recallax.pallas_kernels.repeat_heads import repeat_heads
 from recallax.pallas_kernels.triangular import unit_lower_inverse
 
 CHUNK = 32
+"""Tokens of a chunk."""
 
 
 class _DeltaRuleChunk(NamedTuple):
@@ -42,17 +43,18 @@ class _DeltaRuleChunk(NamedTuple):
 
 
 class _WYRepresentation(NamedTuple):
-    """A chunk's effect on any incoming state."""
+    """Terms of a chunk's equations that do not depend on the incoming state (WY representation)."""
 
     q_decayed: Float[Array, "B C H K"]
-    """Queries, decayed since the chunk's start, of the incoming state's document."""
+    """D(Q): queries decayed from the start of the chunk; 0 outside the incoming state's document."""
     w: Float[Array, "B C H K"]
-    """T D(E): what the incoming state takes away from each write."""
+    """T D(E): its product with the incoming state is subtracted from u."""
     u: Float[Array, "B C H V"]
-    """T (w V)."""
+    """T (w V)"""
     k_decayed: Float[Array, "B C H K"]
-    """Keys, decayed until the chunk's end, of the last document."""
+    """exp(L_C - L) K: keys decayed to the end of the chunk; 0 outside the last document."""
     scores: Float[Array, "B H C C"]
+    """A^{qk}"""
     state_decay: Float[Array, "B H W 1"]
 
 
@@ -67,57 +69,72 @@ def delta_rule(
     document_ids: DocumentIds | None,
     scale: float,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """The op's XLA form."""
+    """Compute the gated delta rule in chunks.
+
+    Args:
+        q: Queries of G heads.
+        k: Keys of G heads.
+        v: Values.
+        erase: Erase strength, W = 1 (per token) or W = K (per channel).
+        write: Write strength.
+        log_decay: Log-decay, W2 = 1 (per token) or W2 = K (per channel); None: no decay.
+        state: Float32 state before the first token.
+        document_ids: Documents of each row; None: one document without padding.
+        scale: Factor of the queries.
+
+    Returns:
+        Output in v's dtype and final state in float32.
+    """
     length = q.shape[1]
     document_ids = single_document(*q.shape[:2]) if document_ids is None else document_ids
     q, k = repeat_heads(q, k, v.shape[2], scale)
-    chunk = min(CHUNK, length)
+    chunk_size = min(CHUNK, length)
     chunks = jax.tree.map(
-        lambda x: split_time(x, chunk), _DeltaRuleChunk(q, k, v, erase, write, log_decay, document_ids)
+        lambda x: split_time(x, chunk_size), _DeltaRuleChunk(q, k, v, erase, write, log_decay, document_ids)
     )
-    # The end is padded with copies of the last token that are marked invalid.
-    filled = split_time(jnp.pad(document_ids.valid, ((0, 0), (0, -length % chunk))), chunk)
-    chunks = chunks._replace(document_ids=chunks.document_ids._replace(valid=filled))
+    # The end is padded with copies of the last token that are marked as padding.
+    valid = split_time(jnp.pad(document_ids.valid, ((0, 0), (0, -length % chunk_size))), chunk_size)
+    chunks = chunks._replace(document_ids=chunks.document_ids._replace(valid=valid))
 
-    @jax.checkpoint  # keep states for the backward, not what is computed within a chunk
-    def body(carry: tuple[Array, Array], part: _DeltaRuleChunk) -> tuple[tuple[Array, Array], Array]:
+    @jax.checkpoint  # save the states for the backward pass, not the values within a chunk
+    def body(carry: tuple[Array, Array], chunk: _DeltaRuleChunk) -> tuple[tuple[Array, Array], Array]:
         state, document = carry
-        solved = _wy_representation(part, document)
-        held = einsum_f32("bihk,bhkv->bihv", solved.w.astype(v.dtype), state.astype(v.dtype))
-        new = (solved.u - held).astype(v.dtype)
+        solved = _wy_representation(chunk, document)
+        erased = einsum_f32("bihk,bhkv->bihv", solved.w.astype(v.dtype), state.astype(v.dtype))
+        new = (solved.u - erased).astype(v.dtype)
         out = einsum_f32("bihk,bhkv->bihv", solved.q_decayed, state.astype(v.dtype))
         out += einsum_f32("bhij,bjhv->bihv", solved.scores.astype(v.dtype), new)
         state = solved.state_decay * state + einsum_f32("bjhk,bjhv->bhkv", solved.k_decayed, new)
-        return (state, part.document_ids.index[:, -1]), out.astype(v.dtype)
+        return (state, chunk.document_ids.index[:, -1]), out.astype(v.dtype)
 
     (state, _), out = jax.lax.scan(body, (state, jnp.zeros_like(document_ids.index[:, 0])), chunks)
     return join_time(out, length), state
 
 
-def _wy_representation(part: _DeltaRuleChunk, state_document: Int[Array, " B"]) -> _WYRepresentation:
-    q, k, v, erase, write, log_decay, docs = part
+def _wy_representation(chunk: _DeltaRuleChunk, state_document: Int[Array, " B"]) -> _WYRepresentation:
+    q, k, v, erase, write, log_decay, docs = chunk
     valid = docs.valid[..., None, None]  # padding neither decays nor erases nor writes
     erase, write = (jnp.where(valid, x.astype(jnp.float32), 0) for x in (erase, write))
     if log_decay is not None:
         log_decay = jnp.where(valid, log_decay.astype(jnp.float32), 0)
     masks = chunk_masks(docs, state_document)
-    earlier = masks.visible & ~jnp.eye(q.shape[1], dtype=bool)[None]
-    total = None if log_decay is None else log_decay_from_start(log_decay)
-    rest = None if log_decay is None else log_decay_to_end(log_decay)
-    # The strength of erasing scales rows of the scores: in float32, after a product of the keys as they are.
+    strictly_lower = masks.visible & ~jnp.eye(q.shape[1], dtype=bool)[None]
+    from_start = None if log_decay is None else log_decay_from_start(log_decay)
+    to_end = None if log_decay is None else log_decay_to_end(log_decay)
+    # A strength per token scales rows of the float32 scores, so that the keys are not rounded once more.
     if erase.shape[-1] == 1:
-        scores = decayed_scores(k, k, log_decay, earlier) * jnp.moveaxis(erase, 1, 2)
-        erasers = k.astype(jnp.float32) * erase
+        scores = decayed_scores(k, k, log_decay, strictly_lower) * jnp.moveaxis(erase, 1, 2)
+        erase_k = k.astype(jnp.float32) * erase
     else:
-        erasers = k.astype(jnp.float32) * erase
-        scores = decayed_scores(erasers.astype(k.dtype), k, log_decay, earlier)
+        erase_k = k.astype(jnp.float32) * erase
+        scores = decayed_scores(erase_k.astype(k.dtype), k, log_decay, strictly_lower)
     inverse = unit_lower_inverse(scores)
-    from_state = masked_exp(masks.in_state_document, total)
+    from_state_factor = masked_exp(masks.in_state_document, from_start)
     return _WYRepresentation(
-        q_decayed=(q.astype(jnp.float32) * from_state).astype(q.dtype),
-        w=einsum_f32("bhij,bjhk->bihk", inverse, erasers * from_state),
+        q_decayed=(q.astype(jnp.float32) * from_state_factor).astype(q.dtype),
+        w=einsum_f32("bhij,bjhk->bihk", inverse, erase_k * from_state_factor),
         u=einsum_f32("bhij,bjhv->bihv", inverse, v.astype(jnp.float32) * write),
-        k_decayed=(k.astype(jnp.float32) * masked_exp(masks.in_last_document, rest)).astype(k.dtype),
+        k_decayed=(k.astype(jnp.float32) * masked_exp(masks.in_last_document, to_end)).astype(k.dtype),
         scores=decayed_scores(q, k, log_decay, masks.visible),
-        state_decay=masked_exp(masks.keeps_state, None if total is None else total[:, -1])[..., None],
+        state_decay=masked_exp(masks.keeps_state, None if from_start is None else from_start[:, -1])[..., None],
     )

@@ -42,7 +42,7 @@ from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
 CHUNK = 128
 """Tokens of a chunk."""
 CHANNEL_CHUNK = 64
-"""Tokens of a chunk with a decay per channel, whose scores need more VMEM."""
+"""Tokens of a chunk with a decay per channel, whose scores cost more per pair of tokens."""
 
 
 def linear_attention(
@@ -223,10 +223,12 @@ def _backward(
         at_end = jnp.sum(state_grad * final, axis=3)[:, :, None]
         sums = (at_end if per_channel else jnp.sum(at_end, axis=3, keepdims=True),)
     query_body, key_value_body = (functools.partial(f, v.dtype) for f in (_query_grad_chunk, _key_value_grad_chunk))
-    _, (dq, *q_dq) = chunk_scan("linear_attention_dq", query_body, chunk_grid, (state,), inputs, (per_v_head, *dots))
+    _, (dq, *q_dq) = chunk_scan(
+        "linear_attention_reading", query_body, chunk_grid, (state,), inputs, (per_v_head, *dots)
+    )
     inputs += tuple(type(operand)(x) for operand, x in zip(dots, q_dq, strict=True))
     (initial_grad, *_), (dk, dv, *decay_grad) = chunk_scan(
-        "linear_attention_dkv",
+        "linear_attention_writing",
         key_value_body,
         chunk_grid._replace(reverse=True),
         (state_grad, *sums),

@@ -1,12 +1,12 @@
-"""Cross-entropy of a linear readout, without ever holding the logits of all rows.
+"""Cross-entropy of a linear output layer that never materialises the logits of all rows.
 
-    z_n = W h_n + b                   with a cap c: z_n = c tanh(z_n / c)
+    z_n = W h_n + b                   with a soft cap c: z_n = c tanh(z_n / c)
     l_n = logsumexp(z_n) - z_n[target_n]
     total = sum_n s_n (l_n + a logsumexp(z_n)^2)
 
-The weights s are known before the softmax, so the gradient of `total` is formed where the logits are and no second
-pass is needed. Source of the cap: Gemma 2 (arXiv 2408.00118), section 2; of the a term (z-loss): PaLM (arXiv
-2204.02311), section 5.
+The loss weights s are known before the softmax, so the gradient of `total` is computed together with the logits and no
+second pass is needed. Source of the soft cap: Gemma 2 (arXiv 2408.00118), section 2; of the term with factor a
+(z-loss): PaLM (arXiv 2204.02311), section 5.
 """
 
 from typing import NamedTuple
@@ -17,17 +17,20 @@ from recallax.pallas_kernels.chunking import accumulator_dtype
 from recallax.pallas_kernels.dispatch import call_implementation, require
 from recallax.pallas_kernels.linear_cross_entropy import reference, xla
 
+__all__ = ["IMPLEMENTATIONS", "LinearCrossEntropyOutput", "linear_cross_entropy"]
+
 IMPLEMENTATIONS = {"reference": reference.linear_cross_entropy, "xla": xla.linear_cross_entropy}
 
 
 class LinearCrossEntropyOutput(NamedTuple):
-    """What the readout makes of each row; gradients flow through `total` alone."""
+    """Losses of M rows; gradients flow through `total` only."""
 
     total: Float[Array, ""]
+    """Weighted sum of the losses and the z-loss."""
     loss: Float[Array, " M"]
-    """l, in nats, whatever the row's weight."""
+    """Cross-entropy l in nats, independent of the row's weight."""
     correct: Bool[Array, " M"]
-    """No other token has a logit as large as the target's."""
+    """True if the target's logit is larger than all others."""
 
 
 def linear_cross_entropy(
@@ -41,10 +44,23 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     implementation: str | None = None,
 ) -> LinearCrossEntropyOutput:
-    """Float32 scores of M rows. Products are taken in hidden's dtype with float32 sums.
+    """Compute the cross-entropy of M rows in float32; products are computed in hidden's dtype with float32 sums.
 
-    scale: s, the weight of each row in `total`; a row of weight 0 gives no gradient, whatever its target.
-    Gradients reach hidden, weight, bias and scale. Raises ValueError where shapes disagree.
+    Args:
+        hidden: Hidden states; differentiable, as are weight, bias and loss_weights.
+        weight: Output embedding of V tokens.
+        targets: Target tokens; any value where the loss weight is 0.
+        loss_weights: Weight s of each row in `total`; rows of weight 0 have no gradient.
+        bias: Bias of the logits; None: 0.
+        soft_cap: Soft cap c of the logits; None: no cap.
+        z_loss: Factor a of the squared log-partition.
+        implementation: Name of the implementation; None selects one for the device.
+
+    Returns:
+        Total, losses and correctness of each row.
+
+    Raises:
+        ValueError: Shapes do not match, or the soft cap is not positive.
     """
     op = "linear_cross_entropy"
     rows, width = hidden.shape

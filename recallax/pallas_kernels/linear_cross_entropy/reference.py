@@ -1,4 +1,4 @@
-"""The definition of the cross-entropy of a linear readout: all logits at once, in float32 or wider."""
+"""Definition of the cross-entropy of a linear output layer: all logits at once, in float32 or dtyper."""
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,14 @@ def linear_cross_entropy(
     soft_cap: float | None,
     z_loss: float,
 ) -> tuple[Float[Array, ""], Float[Array, " M"], Bool[Array, " M"]]:
-    """Total, losses, and where the target alone has the largest logit."""
-    wide = accumulator_dtype(hidden.dtype)
-    logits = hidden.astype(wide) @ weight.astype(wide).T
-    logits = logits if bias is None else logits + bias.astype(wide)[None]
+    """Return the total, the losses, and True where the target's logit is larger than all others."""
+    dtype = accumulator_dtype(hidden.dtype)
+    logits = hidden.astype(dtype) @ weight.astype(dtype).T
+    logits = logits if bias is None else logits + bias.astype(dtype)[None]
     logits = logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
-    known = jnp.clip(targets, 0, logits.shape[1] - 1)
-    target = jnp.take_along_axis(logits, known[:, None], axis=1)[:, 0]
-    size = jax.nn.logsumexp(logits, axis=1)
-    loss = size - target
-    right = jnp.sum(logits >= target[:, None], axis=1) == 1
-    return jnp.sum(loss_weights * (loss + z_loss * size**2)), jax.lax.stop_gradient(loss), right
+    clipped = jnp.clip(targets, 0, logits.shape[1] - 1)
+    target = jnp.take_along_axis(logits, clipped[:, None], axis=1)[:, 0]
+    log_partition = jax.nn.logsumexp(logits, axis=1)
+    loss = log_partition - target
+    correct = jnp.sum(logits >= target[:, None], axis=1) == 1
+    return jnp.sum(loss_weights * (loss + z_loss * log_partition**2)), jax.lax.stop_gradient(loss), correct

@@ -1,8 +1,8 @@
-"""The cross-entropy of a linear readout in chunks of rows, with its gradient taken in the forward pass.
+"""Cross-entropy of a linear output layer in XLA: chunks of rows, with the gradient computed in the forward pass.
 
-Each chunk's logits turn into its losses and into the gradients of hidden, weight and bias before the next chunk begins,
-so at most `MAX_LOGITS` of them exist, which on a CPU stay in its cache. Chunk p holds the rows p, p + P, p + 2P, ...:
-where rows are spread over devices, each then keeps its share of every chunk.
+The logits of a chunk are reduced to its losses and to the gradients of hidden, weight and bias before the next chunk
+starts, so at most `MAX_LOGITS` logits exist at a time; on a CPU these stay in the cache. Chunk p of P consists of the
+rows p, p + P, p + 2P, ...: if rows are sharded over devices, every chunk is sharded in the same way.
 """
 
 from functools import partial
@@ -16,9 +16,9 @@ from recallax.pallas_kernels.dispatch import platform
 from recallax.pallas_kernels.einsum_f32 import einsum_f32
 
 MAX_LOGITS = {"cpu": 2**20, "gpu": 2**28, "tpu": 2**28}
-"""Most logits at a time, by platform: on a CPU what its cache holds, elsewhere a gigabyte."""
+"""Upper bound of the logits of a chunk, by platform: the size of the cache on a CPU, a gigabyte elsewhere."""
 MIN_CHUNK_ROWS = 64
-"""Rows of a chunk however large the vocabulary: fewer leave the product idle."""
+"""Lower bound of the rows of a chunk for any vocabulary: matrix products of fewer rows are inefficient."""
 
 
 class _HeadParams(NamedTuple):
@@ -34,7 +34,7 @@ class _TokenRows(NamedTuple):
 
 class _RowLosses(NamedTuple):
     objective: Float[Array, " R"]
-    """Loss and z-loss, before the row's weight."""
+    """Loss and z-loss of the row, not multiplied by its weight."""
     loss: Float[Array, " R"]
     correct: Bool[Array, " R"]
 
@@ -48,7 +48,20 @@ def linear_cross_entropy(
     soft_cap: float | None,
     z_loss: float,
 ) -> tuple[Float[Array, ""], Float[Array, " M"], Bool[Array, " M"]]:
-    """The op's XLA form."""
+    """Compute the cross-entropy in chunks of rows.
+
+    Args:
+        hidden: Hidden states.
+        weight: Output embedding.
+        bias: Bias of the logits; None: 0.
+        targets: Target tokens.
+        loss_weights: Float32 weight of each row.
+        soft_cap: Soft cap of the logits; None: no cap.
+        z_loss: Factor of the squared log-partition.
+
+    Returns:
+        Total, losses, and True where the target's logit is larger than all others.
+    """
     return _loss_and_accuracy(soft_cap, z_loss, _HeadParams(weight, bias), _TokenRows(hidden, targets, loss_weights))
 
 
@@ -65,21 +78,21 @@ def _loss_and_accuracy(
 
 def _forward(soft_cap: float | None, z_loss: float, head: _HeadParams, rows: _TokenRows):
     def body(sums: tuple[Array, Array], part: _TokenRows) -> tuple[tuple[Array, Array], tuple[_RowLosses, Array]]:
-        losses, slope = _row_losses(soft_cap, z_loss, head, part)
-        slope *= part.loss_weights[:, None]
-        narrow = slope.astype(part.hidden.dtype)
-        hidden = einsum_f32("rv,vd->rd", narrow, head.weight.astype(narrow.dtype)).astype(part.hidden.dtype)
-        # Summed as [D, V]: XLA's CPU backend takes a third of the time of [V, D] for it.
-        sums = (sums[0] + einsum_f32("rd,rv->dv", part.hidden, narrow), sums[1] + jnp.sum(slope, axis=0))
+        losses, grad = _row_losses(soft_cap, z_loss, head, part)
+        grad *= part.loss_weights[:, None]
+        rounded = grad.astype(part.hidden.dtype)
+        hidden = einsum_f32("rv,vd->rd", rounded, head.weight.astype(rounded.dtype)).astype(part.hidden.dtype)
+        # Summed as [D, V]: on XLA's CPU backend this takes a third of the time of [V, D].
+        sums = (sums[0] + einsum_f32("rd,rv->dv", part.hidden, rounded), sums[1] + jnp.sum(grad, axis=0))
         return sums, (losses, hidden)
 
     vocab, width = head.weight.shape
     zeros = (jnp.zeros((width, vocab), jnp.float32), jnp.zeros(vocab, jnp.float32))
     (weight, bias), (losses, hidden) = _scan_row_chunks(body, zeros, vocab, rows)
-    slopes = _HeadParams(
+    head_grads = _HeadParams(
         weight.T.astype(head.weight.dtype), None if head.bias is None else bias.astype(head.bias.dtype)
     )
-    return _outputs(rows, losses), (slopes, hidden, losses.objective)
+    return _outputs(rows, losses), (head_grads, hidden, losses.objective)
 
 
 def _backward(soft_cap: float | None, z_loss: float, residuals: tuple[_HeadParams, Array, Array], grads: tuple):
@@ -95,22 +108,22 @@ _loss_and_accuracy.defvjp(_forward, _backward)
 def _row_losses(
     soft_cap: float | None, z_loss: float, head: _HeadParams, part: _TokenRows
 ) -> tuple[_RowLosses, Float[Array, "R V"]]:
-    """A chunk's losses, and the gradient of each row's objective in its raw logits."""
+    """Return the losses of a chunk, and the gradient of each row's objective with respect to its uncapped logits."""
     raw = einsum_f32("rd,vd->rv", part.hidden, head.weight.astype(part.hidden.dtype))
     raw = raw if head.bias is None else raw + head.bias.astype(jnp.float32)[None]
-    bent = None if soft_cap is None else jnp.tanh(raw / soft_cap)
-    logits = raw if bent is None or soft_cap is None else soft_cap * bent
+    tanh = None if soft_cap is None else jnp.tanh(raw / soft_cap)
+    logits = raw if tanh is None or soft_cap is None else soft_cap * tanh
     is_target = jnp.arange(logits.shape[1])[None] == part.targets[:, None]
     target = jnp.sum(jnp.where(is_target, logits, 0), axis=1)
     top = jnp.max(logits, axis=1, keepdims=True)
-    powers = jnp.exp(logits - top)
-    total = jnp.sum(powers, axis=1, keepdims=True)
-    size = (top + jnp.log(total))[:, 0]
-    loss = size - target
-    right = jnp.sum(logits >= target[:, None], axis=1) == 1
-    slope = powers * ((1 + 2 * z_loss * size[:, None]) / total) - is_target.astype(jnp.float32)
-    slope = slope if bent is None else slope * (1 - bent * bent)
-    return _RowLosses(loss + z_loss * size**2, loss, right), slope
+    exponentials = jnp.exp(logits - top)
+    total = jnp.sum(exponentials, axis=1, keepdims=True)
+    log_partition = (top + jnp.log(total))[:, 0]
+    loss = log_partition - target
+    correct = jnp.sum(logits >= target[:, None], axis=1) == 1
+    grad = exponentials * ((1 + 2 * z_loss * log_partition[:, None]) / total) - is_target.astype(jnp.float32)
+    grad = grad if tanh is None else grad * (1 - tanh * tanh)
+    return _RowLosses(loss + z_loss * log_partition**2, loss, correct), grad
 
 
 def _outputs(rows: _TokenRows, losses: _RowLosses) -> tuple[Array, Array, Array]:
@@ -118,7 +131,7 @@ def _outputs(rows: _TokenRows, losses: _RowLosses) -> tuple[Array, Array, Array]
 
 
 def _scan_row_chunks(body, carry, vocab: int, rows: _TokenRows):
-    """`scan` over chunks of rows; what it stacks comes back as rows."""
+    """Scan `body` over chunks of rows and undo the chunking of its stacked outputs."""
     count = rows.targets.shape[0]
     parts = _num_chunks(count, max(MIN_CHUNK_ROWS, MAX_LOGITS[platform()] // vocab))
     if parts == 1:
@@ -128,12 +141,12 @@ def _scan_row_chunks(body, carry, vocab: int, rows: _TokenRows):
 
 
 def _num_chunks(rows: int, chunk: int) -> int:
-    """How many chunks: a divisor of `rows`, where there is one at most twice as large as needed."""
+    """Number of chunks: the smallest divisor of `rows` below twice the minimum, else the minimum, which pads rows."""
     least = -(-rows // chunk)
     return next((n for n in range(least, 2 * least) if rows % n == 0), least)
 
 
 def _interleave_rows(x: Array, num_chunks: int) -> Array:
-    """[M, ...] -> [P, M / P, ...], rows dealt out in turn; what is missing at the end is zero."""
+    """[M, ...] -> [P, M / P, ...]: row m goes to chunk m mod P; the end is padded with zeros."""
     x = jnp.pad(x, [(0, -x.shape[0] % num_chunks)] + [(0, 0)] * (x.ndim - 1))
     return jnp.swapaxes(x.reshape(-1, num_chunks, *x.shape[1:]), 0, 1)

@@ -10,8 +10,8 @@ token to the token and those behind it, so its gradient is, channel by channel,
 
     sum_{i >= t} q~_i (dO_i S^T) + sum_{j < t} k~_j (V_j dS^T) + sum_{i >= t} (q_i dq_i - k_i dk_i within the chunk)
 
-and the state's own part 2^L_C S.dS. In the last sum almost everything cancels, so both of its sides use the same rounded
-operands.
+and the state's own part 2^L_C S.dS. In the last sum almost everything cancels, so both of its sides use the same
+rounded operands.
 """
 
 from typing import Any, NamedTuple
@@ -52,7 +52,7 @@ from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import (
 )
 
 CHANNEL_TILE = 32
-"""Channels of a block: fewer than in the forward pass, since dq, dk and the sums for the decays are all in registers."""
+"""Channels of a block: fewer than in the forward pass, since dq, dk and the decays' sums are all in registers."""
 TILE_SHAPE = (CHUNK, CHANNEL_TILE)
 
 
@@ -169,8 +169,8 @@ def channel_decay_grads(
     return dq, dk, ddecay / LOG2E
 
 
-def _channel_block(inputs: ChannelGradInputs, refs: _BlockRefs, outputs, position: _BlockPosition, scale):
-    """Load the inputs of a block, compute its gradients and store them."""
+def _channel_block(inputs, refs: _BlockRefs, outputs, position: _BlockPosition, scale):
+    """Load the inputs of a block (references, as `ChannelGradInputs`), compute its gradients and store them."""
     dq, dk, ddecay, state_products = outputs
     row, head, part, n, time, channels, two_tiles, own_tile = position
     for i, x in enumerate((inputs.q, inputs.k)):
@@ -214,10 +214,7 @@ def _channel_tile_grads(refs: _BlockRefs, log2_decay, state_tiles, score_grads, 
     from_start, to_end = chunk_boundary_decay(refs.decay, gates, TILE_SHAPE, 0)
     from_start *= scale
     dq, *dk = wgmma_accumulate(
-        *(
-            (zero_accumulator(*TILE_SHAPE), (refs.values.at[i], x.transpose((1, 0))))
-            for i, x in enumerate(state_tiles)
-        )
+        *((zero_accumulator(*TILE_SHAPE), (refs.values.at[i], x.transpose((1, 0)))) for i, x in enumerate(state_tiles))
     )
     plgpu.commit_smem()  # all warps have read
     score_grads_smem = refs.values.at[0, :, pl.ds(0, CHUNK)]

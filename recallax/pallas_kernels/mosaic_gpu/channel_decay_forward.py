@@ -3,9 +3,9 @@
 2^(L_i - L_j) differs from channel to channel, so it is part of the scores' product, and its two factors overflow for
 unbounded gates. A chunk of 64 tokens is therefore halved twice: queries of a second half and keys of the first are both
 decayed to the border between them, where both factors are at most 1. Blocks of 16 tokens are referred to their middle,
-where half of the factors exceed 1; no decay counts as less than 2^-12 there, so that these stay below 2^96. All exponents
-are sums of log2-decays from the border outwards, computed as products with matrices of ones, of decays that are split
-into two bfloat16 numbers. Source: secondary chunking, GLA (Yang et al. 2023, arXiv 2312.06635), section 4.3.
+where half of the factors exceed 1; no decay counts as less than 2^-12 there, so that these stay below 2^96. All
+exponents are sums of log2-decays from the border outwards, computed as products with matrices of ones, of decays that
+are split into two bfloat16 numbers. Source: secondary chunking, GLA (Yang et al. 2023, arXiv 2312.06635), section 4.3.
 """
 
 from collections.abc import Callable, Sequence

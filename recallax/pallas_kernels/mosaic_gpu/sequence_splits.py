@@ -1,8 +1,8 @@
 """Splits of rows in time, so that a few rows and heads occupy all multiprocessors of a GPU.
 
-A first kernel computes the state that each split adds by itself, for all splits at once and from two inputs only. A scan
-over the splits then gives the state before each split. After that every split is a row of its own with its own initial
-state.
+A first kernel computes the state that each split adds by itself, for all splits at once and from two inputs only. A
+scan over the splits then gives the state before each split. After that every split is a row of its own with its own
+initial state.
 """
 
 from collections.abc import Callable
@@ -73,9 +73,7 @@ def split_gates(gates: CumulativeDecay | None, num_splits: int) -> CumulativeDec
     """Make every split of the gates a row."""
     if gates is None:
         return None
-    return CumulativeDecay(
-        split_rows_head_major(gates.query, num_splits), split_rows_head_major(gates.key, num_splits)
-    )
+    return CumulativeDecay(split_rows_head_major(gates.query, num_splits), split_rows_head_major(gates.key, num_splits))
 
 
 def split_initial_states(

@@ -116,9 +116,7 @@ def store_unit_lower_inverse(scores: jax.Array, scratch: Sequence[Ref]) -> None:
         for n, part in enumerate(parts):
             x.at[n][...] = part
         plgpu.commit_smem()
-        (product,) = wgmma_accumulate(
-            (zero_accumulator(*scores.shape), *hi_lo_products(parts, (a.at[0], a.at[1])))
-        )
+        (product,) = wgmma_accumulate((zero_accumulator(*scores.shape), *hi_lo_products(parts, (a.at[0], a.at[1]))))
         across_pair = (block_index(i, level + 1) == block_index(j, level + 1)) & (
             block_index(i, level) > block_index(j, level)
         )

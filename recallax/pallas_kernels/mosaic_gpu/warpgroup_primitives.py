@@ -1,8 +1,8 @@
 """Operations of one warpgroup: register layouts, matrices in shared memory, products on the tensor cores, copies.
 
-Register arrays have explicit layouts: accumulators have `Layout.WGMMA`, a vector with one entry per row `WGMMA_ROW`, and
-a vector with one entry per column `WGMMA_COL`. Pallas' interpreter has neither accumulators nor bfloat16 rounding inside
-a kernel, so the functions that need them have a second path for it.
+Register arrays have explicit layouts: accumulators have `Layout.WGMMA`, a vector with one entry per row `WGMMA_ROW`,
+and a vector with one entry per column `WGMMA_COL`. Pallas' interpreter has neither accumulators nor bfloat16 rounding
+inside a kernel, so the functions that need them have a second path for it.
 """
 
 from typing import Any
@@ -59,8 +59,8 @@ def wgmma_accumulate(*sums: tuple[Any, ...]) -> list[jax.Array]:
     """Compute `acc + a @ b + ...` for each `(acc, (a, b), ...)`: all products are issued together and awaited once.
 
     Args:
-        *sums: An accumulator and pairs of operands. `b` is a reference into shared memory, `a` a reference or a register
-            array, both bfloat16.
+        *sums: An accumulator and pairs of operands. `b` is a reference into shared memory, `a` a reference or a
+            register array, both bfloat16.
 
     Returns:
         The accumulators, float32.

@@ -25,6 +25,7 @@ from recallax.pallas_kernels.chunking import (
 )
 from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
 from recallax.pallas_kernels.einsum_f32 import einsum_f32
+from recallax.pallas_kernels.grid import gather_tokens
 from recallax.pallas_kernels.neural_memory import materialized_gradients, reference, xla
 from recallax.pallas_kernels.neural_memory.inner_optimizer import InnerOptimizer, Weights
 from recallax.pallas_kernels.neural_memory.update_coefficients import (
@@ -112,7 +113,7 @@ def neural_memory(
     for name, part in zip(("k", "v"), tokens[1:3], strict=True):
         require(op, part.shape == tokens.q.shape, f"{name} has shape {part.shape}; it must be q's {tokens.q.shape}")
     wanted = (b, t, h, len(learned))
-    for name, part in zip(("lr", "log_momentum", "log_keep"), tokens[3:], strict=True):
+    for name, part in zip(("lr", "log_momentum", "log_decay"), tokens[3:], strict=True):
         require(op, part.shape == wanted, f"{name} has shape {part.shape}; it must be {wanted}")
     for name, shape in inner_optimizer.network.shapes(width).items():
         have = outer_params.initial_weights[name].shape if name in outer_params.initial_weights else None
@@ -140,7 +141,7 @@ def neural_memory(
     memory = _where_rows(docs.valid.any(axis=1), memory, held)
     if state.pending_tokens is None:
         return out[:, :t], NeuralState(memory, None, _count_tokens(docs, state.num_tokens))
-    out = out[:, :t] if empty else _gather_tokens(out, phase[:, None] + jnp.arange(t)[None])
+    out = out[:, :t] if empty else gather_tokens(out, phase[:, None] + jnp.arange(t)[None])
     wrong = _misaligned_rows(ends, inner_optimizer.chunk_size)[:, None, None, None]
     out = jnp.where(wrong, jnp.full_like(out, jnp.nan), out)
     return out, NeuralState(memory, *_remaining_tokens(whole, ends, state.num_tokens, inner_optimizer.chunk_size))
@@ -217,12 +218,12 @@ def _concat_pending(
     source = jnp.where(old, place, slots + jnp.clip(place - chunk_offset[:, None], 0, length - 1))
     pending_tokens = pending_tokens._replace(q=jnp.zeros(pending_tokens.k.shape, pending_tokens.k.dtype))
     joined = jax.tree.map(
-        lambda a, b: _gather_tokens(jnp.concatenate([a.astype(b.dtype), b], axis=1), source), pending_tokens, tokens
+        lambda a, b: gather_tokens(jnp.concatenate([a.astype(b.dtype), b], axis=1), source), pending_tokens, tokens
     )
     none = jnp.zeros((chunk_offset.shape[0], slots), jnp.int32)
-    index = _gather_tokens(jnp.concatenate([none, document_ids.index], axis=1), source)
+    index = gather_tokens(jnp.concatenate([none, document_ids.index], axis=1), source)
     fresh = place - chunk_offset[:, None] < length
-    valid = old | (fresh & _gather_tokens(jnp.concatenate([none > 0, document_ids.valid], axis=1), source))
+    valid = old | (fresh & gather_tokens(jnp.concatenate([none > 0, document_ids.valid], axis=1), source))
     return joined, DocumentIds(jnp.where(old, 0, index), valid)
 
 
@@ -235,7 +236,7 @@ def _remaining_tokens(
     first = (jnp.maximum(last_valid(document_ids), 0) // chunk_size * chunk_size).astype(num_tokens.dtype)
     place = jnp.arange(chunk_size - 1, dtype=num_tokens.dtype)[None]
     left = place < (total % chunk_size)[:, None]
-    rest = jax.tree.map(lambda x: _gather_tokens(x, jnp.minimum(first[:, None] + place, x.shape[1] - 1)), tokens)
+    rest = jax.tree.map(lambda x: gather_tokens(x, jnp.minimum(first[:, None] + place, x.shape[1] - 1)), tokens)
     rest = rest._replace(q=rest.q[..., :0])
     rest = jax.tree.map(lambda x: jnp.where(left[..., None, None], x.astype(jnp.float32), 0), rest)
     return rest, total
@@ -260,8 +261,3 @@ def _misaligned_rows(document_ids: DocumentIds, chunk_size: int) -> Bool[Array, 
 
 def _where_rows(batch: Bool[Array, " B"], new: FastWeights, old: FastWeights) -> FastWeights:
     return jax.tree.map(lambda a, b: jnp.where(batch[:, None, None, None], a, b), new, old)
-
-
-def _gather_tokens(x: Array, index: Int[Array, "B N"]) -> Array:
-    """x[b, index[b, n]] for every row b."""
-    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)

@@ -20,7 +20,7 @@ def inputs(spec: ArgSpec) -> dict[str, Any]:
         "k": drawn["k"] / np.linalg.norm(drawn["k"], axis=-1, keepdims=True),
         "lr": rng.uniform(0.01, 0.2 * spec.max_beta, size=shape),
         "log_momentum": momentum,
-        "log_keep": decay,
+        "log_decay": decay,
         "weight": rng.normal(size=(spec.num_heads, spec.head_k_dim, spec.head_v_dim)) / np.sqrt(spec.head_k_dim),
     }
 

@@ -1,8 +1,8 @@
-"""The element-wise gated recurrence: diagonal state-space models, Mamba-1, RG-LRU, HGRN.
+"""Element-wise gated recurrence: diagonal state-space models, Mamba-1, RG-LRU, HGRN.
 
     h_t[d, n] = exp(r_t[d] A[d, n]) h_{t-1}[d, n] + x_t[d] B_t[n]        y_t[d] = sum_n C_t[n] h_t[d, n]
 
-A, B and C are optional: without them N is 1, the factor is exp(r_t) and y is h. Mamba-1 feeds x = dt * u and r = dt.
+A, B and C are optional: without them N is 1, the factor is exp(r_t) and y is h. Mamba-1 passes x = dt * u and r = dt.
 State: D x N float32. Source: Gu & Dao 2023 (Mamba, arXiv 2312.00752), section 3; De et al. 2024 (Griffin, arXiv
 2402.19427), equation 4.
 """
@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 from recallax.pallas_kernels.chunking import index_documents
 from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
 from recallax.pallas_kernels.selective_scan import reference, xla
+
+__all__ = ["IMPLEMENTATIONS", "selective_scan", "selective_scan_step"]
 
 IMPLEMENTATIONS = {
     "reference": reference.selective_scan,
@@ -33,18 +35,30 @@ def selective_scan(
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
-    """Output in x's dtype and final state in float32.
+    """Compute the recurrence over whole rows.
 
-    rate: r; with `a` (negative) the factor's logarithm is rate * a, without it is rate itself, at most 0.
-    a, b, c: given all or none. state: belongs to the row's first document; None starts at zero.
-    segments: document ids, 0 is padding. Raises ValueError where shapes disagree.
+    Args:
+        x: Inputs.
+        rate: Rate r. The natural log of the factor is rate * a with `a`, else rate itself, which is at most 0.
+        a: Matrix A, negative. a, b and c are given together or not at all.
+        b: Input projection B of each token.
+        c: Output projection C of each token.
+        state: State before the row, which belongs to its first document; None: zeros.
+        segment_ids: Document ids; 0 is padding. None: one document per row.
+        implementation: Name of the implementation; None selects one for the device.
+
+    Returns:
+        Output in x's dtype and final state in float32.
+
+    Raises:
+        ValueError: Shapes do not match, or only some of a, b and c are given.
     """
     op = "selective_scan"
     rows, t, d = x.shape
     require(op, t >= 1, f"x has {t} tokens; it needs at least 1")
     require(op, rate.shape == x.shape, f"rate has shape {rate.shape}; it must be x's {x.shape}")
     given = [name for name, part in (("a", a), ("b", b), ("c", c)) if part is not None]
-    require(op, len(given) in (0, 3), f"only {', '.join(given)} given; a, b and c come together or not at all")
+    require(op, len(given) in (0, 3), f"only {', '.join(given)} given; pass all of a, b and c or none of them")
     if a is None or b is None or c is None:
         a, b = jnp.ones((d, 1), jnp.float32), jnp.ones((rows, t, 1), x.dtype)
         c = b
@@ -52,10 +66,10 @@ def selective_scan(
     require(op, a.shape == (d, n), f"a has shape {a.shape}; it must be [{d}, N]")
     for name, part in (("b", b), ("c", c)):
         require(op, part.shape == (rows, t, n), f"{name} has shape {part.shape}; it must be {(rows, t, n)}")
-    wanted = (rows, d, n)
+    state_shape = (rows, d, n)
     if state is None:
-        state = jnp.zeros(wanted, jnp.float32)
-    require(op, state.shape == wanted, f"state has shape {state.shape}; it must be {wanted}")
+        state = jnp.zeros(state_shape, jnp.float32)
+    require(op, state.shape == state_shape, f"state has shape {state.shape}; it must be {state_shape}")
     docs = None if segment_ids is None else index_documents(segment_ids)
     return call_implementation(op, IMPLEMENTATIONS, implementation, x, rate, a, b, c, state, docs)
 
@@ -70,11 +84,24 @@ def selective_scan_step(
     b: Float[Array, "B N"] | None = None,
     c: Float[Array, "B N"] | None = None,
 ) -> tuple[Float[Array, "B D"], Float[Array, "B D N"]]:
-    """One token of the same recurrence; inactive rows keep their state and output 0."""
-    wide = state.dtype
-    log = rate[..., None].astype(wide) * (jnp.ones((1, 1, 1), wide) if a is None else a[None].astype(wide))
-    wrote = x[..., None].astype(wide)
-    wrote = wrote if b is None else wrote * b[:, None].astype(wide)
-    state = jnp.where(active[:, None, None], jnp.exp(log) * state + wrote, state)
-    out = state[..., 0] if c is None else jnp.sum(state * c[:, None].astype(wide), axis=-1)
+    """Compute one token of `selective_scan`.
+
+    Args:
+        x: Input of each row.
+        rate: Rate r of each row.
+        state: State before the token.
+        active: Rows that have a token; the others keep their state and output 0.
+        a: Matrix A, negative. a, b and c are given together or not at all.
+        b: Input projection B.
+        c: Output projection C.
+
+    Returns:
+        Output in x's dtype and state after the token.
+    """
+    dtype = state.dtype
+    log_factor = rate[..., None].astype(dtype) * (jnp.ones((1, 1, 1), dtype) if a is None else a[None].astype(dtype))
+    written = x[..., None].astype(dtype)
+    written = written if b is None else written * b[:, None].astype(dtype)
+    state = jnp.where(active[:, None, None], jnp.exp(log_factor) * state + written, state)
+    out = state[..., 0] if c is None else jnp.sum(state * c[:, None].astype(dtype), axis=-1)
     return jnp.where(active[:, None], out, 0).astype(x.dtype), state

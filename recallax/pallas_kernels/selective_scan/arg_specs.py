@@ -1,4 +1,4 @@
-"""What the cases mean for the selective scan: five channels, and the decay's difficulty alone."""
+"""Inputs of the selective scan for the named test cases: five channels; only "extreme" decays make a difference."""
 
 from typing import Any
 
@@ -8,7 +8,12 @@ from recallax.pallas_kernels.arg_specs import ArgSpec
 
 
 def inputs(spec: ArgSpec, state_dim: int | None) -> dict[str, Any]:
-    """As of a Mamba-1 with `state_dim` per channel; None: the bare element-wise recurrence."""
+    """All arguments but the state, in float64.
+
+    Args:
+        spec: The test case.
+        state_dim: States per channel of Mamba-1; None: the recurrence without a, b and c.
+    """
     rng = np.random.default_rng(12)
     shape = (2, spec.length, 5)
     rate = np.abs(rng.normal(size=shape))

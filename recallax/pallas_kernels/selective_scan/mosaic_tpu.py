@@ -1,8 +1,8 @@
-"""The element-wise gated recurrence on TPUs: channels on the lanes, states on the sublanes, token after token.
+"""Element-wise gated recurrence on TPUs: channels along lanes, states along sublanes, sequential over tokens.
 
-Nothing but its inputs and outputs crosses memory, and a state per chunk for the backward pass, which walks each chunk
-again. B, C and the borders of documents are the same for all channels and share one array: alone each would be padded
-to 128 lanes.
+Besides inputs and outputs only one state per chunk is stored, for the backward pass, which recomputes each chunk. B, C
+and the document boundaries are the same for all channels and share one array: separately each would be padded to 128
+lanes.
 """
 
 import functools
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.dispatch import require_platform
 from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
+    LANES,
     ChannelOperand,
     ChunkGrid,
     ChunkOperand,
@@ -30,8 +31,9 @@ from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
 )
 
 CHUNK = 64
+"""Tokens of a chunk."""
 MAX_LANES = 512
-"""Channels of a grid step at most: independent recurrences, which hide each other's latency."""
+"""Upper bound of the channels of a grid step: independent recurrences, which hide each other's latency."""
 
 
 def selective_scan(
@@ -43,47 +45,64 @@ def selective_scan(
     state: Float[Array, "B D N"],
     document_ids: DocumentIds | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
-    """The op's form for TPUs; x is float32 or bfloat16."""
+    """Compute the recurrence on a TPU.
+
+    Args:
+        x: Inputs, float32 or bfloat16.
+        rate: Rate r.
+        a: Matrix A.
+        b: Input projection B.
+        c: Output projection C.
+        state: Float32 state before the first token.
+        document_ids: Documents of each row; None: one document without padding.
+
+    Returns:
+        Output in x's dtype and final state in float32.
+
+    Raises:
+        Unsupported: x has another dtype or there is no TPU.
+    """
     require_platform("tpu")
     require_uniform_dtype(x=x)
     rows, length, channels = x.shape
-    lanes = min(MAX_LANES, -(-channels // 128) * 128)
+    lanes = min(MAX_LANES, -(-channels // LANES) * LANES)
     heads = -(-channels // lanes)
-    steps = ChunkGrid(rows, heads, 1, *chunk_size_and_count(CHUNK, length))
-    mix = jnp.concatenate([b.astype(jnp.float32), c.astype(jnp.float32)], axis=-1)
-    if (
-        document_ids is not None
-    ):  # padding keeps its state and does not write; a document's first token drops what was before
+    chunk_grid = ChunkGrid(rows, heads, 1, *chunk_size_and_count(CHUNK, length))
+    packed_bc = jnp.concatenate([b.astype(jnp.float32), c.astype(jnp.float32)], axis=-1)
+    if document_ids is not None:
+        # Padding neither decays nor writes; the first token of a document resets the state.
         valid = document_ids.valid[..., None]
         x, rate = (jnp.where(valid, part, jnp.zeros((), part.dtype)) for part in (x, rate))
-        before = jnp.pad(document_ids.index[:, :-1], ((0, 0), (1, 0)))
-        mix = jnp.concatenate([mix, (document_ids.index != before).astype(jnp.float32)[..., None]], axis=-1)
-    wide = ((0, 0), (0, steps.padded_length - length), (0, heads * lanes - channels))
-    x, rate = jnp.pad(x, wide), jnp.pad(rate.astype(jnp.float32), wide)
-    mix = jnp.pad(mix, (*wide[:2], (0, 0)))
+        previous = jnp.pad(document_ids.index[:, :-1], ((0, 0), (1, 0)))
+        starts = (document_ids.index != previous).astype(jnp.float32)[..., None]
+        packed_bc = jnp.concatenate([packed_bc, starts], axis=-1)
+    padding = ((0, 0), (0, chunk_grid.padded_length - length), (0, heads * lanes - channels))
+    x, rate = jnp.pad(x, padding), jnp.pad(rate.astype(jnp.float32), padding)
+    packed_bc = jnp.pad(packed_bc, (*padding[:2], (0, 0)))
 
-    def by_block(part: Float[Array, "R D N"]) -> Float[Array, "R H N L"]:
-        padded = jnp.pad(part.astype(jnp.float32), ((0, 0), (0, wide[2][1]), (0, 0)))
+    def lane_groups(part: Float[Array, "R D N"]) -> Float[Array, "R H N L"]:
+        padded = jnp.pad(part.astype(jnp.float32), ((0, 0), (0, padding[2][1]), (0, 0)))
         return jnp.moveaxis(padded.reshape(part.shape[0], heads, lanes, -1), 2, 3)
 
-    out, final = _core(steps, _SelectiveScanOperands(by_block(a[None])[0], x, rate, mix[:, None]), by_block(state))
+    inputs = _SelectiveScanOperands(lane_groups(a[None])[0], x, rate, packed_bc[:, None])
+    out, final = _core(chunk_grid, inputs, lane_groups(state))
     final = jnp.moveaxis(final, 3, 2).reshape(rows, heads * lanes, -1)
     return out[:, :length, :channels], final[:, :channels]
 
 
 class _SelectiveScanOperands(NamedTuple):
-    """Of whole chunks and whole blocks of lanes."""
+    """Arrays of whole chunks and whole groups of lanes; a group of L channels is a head of the grid."""
 
     a: Float[Array, "H N L"]
     x: Float[Array, "B T D"]
     rate: Float[Array, "B T D"]
     packed_bc: Float[Array, "B 1 T W"]
-    """b, c and, with documents, 1 where one starts."""
+    """b, c and, with segment ids, a last column that is 1 where a document starts."""
 
     def operands(self) -> tuple[ChunkOperand, ...]:
-        a, x, rate, mix = self
+        a, x, rate, packed_bc = self
         lanes = a.shape[2]
-        return PerHeadOperand(a), ChannelOperand(x, lanes), ChannelOperand(rate, lanes), TokenOperand(mix)
+        return PerHeadOperand(a), ChannelOperand(x, lanes), ChannelOperand(rate, lanes), TokenOperand(packed_bc)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -100,39 +119,39 @@ def _chunk(
     a: Float[Array, "N L"],
     x: Float[Array, "C L"],
     rate: Float[Array, "C L"],
-    mix: Float[Array, "C W"],
+    packed_bc: Float[Array, "C W"],
 ) -> tuple[Matrices, Matrices]:
-    """The state [N, L] after a chunk and the chunk's output [C, L]."""
+    """Return the state [N, L] after a chunk and the chunk's output [C, L]."""
     (state,) = states
-    count, columns = a.shape[0], mix.T
+    num_states, columns = a.shape[0], packed_bc.T
     lane = jax.lax.broadcasted_iota(jnp.int32, columns.shape, 1)
     out = []
     for t in range(x.shape[0]):
-        # A sum over one lane, since its gradient puts the slope into that lane without moving the others.
+        # A masked sum instead of a slice: its gradient writes one lane without moving the others.
         token = jnp.sum(jnp.where(lane == t, columns, 0), axis=1, keepdims=True)
-        kept = jnp.exp(rate[t : t + 1] * a)
-        if columns.shape[0] > 2 * count:
-            kept = kept * (1 - token[2 * count :])
-        state = kept * state + x[t : t + 1] * token[:count]
-        out.append(jnp.sum(token[count : 2 * count] * state, axis=0, keepdims=True))
+        factor = jnp.exp(rate[t : t + 1] * a)
+        if columns.shape[0] > 2 * num_states:
+            factor = factor * (1 - token[2 * num_states :])
+        state = factor * state + x[t : t + 1] * token[:num_states]
+        out.append(jnp.sum(token[num_states : 2 * num_states] * state, axis=0, keepdims=True))
     return (state,), (jnp.concatenate(out),)
 
 
 def _backward_chunk(states: Matrices, grad: Array, state: Array, *inputs: Array) -> tuple[Matrices, Matrices]:
-    """The slopes of the state before a chunk and of a (summed so far), of x, rate and mix; backward in time."""
-    late, summed = states
+    """Return the gradients of the state before a chunk, of `a` (summed over chunks), x, rate and packed_bc."""
+    state_grad, a_grad = states
     _, pull = jax.vjp(lambda state, *inputs: _chunk((state,), *inputs), state, *inputs)
-    early, da, dx, drate, dmix = pull(((late,), (grad,)))
-    return (early, summed + da), (dx, drate, dmix)
+    previous_grad, da, dx, drate, dbc = pull(((state_grad,), (grad,)))
+    return (previous_grad, a_grad + da), (dx, drate, dbc)
 
 
 def _forward(
     chunk_grid: ChunkGrid, inputs: _SelectiveScanOperands, state: Array
 ) -> tuple[tuple[Array, Array], tuple[_SelectiveScanOperands, Float[Array, "B H J N L"]]]:
     operands = inputs.operands()
-    kept = PerChunkOperand(output_shape(*state.shape[:2], chunk_grid.num_chunks, *state.shape[2:]))
+    saved = PerChunkOperand(output_shape(*state.shape[:2], chunk_grid.num_chunks, *state.shape[2:]))
     (final,), (out, states) = chunk_scan(
-        "selective_scan_forward", save_states(_chunk), chunk_grid, (state,), operands, (*operands[1:2], kept)
+        "selective_scan_forward", save_states(_chunk), chunk_grid, (state,), operands, (*operands[1:2], saved)
     )
     return (out, final), (inputs, states)
 
@@ -141,20 +160,20 @@ def _backward(
     chunk_grid: ChunkGrid, residuals: tuple[_SelectiveScanOperands, Array], grads: tuple[Array, Array]
 ) -> tuple[_SelectiveScanOperands, Float[Array, "B H N L"]]:
     inputs, states = residuals
-    slope, late = grads
+    grad, state_grad = grads
     operands = inputs.operands()
-    mix = TokenOperand(
-        output_shape(late.shape[0], late.shape[1], *inputs.packed_bc.shape[2:])
-    )  # one per block of channels
-    (early, da), (dx, drate, dmix) = chunk_scan(
+    # One gradient of packed_bc per group of channels.
+    dbc_output = TokenOperand(output_shape(*state_grad.shape[:2], *inputs.packed_bc.shape[2:]))
+    (initial_grad, da), (dx, drate, dbc) = chunk_scan(
         "selective_scan_backward",
         _backward_chunk,
         chunk_grid._replace(reverse=True),
-        (late, jnp.zeros_like(late)),
-        (ChannelOperand(slope, inputs.a.shape[2]), PerChunkOperand(states), *operands),
-        (*operands[1:3], mix),
+        (state_grad, jnp.zeros_like(state_grad)),
+        (ChannelOperand(grad, inputs.a.shape[2]), PerChunkOperand(states), *operands),
+        (*operands[1:3], dbc_output),
     )
-    return _SelectiveScanOperands(jnp.sum(da, axis=0), dx, drate, jnp.sum(dmix, axis=1, keepdims=True)), early
+    dbc = jnp.sum(dbc, axis=1, keepdims=True)
+    return _SelectiveScanOperands(jnp.sum(da, axis=0), dx, drate, dbc), initial_grad
 
 
 _core.defvjp(_forward, _backward)

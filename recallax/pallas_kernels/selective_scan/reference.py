@@ -1,4 +1,4 @@
-"""The definition of the element-wise gated recurrence: one token after another, in float32 or wider."""
+"""Definition of the element-wise gated recurrence: a scan over tokens, in float32 or dtyper."""
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,20 @@ def selective_scan(
     state: Float[Array, "B D N"],
     document_ids: DocumentIds | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
-    """h_t = exp(r_t A) h_{t-1} + x_t B_t^T,  y_t = h_t C_t; h is zeroed where a document starts, kept at padding."""
-    wide = accumulator_dtype(x.dtype)
+    """h_t = exp(r_t A) h_{t-1} + x_t B_t^T,  y_t = h_t C_t; h is 0 where a document starts and unchanged at padding."""
+    dtype = accumulator_dtype(x.dtype)
     document_ids = single_document(*x.shape[:2]) if document_ids is None else document_ids
 
     def step(carry, token):
         state, document = carry
         x, rate, b, c, index, valid = token
-        kept = jnp.where((index == document)[:, None, None], state, 0)
-        new = jnp.exp(rate[..., None] * a.astype(wide)[None]) * kept + x[..., None] * b[:, None]
-        state = jnp.where(valid[:, None, None], new, kept)
+        previous = jnp.where((index == document)[:, None, None], state, 0)
+        updated = jnp.exp(rate[..., None] * a.astype(dtype)[None]) * previous + x[..., None] * b[:, None]
+        state = jnp.where(valid[:, None, None], updated, previous)
         return (state, index), jnp.einsum("bdn,bn->bd", state, c)
 
-    tokens = tuple(jnp.moveaxis(part.astype(wide), 1, 0) for part in (x, rate, b, c))
+    tokens = tuple(jnp.moveaxis(part.astype(dtype), 1, 0) for part in (x, rate, b, c))
     tokens += tuple(jnp.moveaxis(part, 1, 0) for part in document_ids)
-    first = (state.astype(wide), jnp.zeros_like(document_ids.index[:, 0]))
-    (state, _), out = jax.lax.scan(step, first, tokens)
+    carry = (state.astype(dtype), jnp.zeros_like(document_ids.index[:, 0]))
+    (state, _), out = jax.lax.scan(step, carry, tokens)
     return jnp.moveaxis(out, 0, 1).astype(x.dtype), state

@@ -1,8 +1,8 @@
-"""The element-wise gated recurrence, a walk over time in chunks, float32 throughout.
+"""Element-wise gated recurrence in XLA: a scan over time in chunks, in float32.
 
-The backward pass keeps the states between chunks and walks each chunk again, so the [B, T, D, N] states never exist at
-once. An associative scan within the chunk would be the choice for wide machines; on a CPU it is two to five times
-slower, since it reads and writes every state at each of its levels.
+The forward pass saves the states between chunks and the backward pass recomputes each chunk, so the [B, T, D, N] states
+never exist at once. On a CPU an associative scan within the chunk is two to five times slower, because it reads and
+writes every state at each of its levels.
 """
 
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float
 from recallax.pallas_kernels.chunking import DocumentIds, join_time, single_document, split_time
 
 CHUNK = 64
+"""Tokens of a chunk."""
 
 
 class _SelectiveScanChunk(NamedTuple):
@@ -22,7 +23,7 @@ class _SelectiveScanChunk(NamedTuple):
     b: Float[Array, "B C N"]
     c: Float[Array, "B C N"]
     document_starts: Bool[Array, "B C"]
-    """A document begins here: what came before is forgotten."""
+    """True where a document starts, which resets the state."""
     valid: Bool[Array, "B C"]
 
 
@@ -35,27 +36,40 @@ def selective_scan(
     state: Float[Array, "B D N"],
     document_ids: DocumentIds | None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
-    """The op's XLA form."""
+    """Compute the recurrence in chunks.
+
+    Args:
+        x: Inputs.
+        rate: Rate r.
+        a: Matrix A.
+        b: Input projection B.
+        c: Output projection C.
+        state: Float32 state before the first token.
+        document_ids: Documents of each row; None: one document without padding.
+
+    Returns:
+        Output in x's dtype and final state in float32.
+    """
     length = x.shape[1]
     document_ids = single_document(*x.shape[:2]) if document_ids is None else document_ids
-    chunk = min(CHUNK, length)
-    before = jnp.pad(document_ids.index[:, :-1], ((0, 0), (1, 0)))
-    wide = (part.astype(jnp.float32) for part in (x, rate, b, c))
-    whole = _SelectiveScanChunk(*wide, document_starts=document_ids.index != before, valid=document_ids.valid)
-    filled = split_time(jnp.pad(document_ids.valid, ((0, 0), (0, -length % chunk))), chunk)
-    chunks = jax.tree.map(lambda part: split_time(part, chunk), whole)._replace(valid=filled)
-    chunks = chunks._replace(document_starts=chunks.document_starts & filled)
+    chunk_size = min(CHUNK, length)
+    previous = jnp.pad(document_ids.index[:, :-1], ((0, 0), (1, 0)))
+    arrays = (part.astype(jnp.float32) for part in (x, rate, b, c))
+    row = _SelectiveScanChunk(*arrays, document_starts=document_ids.index != previous, valid=document_ids.valid)
+    valid = split_time(jnp.pad(document_ids.valid, ((0, 0), (0, -length % chunk_size))), chunk_size)
+    chunks = jax.tree.map(lambda part: split_time(part, chunk_size), row)._replace(valid=valid)
+    chunks = chunks._replace(document_starts=chunks.document_starts & valid)
     a = a.astype(jnp.float32)
 
-    @jax.checkpoint  # keep the states between chunks for the backward, not those within
-    def body(state: Array, part: _SelectiveScanChunk) -> tuple[Array, Array]:
+    @jax.checkpoint  # save the states between chunks for the backward pass, not those within a chunk
+    def body(state: Array, chunk: _SelectiveScanChunk) -> tuple[Array, Array]:
         def step(state: Array, token: _SelectiveScanChunk) -> tuple[Array, Array]:
-            kept = jnp.where(token.document_starts[:, None, None], 0, state)
-            new = jnp.exp(token.rate[..., None] * a[None]) * kept + token.x[..., None] * token.b[:, None]
-            state = jnp.where(token.valid[:, None, None], new, kept)
+            previous = jnp.where(token.document_starts[:, None, None], 0, state)
+            updated = jnp.exp(token.rate[..., None] * a[None]) * previous + token.x[..., None] * token.b[:, None]
+            state = jnp.where(token.valid[:, None, None], updated, previous)
             return state, jnp.sum(state * token.c[:, None], axis=-1)
 
-        state, out = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), part))
+        state, out = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), chunk))
         return state, jnp.moveaxis(out, 0, 1).astype(x.dtype)
 
     state, out = jax.lax.scan(body, state, chunks)

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution of a few taps, aware of documents.
+"""Causal depthwise convolution that respects document boundaries.
 
     y_t = sum_{l=0}^{W-1} weight[W-1-l] * x_{t-l} (+ bias)
 
@@ -12,6 +12,8 @@ from recallax.pallas_kernels.chunking import index_documents
 from recallax.pallas_kernels.dispatch import call_implementation, require
 from recallax.pallas_kernels.short_conv import reference, xla
 
+__all__ = ["IMPLEMENTATIONS", "short_conv", "short_conv_step"]
+
 IMPLEMENTATIONS = {"reference": reference.short_conv, "xla": xla.short_conv}
 
 
@@ -24,18 +26,29 @@ def short_conv(
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
-    """Output and the last W - 1 inputs, in x's dtype.
+    """Convolve whole rows.
 
-    state: belongs to the row's first document; None starts at zero. segments: document ids, 0 is padding.
-    Raises ValueError where shapes disagree.
+    Args:
+        x: Inputs.
+        weight: Filter of W taps per channel; the last tap is that of the current token.
+        bias: Bias per channel; None: 0.
+        state: Last W - 1 inputs before the row, which belong to its first document; None: zeros.
+        segment_ids: Document ids; 0 is padding. None: one document per row.
+        implementation: Name of the implementation; None selects one for the device.
+
+    Returns:
+        Output and the last W - 1 inputs, in x's dtype.
+
+    Raises:
+        ValueError: Shapes do not match.
     """
     op = "short_conv"
     b, t, d = x.shape
-    wanted = (b, weight.shape[0] - 1, d)
+    state_shape = (b, weight.shape[0] - 1, d)
     require(op, t >= 1, f"x has {t} tokens; it needs at least 1")
     require(op, weight.shape[1:] == (d,), f"weight has shape {weight.shape}; it must be [W, {d}]")
-    state = jnp.zeros(wanted, x.dtype) if state is None else state
-    require(op, state.shape == wanted, f"state has shape {state.shape}; it must be {wanted}")
+    state = jnp.zeros(state_shape, x.dtype) if state is None else state
+    require(op, state.shape == state_shape, f"state has shape {state.shape}; it must be {state_shape}")
     docs = index_documents(jnp.ones((b, t), jnp.int32) if segment_ids is None else segment_ids)
     out, last = call_implementation(op, IMPLEMENTATIONS, implementation, x, weight.astype(x.dtype), state, docs)
     return (out if bias is None else out + bias.astype(x.dtype)[None, None]), last
@@ -49,7 +62,18 @@ def short_conv_step(
     *,
     bias: Float[Array, " D"] | None = None,
 ) -> tuple[Float[Array, "B D"], Float[Array, "B W-1 D"]]:
-    """One token; inactive rows keep their state and output 0."""
+    """Compute one token of `short_conv`.
+
+    Args:
+        x: Input of each row.
+        weight: Filter of W taps per channel.
+        state: Last W - 1 inputs.
+        active: Rows that have a token; the others keep their state and output 0.
+        bias: Bias per channel; None: 0.
+
+    Returns:
+        Output and the last W - 1 inputs, in x's dtype.
+    """
     window = jnp.concatenate([state, x[:, None]], axis=1)
     out = jnp.einsum("bwd,wd->bd", window, weight.astype(x.dtype))
     out = out if bias is None else out + bias.astype(x.dtype)[None]

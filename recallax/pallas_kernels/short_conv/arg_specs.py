@@ -1,4 +1,4 @@
-"""What the cases mean for the short convolution: six channels; decays and key widths do not apply."""
+"""Inputs of the short convolution for the named test cases: six channels; decays and key widths do not apply."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The definition of the short convolution: one token after another over a window of its last inputs."""
+"""Definition of the short convolution: a scan over tokens with a window of the last inputs."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from recallax.pallas_kernels.chunking import DocumentIds
 def short_conv(
     x: Float[Array, "B T D"], weight: Float[Array, "W D"], state: Float[Array, "B W-1 D"], document_ids: DocumentIds
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
-    """y_t = sum_l weight[W-1-l] x_{t-l}; earlier documents and padding count as 0."""
+    """y_t = sum_l weight[W-1-l] x_{t-l}; inputs of earlier documents and of padding are 0."""
 
     def step(carry, token):
         past, document = carry

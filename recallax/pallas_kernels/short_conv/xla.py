@@ -1,4 +1,4 @@
-"""The short convolution as W shifted products."""
+"""Short convolution in XLA: a sum of W shifted products."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,17 +9,29 @@ from recallax.pallas_kernels.chunking import DocumentIds, last_valid
 def short_conv(
     x: Float[Array, "B T D"], weight: Float[Array, "W D"], state: Float[Array, "B W-1 D"], document_ids: DocumentIds
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
-    """The op's XLA form: sums over the width are taken in the inputs' dtype, W terms at most."""
+    """Convolve rows; the sum over at most W terms is computed in the inputs' dtype.
+
+    Args:
+        x: Inputs.
+        weight: Filter of W taps per channel, in x's dtype.
+        state: Last W - 1 inputs before the row.
+        document_ids: Documents of each row.
+
+    Returns:
+        Output and the last W - 1 inputs.
+    """
     length, past = x.shape[1], weight.shape[0] - 1
     inputs = jnp.concatenate([state, jnp.where(document_ids.valid[..., None], x, 0)], axis=1)
     index = jnp.pad(document_ids.index, ((0, 0), (past, 0)))  # the state belongs to document 0
     out = jnp.zeros_like(x)
     for lag in range(past + 1):
         start = past - lag
-        same = index[:, start : start + length] == document_ids.index
-        out += weight[past - lag][None, None] * jnp.where(same[..., None], inputs[:, start : start + length], 0)
-    last = last_valid(document_ids) + past  # in the joined sequence; an empty row keeps the state
+        same_document = index[:, start : start + length] == document_ids.index
+        out += weight[past - lag][None, None] * jnp.where(
+            same_document[..., None], inputs[:, start : start + length], 0
+        )
+    last = last_valid(document_ids) + past  # index in `inputs`; a row without valid tokens keeps the state
     taps = last[:, None] - past + 1 + jnp.arange(past)[None]
-    owner = jnp.take_along_axis(index, last[:, None], axis=1)
+    last_document = jnp.take_along_axis(index, last[:, None], axis=1)
     final = jnp.take_along_axis(inputs, taps[..., None], axis=1)
-    return out, jnp.where((jnp.take_along_axis(index, taps, axis=1) == owner)[..., None], final, 0)
+    return out, jnp.where((jnp.take_along_axis(index, taps, axis=1) == last_document)[..., None], final, 0)

@@ -1,13 +1,14 @@
-"""BASED on TPUs: the polynomial of the scores inside a chunk, the symmetric features for the carried state only.
+"""BASED on TPUs: polynomial scores within a chunk, symmetric features for the carried state only.
 
-Feature f is w_f a_f b_f, where a_f and b_f are a channel of x each or 1. So features are two products with 0-1
-matrices, which pick the channels, and never exist outside VMEM. The backward pass takes the states at the chunks'
-starts from the forward pass and walks in reverse, as that of the delta rule.
+Feature f is w_f a_f b_f, where a_f and b_f are each a channel of x or 1. So the features are computed by two products
+with 0-1 matrices, which select the channels, and exist in VMEM only. The forward pass saves the state at the start of
+each chunk, and the backward pass scans the chunks in reverse.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
 )
 
 CHUNK = 128
+"""Tokens of a chunk."""
 
 
 def taylor_attention(
@@ -50,25 +52,45 @@ def taylor_attention(
     document_ids: DocumentIds | None,
     feature_map: Callable[[Array], Array],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
-    """The op's form for TPUs, of symmetric features and of float32 or bfloat16 inputs of one dtype."""
+    """Compute the unnormalised sums on a TPU.
+
+    Args:
+        q: Queries, divided by K^(1/4), float32 or bfloat16.
+        k: Keys, divided by K^(1/4), in q's dtype.
+        v: Values, with a last column of ones for the denominator, in q's dtype.
+        state: Float32 state before the first token; None: zeros.
+        document_ids: Documents of each row; None: one document without padding.
+        feature_map: The expansion of the state's features; must be `feature_maps.taylor`.
+
+    Returns:
+        Sums in v's dtype and final state in float32.
+
+    Raises:
+        Unsupported: The features are not symmetric, the dtypes differ or there is no TPU.
+    """
     length, width = q.shape[1], q.shape[3]
-    steps = make_chunk_grid(CHUNK, length, v, q.shape[2])
+    chunk_grid = make_chunk_grid(CHUNK, length, v, q.shape[2])
     require_uniform_dtype(q=q, k=k, v=v)
     if feature_map is not taylor:
-        raise Unsupported("the features are not symmetric; it holds each product of two channels once")
-    if document_ids is not None:  # padding does not write; as a key of zeros would, with its constant feature
+        raise Unsupported("the features are not symmetric; the kernel stores each product of two channels once")
+    if document_ids is not None:
+        # Padding does not write. Zero keys would still write through the constant feature, so values are masked.
         v = jnp.where(document_ids.valid[..., None, None], v, jnp.zeros((), v.dtype))
     gate = decays.document_log_decay(None, document_ids, v.shape[2])
-    gate = None if gate is None else decays.running_sums(split_chunks(head_major(gate, steps)[..., 0], steps))
+    gate = None if gate is None else decays.running_sums(split_chunks(head_major(gate, chunk_grid)[..., 0], chunk_grid))
     if state is None:
         state = jnp.zeros((v.shape[0], v.shape[2], _feature_factors(width).shape[1] // 2, v.shape[3]), jnp.float32)
-    q, k, v = (head_major(x, steps) for x in (q, k, v))
-    out, final = _core(steps, q, k, v, gate, state)
+    q, k, v = (head_major(x, chunk_grid) for x in (q, k, v))
+    out, final = _core(chunk_grid, _TaylorOperands(q, k, v, gate), state)
     return time_major(out, length), final
 
 
 def _feature_factors(width: int) -> np.ndarray:
-    """[K + 2, 2 F]: which channel each feature's two factors are, 1 added to it, and (first half) the weight."""
+    """Return the table [K + 2, 2 F] that defines the features.
+
+    Columns [:F] and [F:] are for the first and second factor. Rows [:K] are one-hot in the channel of the factor; row K
+    is 1 if the factor is the constant 1; row K + 1 is the weight of the feature, in the first half only.
+    """
     first, second, weight = [width, *[width] * width], [width, *range(width)], [1.0] * (width + 1)
     for i in range(width):
         first += [i] * (width - i)
@@ -88,31 +110,32 @@ def _features(x: Float[Array, "C K"], factors: Float[Array, "K2 F2"], dtype: DTy
     return a * b * first[width + 1 :]
 
 
+class _TaylorOperands(NamedTuple):
+    """Head-major arrays of whole chunks."""
+
+    q: Float[Array, "B H T K"]
+    k: Float[Array, "B H T K"]
+    v: Float[Array, "B H T V"]
+    log_decay: Float[Array, "B H N 2 C"] | None
+    """Running sums of the log-decay of the document boundaries; None: one document."""
+
+    def operands(self) -> tuple[ChunkOperand, ...]:
+        factors = SharedOperand(jnp.asarray(_feature_factors(self.q.shape[3])))
+        tokens = (TokenOperand(self.q), TokenOperand(self.k), TokenOperand(self.v))
+        decay = () if self.log_decay is None else (PerChunkOperand(self.log_decay),)
+        return (factors, *tokens, *decay)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _core(
-    chunk_grid: ChunkGrid,
-    q: Float[Array, "B H T K"],
-    k: Float[Array, "B H T K"],
-    v: Float[Array, "B H T V"],
-    log_decay: Float[Array, "B H N 2 C"] | None,
-    state: Float[Array, "B H F V"],
+    chunk_grid: ChunkGrid, inputs: _TaylorOperands, state: Float[Array, "B H F V"]
 ) -> tuple[Float[Array, "B H T V"], Float[Array, "B H F V"]]:
-    """Of whole chunks, head-major; the gate holds the borders of documents."""
-    body = functools.partial(_chunk, v.dtype)
+    """Return the sums and the final state."""
+    body = functools.partial(_chunk, inputs.v.dtype)
     (final,), (out,) = chunk_scan(
-        "taylor_attention_forward", body, chunk_grid, (state,), _operands(q, k, v, log_decay), (TokenOperand(v),)
+        "taylor_attention_forward", body, chunk_grid, (state,), inputs.operands(), (TokenOperand(inputs.v),)
     )
     return out, final
-
-
-def _operands(q: Array, k: Array, v: Array, log_decay: Array | None) -> tuple[ChunkOperand, ...]:
-    given = (
-        SharedOperand(jnp.asarray(_feature_factors(q.shape[3]))),
-        TokenOperand(q),
-        TokenOperand(k),
-        TokenOperand(v),
-    )
-    return given if log_decay is None else (*given, PerChunkOperand(log_decay))
 
 
 def _chunk(
@@ -124,7 +147,7 @@ def _chunk(
     v: Float[Array, "C V"],
     *gates: Float[Array, "2 C"],
 ) -> tuple[Matrices, Matrices]:
-    """The state [F, V] after a chunk and the chunk's sums [C, V]."""
+    """Return the state [F, V] after a chunk and the chunk's sums [C, V]."""
     (state,) = states
     decay = chunk_decay(gates, q.shape[0], state.shape[0])
     phi_q, phi_k = (_features(x, factors, dtype) for x in (q, k))
@@ -145,46 +168,45 @@ def _backward_chunk(
     v: Array,
     *gates: Array,
 ) -> tuple[Matrices, Matrices]:
-    """The slope of the state before a chunk, and those of q, k and v; backward in time."""
+    """Return the gradients of the state before a chunk and of q, k and v; backward in time."""
 
     def forward(state: Array, q: Array, k: Array, v: Array) -> tuple[Matrices, Matrices]:
         return _chunk(dtype, (state,), factors, q, k, v, *gates)
 
     _, pull = jax.vjp(forward, state, q, k, v)
-    early, *slopes = pull((states, (grad,)))
-    return (early,), tuple(slopes)
+    state_grad, *token_grads = pull((states, (grad,)))
+    return (state_grad,), tuple(token_grads)
 
 
-type TaylorResiduals = tuple[Array, Array, Array, Array | None, Array]
+type _TaylorResiduals = tuple[_TaylorOperands, Float[Array, "B H N F V"]]
 
 
 def _forward(
-    chunk_grid: ChunkGrid, q: Array, k: Array, v: Array, log_decay: Array | None, state: Array
-) -> tuple[tuple[Array, Array], TaylorResiduals]:
-    kept = PerChunkOperand(output_shape(*state.shape[:2], chunk_grid.num_chunks, *state.shape[2:]))
-    body = save_states(functools.partial(_chunk, v.dtype))
+    chunk_grid: ChunkGrid, inputs: _TaylorOperands, state: Array
+) -> tuple[tuple[Array, Array], _TaylorResiduals]:
+    saved = PerChunkOperand(output_shape(*state.shape[:2], chunk_grid.num_chunks, *state.shape[2:]))
+    body = save_states(functools.partial(_chunk, inputs.v.dtype))
     (final,), (out, states) = chunk_scan(
-        "taylor_attention_forward", body, chunk_grid, (state,), _operands(q, k, v, log_decay), (TokenOperand(v), kept)
+        "taylor_attention_forward", body, chunk_grid, (state,), inputs.operands(), (TokenOperand(inputs.v), saved)
     )
-    return (out, final), (q, k, v, log_decay, states)
+    return (out, final), (inputs, states)
 
 
 def _backward(
-    chunk_grid: ChunkGrid, residuals: TaylorResiduals, grads: tuple[Array, Array]
-) -> tuple[Array | None, ...]:
-    q, k, v, gate, states = residuals
-    slope, late = grads
-    inputs = (TokenOperand(slope), PerChunkOperand(states), *_operands(q, k, v, gate))
-    body = functools.partial(_backward_chunk, v.dtype)
-    (early,), (dq, dk, dv) = chunk_scan(
+    chunk_grid: ChunkGrid, residuals: _TaylorResiduals, grads: tuple[Array, Array]
+) -> tuple[_TaylorOperands, Array]:
+    inputs, states = residuals
+    grad, state_grad = grads
+    (initial_grad,), token_grads = chunk_scan(
         "taylor_attention_backward",
-        body,
+        functools.partial(_backward_chunk, inputs.v.dtype),
         chunk_grid._replace(reverse=True),
-        (late,),
-        inputs,
-        (TokenOperand(q), TokenOperand(k), TokenOperand(v)),
+        (state_grad,),
+        (TokenOperand(grad), PerChunkOperand(states), *inputs.operands()),
+        tuple(TokenOperand(x) for x in (inputs.q, inputs.k, inputs.v)),
     )
-    return dq, dk, dv, None if gate is None else jnp.zeros_like(gate), early
+    decay_grad = None if inputs.log_decay is None else jnp.zeros_like(inputs.log_decay)
+    return _TaylorOperands(*token_grads, decay_grad), initial_grad
 
 
 _core.defvjp(_forward, _backward)

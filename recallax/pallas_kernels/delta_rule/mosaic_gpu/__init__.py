@@ -85,9 +85,9 @@ def delta_rule(
         decay = jnp.where(valid, decay, 0.0)  # nor does padding decay
         erase_k = (jnp.repeat(k, heads // k.shape[2], axis=2).astype(jnp.float32) * erase).astype(k.dtype)
         padded = (pad_tokens(x, padding) for x in (q, k, erase_k, v, write[..., 0], decay))
-        out, final_state = delta_rule_channel_decay(config, DeltaChannelInputs(*padded, state), document_ids)
+        out, final_state = delta_rule_channel_decay(config, DeltaChannelInputs._make((*padded, state)), document_ids)
     else:
         decay = None if log_decay is None else pad_tokens(log2_token_decay(log_decay), padding)
         padded = (pad_tokens(x, padding) for x in (q, k, v, erase[..., 0], write[..., 0]))
-        out, final_state = _delta_rule(config, DeltaRuleInputs(*padded, decay, state), document_ids)
+        out, final_state = _delta_rule(config, DeltaRuleInputs._make((*padded, decay, state)), document_ids)
     return out[:, :length], final_state

@@ -7,8 +7,8 @@ D_ij = 2^(L_i - L_j) for j <= i, and D' the same for j < i,
     R  = 2^L dW S^T + (dW U^T * D') K                       gradient of the erase keys b K, negated: db = -k.R
     dK = -b R + 2^(L_C - L) U dS^T + scale (dO U^T * D)^T Q - (dW U^T * D')^T (b K)
 
-The decay of a token scales what passes from before it to readers at the token or later. Its gradient is the sum over the
-rest of the chunk of q.dq - k.(b R) - k.(the other terms of dk), and of the parts of the state behind the chunk,
+The decay of a token scales what passes from before it to readers at the token or later. Its gradient is the sum over
+the rest of the chunk of q.dq - k.(b R) - k.(the other terms of dk), and of the parts of the state behind the chunk,
 dS.(2^L_C S) and k.(2^(L_C - L) U dS^T).
 """
 

@@ -202,7 +202,8 @@ def delta_channel_forward_loop(
 
     Args:
         config: Sizes.
-        tokens: References to the decayed queries, erase keys and keys, to v, the scores and the inverses, [T, width] each.
+        tokens: References to the decayed queries, erase keys and keys, to v, the scores and the inverses, [T, width]
+            each.
         vectors: References to the decays of the state over the chunks [N * K] and to write [T].
         initial_state: Reference [K, V].
         out: Reference [T, V].

@@ -82,7 +82,7 @@ def delta_rule_fwd(config: LaunchConfig, inputs: DeltaRuleInputs, document_ids: 
     gates, erase = gates_and_erase(inputs, document_ids)
     inverse = chunk_inverses(inputs.k, gates, erase)
     out, final_state, saved, transitions = _forward(config, inputs, gates, inverse, save_residuals=True)
-    return (out, final_state), DeltaResiduals(inputs, document_ids, inverse, *saved, transitions)
+    return (out, final_state), DeltaResiduals._make((inputs, document_ids, inverse, *saved, transitions))
 
 
 def gates_and_erase(
@@ -96,9 +96,7 @@ def split_gates_and(
     gates: CumulativeDecay | None, *vectors: Float[Array, "B T H"], num_splits: int
 ) -> tuple[CumulativeDecay | tuple[()], list[Float[Array, "N H S"]]]:
     """Split the rows of the cumulative decays, and of vectors whose time axis comes last in the result."""
-    parts = [
-        split_rows_head_major(x, num_splits) for x in (*(gates or ()), *(jnp.moveaxis(x, 2, 1) for x in vectors))
-    ]
+    parts = [split_rows_head_major(x, num_splits) for x in (*(gates or ()), *(jnp.moveaxis(x, 2, 1) for x in vectors))]
     if gates is None:
         return (), parts
     return CumulativeDecay(*parts[:2]), parts[2:]

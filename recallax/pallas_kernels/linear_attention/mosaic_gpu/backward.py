@@ -1,9 +1,9 @@
-"""Backward pass of linear attention with a decay per token: one loop forward in time for dq, one backward for dk and dv.
+"""Backward pass of linear attention with a decay per token: a loop forward in time for dq, one backward for dk and dv.
 
-A pair of tokens occurs twice in the sums for the decay's gradient, as q.dq and as k.dk, and contributes to that gradient
-only where the two do not cancel. Both loops must therefore see the same rounding: decays are rounded into the keys of
-the first loop and into the queries of the second, the sums use those, pairs within a chunk are float32 in both, and the
-products for the sums also use the low part of the states.
+A pair of tokens occurs twice in the sums for the decay's gradient, as q.dq and as k.dk, and contributes to that
+gradient only where the two do not cancel. Both loops must therefore see the same rounding: decays are rounded into the
+keys of the first loop and into the queries of the second, the sums use those, pairs within a chunk are float32 in both,
+and the products for the sums also use the low part of the states.
 """
 
 from typing import Any

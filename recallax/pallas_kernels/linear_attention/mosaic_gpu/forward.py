@@ -3,7 +3,7 @@
 The loop over the chunks of a head also computes the gradient of the queries, with other arguments (`backward.py`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,13 +70,15 @@ class LinearTokens(NamedTuple):
     ) -> "LinearTokens":
         """Split the rows of the inputs and of their gates."""
         gates = split_gates(gates, num_splits)
-        return cls(*(split_rows(x, num_splits) for x in inputs[:3]), gates or ())
+        q, k, v = (split_rows(x, num_splits) for x in inputs[:3])
+        return cls(q, k, v, gates or ())
 
     def of_head(self, row: Array, head: Array) -> "LinearTokens":
         """Return references to one value head and its queries and keys: [S, width] each, and gates [S]."""
+        refs: Any = self
         group = shared_group(head, self.v.shape[2], self.q.shape[2])
-        gates: tuple = tuple(gate.at[row, head] for gate in self.gates)
-        return LinearTokens(self.q.at[row, :, group], self.k.at[row, :, group], self.v.at[row, :, head], gates)
+        gates = [gate.at[row, head] for gate in refs.gates]
+        return LinearTokens._make((refs.q.at[row, :, group], refs.k.at[row, :, group], refs.v.at[row, :, head], gates))
 
 
 class LinearLoopConfig(NamedTuple):
@@ -137,7 +139,8 @@ def linear_forward_loop(
 
     Args:
         config: Sizes.
-        tokens: References to q, k and v, [T, width] each in global memory; with `decay_grad_sums` also to x, of v's width.
+        tokens: References to q, k and v, [T, width] each in global memory; with `decay_grad_sums` also to x, of v's
+            width.
         gates: References to the cumulative decays [T] for queries and for keys; empty: no decay.
         initial_state: Reference [K, V], float32.
         out: Reference [T, V] to the output.
@@ -214,7 +217,10 @@ def _forward_chunk(scale, tokens, gates, state, scratch):
             return jnp.where(visible, scores, 0.0)
         return scores * pair_decay(query_decay, gates[1], visible)
 
-    scores, out = (zero_accumulator(*CHUNK_SHAPE), (q, k.transpose((1, 0)))), (zero_accumulator(*shape), (q, state_smem))
+    scores, out = (
+        (zero_accumulator(*CHUNK_SHAPE), (q, k.transpose((1, 0)))),
+        (zero_accumulator(*shape), (q, state_smem)),
+    )
     sums = None
     if x is None:
         scores, out = wgmma_accumulate(scores, out)

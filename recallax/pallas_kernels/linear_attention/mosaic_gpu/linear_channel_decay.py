@@ -3,9 +3,9 @@
     O = Q~ S + P V        S <- Diag(2^L_C) S + K~^T V
 
 A first kernel computes Q~ (decayed since the chunk's start), K~ (decayed until its end) and the scores P of all chunks
-(`channel_decay_forward.py`), which leaves three products per chunk for the loop over time. In the backward pass the same
-loop gives the gradients of V and of the states, with Q~ and K~ exchanged; a last kernel then computes the other gradients
-of each chunk (`channel_decay_backward.py`).
+(`channel_decay_forward.py`), which leaves three products per chunk for the loop over time. In the backward pass the
+same loop gives the gradients of V and of the states, with Q~ and K~ exchanged; a last kernel then computes the other
+gradients of each chunk (`channel_decay_backward.py`).
 """
 
 from typing import NamedTuple
@@ -83,9 +83,7 @@ def _primal(config: LaunchConfig, inputs: LinearChannelInputs, document_ids: Doc
 
 def _fwd(config, inputs, document_ids):
     chunks = _prepare_chunks(config.scale, inputs, document_ids)
-    out, final_state, (states,) = _loop_over_splits(
-        chunks, inputs.v, inputs.state, config.num_splits, save_states=True
-    )
+    out, final_state, (states,) = _loop_over_splits(chunks, inputs.v, inputs.state, config.num_splits, save_states=True)
     return (out, final_state), (inputs, document_ids, chunks, states)
 
 

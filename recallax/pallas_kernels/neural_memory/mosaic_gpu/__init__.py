@@ -3,10 +3,10 @@
     U = T (V - a_0 K W - a_1 K S),   T = (I + G- * K K^T)^{-1}          minus the gradients of the memory's loss
 
 The coefficients of gradients and states (G, a, b, c) depend on gates and documents alone. XLA computes them first, and
-also what the initial weights add (`sequential_memory.py`). A kernel then computes the scores and inverses of all chunks,
-and another loops over time with both states in registers (`memory_chunk_loops.py`). For the gradients that loop also
-stores U and the states before each chunk; a loop backward in time gives the gradients of V and of the states behind each
-chunk, and a last kernel computes the other gradients of each chunk (`memory_chunk_grads.py`).
+also what the initial weights add (`sequential_memory.py`). A kernel then computes the scores and inverses of all
+chunks, and another loops over time with both states in registers (`memory_chunk_loops.py`). For the gradients that loop
+also stores U and the states before each chunk; a loop backward in time gives the gradients of V and of the states
+behind each chunk, and a last kernel computes the other gradients of each chunk (`memory_chunk_grads.py`).
 """
 
 import functools
@@ -99,9 +99,7 @@ def _chunk_coefficients(
     tokens, parts = jax.tree.map(lambda x: x.reshape(-1, CHUNK, *x.shape[2:]), (tokens, document_ids))
     previous = jnp.pad(document_ids.index[:, CHUNK - 1 : -1 : CHUNK], ((0, 0), (1, 0)))
     masks = chunk_masks(parts, previous.reshape(-1))
-    coefficients = jax.tree.map(
-        lambda x: x[:, :, 0], update_coefficients(inner_optimizer, tokens, masks.visible)
-    )
+    coefficients = jax.tree.map(lambda x: x[:, :, 0], update_coefficients(inner_optimizer, tokens, masks.visible))
     weights_to_key, momentum_to_key, gradients_to_key = shifted_coefficients(
         inner_optimizer, tokens, coefficients, masks.visible
     )

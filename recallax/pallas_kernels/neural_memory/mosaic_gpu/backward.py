@@ -39,7 +39,9 @@ def _launch_backward(residuals: LinearMemoryResiduals, out_grad, state_grads):
     def unlearn(tokens, final_grads, v_grad, chunk_state_grads, initial_grads):
         row, head, columns = block_position()
         matrices, vectors = tokens.of_block()
-        final_grads, initial_grads = ([x.at[row, head, :, columns] for x in refs] for refs in (final_grads, initial_grads))
+        final_grads, initial_grads = (
+            [x.at[row, head, :, columns] for x in refs] for refs in (final_grads, initial_grads)
+        )
         saved_states = [x.at[row, head, :, :, columns] for x in chunk_state_grads]
         saved = MemoryResidualRefs(v_grad.at[row, :, head, columns], saved_states)
         memory_backward_loop(config, matrices, vectors, final_grads, initial_grads, saved)

@@ -1,9 +1,9 @@
 """The element-wise gated recurrence on Hopper: 64 channels in the registers of a block, token after token.
 
 The states of a channel lie along a row of a register matrix, so that what belongs to a channel is a vector along the
-rows, and B and C are vectors along the columns. Only inputs and outputs pass through global memory, and for the backward
-pass a state every 16 tokens, from which that pass recomputes the states in between. The register layout needs a multiple
-of eight states, so states are padded with zeros: with one state per channel, seven of eight computed states are zero.
+rows, and B and C are vectors along the columns. Only inputs and outputs pass through global memory, and for the
+backward pass a state every 16 tokens, from which that pass recomputes the states in between. The register layout needs
+a multiple of eight states, so states are padded with zeros: with one state per channel, seven of eight are zero.
 """
 
 import jax.numpy as jnp

@@ -97,7 +97,7 @@ def _launch_backward(inputs: SelectiveScanInputs, state_mask, states, out_grad, 
 
             def chunk(step, *refs):
                 *refs, carry = refs
-                chunk_refs = _ChunkRefs(*refs[:5], refs[5:])
+                chunk_refs = _ChunkRefs._make((*refs[:5], refs[5:]))
                 _recompute_states(scratch, chunk_refs, a_values, states.at[row, step, own])
                 carry = _chunk_backward(scratch, chunk_refs, a_values, carry)
                 plgpu.commit_smem()

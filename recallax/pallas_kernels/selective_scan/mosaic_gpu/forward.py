@@ -23,9 +23,7 @@ from recallax.pallas_kernels.selective_scan.mosaic_gpu.scan_blocks import (
 )
 
 
-def selective_scan_primal(
-    config: LaunchConfig, inputs: SelectiveScanInputs, state_mask: Float[Array, "B T N"] | None
-):
+def selective_scan_primal(config: LaunchConfig, inputs: SelectiveScanInputs, state_mask: Float[Array, "B T N"] | None):
     """Return the output and the final state."""
     return _forward_splits(config.num_splits, inputs, state_mask, save_states=False)[:2]
 
