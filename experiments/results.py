@@ -1,6 +1,7 @@
 """Checked-in result rows: reading them, selecting the best one, and writing a report's table."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from recallax.sweep import ResultRow
@@ -40,7 +41,7 @@ def best_row(rows: list[ResultRow], stage: str, **labels: str | int | float) -> 
     return max(candidates, key=lambda r: r["valid"]["accuracy"])
 
 
-def markdown_row(cells: list[object]) -> str:
+def markdown_row(cells: Sequence[object]) -> str:
     """Format one line of a Markdown table."""
     return "| " + " | ".join(map(str, cells)) + " |"
 

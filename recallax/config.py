@@ -163,14 +163,14 @@ def config_classes() -> dict[str, type[Config]]:
     Raises:
         ConfigError: Two classes have the same name.
     """
-    found: dict[str, type[Config]] = {}
+    classes: dict[str, type[Config]] = {}
     pending = list(Config.__subclasses__())
     while pending:
         cls = pending.pop()
         pending += cls.__subclasses__()
-        if found.setdefault(cls.__name__, cls) is not cls:
+        if classes.setdefault(cls.__name__, cls) is not cls:
             raise ConfigError(f"two config classes are named {cls.__name__}; names must be unique")
-    return found
+    return classes
 
 
 def _encode(value: Any) -> Any:

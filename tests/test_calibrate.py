@@ -1,4 +1,4 @@
-"""`recallax calibrate`: a run that reads longer, as a run like any other."""
+"""`recallax calibrate`: runs with a longer context."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -62,12 +62,12 @@ def leaves(tree: Any) -> dict[tuple, Any]:
 def test_calibrated_run_equals_the_run_with_filters(run: Path, capsys: pytest.CaptureFixture[str]):
     out = run / f"long-{4 * LENGTH}"
     assert main(["calibrate", str(run), "--context-length", str(4 * LENGTH), *OPTIONS]) == 0
-    told = capsys.readouterr().out
-    assert f"run: {out}" in told and "from 8 rows of 12 tokens of the valid split" in told
+    output = capsys.readouterr().out
+    assert f"run: {out}" in output and "from 8 rows of 12 tokens of the valid split" in output
     counts = [
-        [int(word) for word in line.split() if word.isdecimal()] for line in told.splitlines() if "layers" in line
+        [int(word) for word in line.split() if word.isdecimal()] for line in output.splitlines() if "layers" in line
     ]
-    names = [line.split(":")[0].strip() for line in told.splitlines() if "layers" in line]
+    names = [line.split(":")[0].strip() for line in output.splitlines() if "layers" in line]
     assert names == ["layers.0.mixer", "layers.1.mixer", "layers.2.mixer.paths.ssm"]
     filtered = [np.sum(np.asarray(leaf) > 0, axis=-1) for leaf in leaves(restore_run(out)[1].state.statistics).values()]
     assert [count for count, _ in counts] == np.concatenate([np.ravel(x) for x in filtered]).tolist()
@@ -78,12 +78,12 @@ def test_calibrated_run_equals_the_run_with_filters(run: Path, capsys: pytest.Ca
     tokens = jnp.asarray(CONFIG.task.batch(0, "valid", 0, 8).tokens)
     model = with_long_mamba(MODEL, LENGTH, 4 * LENGTH)
     built = nnx.merge(long.graphdef, new.state.params, long.init_state().statistics)
-    wanted = leaves(
+    expected = leaves(
         nnx.to_pure_dict(nnx.state(calibrate_step_filters(model, built, tokens, min_retention=1e-6), Statistic))
     )
     found = leaves(new.state.statistics)
-    assert found.keys() == wanted.keys() and len(found) == 2 and all(np.any(leaf) for leaf in found.values())
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert found.keys() == expected.keys() and len(found) == 2 and all(np.any(leaf) for leaf in found.values())
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
     plain, longer = (evaluate_run(folder, "test") for folder in (run, out))
     assert plain.keys() == longer.keys() and plain["loss"] != longer["loss"]
     again = main(["calibrate", str(run), "--context-length", str(4 * LENGTH), *OPTIONS])
@@ -131,5 +131,5 @@ def test_uncalibratable_models_are_rejected(run: Path, capsys: pytest.CaptureFix
 def test_rows_come_from_train_where_valid_has_none_of_that_length(run: Path):
     _, restored = restore_run(run)
     other = Program(replace(CONFIG, task=InductionHeads(num_symbols=6, length=LENGTH, test_lengths=(20,))))
-    *_, told = calibrate(other, restored.state, CalibrationOptions(context_length=48, num_rows=4))
-    assert told[0] == "thresholds from 4 rows of 12 tokens of the train split"
+    *_, output = calibrate(other, restored.state, CalibrationOptions(context_length=48, num_rows=4))
+    assert output[0] == "thresholds from 4 rows of 12 tokens of the train split"

@@ -151,7 +151,9 @@ for command in sys.argv[1:]:
 """
     commands = ["", "--help", "help", "--version", "list", "list --help", "nothing", "show --help", "train --help"]
     commands += ["train", "train nothing", "show nothing", "eval --help", "report --help", "eval"]
-    commands += ["generate --help", "generate"]
+    commands += ["generate", "sweep"]
+    others = ("calibrate", "corpus", "doctor", "export", "generate", "import", "sweep", "tokenizer")
+    commands += [f"{name} --help" for name in others]
     command = [sys.executable, "-c", script, *commands]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,8 @@
-"""Stages of a curriculum: what they move and what they leave alone, when they end, and that runs go on inside them."""
+"""Curricula: which parameters a stage changes, when it ends, and that runs resume inside it."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -107,19 +109,19 @@ def compiled(config: RunConfig) -> Program:
 
 
 def copy_state(state: TrainState) -> TrainState:
-    """On the host, since a step uses its buffers up."""
+    """Copy to the host, since a step donates its buffers."""
     return jax.device_get(state._replace(key=jax.random.key_data(state.key)))
 
 
 def run_steps(program: Program, positions: list[PhasePosition]) -> list[TrainState]:
     """The states before and after each step."""
     state = program.init_state()
-    found = [copy_state(state)]
+    result = [copy_state(state)]
     for index, position in enumerate(positions):
         state, report = program.step(state, program.batch(index, position.index), position)
         assert report.finite.all()
-        found.append(copy_state(state))
-    return found
+        result.append(copy_state(state))
+    return result
 
 
 def leaves(tree: Any) -> dict[tuple, Any]:
@@ -131,11 +133,11 @@ def bits(tree: Any) -> dict[tuple, bytes]:
 
 
 def adam(state: TrainState) -> Any:
-    (found,) = [s for s in jax.tree.leaves(state.optimizer, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
-    return found
+    (result,) = [s for s in jax.tree.leaves(state.optimizer, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
+    return result
 
 
-# What a stage moves
+# Parameters that a stage changes
 
 
 @pytest.mark.full
@@ -154,7 +156,7 @@ def test_one_stage_of_all_parameters_equals_no_curriculum():
 
 def test_frozen_parameters_are_unchanged_and_unfreeze_with_fresh_moments():
     program = compiled(CONFIG)
-    before, _, after, *_, woken = states = run_steps(program, [PhasePosition()] * 3 + [PhasePosition(2, 3)] * 2)
+    before, _, after, *_, unfrozen = states = run_steps(program, [PhasePosition()] * 3 + [PhasePosition(2, 3)] * 2)
     names, _ = parameter_names(MODEL, 16)
     by_name = {path: called.layer_names[0] for path, called in names.items()}
     frozen = {path for path, name in by_name.items() if name.startswith("layers.2.") or ".paths.ssm.out." in name}
@@ -164,11 +166,11 @@ def test_frozen_parameters_are_unchanged_and_unfreeze_with_fresh_moments():
     paths = list(leaves(before.params))
     counts = dict(zip(paths, adam(after).counts.tolist(), strict=True))
     for path, name in by_name.items():
-        held = path in frozen | gates
+        is_frozen = path in frozen | gates
         moments = [leaves(tree)[path] for tree in (adam(after).mu, adam(after).nu)]
-        assert (old[path] == new[path]) == held or path in gates, name
-        assert counts[path] == (0 if held else 2), name
-        assert all(not np.any(m) for m in moments) == held, name
+        assert (old[path] == new[path]) == is_frozen or path in gates, name
+        assert counts[path] == (0 if is_frozen else 2), name
+        assert all(not np.any(m) for m in moments) == is_frozen, name
     assert not np.any(leaves(after.params)[next(iter(gates))])
     # The first update of what wakes in step 3: as large as the rate, whatever the other parameters' counts.
     (out,) = [path for path, name in by_name.items() if ".paths.ssm.out." in name]
@@ -179,7 +181,7 @@ def test_frozen_parameters_are_unchanged_and_unfreeze_with_fresh_moments():
     grad = np.abs(leaves(adam(states[4]).mu)[out])
     assert (grad > 1e-8).mean() > 0.5
     np.testing.assert_allclose(moved[grad > 1e-8], rate, rtol=0.02)
-    assert dict(zip(paths, adam(woken).counts.tolist(), strict=True))[out] == 2
+    assert dict(zip(paths, adam(unfrozen).counts.tolist(), strict=True))[out] == 2
 
 
 def test_frozen_negative_zeros_are_unchanged():
@@ -202,10 +204,10 @@ def test_gates_are_ramped_and_then_trained():
     gates = [leaves(s.params) for s in states]
     for name in ("ssm", "attention"):
         (path,) = [path for path in gates[0] if path[-2:] == ("gates", name)]
-        found = [flat[path] for flat in gates[1:]]
-        assert found[0].shape == (2,)  # two layers in one array
-        np.testing.assert_array_equal(found[:5], np.array([[0.1] * 2, [0.2] * 2, *[[0.3] * 2] * 3], np.float32))
-        assert (found[6] != np.float32(0.3)).all()
+        result = [flat[path] for flat in gates[1:]]
+        assert result[0].shape == (2,)  # two layers in one array
+        np.testing.assert_array_equal(result[:5], np.array([[0.1] * 2, [0.2] * 2, *[[0.3] * 2] * 3], np.float32))
+        assert (result[6] != np.float32(0.3)).all()
     assert CONFIG.curriculum is not None
     schedule = CurriculumSchedule(CONFIG.curriculum, CurriculumState(1, 10))
     assert [schedule.ramp_values(step)["*.gates.*"] for step in (11, 12, 13, 14)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
@@ -237,8 +239,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_log_records_curriculum_stages(finished: Path):
     rows = read(finished)
-    told = [(row["step"], row["stage"], row["name"]) for row in rows if row.get("event") == "stage"]
-    assert told == [(0, 0, "alone"), (4, 1, "ramp"), (7, 2, "settle"), (12, 3, "all")]
+    starts = [(row["step"], row["stage"], row["name"]) for row in rows if row.get("event") == "stage"]
+    assert starts == [(0, 0, "alone"), (4, 1, "ramp"), (7, 2, "settle"), (12, 3, "all")]
     reasons = [row["reason"] for row in rows if row.get("event") == "stage"]
     assert reasons[0] == "the run begins" and "reached 100" in reasons[1] and reasons[2] == "after 3 steps"
     assert "valid loss settled at" in reasons[3]
@@ -274,8 +276,8 @@ def test_killed_run_resumes_in_the_middle_of_a_stage(
     add, folder = MetricsLogger.add, tmp_path / "run"
 
     for kill in kills:
-        held = [int(p.name) for p in (folder / "checkpoints").glob("[0-9]*")] if folder.exists() else []
-        left = [None] * (kill - max(held, default=0))
+        saved = [int(p.name) for p in (folder / "checkpoints").glob("[0-9]*")] if folder.exists() else []
+        left = [None] * (kill - max(saved, default=0))
 
         def stop(self: Any, report: Any, batch: Any, left: list[None] = left) -> None:
             add(self, report, batch)
@@ -308,6 +310,20 @@ def test_a_checkpoint_without_a_stage_is_rejected():
     assert schedule.state == CurriculumState()
     with pytest.raises(CheckpointError, match="does not record the stage"):
         schedule.restore({}, step=3)
+
+
+def test_runs_without_a_curriculum_do_not_import_its_code():
+    script = """
+import sys
+from recallax.configs import mqar_micro
+from recallax.train.loop import train
+from recallax.train.program import Program
+from recallax.train.vmapped_runs import train_vmapped
+Program(mqar_micro.get_tiny())
+print(*sorted(name for name in sys.modules if name.startswith("recallax.train.curriculum.")))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.split() == ["recallax.train.curriculum.stages"]  # the classes of configs
 
 
 # When a stage ends
@@ -360,14 +376,14 @@ def test_stage_has_minimum_and_maximum_duration():
 
 
 def test_curriculum_state_json_round_trip():
-    standing = CurriculumState(
+    state = CurriculumState(
         2, 5, ({"accuracy": 0.1 + 0.2, "loss": float("nan")}, {"accuracy": 1e-300, "loss": float("inf")})
     )
-    back = curriculum_state_from_json(json.loads(json.dumps(standing.to_json(), allow_nan=False)))
-    assert repr(back) == repr(standing)
+    back = curriculum_state_from_json(json.loads(json.dumps(state.to_json(), allow_nan=False)))
+    assert repr(back) == repr(state)
 
 
-# What does not fit
+# Invalid curricula
 
 
 STAGE = Stage(name="s", until=AfterSteps(steps=2))

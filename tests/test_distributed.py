@@ -1,4 +1,4 @@
-"""One result on any number of devices and processes; each device holds its share and no more."""
+"""Results do not depend on the number of devices and processes; each device stores its share only."""
 
 import json
 import os
@@ -62,8 +62,8 @@ for name, (data, fsdp) in meshes.items():
     for index in range(steps):
         state, report = program.step(state, program.batch(index))
         losses.append(float(report.loss))
-    held = (state.params, state.optimizer)
-    leaves = [leaf for leaf in jax.tree.leaves(held) if leaf.ndim]
+    arrays = (state.params, state.optimizer)
+    leaves = [leaf for leaf in jax.tree.leaves(arrays) if leaf.ndim]
     found[name] = {
         "losses": losses,
         "valid": program.evaluate(state, "valid"),
@@ -83,7 +83,7 @@ for name, (data, fsdp) in meshes.items():
             there = checkpoints.restore(other.abstract_state).state
         found["restored"] = all(
             bool(np.array_equal(a, b)) and b.sharding == c.sharding
-            for a, b, c in zip(*map(jax.tree.leaves, (held, (there.params, there.optimizer),
+            for a, b, c in zip(*map(jax.tree.leaves, (arrays, (there.params, there.optimizer),
                                                       (other.abstract_state.params, other.abstract_state.optimizer))))
         )
 print(json.dumps(found))
@@ -101,19 +101,19 @@ def meshes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 
 @pytest.mark.parametrize("name", ["data", "both", "fsdp"])
 def test_every_mesh_equals_one_device(meshes: tuple[Path, dict[str, Any]], name: str) -> None:
-    wanted, found = meshes[1]["one"], meshes[1][name]
-    assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-5)
-    assert found["valid"] == pytest.approx(wanted["valid"], rel=1e-5)
-    assert found["kept"], "a step must leave the state where it found it"
+    expected, found = meshes[1]["one"], meshes[1][name]
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert found["valid"] == pytest.approx(expected["valid"], rel=1e-5)
+    assert found["kept"], "a step must leave the state key it found it"
 
 
 def test_memory_per_device_falls_with_fsdp(meshes: tuple[Path, dict[str, Any]]) -> None:
     """Parameters and moments; what has no divisible axis (norm scales) stays whole."""
-    held = {name: meshes[1][name]["bytes"] for name in MESHES}
+    num_bytes = {name: meshes[1][name]["bytes"] for name in MESHES}
     total = meshes[1]["one"]["total"]
-    assert held["one"] == held["data"] == total
-    assert total / 2 <= held["both"] < 0.6 * total
-    assert total / 8 <= held["fsdp"] < 0.25 * total
+    assert num_bytes["one"] == num_bytes["data"] == total
+    assert total / 2 <= num_bytes["both"] < 0.6 * total
+    assert total / 8 <= num_bytes["fsdp"] < 0.25 * total
 
 
 def test_a_checkpoint_is_restored_on_another_mesh(meshes: tuple[Path, dict[str, Any]]) -> None:
@@ -127,7 +127,7 @@ def test_a_checkpoint_is_restored_on_another_mesh(meshes: tuple[Path, dict[str, 
     assert program.evaluate(restored.state, "valid") == pytest.approx(found["both"]["valid"], rel=1e-5)
 
 
-# What a mesh refuses
+# Meshes that are rejected
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,9 @@ class Job:
         self.errors = [folder.with_suffix(f".{i}.err") for i in range(PROCESSES)]
         self.processes = []
         for i, error in enumerate(self.errors):
-            where = [f"--distributed.coordinator-address={address}", f"--distributed.num-processes={PROCESSES}"]
-            where += [f"--distributed.process-id={i}", f"--run={folder}"]
-            command = [sys.executable, "-m", "recallax", "train", *ARGUMENTS, *more, *where]
+            key = [f"--distributed.coordinator-address={address}", f"--distributed.num-processes={PROCESSES}"]
+            key += [f"--distributed.process-id={i}", f"--run={folder}"]
+            command = [sys.executable, "-m", "recallax", "train", *ARGUMENTS, *more, *key]
             with open(error, "w") as err:
                 out = subprocess.DEVNULL
                 self.processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=environment(2)))
@@ -229,14 +229,14 @@ def test_two_processes_equal_one(pair: dict[str, Any], tmp_path: Path) -> None:
     statuses, errors = pair["finished"]
     assert statuses == [0, 0], errors
     assert main(["train", *ARGUMENTS, "--run", str(tmp_path / "run")]) == 0
-    found, wanted = (
+    found, expected = (
         {(r["step"], r["split"]): (r["loss"], r["accuracy"]) for r in read(folder) if r["kind"] == "eval"}
         for folder in (pair["folder"], tmp_path / "run")
     )
-    assert wanted.keys() == {(30, "valid"), (60, "valid"), (60, "test")}
-    assert found.keys() == wanted.keys()
-    for where, values in wanted.items():
-        assert found[where] == pytest.approx(values, rel=1e-5)
+    assert expected.keys() == {(30, "valid"), (60, "valid"), (60, "test")}
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        assert found[key] == pytest.approx(values, rel=1e-5)
 
 
 def test_only_the_first_process_writes(pair: dict[str, Any]) -> None:
@@ -250,11 +250,11 @@ def test_only_the_first_process_writes(pair: dict[str, Any]) -> None:
 
 def test_all_processes_reject_a_folder_together(pair: dict[str, Any]) -> None:
     """Process 0 sees that the folder is another run's; the other must not wait for it."""
-    begin = time.monotonic()
+    start = time.monotonic()
     statuses, errors = Job(pair["folder"], "--optim.lr=0.5").wait()
     assert statuses == [2, 2]
     assert "optim.lr: 0.01 -> 0.5" in errors[0] and "process 0 could not open the folder" in errors[1]
-    assert time.monotonic() - begin < 60 and "Traceback" not in "".join(errors)
+    assert time.monotonic() - start < 60 and "Traceback" not in "".join(errors)
 
 
 def test_one_process_needs_no_coordinator() -> None:

@@ -51,7 +51,7 @@ def test_best_row_is_the_most_accurate_one_with_the_labels() -> None:
     rows = [{"mixer": m, "stage": s, "valid": {"accuracy": x}} for (m, s), x in accuracies.items()]
     assert best_row(rows, "grid") is rows[2]
     assert best_row(rows, "grid", mixer="a") is rows[0]
-    with pytest.raises(ValueError, match="no row of stage 'grid' has {'mixer': 'c'}"):
+    with pytest.raises(ValueError, match=r"no row of stage 'grid' has {'mixer': 'c'}"):
         best_row(rows, "grid", mixer="c")
 
 

@@ -156,7 +156,10 @@ UNREPRESENTABLE = {
     "layers.0.mixer.readout.norm_eps would be 4e-05, and is 1e-05": ("hgrn2", lm("a", a=Block(mixer=HGRN2()))),
     "layers.0.mixer.readout.gate.up.bias would be .16,., and is None": ("kda", lm("a", a=Block(mixer=KDA()))),
     "no short convolution": ("delta_net", lm("a", a=Block(mixer=DeltaNet(conv_size=0)))),
-    "norms have eps 0.001, and this layout supports only 1e-05": ("state-spaces", replace(lm("a", a=MAMBA2), norm_eps=1e-3)),
+    "norms have eps 0.001, and this layout supports only 1e-05": (
+        "state-spaces",
+        replace(lm("a", a=MAMBA2), norm_eps=1e-3),
+    ),
     "layer 0 has the mixer SoftmaxAttentionMixer": ("based", lm("a", a=ATTENTION)),
     "did you mean 'llama'": ("lama", lm("a", a=ATTENTION)),
 }

@@ -23,7 +23,7 @@ from recallax.pallas_kernels.landmark_attention import (
     landmark_attention,
     update_cache_and_log_probs,
 )
-from recallax.pallas_kernels.landmark_attention.block_retrieval import (
+from recallax.pallas_kernels.landmark_attention.block_selection import (
     PositionMode,
     SelectionScope,
     compressed_distances,

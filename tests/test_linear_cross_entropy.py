@@ -1,4 +1,4 @@
-"""The chunked cross-entropy against its definition in float64: values and every gradient; and what it holds."""
+"""Chunked cross-entropy against its definition in float64: values, all gradients, and memory use."""
 
 import dataclasses
 from functools import partial
@@ -41,7 +41,7 @@ CASES = {
 
 
 def draw(case: Case) -> tuple[dict[str, Any], np.ndarray]:
-    """Inputs in float64, and targets; a third of the rows has no weight and an impossible target."""
+    """Inputs in float64, and targets; a third of the rows has weight 0 and an invalid target."""
     rng = np.random.default_rng(case.rows)
     inputs = {
         "hidden": rng.normal(size=(case.rows, 12)),
@@ -57,48 +57,48 @@ def draw(case: Case) -> tuple[dict[str, Any], np.ndarray]:
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_it_is_the_plain_cross_entropy_in_values_and_gradients(case, monkeypatch):
+def test_xla_agrees_with_reference_in_values_and_gradients(case, monkeypatch):
     monkeypatch.setattr(xla, "MIN_CHUNK_ROWS", 16)
     monkeypatch.setitem(xla.MAX_LOGITS, "cpu", 1)
     inputs, targets = draw(case)
     weighted = inputs["loss_weights"] > 0
 
-    def run(form, targets, inputs):
+    def run(implementation, targets, inputs):
         scores = linear_cross_entropy(
-            **inputs, targets=targets, soft_cap=case.soft_cap, z_loss=case.z_loss, implementation=form
+            **inputs, targets=targets, soft_cap=case.soft_cap, z_loss=case.z_loss, implementation=implementation
         )
         return 3 * scores.total, (jnp.where(weighted, scores.loss, 0), scores.correct & weighted)
 
-    def results(form, inputs):
-        where = jnp.asarray(targets, jnp.int64 if jax.config.jax_enable_x64 else jnp.int32)
-        return jax.value_and_grad(partial(run, form, where), has_aux=True)(inputs)
+    def results(implementation, inputs):
+        target_ids = jnp.asarray(targets, jnp.int64 if jax.config.jax_enable_x64 else jnp.int32)
+        return jax.value_and_grad(partial(run, implementation, target_ids), has_aux=True)(inputs)
 
     with jax.enable_x64(True):
         wide = {name: jnp.asarray(x, jnp.float64) for name, x in inputs.items()}
         expected = jax.tree.map(np.asarray, results("reference", wide))
     narrow = {n: jnp.asarray(x, case.dtype if n == "hidden" else jnp.float32) for n, x in inputs.items()}
-    ((total, (loss, right)), slopes), ((total_, (loss_, right_)), slopes_) = results("xla", narrow), expected
+    ((total, (loss, correct)), grads), ((total_, (loss_, correct_)), grads_) = results("xla", narrow), expected
     tolerance = TOLERANCE[case.dtype]
     np.testing.assert_allclose(total, total_, rtol=tolerance)
     np.testing.assert_allclose(loss, loss_, atol=tolerance * np.abs(loss_).max())
     if case.dtype == "float32":
-        np.testing.assert_array_equal(right, right_)
-    assert slopes["hidden"].dtype == case.dtype and slopes["weight"].dtype == jnp.float32
-    for name, want in slopes_.items():
-        got = np.asarray(slopes[name], np.float64)
+        np.testing.assert_array_equal(correct, correct_)
+    assert grads["hidden"].dtype == case.dtype and grads["weight"].dtype == jnp.float32
+    for name, want in grads_.items():
+        got = np.asarray(grads[name], np.float64)
         if name == "loss_weights":
             got, want = got[weighted], want[weighted]
         assert np.abs(got - want).max() <= tolerance * np.abs(want).max(), name
-    plain, _ = run("xla", jnp.asarray(targets, jnp.int32), narrow)  # without gradients, another path
+    plain, _ = run("xla", jnp.asarray(targets, jnp.int32), narrow)  # the path without gradients
     np.testing.assert_allclose(plain, total, rtol=1e-6)
 
 
-def test_a_tie_is_not_right():
+def test_a_tie_is_not_correct():
     scores = linear_cross_entropy(jnp.zeros((2, 3)), jnp.zeros((5, 3)), jnp.zeros(2, jnp.int32), jnp.ones(2))
     assert not scores.correct.any()
 
 
-def test_the_gradient_holds_less_than_a_twentieth_of_the_logits():
+def test_gradient_needs_less_than_a_twentieth_of_the_memory_of_the_logits():
     rows, vocab, width = 16384, 8192, 16
     shapes = ((rows, width), (vocab, width), (rows,), (rows,))
     kinds = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)
@@ -107,8 +107,8 @@ def test_the_gradient_holds_less_than_a_twentieth_of_the_logits():
     def total(hidden, weight, targets, scale):
         return linear_cross_entropy(hidden, weight, targets, scale).total
 
-    held = jax.jit(jax.grad(total, argnums=(0, 1))).lower(hidden, weight, targets, scale).compile().memory_analysis()
-    assert held is not None and held.temp_size_in_bytes <= 0.05 * rows * vocab * 4
+    memory = jax.jit(jax.grad(total, argnums=(0, 1))).lower(hidden, weight, targets, scale).compile().memory_analysis()
+    assert memory is not None and memory.temp_size_in_bytes <= 0.05 * rows * vocab * 4
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_the_gradient_holds_less_than_a_twentieth_of_the_logits():
         ({"soft_cap": 0.0}, "soft_cap is 0.0"),
     ],
 )
-def test_bad_input_is_named(change, message):
+def test_invalid_input_is_named(change, message):
     good = {
         "hidden": jnp.zeros((2, 3)),
         "weight": jnp.zeros((5, 3)),

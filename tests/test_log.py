@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import recallax.train
 from recallax.train.log import LogError, RunLog, environment, git_commit, read_log
 from recallax.train.progress import LiveProgress, PlainProgress, make_progress
 
@@ -145,13 +146,11 @@ def test_unwritable_log_is_an_error(tmp_path: Path) -> None:
 
 
 def test_git_commit_is_that_of_the_source() -> None:
-    found = git_commit()
-    assert found is None or (len(found.removesuffix("+dirty")) == 40)
+    commit = git_commit()
+    assert commit is None or (len(commit.removesuffix("+dirty")) == 40)
 
 
-def test_git_commit_ignores_changed_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_git_commit_ignores_changed_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, rows = tmp_path / "log.py", tmp_path / "results.jsonl"
     for path in (source, rows):
         path.write_text("")
@@ -199,7 +198,13 @@ def test_live_progress_shows_the_same() -> None:
 
 def test_import_is_fast() -> None:
     """The heavy packages are imported where they are used."""
-    modules = "recallax.train.log, recallax.train.progress, recallax.report, recallax.train.run_folder"
+    modules = "recallax.train, recallax.train.log, recallax.train.progress, recallax.report, recallax.train.run_folder"
     script = f"import sys, {modules}; print(*{{'jax', 'rich', 'matplotlib', 'tensorboardX'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.strip() == ""
+
+
+def test_public_names_of_the_package_resolve() -> None:
+    assert all(hasattr(recallax.train, name) for name in recallax.train.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = recallax.train.nothing

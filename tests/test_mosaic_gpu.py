@@ -1,4 +1,4 @@
-"""The GPU kernels: against the definition in Pallas' interpreter, and lowered for an H100 that is not there."""
+"""The GPU kernels: against the definition in Pallas' interpreter, and lowered for an H100 without a GPU."""
 
 import dataclasses
 import os
@@ -31,16 +31,16 @@ from tests.gpu_kernel_testing import (
 from tests.test_ops import compare
 
 
-@pytest.mark.skipif(enough_threads(), reason="this process can run them itself")
+@pytest.mark.skipif(enough_threads(), reason="this process has enough threads to run them")
 def test_interpreted_kernels_in_a_process_with_enough_threads(request):
-    chosen = request.config.getoption("markexpr")
+    markers = request.config.getoption("markexpr")
     environment = os.environ | dict.fromkeys(THREAD_COUNT_VARIABLES, str(MIN_THREADS))
-    others = "not lowers and not refused"
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-m", chosen, "-k", others]
+    interpreted_only = "not lowers and not rejected"
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-m", markers, "-k", interpreted_only]
     command += map(str, sorted(Path(__file__).parent.glob("test_mosaic_gpu*.py")))
     folder = Path(__file__).parents[1]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 CASES = {
@@ -58,21 +58,21 @@ CASES = {
 
 
 def check(case: ArgSpec, heads: int | None = None, *, state: bool = True) -> None:
-    """Values, final state and every gradient of the kernel; `heads` value heads if they are more than q's and k's."""
+    """Compare values, final state and every gradient; `heads` is the number of value heads if it exceeds q's."""
     inputs = random_inputs(case)
     if heads:
         rng = np.random.default_rng(3)
         inputs["v"] = rng.normal(size=(2, case.length, heads, case.head_v_dim))
         inputs["log_decay"] = -np.abs(rng.normal(size=(2, case.length, heads)))
     shape = (2, heads or case.num_heads, case.head_k_dim, case.head_v_dim)
-    first = np.random.default_rng(5).normal(size=shape) if state else None
+    initial_state = np.random.default_rng(5).normal(size=shape) if state else None
     ids = segment_ids(case) if case.document_lengths else None
 
-    def op(inputs, state, form):
+    def op(inputs, state, implementation):
         with dispatch.interpret_kernels():
-            return linear_attention(**inputs, state=state, segment_ids=ids, implementation=form)
+            return linear_attention(**inputs, state=state, segment_ids=ids, implementation=implementation)
 
-    compare(op, case, inputs, first, "bfloat16", "mosaic_gpu")
+    compare(op, case, inputs, initial_state, "bfloat16", "mosaic_gpu")
 
 
 @interpreted
@@ -84,15 +84,15 @@ def test_linear_attention(name):
 
 @interpreted
 @pytest.mark.usefixtures("strict")
-def test_value_heads_share_a_query_head_and_no_state_is_an_empty_one():
+def test_shared_query_heads_and_default_state():
     check(ArgSpec(67, 64, 64, num_heads=1), heads=2, state=False)
 
 
 @interpreted
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 70, 5)], ids=["one", "four"])
-def test_rows_are_split_when_heads_are_few(documents, monkeypatch):
-    """Rows of four chunks as four blocks, each with the state that it starts from."""
+def test_row_splits(documents, monkeypatch):
+    """Rows of four chunks as four blocks, each with its own initial state."""
     monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 1)
     check(
         ArgSpec(200, 64, 64, num_heads=1, decay="token", document_lengths=documents, num_padding=200 - sum(documents))
@@ -127,40 +127,40 @@ def test_taylor_attention(name):
 @interpreted
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 40)], ids=["one", "three"])
-def test_taylor_attention_rows_are_split_when_heads_are_few(documents, monkeypatch):
+def test_taylor_attention_row_splits(documents, monkeypatch):
     monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 1)
     check_taylor(ArgSpec(120, 16, 64, num_heads=1, document_lengths=documents, num_padding=120 - sum(documents)))
 
 
 def check_taylor(case: ArgSpec) -> None:
-    """Values, final state and every gradient."""
+    """Compare values, final state and every gradient."""
     ids = segment_ids(case) if case.document_lengths else None
 
-    def op(inputs, state, form):
+    def op(inputs, state, implementation):
         with dispatch.interpret_kernels():
-            return taylor_attention(**inputs, state=state, segment_ids=ids, implementation=form)
+            return taylor_attention(**inputs, state=state, segment_ids=ids, implementation=implementation)
 
     compare(op, case, taylor_cases.inputs(case), taylor_cases.state(case, "symmetric"), "bfloat16", "mosaic_gpu")
 
 
 @interpreted
 @pytest.mark.usefixtures("strict")
-def test_a_step_of_taylor_attention_is_the_xla_form_s():
+def test_taylor_attention_step_equals_xla():
     case = ArgSpec(1, 16, 64, num_heads=1)
     token: dict[str, Any] = {name: jnp.asarray(x[:, 0], jnp.bfloat16) for name, x in taylor_cases.inputs(case).items()}
     state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), taylor_cases.state(case, "symmetric"))
     active = jnp.asarray([True, False])
     with dispatch.interpret_kernels():
         out, after = taylor_attention_step(**token, state=state, active=active, implementation="mosaic_gpu")
-    want, expected = taylor_attention_step(**token, state=state, active=active, implementation="xla")
-    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(want, np.float32), atol=1e-2)
+    expected_out, expected = taylor_attention_step(**token, state=state, active=active, implementation="xla")
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected_out, np.float32), atol=1e-2)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), after, expected)
     assert (after.kv[1] == state.kv[1]).all() and (out[1] == 0).all()
 
 
 @interpreted
-def test_warpgroups_do_not_race(monkeypatch):
-    """Two warpgroups that share the state's operand, over more chunks than the pipeline has room for."""
+def test_no_data_races(monkeypatch):
+    """Two warpgroups share the state's operand, and the row has more chunks than the pipeline holds at once."""
     params = plgpu.InterpretGPUParams(detect_races=True)
     monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", params)
     case = ArgSpec(300, 128, 128, num_heads=1, decay="token")
@@ -171,14 +171,14 @@ def test_warpgroups_do_not_race(monkeypatch):
             out, state = linear_attention(**inputs, implementation="mosaic_gpu")
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
 
-    slopes = jax.jit(jax.grad(total))(inputs)
-    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(slopes))
+    grads = jax.jit(jax.grad(total))(inputs)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize("width", [64, pytest.param(128, marks=pytest.mark.full)])
 @pytest.mark.parametrize("decay", [True, False], ids=["decay", "no decay"])
 @pytest.mark.parametrize("docs", [True, pytest.param(False, marks=pytest.mark.full)], ids=["docs", "no docs"])
-def test_it_lowers_for_an_h100(width, decay, docs):
+def test_lowers_for_an_h100(width, decay, docs):
     tokens = jax.ShapeDtypeStruct((2, 200, 2, width), jnp.bfloat16)
     gate = jax.ShapeDtypeStruct((2, 200, 2), jnp.float32) if decay else None
     ids = jax.ShapeDtypeStruct((2, 200), jnp.int32) if docs else None
@@ -186,11 +186,11 @@ def test_it_lowers_for_an_h100(width, decay, docs):
     def op(q, k, v, gate, ids):
         return linear_attention(q, k, v, log_decay=gate, segment_ids=ids, implementation="mosaic_gpu")
 
-    def slopes(q, k, v, gate, ids):
+    def grads(q, k, v, gate, ids):
         out, pull = jax.vjp(lambda q, k, v, gate: op(q, k, v, gate, ids), q, k, v, gate)
         return pull(out)
 
-    for function, kernels in ((op, 1), (slopes, 3)):
+    for function, kernels in ((op, 1), (grads, 3)):
         assert count_kernels(function, tokens, tokens, tokens, gate, ids) == kernels
 
 
@@ -214,14 +214,14 @@ def test_taylor_attention_lowers_for_an_h100(docs):
     def op(q, k, v, ids):
         return taylor_attention(q, k, v, segment_ids=ids, implementation="mosaic_gpu")
 
-    def slopes(q, k, v, ids):
+    def grads(q, k, v, ids):
         out, pull = jax.vjp(lambda q, k, v: op(q, k, v, ids), q, k, v)
         return pull(out)
 
-    assert count_kernels(op, keys, keys, values, ids) == 1 and count_kernels(slopes, keys, keys, values, ids) == 4
+    assert count_kernels(op, keys, keys, values, ids) == 1 and count_kernels(grads, keys, keys, values, ids) == 4
 
 
-def test_a_step_of_taylor_attention_lowers_for_an_h100():
+def test_taylor_attention_step_lowers_for_an_h100():
     keys, values = (jax.ShapeDtypeStruct((2, 2, width), jnp.bfloat16) for width in (16, 64))
     kv, z = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 2, 153, 64), (2, 2, 153)))
 

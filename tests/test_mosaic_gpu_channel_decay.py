@@ -32,7 +32,7 @@ CASES = {
 
 
 def check(case: ArgSpec, heads: int = 1, rate: float = 1.0) -> None:
-    """Values, final state and every gradient; `heads` value heads for each of q's and k's, decays as much slower."""
+    """Compare values, final state and gradients; `heads` value heads share a query head, `rate` scales the decays."""
     inputs = random_inputs(case)
     inputs["log_decay"] = rate * inputs["log_decay"]
     rng = np.random.default_rng(3)
@@ -43,9 +43,9 @@ def check(case: ArgSpec, heads: int = 1, rate: float = 1.0) -> None:
     state = linear_cases.state(dataclasses.replace(case, num_heads=count))
     ids = segment_ids(case) if case.document_lengths else None
 
-    def op(inputs, state, form):
+    def op(inputs, state, implementation):
         with dispatch.interpret_kernels():
-            return linear_attention(**inputs, state=state, segment_ids=ids, implementation=form)
+            return linear_attention(**inputs, state=state, segment_ids=ids, implementation=implementation)
 
     compare(op, case, inputs, state, "bfloat16", "mosaic_gpu")
 
@@ -59,15 +59,15 @@ def test_decay_per_channel(name):
 
 @interpreted
 @pytest.mark.usefixtures("strict")
-def test_states_that_outlast_a_chunk():
+def test_slow_decay_across_chunks():
     check(CASES["odd"], rate=0.02)
 
 
 @interpreted
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (110, 1, 170, 5)], ids=["one", "four"])
-def test_rows_are_split_when_heads_are_few(documents, monkeypatch):
-    """Rows of six chunks as three blocks; decays leave something of a state behind a segment."""
+def test_row_splits(documents, monkeypatch):
+    """Rows of six chunks as three blocks; states decay slowly enough to pass from split to split."""
     monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 2)
     padded = 380 - sum(documents) if documents else 0
     check(
@@ -78,7 +78,7 @@ def test_rows_are_split_when_heads_are_few(documents, monkeypatch):
 @interpreted
 @pytest.mark.full
 @pytest.mark.usefixtures("strict")
-def test_value_heads_share_a_query_head():
+def test_shared_query_heads():
     check(ArgSpec(67, 64, 64, num_heads=2, decay="channel"), heads=2)
 
 
@@ -111,15 +111,15 @@ DELTA_CASES = {
 
 
 def check_delta(case: ArgSpec, erase: str, rate: float = 1.0) -> None:
-    """Values, final state and every gradient; decays are as much slower as `rate` says."""
+    """Compare values, final state and every gradient; `rate` scales the decays."""
     inputs = delta_inputs(case, erase)
     if case.decay:
         inputs["log_decay"] = rate * inputs["log_decay"]
     ids = segment_ids(case) if case.document_lengths else None
 
-    def op(inputs, state, form):
+    def op(inputs, state, implementation):
         with dispatch.interpret_kernels():
-            return delta_rule(**inputs, state=state, segment_ids=ids, implementation=form)
+            return delta_rule(**inputs, state=state, segment_ids=ids, implementation=implementation)
 
     compare(op, case, inputs, linear_cases.state(case), "bfloat16", "mosaic_gpu")
 
@@ -135,7 +135,7 @@ def test_delta_rule(name):
 @pytest.mark.full
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("documents", [(), (60, 1, 70, 5)], ids=["one", "four"])
-def test_delta_rule_rows_are_split_when_heads_are_few(documents, monkeypatch):
+def test_delta_rule_row_splits(documents, monkeypatch):
     monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 1)
     padded = 230 - sum(documents) if documents else 0
     case = ArgSpec(
@@ -157,24 +157,24 @@ def test_delta_rule_at_other_widths(case, width, values):
 @interpreted
 @pytest.mark.full
 @pytest.mark.parametrize("op", [linear_attention, delta_rule])
-def test_warpgroups_do_not_race(op, monkeypatch):
-    """Over more chunks than the pipeline has room for."""
+def test_no_data_races(op, monkeypatch):
+    """The row has more chunks than the pipeline holds at once."""
     monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     case = ArgSpec(300, 64, 128, num_heads=1, decay="channel")
-    drawn = delta_inputs(case) if op is delta_rule else random_inputs(case)
-    inputs = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in drawn.items()}
+    arrays = delta_inputs(case) if op is delta_rule else random_inputs(case)
+    inputs = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in arrays.items()}
 
     def total(inputs):
         with dispatch.interpret_kernels():
             out, state = op(**inputs, implementation="mosaic_gpu")
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
 
-    slopes = jax.jit(jax.grad(total))(inputs)
-    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(slopes))
+    grads = jax.jit(jax.grad(total))(inputs)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize(("width", "docs"), [pytest.param(64, False, marks=pytest.mark.full), (128, True)])
-def test_it_lowers_for_an_h100(width, docs):
+def test_lowers_for_an_h100(width, docs):
     tokens = jax.ShapeDtypeStruct((2, 200, 2, width), jnp.bfloat16)
     gate = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
     ids = jax.ShapeDtypeStruct((2, 200), jnp.int32) if docs else None
@@ -182,14 +182,14 @@ def test_it_lowers_for_an_h100(width, docs):
     def op(q, k, v, gate, ids):
         return linear_attention(q, k, v, log_decay=gate, segment_ids=ids, implementation="mosaic_gpu")
 
-    def slopes(q, k, v, gate, ids):
+    def grads(q, k, v, gate, ids):
         out, pull = jax.vjp(lambda q, k, v, gate: op(q, k, v, gate, ids), q, k, v, gate)
         return pull(out)
 
     def delta(q, k, v, gate, ids):
-        strength = {"erase": gate, "write": gate[..., 0]}
-        return delta_rule(q, k, v, **strength, log_decay=gate, segment_ids=ids, implementation="mosaic_gpu")
+        strengths = {"erase": gate, "write": gate[..., 0]}
+        return delta_rule(q, k, v, **strengths, log_decay=gate, segment_ids=ids, implementation="mosaic_gpu")
 
     arguments = (tokens, tokens, tokens, gate, ids)
-    assert count_kernels(op, *arguments) == 2 and count_kernels(slopes, *arguments) == 4
+    assert count_kernels(op, *arguments) == 2 and count_kernels(grads, *arguments) == 4
     assert count_kernels(delta, *arguments) == 3

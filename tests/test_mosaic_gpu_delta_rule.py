@@ -37,15 +37,15 @@ CASES = {
 
 
 def check(case: ArgSpec, rate: float = 1.0) -> None:
-    """Values, final state and every gradient of the kernels; decays are as much slower as `rate` says."""
+    """Compare values, final state and every gradient; `rate` scales the decays."""
     inputs = delta_inputs(case)
     if case.decay:
         inputs["log_decay"] = rate * inputs["log_decay"]
     ids = segment_ids(case) if case.document_lengths else None
 
-    def op(inputs, state, form):
+    def op(inputs, state, implementation):
         with dispatch.interpret_kernels():
-            return delta_rule(**inputs, state=state, segment_ids=ids, implementation=form)
+            return delta_rule(**inputs, state=state, segment_ids=ids, implementation=implementation)
 
     compare(op, case, inputs, linear_cases.state(case), "bfloat16", "mosaic_gpu")
 
@@ -59,15 +59,15 @@ def test_delta_rule(name):
 
 @interpreted
 @pytest.mark.usefixtures("strict")
-def test_states_that_outlast_a_chunk():
+def test_slow_decay_across_chunks():
     check(CASES["packed, decay, padding"], rate=0.02)
 
 
 @interpreted
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 70, 5)], ids=["one", "four"])
-def test_rows_are_split_when_heads_are_few(documents, monkeypatch):
-    """Rows of four chunks as four blocks; decays leave something of a state behind a segment."""
+def test_row_splits(documents, monkeypatch):
+    """Rows of four chunks as four blocks; states decay slowly enough to pass from split to split."""
     monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 1)
     padded = 200 - sum(documents) if documents else 0
     case = ArgSpec(
@@ -99,14 +99,14 @@ def test_inverse_is_accurate_for_identical_keys(beta, tolerance):
     with dispatch.interpret_kernels():
         got = np.asarray(chunk_inverses(k, None, jnp.full((1, 1, 64), beta)), np.float64)[0, 0]
     k = np.asarray(k, np.float64)[0, :, 0]
-    want = np.linalg.inv(np.eye(64) + beta * np.tril(k @ k.T, -1))
-    np.testing.assert_allclose(got[:, :64] + got[:, 64:], want, atol=tolerance * np.abs(want).max())
+    expected = np.linalg.inv(np.eye(64) + beta * np.tril(k @ k.T, -1))
+    np.testing.assert_allclose(got[:, :64] + got[:, 64:], expected, atol=tolerance * np.abs(expected).max())
 
 
 @interpreted
 @pytest.mark.full
-def test_warpgroups_do_not_race(monkeypatch):
-    """Over more chunks than the pipeline has room for."""
+def test_no_data_races(monkeypatch):
+    """The row has more chunks than the pipeline holds at once."""
     monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     case = ArgSpec(300, 64, 128, num_heads=1, decay="token")
     inputs: dict[str, Any] = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in delta_inputs(case).items()}
@@ -116,8 +116,8 @@ def test_warpgroups_do_not_race(monkeypatch):
             out, state = delta_rule(**inputs, implementation="mosaic_gpu")
         return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
 
-    slopes = jax.jit(jax.grad(total))(inputs)
-    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(slopes))
+    grads = jax.jit(jax.grad(total))(inputs)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_warpgroups_do_not_race(monkeypatch):
         pytest.param(128, True, False, marks=pytest.mark.full),
     ],
 )
-def test_it_lowers_for_an_h100(width, decay, docs):
+def test_lowers_for_an_h100(width, decay, docs):
     tokens = jax.ShapeDtypeStruct((2, 200, 2, width), jnp.bfloat16)
     strength = jax.ShapeDtypeStruct((2, 200, 2), jnp.float32)
     gate = strength if decay else None
@@ -139,12 +139,12 @@ def test_it_lowers_for_an_h100(width, decay, docs):
             q, k, v, erase=strength, write=strength, log_decay=gate, segment_ids=ids, implementation="mosaic_gpu"
         )
 
-    def slopes(q, k, v, strength, gate, ids):
+    def grads(q, k, v, strength, gate, ids):
         out, pull = jax.vjp(lambda q, k, v, strength, gate: op(q, k, v, strength, gate, ids), q, k, v, strength, gate)
         return pull(out)
 
     arguments = (tokens, tokens, tokens, strength, gate, ids)
-    assert count_kernels(op, *arguments) == 2 and count_kernels(slopes, *arguments) == 4
+    assert count_kernels(op, *arguments) == 2 and count_kernels(grads, *arguments) == 4
 
 
 @pytest.mark.parametrize(

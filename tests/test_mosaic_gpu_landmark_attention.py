@@ -29,22 +29,24 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def tight(monkeypatch):
-    """The inputs are bfloat16 numbers, for the definition too, so that only the kernels' own roundings are judged."""
+def tight_tolerance(monkeypatch):
+    """Lower the tolerance: the inputs are bfloat16 numbers for the definition too, so only the kernels round."""
     monkeypatch.setitem(test_ops.TOLERANCE, "bfloat16", 0.01)
 
 
-def check(case: ArgSpec, real: int, scale: float | None = None, groups: int = 1) -> None:
-    """Values and every gradient."""
+def check(case: ArgSpec, block_size: int, scale: float | None = None, groups: int = 1) -> None:
+    """Compare values and every gradient."""
     inputs = {
         name: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for name, x in random_inputs(case, groups).items()
     }
-    where: dict[str, Any] = {"positions": jnp.asarray(arg_specs.positions(case, 0), jnp.int32)}
-    where |= {"segment_ids": segment_ids(case)} if case.document_lengths else {}
+    layout: dict[str, Any] = {"positions": jnp.asarray(arg_specs.positions(case, 0), jnp.int32)}
+    layout |= {"segment_ids": segment_ids(case)} if case.document_lengths else {}
 
-    def op(inputs, state, form):
+    def op(inputs, state, implementation):
         with dispatch.interpret_kernels():
-            return landmark_attention(**inputs, block_size=real, **where, scale=scale, implementation=form), state
+            return landmark_attention(
+                **inputs, block_size=block_size, **layout, scale=scale, implementation=implementation
+            ), state
 
     compare(op, case, inputs, (), "bfloat16", "mosaic_gpu")
 
@@ -58,27 +60,27 @@ def test_landmark_attention(name):
 
 @interpreted
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("real", [15, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 20, 31, 50))])
-def test_several_blocks_in_a_tile_and_softmaxes_that_choose_one_key(real):
-    """Also slots that hold nothing."""
-    check(ArgSpec(150, 128, 64, document_lengths=(90, 1, 40), num_padding=19), real, scale=1.0)
+@pytest.mark.parametrize("block_size", [15, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 20, 31, 50))])
+def test_several_blocks_per_tile_and_peaked_softmax(block_size):
+    """Some slots of the blocks are empty."""
+    check(ArgSpec(150, 128, 64, document_lengths=(90, 1, 40), num_padding=19), block_size, scale=1.0)
 
 
 @interpreted
 @pytest.mark.full
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("real", [15, 63])
+@pytest.mark.parametrize("block_size", [15, 63])
 @pytest.mark.parametrize("values", [64, 128])
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_landmark_attention_at_every_width(case, width, values, real):
-    check(dataclasses.replace(case, head_k_dim=width, head_v_dim=values, num_heads=4), real, groups=2)
+def test_landmark_attention_at_every_width(case, width, values, block_size):
+    check(dataclasses.replace(case, head_k_dim=width, head_v_dim=values, num_heads=4), block_size, groups=2)
 
 
 @interpreted
-@pytest.mark.parametrize("real", [63, pytest.param(15, marks=pytest.mark.full)])
-def test_warpgroups_do_not_race(real, monkeypatch):
-    """Over more tiles than are on their way at once."""
+@pytest.mark.parametrize("block_size", [63, pytest.param(15, marks=pytest.mark.full)])
+def test_no_data_races(block_size, monkeypatch):
+    """The row has more tiles than the ring has slots."""
     monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     case = ArgSpec(450, 64, 64)
     inputs: dict[str, Any] = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in random_inputs(case, 1).items()}
@@ -86,16 +88,16 @@ def test_warpgroups_do_not_race(real, monkeypatch):
     def total(inputs):
         with dispatch.interpret_kernels():
             out = landmark_attention(
-                **inputs, block_size=real, positions=jnp.arange(case.length)[None], implementation="mosaic_gpu"
+                **inputs, block_size=block_size, positions=jnp.arange(case.length)[None], implementation="mosaic_gpu"
             )
         return jnp.sum(out.astype(jnp.float32))
 
-    slopes = jax.jit(jax.grad(total))(inputs)
-    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(slopes))
+    grads = jax.jit(jax.grad(total))(inputs)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize(
-    ("width", "real", "docs"),
+    ("width", "block_size", "docs"),
     [
         (128, 63, True),
         pytest.param(64, 15, True, marks=pytest.mark.full),
@@ -103,40 +105,40 @@ def test_warpgroups_do_not_race(real, monkeypatch):
         pytest.param(128, 40, False, marks=pytest.mark.full),
     ],
 )
-def test_it_lowers_for_an_h100(width, real, docs):
+def test_lowers_for_an_h100(width, block_size, docs):
     queries, keys = (jax.ShapeDtypeStruct((2, 200, heads, width), jnp.bfloat16) for heads in (4, 2))
-    place = jax.ShapeDtypeStruct((2, 200), jnp.int32)
+    positions = jax.ShapeDtypeStruct((2, 200), jnp.int32)
 
     def op(q, k, v, positions, ids):
         return landmark_attention(
-            q, k, v, block_size=real, positions=positions, segment_ids=ids, implementation="mosaic_gpu"
+            q, k, v, block_size=block_size, positions=positions, segment_ids=ids, implementation="mosaic_gpu"
         )
 
-    def slopes(q, k, v, positions, ids):
+    def grads(q, k, v, positions, ids):
         out, pull = jax.vjp(lambda q, k, v: op(q, k, v, positions, ids), q, k, v)
         return pull(out)
 
-    arguments = (queries, keys, keys, place, place if docs else None)
+    arguments = (queries, keys, keys, positions, positions if docs else None)
     assert count_kernels(op, *arguments) == 1
-    assert count_kernels(slopes, *arguments) == 4  # forward, dQ, dK and dV of own blocks and of past ones
+    assert count_kernels(grads, *arguments) == 4  # forward, dQ, dK and dV of own blocks and of past ones
 
 
 @pytest.mark.parametrize(
-    ("change", "real", "reason"),
+    ("change", "block_size", "reason"),
     [
         ({}, 64, "a block has 64 tokens; with its landmark it must fit in a tile of 64 keys"),
         ({"v": jnp.zeros((1, 4, 1, 32), jnp.bfloat16)}, 63, "V is 32"),
         ({"k": jnp.zeros((1, 4, 1, 64))}, 63, "k is float32"),
     ],
 )
-def test_unsupported_arguments_are_rejected_with_reason(change, real, reason):
+def test_unsupported_arguments_are_rejected_with_reason(change, block_size, reason):
     inputs: dict[str, Any] = {name: jnp.zeros((1, 4, 1, 64), jnp.bfloat16) for name in "qkv"} | change
-    where: dict[str, Any] = {"positions": jnp.arange(4)[None], "implementation": "mosaic_gpu"}
+    options: dict[str, Any] = {"positions": jnp.arange(4)[None], "implementation": "mosaic_gpu"}
     with dispatch.interpret_kernels():
         with pytest.raises(dispatch.Unsupported, match=reason):
-            landmark_attention(**inputs, block_size=real, **where)
+            landmark_attention(**inputs, block_size=block_size, **options)
         with pytest.raises(dispatch.Unsupported, match="blocks from before the row are given"):
-            past = init_landmark_cache(1, 128, 63, 1, 64, jnp.bfloat16)
-            landmark_attention(**inputs | {"v": inputs["q"], "k": inputs["q"]}, block_size=63, cache=past, **where)
+            cache = init_landmark_cache(1, 128, 63, 1, 64, jnp.bfloat16)
+            landmark_attention(**inputs | {"v": inputs["q"], "k": inputs["q"]}, block_size=63, cache=cache, **options)
     with pytest.raises(dispatch.Unsupported, match="it is for a GPU and this is a CPU"):
-        landmark_attention(**inputs, block_size=real, **where)
+        landmark_attention(**inputs, block_size=block_size, **options)

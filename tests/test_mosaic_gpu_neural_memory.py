@@ -1,4 +1,4 @@
-"""The exact linear memory's GPU kernels: against the definition in Pallas' interpreter, and lowered for an H100."""
+"""GPU kernels of the linear memory: against the definition in Pallas' interpreter, and lowered for an H100."""
 
 import dataclasses
 from typing import Any
@@ -24,8 +24,8 @@ from recallax.pallas_kernels.neural_memory.inner_optimizer import LinearNet
 from tests.gpu_kernel_testing import count_kernels, interpreted, mark_slow_cases
 from tests.test_ops import compare
 
-TOKEN = InnerOptimizer(network=LinearNet(), gradient="token")
-WITHOUT = dataclasses.replace(TOKEN, momentum=False)
+PER_TOKEN = InnerOptimizer(network=LinearNet(), gradient="token")
+NO_MOMENTUM = dataclasses.replace(PER_TOKEN, momentum=False)
 CASES = {
     "one token": ArgSpec(1, 64, 64, num_heads=1, decay="token"),
     "below a chunk": ArgSpec(13, 64, 64, num_heads=1),
@@ -42,50 +42,52 @@ CASES = {
 }
 
 
-def op(learner: InnerOptimizer, inputs: dict[str, Any], memory: Any, ids: Any, form: str) -> Any:
-    """The output and the final memory, of tokens and initial weights by name."""
+def op(inner_optimizer: InnerOptimizer, inputs: dict[str, Any], memory: Any, ids: Any, implementation: str) -> Any:
+    """Return the output and the final memory; `inputs` are the tokens and the initial weights by name."""
     b, _, h, width = inputs["q"].shape
     fixed = OuterParams({"w1": inputs["weight"]}, jnp.ones((h, width)), jnp.zeros((h, width)))
-    state = init_neural_state(learner, b, h, width)
+    state = init_neural_state(inner_optimizer, b, h, width)
     if memory is not None:
         state = state._replace(fast_weights=memory, num_tokens=state.num_tokens + 5)
     tokens = MemoryInputs._make(inputs[name] for name in MemoryInputs._fields)
-    out, state = neural_memory(learner, tokens, fixed, state=state, segment_ids=ids, implementation=form)
+    out, state = neural_memory(
+        inner_optimizer, tokens, fixed, state=state, segment_ids=ids, implementation=implementation
+    )
     return out, state.fast_weights
 
 
-def check(case: ArgSpec, learner: InnerOptimizer, rate: float = 1.0) -> None:
-    """Values, final memory and every gradient of the kernels; gates are as much slower as `rate` says."""
+def check(case: ArgSpec, inner_optimizer: InnerOptimizer, rate: float = 1.0) -> None:
+    """Compare values, final memory and every gradient; `rate` scales the gates."""
     ids = segment_ids(case) if case.document_lengths else None
     inputs = {name: rate * x if name.startswith("log_") else x for name, x in arg_specs.inputs(case).items()}
 
-    def run(inputs, memory, form):
+    def run(inputs, memory, implementation):
         with dispatch.interpret_kernels():
-            return op(learner, inputs, memory, ids, form)
+            return op(inner_optimizer, inputs, memory, ids, implementation)
 
-    compare(run, case, inputs, arg_specs.random_fast_weights(case, learner), "bfloat16", "mosaic_gpu")
+    compare(run, case, inputs, arg_specs.random_fast_weights(case, inner_optimizer), "bfloat16", "mosaic_gpu")
 
 
 @interpreted
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("name", mark_slow_cases(CASES, "extreme gates"))
 def test_neural_memory(name):
-    check(CASES[name], TOKEN)
+    check(CASES[name], PER_TOKEN)
 
 
 @interpreted
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("name", mark_slow_cases(CASES, "packed over chunks"))
 def test_neural_memory_at_the_decayed_weights(name):
-    check(CASES[name], dataclasses.replace(TOKEN, gradient="token_decayed", decay_to="zero"))
+    check(CASES[name], dataclasses.replace(PER_TOKEN, gradient="token_decayed", decay_to="zero"))
 
 
 @interpreted
 @pytest.mark.usefixtures("strict")
-def test_states_that_outlast_a_chunk():
+def test_slow_decay_across_chunks():
     check(
         ArgSpec(195, 64, 64, num_heads=1, decay="token", max_beta=0.1, document_lengths=(194,), num_padding=1),
-        TOKEN,
+        PER_TOKEN,
         rate=0.01,
     )
 
@@ -95,7 +97,7 @@ def test_states_that_outlast_a_chunk():
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_neural_memory_without_momentum(case):
-    check(case, WITHOUT)
+    check(case, NO_MOMENTUM)
 
 
 @interpreted
@@ -103,13 +105,13 @@ def test_neural_memory_without_momentum(case):
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("name", ["exactly two chunks", "extreme gates", "packed over chunks"])
 def test_neural_memory_of_wide_heads(name):
-    check(dataclasses.replace(CASES[name], head_k_dim=128, head_v_dim=128), TOKEN)
+    check(dataclasses.replace(CASES[name], head_k_dim=128, head_v_dim=128), PER_TOKEN)
 
 
 @interpreted
 @pytest.mark.full
-def test_warpgroups_do_not_race(monkeypatch):
-    """Over more chunks than the pipeline has room for."""
+def test_no_data_races(monkeypatch):
+    """The row has more chunks than the pipeline holds at once."""
     monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     case = ArgSpec(300, 64, 64, num_heads=1, decay="token")
     inputs = {name: jnp.asarray(x, jnp.float32) for name, x in arg_specs.inputs(case).items()}
@@ -117,30 +119,31 @@ def test_warpgroups_do_not_race(monkeypatch):
 
     def total(inputs):
         with dispatch.interpret_kernels():
-            out, memory = op(TOKEN, inputs, None, None, "mosaic_gpu")
+            out, memory = op(PER_TOKEN, inputs, None, None, "mosaic_gpu")
         return jnp.sum(out.astype(jnp.float32)) + sum(jnp.sum(x) for x in jax.tree.leaves(memory))
 
-    slopes = jax.jit(jax.grad(total))(inputs)
-    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(slopes))
+    grads = jax.jit(jax.grad(total))(inputs)
+    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize(
-    ("width", "learner"), [(128, TOKEN), *(pytest.param(64, x, marks=pytest.mark.full) for x in (TOKEN, WITHOUT))]
+    ("width", "inner_optimizer"),
+    [(128, PER_TOKEN), *(pytest.param(64, x, marks=pytest.mark.full) for x in (PER_TOKEN, NO_MOMENTUM))],
 )
-def test_it_lowers_for_an_h100(width, learner):
+def test_lowers_for_an_h100(width, inner_optimizer):
     narrow = dict.fromkeys("qkv", jax.ShapeDtypeStruct((2, 200, 2, width), jnp.bfloat16))
     wide = dict.fromkeys(("lr", "log_momentum", "log_decay"), jax.ShapeDtypeStruct((2, 200, 2, 1), jnp.float32))
     inputs = narrow | wide | {"weight": jax.ShapeDtypeStruct((2, width, width), jnp.float32)}
     ids = jax.ShapeDtypeStruct((2, 200), jnp.int32)
 
     def learn(inputs, ids):
-        return op(learner, inputs, None, ids, "mosaic_gpu")
+        return op(inner_optimizer, inputs, None, ids, "mosaic_gpu")
 
-    def slopes(inputs, ids):
+    def grads(inputs, ids):
         out, pull = jax.vjp(lambda inputs: learn(inputs, ids), inputs)
         return pull(out)
 
-    assert count_kernels(learn, inputs, ids) == 2 and count_kernels(slopes, inputs, ids) == 4
+    assert count_kernels(learn, inputs, ids) == 2 and count_kernels(grads, inputs, ids) == 4
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,7 @@ def test_it_lowers_for_an_h100(width, learner):
     [
         (32, jnp.bfloat16, {}, "the memory is 32 wide; it must be one of"),
         (64, jnp.float32, {}, "q is float32; it must be bfloat16"),
-        (64, jnp.bfloat16, {"gradient": "chunk_start"}, "gradients are taken at the chunk's start"),
+        (64, jnp.bfloat16, {"gradient": "chunk_start"}, "gradient is 'chunk_start'"),
     ],
 )
 def test_unsupported_arguments_are_rejected_with_reason(width, dtype, change, reason):
@@ -156,4 +159,4 @@ def test_unsupported_arguments_are_rejected_with_reason(width, dtype, change, re
     inputs |= dict.fromkeys(("lr", "log_momentum", "log_decay"), jnp.zeros((1, 4, 1, 1)))
     inputs |= {"weight": jnp.zeros((1, width, width))}
     with dispatch.interpret_kernels(), pytest.raises(dispatch.Unsupported, match=reason):
-        op(dataclasses.replace(TOKEN, **change), inputs, None, None, "mosaic_gpu")
+        op(dataclasses.replace(PER_TOKEN, **change), inputs, None, None, "mosaic_gpu")

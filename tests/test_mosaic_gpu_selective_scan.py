@@ -27,14 +27,14 @@ CASES = {
 
 
 def check(case: ArgSpec, states: int | None, dtype: str, rate: float = 1.0) -> None:
-    """Values, final state and every gradient; decays are as much slower as `rate` says."""
+    """Compare values, final state and every gradient; `rate` scales the decays."""
     inputs = scan_inputs(case, states)
     inputs["rate"] = rate * inputs["rate"]
     ids = segment_ids(case) if case.document_lengths else None
 
-    def op(inputs, state, form):
+    def op(inputs, state, implementation):
         with dispatch.interpret_kernels():
-            out, state = selective_scan(**inputs, state=state, segment_ids=ids, implementation=form)
+            out, state = selective_scan(**inputs, state=state, segment_ids=ids, implementation=implementation)
         return out[:, :, None], state  # as if of one head
 
     state = np.random.default_rng(5).normal(size=(2, 5, states or 1))
@@ -51,8 +51,8 @@ def test_selective_scan(name):
 @interpreted
 @pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (20, 1, 25)], ids=["one", "three"])
-def test_rows_are_split_when_channels_are_few(documents, monkeypatch):
-    """Rows of four chunks as four blocks; decays leave something of a state behind a segment."""
+def test_row_splits(documents, monkeypatch):
+    """Rows of four chunks as four blocks; states decay slowly enough to pass from split to split."""
     monkeypatch.setattr(mosaic_gpu_scan, "MIN_TOKENS_PER_SPLIT", 16)
     check(
         ArgSpec(64, document_lengths=documents, num_padding=64 - sum(documents) if documents else 0),
@@ -74,8 +74,8 @@ def test_selective_scan_with_other_states(case, states, dtype):
 
 @interpreted
 @pytest.mark.full
-def test_copies_do_not_race(monkeypatch):
-    """Over more chunks than the pipeline has room for."""
+def test_no_data_races(monkeypatch):
+    """The row has more chunks than the pipeline holds at once."""
     monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     inputs = {name: jnp.asarray(x, jnp.float32) for name, x in scan_inputs(ArgSpec(100), 3).items()}
 
@@ -84,12 +84,12 @@ def test_copies_do_not_race(monkeypatch):
             out, state = selective_scan(**inputs, implementation="mosaic_gpu")
         return jnp.sum(out) + jnp.sum(state)
 
-    slopes = jax.jit(jax.grad(total))(inputs)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slopes))
+    grads = jax.jit(jax.grad(total))(inputs)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
 
 
 @pytest.mark.parametrize(("states", "docs"), [pytest.param(1, False, marks=pytest.mark.full), (16, True)])
-def test_it_lowers_for_an_h100(states, docs):
+def test_lowers_for_an_h100(states, docs):
     tokens = jax.ShapeDtypeStruct((2, 200, 128), jnp.bfloat16)
     a, mix = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((128, states), (2, 200, states)))
     ids = jax.ShapeDtypeStruct((2, 200), jnp.int32) if docs else None
@@ -97,14 +97,14 @@ def test_it_lowers_for_an_h100(states, docs):
     def op(x, a, b, ids):
         return selective_scan(x, x, a=a, b=b, c=b, segment_ids=ids, implementation="mosaic_gpu")
 
-    def slopes(x, a, b, ids):
+    def grads(x, a, b, ids):
         out, pull = jax.vjp(lambda x, a, b: op(x, a, b, ids), x, a, b)
         return pull(out)
 
-    assert count_kernels(op, tokens, a, mix, ids) == 1 and count_kernels(slopes, tokens, a, mix, ids) == 2
+    assert count_kernels(op, tokens, a, mix, ids) == 1 and count_kernels(grads, tokens, a, mix, ids) == 2
 
 
-def test_too_many_states_are_refused_with_the_reason():
+def test_too_many_states_are_rejected_with_reason():
     inputs = {name: jnp.asarray(x, jnp.float32) for name, x in scan_inputs(ArgSpec(3), 40).items()}
     with dispatch.interpret_kernels(), pytest.raises(dispatch.Unsupported, match="N is 40"):
         selective_scan(**inputs, implementation="mosaic_gpu")

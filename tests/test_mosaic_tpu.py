@@ -1,4 +1,4 @@
-"""The kernels for TPUs: interpreted on any machine, against the definitions in float64, and lowered for a TPU."""
+"""TPU kernels: interpreted on any machine against the definitions in float64, and lowered for a TPU."""
 
 import dataclasses
 import functools
@@ -37,9 +37,9 @@ from tests.test_ops import (
 
 pytestmark = pytest.mark.usefixtures("strict")
 
-FORM = "mosaic_tpu"
+IMPLEMENTATION = "mosaic_tpu"
 SHAPE = (2, 300, 4)
-"""Rows, tokens and heads of what is lowered for a TPU: three chunks, the last one unfilled."""
+"""Rows, tokens and heads of the lowered kernels: three chunks, the last one incomplete."""
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def short_chunks(request, monkeypatch):
 
 
 def cases(*gate: str, **more: ArgSpec) -> Any:
-    """All cases, of which those named stay in the gate."""
+    """Parametrize a test with all cases; those not in `gate` are marked as full."""
     full = pytest.mark.full
     params = {name: pytest.param(case, marks=() if name in gate else full) for name, case in (ARG_SPECS | more).items()}
     return pytest.mark.parametrize("case", params.values(), ids=params)
@@ -63,11 +63,11 @@ BASIC = ("odd", "packed, decay, padding", "packed, channel decay, padding")
 
 
 def ids(case: ArgSpec) -> jnp.ndarray | None:
-    """Segments, or None where a row is one document: two paths of every kernel."""
+    """Document ids, or None if every row is one document: kernels have a path for each."""
     return segment_ids(case) if case.document_lengths else None
 
 
-def held(case: ArgSpec) -> np.ndarray:
+def random_state(case: ArgSpec) -> np.ndarray:
     return np.random.default_rng(5).normal(size=(2, case.num_heads, case.head_k_dim, case.head_v_dim))
 
 
@@ -75,11 +75,11 @@ def check_linear(case: ArgSpec, dtype: str, groups: int | None = None) -> None:
     inputs = random_inputs(case)
     inputs |= {name: inputs[name][:, :, :groups] for name in ("q", "k")}
 
-    def op(inputs, state, form):
-        return linear_attention(**inputs, state=state, segment_ids=ids(case), implementation=form)
+    def op(inputs, state, implementation):
+        return linear_attention(**inputs, state=state, segment_ids=ids(case), implementation=implementation)
 
     with interpret_kernels():
-        compare(op, case, inputs, held(case), dtype, FORM)
+        compare(op, case, inputs, random_state(case), dtype, IMPLEMENTATION)
 
 
 @cases("one token", "below a chunk", "exactly two chunks", "extreme decay", "extreme channel decay", *BASIC)
@@ -92,15 +92,15 @@ def test_linear_attention(case, dtype):
     ("heads", "groups", "block"), [(4, 2, 4), (4, 2, 1), pytest.param(3, 1, 4, marks=pytest.mark.full)]
 )
 def test_linear_attention_of_grouped_heads(monkeypatch, heads, groups, block):
-    """Several groups in a grid step, all of one, and a part of one."""
+    """A grid step computes several groups, one group, or a part of one."""
     monkeypatch.setattr(chunk_scan, "MAX_HEADS_PER_STEP", block)
     case = dataclasses.replace(ARG_SPECS["packed, decay, padding"], num_heads=heads)
     check_linear(case, "bfloat16" if block == 1 else "float32", groups)
 
 
 @pytest.mark.parametrize("decay", ["token", "channel"])
-def test_no_rounding_crosses_a_border_of_documents(decay):
-    """The decay's slope is a sum over all later tokens, but bit for bit not over those of other documents."""
+def test_rounding_of_decay_gradient_does_not_cross_documents(decay):
+    """The gradient of the log-decay is a sum over later tokens of the document; other documents change no bit of it."""
     case = ArgSpec(70, decay=decay, document_lengths=(40, 30), num_heads=1)
     inputs = {name: jnp.asarray(x, jnp.bfloat16) for name, x in random_inputs(case).items()}
     inputs["log_decay"] = inputs["log_decay"].astype(jnp.float32)
@@ -108,7 +108,9 @@ def test_no_rounding_crosses_a_border_of_documents(decay):
 
     def total(inputs):
         return jnp.sum(
-            linear_attention(**inputs, segment_ids=segment_ids(case), implementation=FORM)[0].astype(jnp.float32)
+            linear_attention(**inputs, segment_ids=segment_ids(case), implementation=IMPLEMENTATION)[0].astype(
+                jnp.float32
+            )
         )
 
     with interpret_kernels():
@@ -121,18 +123,18 @@ def test_linear_attention_of_documents_without_a_decay_in_bfloat16():
     check_linear(ARG_SPECS["packed"], "bfloat16")
 
 
-def test_chunks_follow_one_another_and_no_copies_race(monkeypatch):
-    """The interpreter takes the grid's parallel axes in random order: rows and heads may be, chunks may not."""
+def test_chunks_run_in_order_without_data_races(monkeypatch):
+    """The interpreter runs the parallel axes of the grid in random order: rows and heads allow this, chunks do not."""
     interpreter = pltpu.InterpretParams(detect_races=True, random_seed=3)
     monkeypatch.setattr(chunk_scan, "INTERPRET_PARAMS", interpreter)
     check_linear(dataclasses.replace(ARG_SPECS["token decay"], num_heads=6), "float32")
 
 
-def test_an_incoming_state_need_not_be_given():
+def test_initial_state_is_optional():
     case = ARG_SPECS["token decay"]
     inputs: dict[str, Any] = {name: jnp.asarray(x, jnp.float32) for name, x in random_inputs(case).items()}
     with interpret_kernels():
-        got = linear_attention(**inputs, implementation=FORM)
+        got = linear_attention(**inputs, implementation=IMPLEMENTATION)
     want = linear_attention(**inputs, implementation="reference")
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
@@ -141,20 +143,20 @@ def test_an_incoming_state_need_not_be_given():
 def test_unsupported_arguments_are_named():
     x = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(Unsupported, match="it is for a TPU"):
-        linear_attention(x, x, x, implementation=FORM)
+        linear_attention(x, x, x, implementation=IMPLEMENTATION)
     with interpret_kernels(), pytest.raises(Unsupported, match="v is bfloat16; they must all be"):
-        linear_attention(x, x, x.astype(jnp.bfloat16), implementation=FORM)
+        linear_attention(x, x, x.astype(jnp.bfloat16), implementation=IMPLEMENTATION)
 
 
 @cases("one token", "extreme decay", "correlated .9, negative eigenvalues, channel decay", *BASIC)
 @each_dtype
 @pytest.mark.parametrize("erase", ["token", pytest.param("channel", marks=pytest.mark.full)])
 def test_delta_rule(case, dtype, erase):
-    def op(inputs, state, form):
-        return delta_rule(**inputs, state=state, segment_ids=ids(case), implementation=form)
+    def op(inputs, state, implementation):
+        return delta_rule(**inputs, state=state, segment_ids=ids(case), implementation=implementation)
 
     with interpret_kernels():
-        compare(op, case, delta_inputs(case, erase), held(case), dtype, FORM)
+        compare(op, case, delta_inputs(case, erase), random_state(case), dtype, IMPLEMENTATION)
 
 
 @cases("one token", "odd", "packed, decay, padding")
@@ -162,33 +164,33 @@ def test_delta_rule(case, dtype, erase):
 def test_taylor_attention(case, dtype):
     inputs = {name: x for name, x in random_inputs(case).items() if name != "log_decay"}
 
-    def op(inputs, state, form):
-        return taylor_attention(**inputs, state=state, segment_ids=ids(case), implementation=form)
+    def op(inputs, state, implementation):
+        return taylor_attention(**inputs, state=state, segment_ids=ids(case), implementation=implementation)
 
     with interpret_kernels():
-        compare(op, case, inputs, taylor_state(case, "symmetric"), dtype, FORM)
+        compare(op, case, inputs, taylor_state(case, "symmetric"), dtype, IMPLEMENTATION)
 
 
-def test_taylor_attention_declines_features_that_hold_products_twice():
+def test_taylor_attention_rejects_full_features():
     x = jnp.zeros((1, 4, 2, 8))
     with interpret_kernels(), pytest.raises(Unsupported, match="not symmetric"):
-        taylor_attention(x, x, x, features="full", implementation=FORM)
+        taylor_attention(x, x, x, features="full", implementation=IMPLEMENTATION)
 
 
-LAST = "a document of one token at the end of an unfilled chunk"
+LAST = "a document of one token at the end of an incomplete chunk"
 
 
 @cases("one token", "extreme decay", "packed, decay, padding", LAST, **{LAST: ArgSpec(35, document_lengths=(34, 1))})
 @each_dtype
 @pytest.mark.parametrize("states", [3, pytest.param(None, marks=pytest.mark.full)])
 def test_selective_scan(case, dtype, states):
-    def op(inputs, state, form):
-        out, state = selective_scan(**inputs, state=state, segment_ids=ids(case), implementation=form)
-        return out[:, :, None], state  # as if of one head
+    def op(inputs, state, implementation):
+        out, state = selective_scan(**inputs, state=state, segment_ids=ids(case), implementation=implementation)
+        return out[:, :, None], state  # with an axis of one head
 
     state = np.random.default_rng(5).normal(size=(2, 5, states or 1))
     with interpret_kernels():
-        compare(op, case, scan_inputs(case, states), state, dtype, FORM)
+        compare(op, case, scan_inputs(case, states), state, dtype, IMPLEMENTATION)
 
 
 def shaped(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
@@ -196,10 +198,10 @@ def shaped(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
 
 
 def lowered(op: Callable, inputs: dict[str, Any]) -> str:
-    """The module for a TPU that computes outputs and all gradients, for a device nobody has to have."""
+    """Return the text of a module that computes outputs and all gradients on a TPU, which need not be present."""
 
     def both(inputs):
-        out, pull = jax.vjp(lambda inputs: op(**inputs, implementation=FORM), inputs)
+        out, pull = jax.vjp(lambda inputs: op(**inputs, implementation=IMPLEMENTATION), inputs)
         return out, pull(out)
 
     device = jax.sharding.AbstractDevice(device_kind="TPU v5e", num_cores=1, platform="tpu")
@@ -216,7 +218,7 @@ def test_linear_attention_is_lowered_for_a_tpu(decay, width):
     gate = {name: shaped(*shape, dtype=jnp.float32) for name, shape in gates.items()}
     op = functools.partial(linear_attention, segment_ids=jnp.ones(SHAPE[:2], jnp.int32)) if decay else linear_attention
     text = lowered(op, inputs | gate)
-    assert text.count("tpu_custom_call") >= 3  # forward, reading, writing
+    assert text.count("tpu_custom_call") >= 3  # forward, and two of the backward pass
 
 
 @pytest.mark.parametrize("decay", [None, "token", "channel"])
@@ -245,7 +247,7 @@ def test_the_selective_scan_is_lowered_for_a_tpu():
 
 @pytest.mark.parametrize(("correlation", "beta"), [(0.0, 1.0), (0.9, 1.0), (0.99, 2.0)])
 @pytest.mark.parametrize("size", [16, 128])
-def test_triangular_systems_are_solved_exactly_for_correlated_keys(size, correlation, beta):
+def test_triangular_systems_are_accurate_for_correlated_keys(size, correlation, beta):
     rng = np.random.default_rng(0)
     k = np.sqrt(1 - correlation) * rng.normal(size=(3, size, 128)) + np.sqrt(correlation) * rng.normal(size=128)
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
@@ -258,12 +260,14 @@ def test_triangular_systems_are_solved_exactly_for_correlated_keys(size, correla
 
 
 @pytest.mark.parametrize("target", static_tpu.TARGETS)
-def test_the_compiler_for_tpus_takes_every_kernel_and_none_has_grown(target):
-    """They fit into VMEM too, or they would not compile."""
+def test_tpu_compiler_accepts_every_kernel_without_regression(target):
+    """A kernel that exceeds VMEM does not compile."""
     if static_tpu.find_libtpu() is None:
-        pytest.skip("NOT COMPILED FOR A TPU: there is no libtpu (scripts/tpu-compiler), so only the lowering is tested")
+        pytest.skip(
+            "not compiled for a TPU: libtpu is not installed (scripts/tpu-compiler), so only the lowering is tested"
+        )
     before = static_tpu.latest_rows(static_tpu.read_rows())
-    for row in static_tpu.compile_kernels(static_tpu.TPU_KERNEL_CASES, target, FORM):
+    for row in static_tpu.compile_kernels(static_tpu.TPU_KERNEL_CASES, target, IMPLEMENTATION):
         recorded = before[static_tpu.row_key(row)]
         assert row["kernels"].keys() == recorded["kernels"].keys() and row["kernels"]
         assert not static_tpu.regressions(row, recorded)
@@ -271,7 +275,7 @@ def test_the_compiler_for_tpus_takes_every_kernel_and_none_has_grown(target):
 
 def test_a_kernel_that_grows_by_more_than_a_tenth_is_a_regression():
     def row(bundles):
-        return {"case": "a", "target": "v5e", "form": FORM, "kernels": {"k": {"bundles_per_128": bundles}}}
+        return {"case": "a", "target": "v5e", "form": IMPLEMENTATION, "kernels": {"k": {"bundles_per_128": bundles}}}
 
     assert not static_tpu.regressions(row(109.0), row(100.0)) and not static_tpu.regressions(row(1.0), None)
     assert static_tpu.regressions(row(111.0), row(100.0)) == [

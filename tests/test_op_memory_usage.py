@@ -1,6 +1,6 @@
-"""What a compiled op holds besides its inputs grows no faster than time; nothing is run.
+"""Memory of the compiled ops grows at most linearly in time; nothing is executed.
 
-Compiled as the other tests are, without most optimisations: they change the bytes per token, not how these grow.
+The ops are compiled without most optimisations, which change the bytes per token but not their growth.
 `benchmarks/op_speed.py` records the bytes of the optimised ops.
 """
 
@@ -13,8 +13,8 @@ pytestmark = pytest.mark.usefixtures("strict")
 
 
 @pytest.mark.parametrize("op", STANDALONE_OPS)
-def test_twice_the_tokens_hold_at_most_twice_the_memory_and_little_more_than_the_inputs(op):
-    """Forward with backward, which holds all that forward alone does: states between chunks, not what is within."""
+def test_memory_is_linear_in_time_and_a_small_multiple_of_the_inputs(op):
+    """Forward and backward pass, whose memory includes that of the forward pass."""
     calls = [OpMessage(op=op, batch=1, length=length, heads=1, keys=8, values=16, threads=1) for length in (2048, 4096)]
     short, long = (temporary_and_output_bytes(OP_BENCHMARKS[op], call, backward=True) for call in calls)
     assert long <= 2.1 * short

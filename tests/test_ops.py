@@ -1,4 +1,4 @@
-"""The battery of every op: each form against the definition in float64, in values and in every gradient."""
+"""Tests of every op: the XLA implementation against the definition in float64, in values and in all gradients."""
 
 import functools
 from collections.abc import Callable
@@ -39,9 +39,9 @@ TOLERANCE = {"float32": 3e-5, "bfloat16": 0.03}
 """Largest error relative to the largest output of a head in a block of 64 tokens."""
 
 
-FORMS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla")
 FLOAT32 = ("log_decay", "erase", "write", "rate", "a", "lr", "log_momentum", "weight")
-"""Inputs that are float32 whatever the activations are."""
+"""Inputs that are float32 for any dtype of the activations."""
 
 
 each_case = pytest.mark.parametrize("case", ARG_SPECS.values(), ids=ARG_SPECS)
@@ -61,13 +61,13 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(landmark_xla, "KEY_CHUNK", 16)
 
 
-def single(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs in float32."""
+def to_float32(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Cast the inputs to float32."""
     return {name: jnp.asarray(x, jnp.float32) for name, x in inputs.items()}
 
 
-def per_block(x: np.ndarray, y: np.ndarray) -> float:
-    """Largest error per row, head and block of 64 tokens, relative to what the block holds."""
+def max_block_error(x: np.ndarray, y: np.ndarray) -> float:
+    """Return the largest error of a row, head and block of 64 tokens, relative to the largest value of the block."""
     worst = 0.0
     for start in range(0, x.shape[1], 64):
         a, b = x[:, start : start + 64], y[:, start : start + 64]
@@ -76,8 +76,8 @@ def per_block(x: np.ndarray, y: np.ndarray) -> float:
     return worst
 
 
-def compare(op: Callable, case: ArgSpec, inputs: dict[str, Any], state, dtype: str, form: str) -> None:
-    """Values, final state and all gradients of `op(inputs, state, form)` against its definition in float64."""
+def compare(op: Callable, case: ArgSpec, inputs: dict[str, Any], state, dtype: str, implementation: str) -> None:
+    """Compare values, final state and all gradients of `op(inputs, state, implementation)` with float64."""
     valid = np.asarray(segment_ids(case) > 0)[:, :, None, None]
     rng = np.random.default_rng(9)
 
@@ -95,23 +95,23 @@ def compare(op: Callable, case: ArgSpec, inputs: dict[str, Any], state, dtype: s
 
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (inputs, state))
-        expected, slopes = jax.tree.map(np.asarray, results("reference", *wide, cotangents))
+        expected, grads = jax.tree.map(np.asarray, results("reference", *wide, cotangents))
     narrow = jax.tree.map(lambda x: jnp.asarray(x, dtype), inputs)
     narrow = {name: x.astype(jnp.float32) if name in FLOAT32 else x for name, x in narrow.items()}
-    held = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), state)
+    low_state = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), state)
     cotangents = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), cotangents)
-    (out, final), gradients = results(form, narrow, held, cotangents)
+    (out, final), gradients = results(implementation, narrow, low_state, cotangents)
     assert out.dtype == dtype
 
     tolerance = TOLERANCE[dtype]
-    assert per_block(np.asarray(out, np.float64), expected[0]) <= tolerance
-    pairs = zip(jax.tree.leaves((final, gradients)), jax.tree.leaves((expected[1], slopes)), strict=True)
+    assert max_block_error(np.asarray(out, np.float64), expected[0]) <= tolerance
+    pairs = zip(jax.tree.leaves((final, gradients)), jax.tree.leaves((expected[1], grads)), strict=True)
     for got, want in pairs:
         got = np.asarray(got, np.float64)
         assert np.isfinite(got).all()
         assert np.abs(got - want).max(initial=0) <= 4 * tolerance * max(1e-3, np.abs(want).max(initial=0))
-    (again, _), _ = results(form, narrow, held, cotangents)
-    np.testing.assert_array_equal(np.asarray(again), np.asarray(out))  # bit for bit
+    (again, _), _ = results(implementation, narrow, low_state, cotangents)
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(out))  # repeatable bit for bit
 
 
 @each_case
@@ -119,8 +119,8 @@ def compare(op: Callable, case: ArgSpec, inputs: dict[str, Any], state, dtype: s
 def test_linear_attention(case, dtype):
     inputs, state = linear_cases.inputs(case), linear_cases.state(case)
 
-    def op(inputs, state, form):
-        return linear_attention(**inputs, state=state, segment_ids=segment_ids(case), implementation=form)
+    def op(inputs, state, implementation):
+        return linear_attention(**inputs, state=state, segment_ids=segment_ids(case), implementation=implementation)
 
     compare(op, case, inputs, state, dtype, "xla")
 
@@ -131,8 +131,8 @@ def test_linear_attention(case, dtype):
 def test_delta_rule(case, dtype, erase):
     inputs, state = delta_inputs(case, erase), linear_cases.state(case)
 
-    def op(inputs, state, form):
-        return delta_rule(**inputs, state=state, segment_ids=segment_ids(case), implementation=form)
+    def op(inputs, state, implementation):
+        return delta_rule(**inputs, state=state, segment_ids=segment_ids(case), implementation=implementation)
 
     compare(op, case, inputs, state, dtype, "xla")
 
@@ -141,9 +141,9 @@ def test_delta_rule(case, dtype, erase):
 @each_dtype
 @pytest.mark.parametrize("states", [3, pytest.param(None, marks=pytest.mark.full)])
 def test_selective_scan(case, dtype, states):
-    def op(inputs, state, form):
-        out, state = selective_scan(**inputs, state=state, segment_ids=segment_ids(case), implementation=form)
-        return out[:, :, None], state  # as if of one head
+    def op(inputs, state, implementation):
+        out, state = selective_scan(**inputs, state=state, segment_ids=segment_ids(case), implementation=implementation)
+        return out[:, :, None], state  # with an axis of one head
 
     state = np.random.default_rng(5).normal(size=(2, 5, states or 1))
     compare(op, case, scan_inputs(case, states), state, dtype, "xla")
@@ -156,9 +156,11 @@ def test_taylor_attention(case, dtype, features):
     inputs, state = taylor_cases.inputs(case), taylor_cases.state(case, features)
     assert state.z.shape[-1] == num_features(case.head_k_dim, features)
 
-    def op(inputs, state, form):
+    def op(inputs, state, implementation):
         ids = segment_ids(case)
-        return taylor_attention(**inputs, state=state, segment_ids=ids, features=features, implementation=form)
+        return taylor_attention(
+            **inputs, state=state, segment_ids=ids, features=features, implementation=implementation
+        )
 
     compare(op, case, inputs, state, dtype, "xla")
 
@@ -175,13 +177,13 @@ def test_window_attention(case, dtype, window):
     cache = KVCache(*(jnp.asarray(rng.normal(size=size)) for size in sizes))
     positions = window_cases.positions(case, 50)
 
-    def op(inputs, state, form):
+    def op(inputs, state, implementation):
         state = KVCache(*(x.astype(inputs["k"].dtype) for x in state))
         where: dict[str, Any] = {
             "positions": jnp.asarray(positions, int),
             "segment_ids": segment_ids(case),
         }  # int is 64 bits in the oracle
-        return window_attention(**inputs, window=window, state=state, **where, implementation=form)
+        return window_attention(**inputs, window=window, state=state, **where, implementation=implementation)
 
     compare(op, case, inputs, cache, dtype, "xla")
 
@@ -192,22 +194,24 @@ def test_window_attention(case, dtype, window):
     ids=ARG_SPECS,
 )
 @each_dtype
-@pytest.mark.parametrize("real", [7, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 20))])
-def test_landmark_attention(case, dtype, real):
-    """Behind a row that goes on at position 50, within a block."""
+@pytest.mark.parametrize("block_size", [7, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 20))])
+def test_landmark_attention(case, dtype, block_size):
+    """The cache has 50 tokens, so that the row continues inside a block."""
     inputs, positions = landmark_cases.inputs(case), landmark_cases.positions(case, 50)
 
-    def op(inputs, past, form):
-        past = jax.tree.map(lambda x: x.astype(inputs["k"].dtype), past)
+    def op(inputs, cache, implementation):
+        cache = jax.tree.map(lambda x: x.astype(inputs["k"].dtype), cache)
         where: dict[str, Any] = {"positions": jnp.asarray(positions, int), "segment_ids": segment_ids(case)}
-        return landmark_attention(**inputs, block_size=real, cache=past, **where, implementation=form), ()
+        return landmark_attention(
+            **inputs, block_size=block_size, cache=cache, **where, implementation=implementation
+        ), ()
 
-    compare(op, case, inputs, landmark_cases.random_cache(case, 50, real), dtype, "xla")
+    compare(op, case, inputs, landmark_cases.random_cache(case, 50, block_size), dtype, "xla")
 
 
 @few_cases
 def test_bfloat16(case):
-    """The part of the sweep over dtypes that stays in the gate."""
+    """A few cases in bfloat16; the others are marked as full."""
     test_linear_attention(case, "bfloat16")
     test_delta_rule(case, "bfloat16", "channel")
     test_selective_scan(case, "bfloat16", None)
@@ -221,54 +225,64 @@ def test_short_conv(case, width):
     inputs = conv_cases.inputs(case, width)
     state = inputs.pop("state")
 
-    def op(inputs, state, form):
-        out, state = short_conv(**inputs, state=state, segment_ids=segment_ids(case), implementation=form)
-        return out[:, :, None], state  # as if of one head
+    def op(inputs, state, implementation):
+        out, state = short_conv(**inputs, state=state, segment_ids=segment_ids(case), implementation=implementation)
+        return out[:, :, None], state  # with an axis of one head
 
     compare(op, case, inputs, state, "float32", "xla")
 
 
-def test_long_rows_cross_many_real_chunks(monkeypatch):
-    """The defaults, at a length that is no multiple of any of them."""
+def test_long_rows_with_default_chunk_sizes(monkeypatch):
+    """The length is a multiple of no chunk size."""
     monkeypatch.undo()
     case = ArgSpec(601, head_k_dim=6, document_lengths=(300, 301), num_heads=1)
     inputs, ids = random_inputs(case), segment_ids(case)
-    low = single(inputs)
+    low = to_float32(inputs)
     for op in (linear_attention, taylor_attention):
-        a, b = (op(**low, segment_ids=ids, implementation=form)[0] for form in FORMS)
-        assert per_block(np.asarray(a), np.asarray(b)) <= 2e-4, op.__name__
+        a, b = (op(**low, segment_ids=ids, implementation=implementation)[0] for implementation in IMPLEMENTATIONS)
+        assert max_block_error(np.asarray(a), np.asarray(b)) <= 2e-4, op.__name__
     unit = low | {"k": low["k"] / jnp.linalg.norm(low["k"], axis=-1, keepdims=True)}
     strength = jnp.full(low["k"].shape[:3], 0.9)
-    a, b = (delta_rule(**unit, erase=strength, write=strength, segment_ids=ids, implementation=f)[0] for f in FORMS)
-    assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
+    a, b = (
+        delta_rule(**unit, erase=strength, write=strength, segment_ids=ids, implementation=f)[0]
+        for f in IMPLEMENTATIONS
+    )
+    assert max_block_error(np.asarray(a), np.asarray(b)) <= 2e-5
     channel: dict[str, Any] = low | {"log_decay": -jnp.abs(low["q"])}
-    a, b = (linear_attention(**channel, segment_ids=ids, implementation=form)[0] for form in FORMS)
-    assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
-    scan = single(scan_inputs(case, 3))
-    a, b = (selective_scan(**scan, segment_ids=ids, implementation=form)[0] for form in FORMS)
-    assert per_block(np.asarray(a)[:, :, None], np.asarray(b)[:, :, None]) <= 2e-5
+    a, b = (
+        linear_attention(**channel, segment_ids=ids, implementation=implementation)[0]
+        for implementation in IMPLEMENTATIONS
+    )
+    assert max_block_error(np.asarray(a), np.asarray(b)) <= 2e-5
+    scan = to_float32(scan_inputs(case, 3))
+    a, b = (
+        selective_scan(**scan, segment_ids=ids, implementation=implementation)[0] for implementation in IMPLEMENTATIONS
+    )
+    assert max_block_error(np.asarray(a)[:, :, None], np.asarray(b)[:, :, None]) <= 2e-5
     for window in (None, 70):
-        a, b = (window_attention(**low, window=window, segment_ids=ids, implementation=f)[0] for f in FORMS)
-        assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
+        a, b = (window_attention(**low, window=window, segment_ids=ids, implementation=f)[0] for f in IMPLEMENTATIONS)
+        assert max_block_error(np.asarray(a), np.asarray(b)) <= 2e-5
     where: dict[str, Any] = {"positions": jnp.asarray(landmark_cases.positions(case, 0)), "segment_ids": ids}
-    a, b = (landmark_attention(**low, block_size=15, **where, implementation=f) for f in FORMS)
-    assert per_block(np.asarray(a), np.asarray(b)) <= 2e-5
+    a, b = (landmark_attention(**low, block_size=15, **where, implementation=f) for f in IMPLEMENTATIONS)
+    assert max_block_error(np.asarray(a), np.asarray(b)) <= 2e-5
 
 
-def test_a_single_block_is_causal_attention_and_values_at_landmarks_are_never_read():
-    inputs = single(random_inputs(ArgSpec(24)))
+def test_single_landmark_block_is_causal_attention_and_landmark_values_are_not_read():
+    inputs = to_float32(random_inputs(ArgSpec(24)))
     positions = jnp.tile(jnp.arange(24)[None], (2, 1))
     whole = jax.jit(functools.partial(landmark_attention, block_size=24, positions=positions))(**inputs)
     np.testing.assert_allclose(whole, jax.jit(window_attention)(**inputs)[0], atol=1e-6)
-    for form in FORMS:
-        out = jax.jit(functools.partial(landmark_attention, block_size=7, positions=positions, implementation=form))
+    for implementation in IMPLEMENTATIONS:
+        out = jax.jit(
+            functools.partial(landmark_attention, block_size=7, positions=positions, implementation=implementation)
+        )
         slope = jax.jit(jax.grad(lambda v, out=out: (out(inputs["q"], inputs["k"], v) ** 2).sum()))(inputs["v"])
         assert not np.asarray(slope)[:, 7::8].any() and np.asarray(slope)[:, :7].all()
         ones = out(inputs["q"], inputs["k"], jnp.ones_like(inputs["v"]))
         np.testing.assert_allclose(ones, 1, atol=1e-6)  # the weights sum to 1, at landmarks too
 
 
-def test_the_two_taylor_expansions_and_the_polynomial_are_one_kernel():
+def test_taylor_feature_maps_agree_with_the_polynomial():
     q, k = (jnp.asarray(np.random.default_rng(i).normal(size=(5, 16)), jnp.float32) for i in (0, 1))
     assert feature_maps.taylor(q).shape[-1] == 153 and feature_maps.taylor_full(q).shape[-1] == 273
     want = feature_maps.taylor_score(jnp.sum(q * k, axis=-1))
@@ -278,14 +292,14 @@ def test_the_two_taylor_expansions_and_the_polynomial_are_one_kernel():
 
 
 def test_linear_attention_without_decay_is_masked_attention_without_softmax():
-    inputs = single(random_inputs(ArgSpec(40)))
+    inputs = to_float32(random_inputs(ArgSpec(40)))
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     scores = jnp.tril(jnp.einsum("bihk,bjhk->bhij", q, k) * 8**-0.5)
     np.testing.assert_allclose(linear_attention(q, k, v)[0], jnp.einsum("bhij,bjhv->bihv", scores, v), atol=2e-5)
 
 
-def test_a_step_keeps_to_its_window_where_the_cache_holds_more():
-    inputs = single(random_inputs(ArgSpec(7, num_heads=1)))
+def test_step_respects_window_shorter_than_cache():
+    inputs = to_float32(random_inputs(ArgSpec(7, num_heads=1)))
     positions = jnp.tile(jnp.arange(7)[None], (2, 1))
     empty = KVCache(*(jnp.zeros((2, 9, 1, 8)) for _ in range(2)))
     want, _ = window_attention(**inputs, window=3)
@@ -301,7 +315,7 @@ def test_a_step_keeps_to_its_window_where_the_cache_holds_more():
 
 def test_unwritten_cache_may_hold_nan():
     case = ArgSpec(5, num_heads=1)
-    inputs = single(random_inputs(case))
+    inputs = to_float32(random_inputs(case))
     nan = KVCache(*(jnp.full((2, 9, 1, 8), jnp.nan) for _ in range(2)))
     positions = jnp.tile(jnp.arange(5)[None], (2, 1))
     want, _ = window_attention(**inputs, window=9)
@@ -324,22 +338,22 @@ def test_unwritten_cache_may_hold_nan():
         ({"implementation": "xlaa"}, "did you mean 'xla'"),
     ],
 )
-def test_bad_input_is_named(change, message):
-    inputs = single(random_inputs(ArgSpec(4)))
+def test_invalid_input_is_named(change, message):
+    inputs = to_float32(random_inputs(ArgSpec(4)))
     with pytest.raises(ValueError, match=message):
         unchecked(linear_attention)(**(inputs | change))
 
 
 def unchecked(function: Callable) -> Callable:
-    """The function as users call it: tests alone have the type checker in front."""
+    """Return the function without the type checker of the tests."""
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     return function
 
 
-def test_a_step_of_linear_attention_with_decay_follows_the_recurrence():
+def test_linear_attention_step_agrees_with_linear_attention():
     case = ArgSpec(6, decay="token")
-    inputs = single(random_inputs(case))
+    inputs = to_float32(random_inputs(case))
     want, final = linear_attention(**inputs)
     state = jnp.zeros_like(final)
     for t in range(6):
@@ -349,8 +363,8 @@ def test_a_step_of_linear_attention_with_decay_follows_the_recurrence():
     np.testing.assert_allclose(state, final, atol=1e-5)
 
 
-def test_a_step_of_the_delta_rule_follows_the_recurrence():
-    inputs = single(delta_inputs(ArgSpec(6, decay="channel", max_beta=2.0), "channel"))
+def test_delta_rule_step_agrees_with_delta_rule():
+    inputs = to_float32(delta_inputs(ArgSpec(6, decay="channel", max_beta=2.0), "channel"))
     want, final = delta_rule(**inputs)
     state = jnp.zeros_like(final)
     for t in range(6):
@@ -361,8 +375,8 @@ def test_a_step_of_the_delta_rule_follows_the_recurrence():
 
 
 @pytest.mark.parametrize("states", [None, 3])
-def test_a_step_of_the_selective_scan_follows_the_recurrence(states):
-    inputs = single(scan_inputs(ArgSpec(6), states))
+def test_selective_scan_step_agrees_with_selective_scan(states):
+    inputs = to_float32(scan_inputs(ArgSpec(6), states))
     want, final = selective_scan(**inputs)
     state = jnp.zeros_like(final)
     for t in range(6):
@@ -372,8 +386,8 @@ def test_a_step_of_the_selective_scan_follows_the_recurrence(states):
     np.testing.assert_allclose(state, final, atol=1e-5)
 
 
-def test_members_of_the_family_are_each_other_where_a_gate_is_trivial():
-    inputs = single(delta_inputs(ArgSpec(67, num_heads=1)))
+def test_identities_between_recurrences_with_trivial_gates():
+    inputs = to_float32(delta_inputs(ArgSpec(67, num_heads=1)))
     beta, plain = inputs["erase"], {name: inputs[name] for name in ("q", "k", "v")}
     token = -jnp.abs(jax.random.normal(jax.random.key(0), beta.shape))
     channel = jnp.broadcast_to(token[..., None], inputs["k"].shape)
@@ -396,7 +410,7 @@ def test_members_of_the_family_are_each_other_where_a_gate_is_trivial():
             delta(erase=none, log_decay=channel * wide),
             linear(**written, log_decay=channel * wide),
         ),
-        "erasing per channel at one strength is KDA": (
+        "an erase strength per channel that is constant is KDA": (
             delta(erase=wide, log_decay=channel * wide),
             delta(erase=beta, log_decay=channel * wide),
         ),
@@ -416,7 +430,7 @@ def test_members_of_the_family_are_each_other_where_a_gate_is_trivial():
 
 @pytest.mark.parametrize(("correlation", "beta"), [(0.0, 1.0), (0.5, 1.0), (0.9, 1.0), (0.9, 2.0), (0.99, 2.0)])
 @pytest.mark.parametrize("size", [1, 13, 64, 128])
-def test_the_triangular_inverse_is_exact_for_correlated_keys(size, correlation, beta):
+def test_triangular_inverse_is_accurate_for_correlated_keys(size, correlation, beta):
     rng = np.random.default_rng(0)
     k = np.sqrt(1 - correlation) * rng.normal(size=(3, size, 128)) + np.sqrt(correlation) * rng.normal(size=128)
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
@@ -426,6 +440,6 @@ def test_the_triangular_inverse_is_exact_for_correlated_keys(size, correlation, 
     got, pull = jax.vjp(unit_lower_inverse, jnp.asarray(a))
     assert np.linalg.norm(np.asarray(got) - want) <= 3e-6 * np.linalg.norm(want)
     slope = rng.normal(size=a.shape)
-    slopes = np.tril(-np.einsum("bji,bjk,blk->bil", want, slope, want), -1)
+    grads = np.tril(-np.einsum("bji,bjk,blk->bil", want, slope, want), -1)
     (back,) = pull(jnp.asarray(slope, jnp.float32))
-    np.testing.assert_allclose(back, slopes, atol=3e-5 * max(1e-3, np.abs(slopes).max(initial=0)))
+    np.testing.assert_allclose(back, grads, atol=3e-5 * max(1e-3, np.abs(grads).max(initial=0)))

@@ -247,7 +247,9 @@ def test_every_layout_can_be_exported(name: str):
     config, weights, _ = first_layers(name, 2) if name in FIRST_LAYERS else fixture(name)
     layout, fields = LAYOUTS[layout_of(config)], ConfigFields(config)
     entries = (
-        falcon_h1_layout.falcon_h1_mixer_entries(fields) if name in MIXERS else layout.key_map(fields, layout.from_config_json(fields))
+        falcon_h1_layout.falcon_h1_mixer_entries(fields)
+        if name in MIXERS
+        else layout.key_map(fields, layout.from_config_json(fields))
     )
     for entry in entries:
         given = tuple(weights[key] for key in entry.source)
@@ -323,7 +325,11 @@ REFUSED = {
     "normed attention": ("olmo_hybrid", {}, "'full_attention'.*normalises queries and keys"),
     "unknown layer": ("nemotron_h", {"layers_block_type": ["moe"]}, "layers_block_type contains 'moe'"),
     "side by side": ("falcon_h1", {}, "Mamba-2 and attention in parallel"),
-    "grouped gla": ("fla_gla", {"num_kv_heads": 1}, "gla: num_kv_heads is 1, and recallax supports one value for this layer"),
+    "grouped gla": (
+        "fla_gla",
+        {"num_kv_heads": 1},
+        "gla: num_kv_heads is 1, and recallax supports one value for this layer",
+    ),
     "clamped gla": ("fla_gla", {"clamp_min": -3.0}, "clamp_min is -3.0"),
     "heads of gla": ("fla_gla", {"expand_k": 0.6}, "expand_k makes all heads 9.6 wide"),
     "gated delta": ("fla_delta_net", {"use_gate": True}, "use_gate is True"),

@@ -1,11 +1,11 @@
-"""Every task against the same battery, then what is peculiar to one.
+"""Tests of the recall tasks: a battery that runs for every task, then tests of single tasks.
 
 `RECALLAX_WRITE_GOLDEN=1 pytest tests/test_tasks.py -k golden` rewrites the golden rows.
 """
 
 import importlib
-import itertools
 import inspect
+import itertools
 import json
 import os
 from collections import Counter
@@ -105,7 +105,9 @@ def accuracy(answers: np.ndarray, batch: Batch) -> float:
 
 
 def test_cases_cover_every_exported_task():
-    exported = {v for v in vars(tasks).values() if isinstance(v, type) and issubclass(v, Task) and not inspect.isabstract(v)}
+    exported = {
+        v for v in vars(tasks).values() if isinstance(v, type) and issubclass(v, Task) and not inspect.isabstract(v)
+    }
     assert {type(task) for task in CASES.values()} == exported
 
 
@@ -147,7 +149,7 @@ def test_shapes_dtypes_and_ranges(task, split):
 
 @ALL
 @pytest.mark.parametrize("split", SPLITS)
-def test_padding_stands_on_the_right_and_weighs_nothing(task, split):
+def test_padding_is_on_the_right_with_weight_0(task, split):
     for batch in batches(task, split):
         segments, positions = batch.seq.segment_ids, batch.seq.positions
         real = segments > 0
@@ -163,8 +165,8 @@ def test_padding_stands_on_the_right_and_weighs_nothing(task, split):
 
 @ALL
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_prefix_is_what_stands_before_all_questions(task, split):
-    """Where a task has one; a masked token is a question in it, which is what training adds."""
+def test_prefix_is_the_context_before_all_targets(task, split):
+    """Masked tokens, which only train batches have, are targets within the prefix."""
     sizes: dict[int, set[int]] = {}
     for batch in batches(task, split, count=40):
         length, prefix = batch.tokens.shape[1], batch.seq.prefix
@@ -179,7 +181,7 @@ def test_the_prefix_is_what_stands_before_all_questions(task, split):
 
 @ALL
 @pytest.mark.parametrize("split", ["valid", "test"])
-def test_oracle_is_always_right(task, split):
+def test_oracle_is_correct(task, split):
     for batch in batches(task, split, count=12, size=16):
         before = batch.tokens.copy()
         assert accuracy(task.solve(batch.tokens), batch) == 1.0
@@ -188,7 +190,7 @@ def test_oracle_is_always_right(task, split):
 
 @ALL
 @pytest.mark.parametrize("split", SPLITS)
-def test_every_length_and_group_occurs_and_targets_stay_within_their_bound(task, split):
+def test_lengths_groups_and_max_targets(task, split):
     most: Counter[int] = Counter()
     groups: set[int] = set()
     for batch in batches(task, split, count=40):
@@ -212,17 +214,17 @@ def test_every_length_and_group_occurs_and_targets_stay_within_their_bound(task,
 
 
 @ALL
-def test_train_and_test_rows_never_coincide(task):
+def test_train_and_test_rows_are_disjoint(task):
     if isinstance(task, tasks.Memorization):
-        pytest.skip("the same keys are asked in every split by definition")
+        pytest.skip("the same keys are queries in every split by definition")
     rows = {s: {row.tobytes() for b in batches(task, s, 40, 16) for row in b.tokens} for s in SPLITS}
     assert not rows["train"] & rows["test"] and not rows["train"] & rows["valid"] and not rows["valid"] & rows["test"]
     assert len(rows["train"]) == 40 * 16
 
 
 @ALL
-def test_no_shortcut_beats_chance(task):
-    """Answers that never look at the question: a constant, the token before, the row's commonest token."""
+def test_shortcuts_do_not_exceed_chance(task):
+    """Answers that ignore the query: a constant, the token before, the row's most frequent token."""
     trained = [b.targets[(b.weights > 0) & (b.group == b.group.max())] for b in batches(task, "train", 24)]
     constant = np.bincount(np.concatenate(trained)).argmax()
     scores = {"constant": [], "token before": [], "commonest token": []}
@@ -243,7 +245,7 @@ def test_no_shortcut_beats_chance(task):
     ("task", "answers", "values"),
     [(CASES["selective_copying"], 8, 14), (CASES["compression"], 31, 15), (tasks.Copying(test_lengths=(12,)), 12, 26)],
 )
-def test_commonest_token_scores_its_largest_share(task, answers, values):
+def test_most_frequent_token_accuracy(task, answers, values):
     draws = np.random.default_rng(0).integers(values, size=(4000, answers))
     share = np.mean([np.bincount(row).max() for row in draws]) / answers
     if isinstance(task, tasks.Copying):
@@ -259,7 +261,7 @@ def test_chance_of_mqar_and_set_disjointness():
 
 
 @ALL
-def test_config_survives_json(task):
+def test_config_json_round_trip(task):
     assert from_json(to_json(task), Task) == task
 
 
@@ -356,12 +358,12 @@ def test_invalid_task_configs_are_rejected(make, message):
     [(MQAR, "filler", "zology"), (tasks.SetDisjointness, "order", "short"), (tasks.StateTracking, "group", "S6")],
 )
 def test_unknown_choices_are_rejected(cls, field, value):
-    """By the task, or before it by the runtime type checker where that is on."""
+    """The task rejects them, or the runtime type checker if it is on."""
     with pytest.raises((ConfigError, TypeError), match=rf"is '{value}'; did you mean|Actual value: '{value}'"):
         cls(**{field: value})
 
 
-def test_config_errors_are_config_errors():
+def test_invalid_configs_raise_config_error():
     with pytest.raises(ConfigError):
         MQAR.single(length=32, num_kv_pairs=9)
     assert issubclass(Task, Config)
@@ -371,7 +373,7 @@ def test_config_errors_are_config_errors():
 
 
 @pytest.mark.parametrize(("count", "pool"), [(2, 3), (2, 9), (3, 16)])  # by permutation, and by redrawing
-def test_distinct_draws_are_uniform_over_ordered_tuples(count, pool):
+def test_sample_without_replacement_is_uniform(count, pool):
     rows = 40_000
     drawn = sample_without_replacement(np.random.default_rng(0), rows, count, pool)
     tuples = list(itertools.permutations(range(pool), count))
@@ -391,7 +393,7 @@ def test_first_occurrence():
 
 
 @pytest.mark.parametrize("power", [0.01, 0.5, 1.0])
-def test_slots_follow_the_power_law_without_replacement(power):
+def test_query_slots_follow_the_power_law(power):
     """The first two draws against their analytic distribution: p(i) p(j) / (1 - p(i))."""
     slots, rows = 6, 60_000
     drawn = sample_query_slots(np.random.default_rng(0), rows, 2, slots, power)
@@ -406,7 +408,7 @@ def test_slots_follow_the_power_law_without_replacement(power):
     assert np.all(found[analytic == 0] == 0) and deviation[analytic > 0].max() < 4.5
 
 
-def test_full_rows_use_every_slot_in_power_law_order():
+def test_query_slots_of_full_rows():
     batch = MQAR.single(length=16, num_kv_pairs=4, vocab_size=32).batch(0, "train", 0, 4000)
     keys, queries = batch.tokens[:, 0:8:2], batch.tokens[:, 8::2]
     assert np.array_equal(np.sort(keys, axis=1), np.sort(queries, axis=1))
@@ -417,7 +419,7 @@ def test_full_rows_use_every_slot_in_power_law_order():
 
 @pytest.mark.parametrize("filler", ["disjoint", "zoology", "zero"])
 @pytest.mark.parametrize("passes", [1, 2])
-def test_mqar_rows_are_what_the_definition_says(filler, passes):
+def test_mqar_rows_match_definition(filler, passes):
     pairs, length, vocab = 6, 48, 64
     segment = MixtureSlice(length=length, num_kv_pairs=pairs)
     task = MQAR(vocab_size=vocab, mixture=(segment,), test_mixture=(segment,), filler=filler, num_passes=passes)
@@ -428,27 +430,27 @@ def test_mqar_rows_are_what_the_definition_says(filler, passes):
         assert len(set(keys)) == pairs and keys.min() >= 1 and keys.max() < vocab // 2
         assert len(set(values)) == pairs and values.min() >= vocab // 2
         assert np.array_equal(tokens[:start], np.tile(tokens[: 2 * pairs], passes))
-        asked = np.flatnonzero(weights)
-        assert len(asked) == pairs and asked.min() >= start and np.all(asked % 2 == 0)
-        assert sorted(tokens[asked]) == sorted(keys)
+        queries = np.flatnonzero(weights)
+        assert len(queries) == pairs and queries.min() >= start and np.all(queries % 2 == 0)
+        assert sorted(tokens[queries]) == sorted(keys)
         pair = dict(zip(keys.tolist(), values.tolist(), strict=True))
-        assert [pair[k] for k in tokens[asked].tolist()] == targets[asked].tolist()
-        assert np.allclose(weights[asked], 1 / pairs) and not targets[weights == 0].any()
-        rest = np.delete(tokens[start:], asked - start)
+        assert [pair[k] for k in tokens[queries].tolist()] == targets[queries].tolist()
+        assert np.allclose(weights[queries], 1 / pairs) and not targets[weights == 0].any()
+        rest = np.delete(tokens[start:], queries - start)
         if filler == "disjoint":
             assert not set(rest) & set(keys)
         if filler == "zero":
             assert not rest.any()
 
 
-def test_disjoint_filler_is_uniform_over_the_other_ids():
+def test_disjoint_filler_is_uniform():
     pairs, vocab = 3, 12
     batch = MQAR.single(length=256, num_kv_pairs=pairs, vocab_size=vocab).batch(0, "train", 0, 400)
-    asked = batch.weights > 0
+    queries = batch.weights > 0
     share = np.zeros(vocab)
-    for tokens, ask in zip(batch.tokens, asked, strict=True):
+    for tokens, is_query in zip(batch.tokens, queries, strict=True):
         free = np.setdiff1d(np.arange(vocab), tokens[0 : 2 * pairs : 2])
-        rest = tokens[2 * pairs :][~ask[2 * pairs :]]
+        rest = tokens[2 * pairs :][~is_query[2 * pairs :]]
         counts = np.bincount(rest, minlength=vocab)
         assert counts[free].sum() == len(rest)
         share[: len(free)] += counts[free] / len(rest) / len(batch.tokens)
@@ -456,7 +458,7 @@ def test_disjoint_filler_is_uniform_over_the_other_ids():
 
 
 def nearest_pair(tokens: np.ndarray) -> np.ndarray:
-    """An ideal induction head: the token behind the latest earlier occurrence."""
+    """Answer like an ideal induction head: the token after the last earlier occurrence."""
     answers = np.zeros_like(tokens)
     for row, answer in zip(tokens.tolist(), answers, strict=True):
         following: dict[int, int] = {}
@@ -467,7 +469,7 @@ def nearest_pair(tokens: np.ndarray) -> np.ndarray:
     return answers
 
 
-def test_only_the_published_filler_misleads_an_induction_head():
+def test_only_zoology_filler_has_false_pairs():
     length, pairs, vocab = 64, 4, 64
     score, collided = {}, 0.0
     for filler in ("disjoint", "zero", "zoology"):
@@ -484,7 +486,7 @@ def test_only_the_published_filler_misleads_an_induction_head():
     assert 1 - (length - 2 * pairs) / vocab < score["zoology"] < 0.95
 
 
-def test_train_slices_are_drawn_by_their_rows_and_test_slices_take_turns():
+def test_slice_frequencies():
     task = CASES["mqar"]
     drawn = Counter(task.groups[task.batch(0, "train", i, 1).group[0, 0]] for i in range(1000))
     assert set(drawn) == {"L32_K2", "L32_K6", "L48_K4"}
@@ -494,16 +496,16 @@ def test_train_slices_are_drawn_by_their_rows_and_test_slices_take_turns():
         assert turns == ["L32_K6", "L48_K4", "L64_K16"] * 2
 
 
-def test_window_reach_reproduces_the_published_sliding_window_curve():
-    """Accuracy of sliding windows in Based's figure 2 is the share of queries whose value lies within the window."""
+def test_window_reach_matches_published_sliding_window_curve():
+    """The accuracy of sliding windows in Based's figure 2 is the fraction of queries whose value is in the window."""
     published = {8: 0.060, 16: 0.144, 32: 0.315, 64: 0.514, 128: 0.655, 256: 0.796, 512: 0.936, 1024: 1.0}
     task, reach = MQAR(), {w: [] for w in published}
     for index in range(7):
         batch = task.batch(0, "test", index, 24)
         for tokens, weights in zip(batch.tokens, batch.weights, strict=True):
-            asked = np.flatnonzero(weights)
-            place = {key: t for t, key in enumerate(tokens[: 2 * len(asked)].tolist())}
-            distance = np.array([t - place[k] - 1 for t, k in zip(asked, tokens[asked].tolist(), strict=True)])
+            queries = np.flatnonzero(weights)
+            place = {key: t for t, key in enumerate(tokens[: 2 * len(queries)].tolist())}
+            distance = np.array([t - place[k] - 1 for t, k in zip(queries, tokens[queries].tolist(), strict=True)])
             for window, hits in reach.items():
                 hits.append(np.mean(distance < window))
     assert {w: np.mean(hits) for w, hits in reach.items()} == pytest.approx(published, abs=0.02)
@@ -512,14 +514,14 @@ def test_window_reach_reproduces_the_published_sliding_window_curve():
 # ---- overwrites
 
 
-def test_overwrite_rows_are_what_the_definition_says():
+def test_overwrite_rows_match_definition():
     task = CASES["overwrites"]
     for batch in batches(task, "test", count=6, size=40):
         for tokens, targets, weights, group in zip(*batch[:3], batch.group, strict=True):
             name = task.groups[group[weights > 0][0]]
             keys, writes = (int(part[1:]) for part in name.split("_")[1:3])
             context = len(tokens) - 2 * keys
-            held: dict[int, int] = {}
+            known: dict[int, int] = {}
             times: Counter[int] = Counter()
             t = 0
             while t < context:
@@ -527,21 +529,21 @@ def test_overwrite_rows_are_what_the_definition_says():
                     t += 1
                     continue
                 key, value = int(tokens[t]), int(tokens[t + 1])
-                assert key < 16 <= value < 32 and held.get(key) != value
-                held[key], times[key] = value, times[key] + 1
+                assert key < 16 <= value < 32 and known.get(key) != value
+                known[key], times[key] = value, times[key] + 1
                 t += 2
-            assert t == context and len(held) == keys == len(set(held.values())) and times.total() == writes
-            asked = np.flatnonzero(weights)
-            assert asked.tolist() == list(range(context, len(tokens), 2)) and np.all(tokens[asked + 1] >= 32)
-            assert sorted(tokens[asked].tolist()) == sorted(held)
-            assert targets[asked].tolist() == [held[key] for key in tokens[asked].tolist()]
+            assert t == context and len(known) == keys == len(set(known.values())) and times.total() == writes
+            queries = np.flatnonzero(weights)
+            assert queries.tolist() == list(range(context, len(tokens), 2)) and np.all(tokens[queries + 1] >= 32)
+            assert sorted(tokens[queries].tolist()) == sorted(known)
+            assert targets[queries].tolist() == [known[key] for key in tokens[queries].tolist()]
             bucket = ["once", "twice", "more", "more"]
-            wanted = [bucket[min(times[key], 4) - 1] for key in tokens[asked].tolist()]
-            assert [task.groups[g].split("_")[3] for g in group[asked]] == wanted
-            assert np.allclose(weights[asked], 1 / keys)
+            expected = [bucket[min(times[key], 4) - 1] for key in tokens[queries].tolist()]
+            assert [task.groups[g].split("_")[3] for g in group[queries]] == expected
+            assert np.allclose(weights[queries], 1 / keys)
 
 
-def test_overwrites_are_spread_over_keys_values_and_places():
+def test_overwrites_are_uniform():
     task = tasks.OverwriteRecall.length_extrapolation(
         length=40, num_keys=4, num_writes=8, vocab_size=24, noise_vocab_size=8
     )
@@ -578,7 +580,7 @@ def test_overwritten_values_are_not_targets():
 
 
 @pytest.mark.parametrize("name", ["in_context_recall", "noisy_recall", "fuzzy_recall"])
-def test_recall_trains_on_next_tokens_and_tests_on_answers(name):
+def test_mad_recall_labels_next_tokens_in_train_and_answers_in_test(name):
     task = CASES[name]
     train = task.batch(0, "train", 0, 16)
     real = train.seq.segment_ids == 1
@@ -633,7 +635,7 @@ def test_fuzzy_recall_test_keys_have_full_width():
     assert {n for is_key, n in widths["test"] if not is_key} == {1, 2, 3}
 
 
-def test_selective_copying_puts_blanks_in_every_gap():
+def test_selective_copying_has_blanks_in_every_gap():
     task = tasks.SelectiveCopying(length=64, num_tokens_to_copy=8)
     tokens = task.batch(0, "train", 0, 500).tokens
     body, tail = tokens[:, :55], tokens[:, 55:]
@@ -644,7 +646,7 @@ def test_selective_copying_puts_blanks_in_every_gap():
     assert before.mean() == pytest.approx(47 / 9, abs=0.5) and after.mean() == pytest.approx(47 / 9, abs=0.5)
 
 
-def test_memorization_table_is_one_to_one_and_the_tasks_own():
+def test_memorization_table_is_one_to_one_and_fixed():
     task = tasks.Memorization()
     assert len(set(task.table.tolist())) == len(task.table) == 127
     assert task.table.min() >= 127 and task.table.max() < 255
@@ -660,10 +662,10 @@ def test_key_retrieval_facts_and_queries():
     for row, targets, weights in zip(*task.batch(0, "train", 0, 4000)[:3], strict=True):
         facts = np.flatnonzero(row == task.num_words + task.num_names)
         known = {row[i + 1]: row[i + 2] for i in facts}
-        asked = np.flatnonzero(row == task.num_words + task.num_names + 1) + 1
-        assert len(known) == 2 and facts[1] - facts[0] >= 3 and asked.tolist() == [27, 29]
-        assert np.flatnonzero(weights).tolist() == asked.tolist() and row[asked].tolist() != [row[asked[0]]] * 2
-        assert [known[name] for name in row[asked]] == targets[asked].tolist()
+        queries = np.flatnonzero(row == task.num_words + task.num_names + 1) + 1
+        assert len(known) == 2 and facts[1] - facts[0] >= 3 and queries.tolist() == [27, 29]
+        assert np.flatnonzero(weights).tolist() == queries.tolist() and row[queries].tolist() != [row[queries[0]]] * 2
+        assert [known[name] for name in row[queries]] == targets[queries].tolist()
         places.update(facts.tolist())
         orders[bool(row[facts[0] + 1] == row[27])] += 1
     assert min(places) == 0 and max(places) == 23 and orders[True] == pytest.approx(2000, abs=130)
@@ -700,7 +702,7 @@ def test_copying_mixes_lengths_in_train_only():
     assert [set(b.seq.segment_ids.sum(axis=1).tolist()) for b in batches(task, "test", 4)] == [{42}, {82}, {162}, {322}]
 
 
-def test_the_induction_cue_stands_anywhere_before_the_answer():
+def test_induction_cue_positions():
     batch = tasks.InductionHeads(length=8).batch(0, "train", 0, 2000)
     assert np.all((batch.tokens == 16).sum(axis=1) == 2) and np.all(batch.tokens[:, -1] == 16)
     cues = Counter((batch.tokens == 16).argmax(axis=1).tolist())
@@ -723,7 +725,7 @@ def test_state_tracking_groups_are_ranges_of_positions():
     assert task.batch(0, "test", 1, 1).group.tolist() == [[0, 0, 0, 1, 1, 2, 2, 2]]
 
 
-def test_state_tracking_products_by_hand():
+def test_state_tracking_products():
     """S3 in lexicographic order: 1 swaps points 1 and 2, 2 swaps 0 and 1. First 1, then 2, sends 0 to 1 to 2 to 0."""
     assert cayley_table("S3")[1, 2] == 3 and cayley_table("S3")[2, 1] == 4
     parity = tasks.StateTracking(group="parity").batch(0, "train", 0, 8)
@@ -736,21 +738,21 @@ def test_state_tracking_products_by_hand():
 
 
 def test_jrt_prompt_repeats_only_the_context():
-    """A row with context `a b c`, by number of tokens to read."""
+    """The repetition of a context `a b c`, by its new length."""
     task = tasks.Copying(alphabet_size=4, train_lengths=(2, 2), test_lengths=(2,))
     batch = task.batch(0, "test", 0, 1)
     a, b, c = batch.tokens[0, :3].tolist()
     rest = batch.tokens[0, 3:].tolist()
-    for wanted, context in ((3, [a, b, c]), (6, [a, b, c] * 2), (5, [b, c, a, b, c]), (7, [c, *[a, b, c] * 2])):
-        long = repeat_batch_context(batch, np.array([wanted]))
+    for expected, context in ((3, [a, b, c]), (6, [a, b, c] * 2), (5, [b, c, a, b, c]), (7, [c, *[a, b, c] * 2])):
+        long = repeat_batch_context(batch, np.array([expected]))
         assert long.tokens[0].tolist() == context + rest
-        assert long.seq.prefix[0].tolist() == [True] * wanted + [False] * len(rest)
-        assert long.seq.positions[0].tolist() == list(range(wanted + len(rest)))
+        assert long.seq.prefix[0].tolist() == [True] * expected + [False] * len(rest)
+        assert long.seq.positions[0].tolist() == list(range(expected + len(rest)))
         for before, after in ((batch.targets, long.targets), (batch.weights, long.weights)):
-            assert np.array_equal(before[0, 3:], after[0, wanted:]) and not after[0, : wanted - 3].any()
+            assert np.array_equal(before[0, 3:], after[0, expected:]) and not after[0, : expected - 3].any()
 
 
-def test_rows_of_different_contexts_are_padded_to_one_length():
+def test_repeated_contexts_are_padded_to_one_length():
     task = tasks.JRTPrompt(task=tasks.Copying(train_lengths=(2, 9), test_lengths=(4,)), num_repeats=3)
     batch = task.batch(0, "train", 0, 16)
     sizes = batch.seq.prefix.sum(axis=1)
@@ -759,9 +761,11 @@ def test_rows_of_different_contexts_are_padded_to_one_length():
     assert np.allclose(batch.weights.sum(axis=1), 1) and not batch.weights[batch.seq.segment_ids == 0].any()
 
 
-@pytest.mark.parametrize(("way", "read"), [("left_pad", (3, 7, 12)), ("twice", (6, 10, 12)), ("iterate", (10, 10, 12))])
-def test_short_prompts_are_filled_up_to_the_prefix(way: FillStrategy, read):
-    task = tasks.PrefixFill(task=CASES["mqar"], prefix_length=10, strategy=way)
+@pytest.mark.parametrize(
+    ("strategy", "read"), [("left_pad", (3, 7, 12)), ("twice", (6, 10, 12)), ("iterate", (10, 10, 12))]
+)
+def test_prefix_fill_strategies(strategy: FillStrategy, read):
+    task = tasks.PrefixFill(task=CASES["mqar"], prefix_length=10, strategy=strategy)
     assert tuple(map(task.repeated_length, (3, 7, 12))) == read and task.repeated_length(0) == 0
 
 
@@ -772,7 +776,7 @@ def test_context_of_packed_rows_cannot_be_repeated():
         repeat_batch_context(packed, np.array([8, 8]))
 
 
-def test_masked_tokens_predict_themselves_and_the_prefix_no_next_token():
+def test_masked_prefix_targets():
     task = tasks.MaskedPrefix(task=tasks.InContextRecall(length=64), prefix_length=24, mlm_probability=0.3)
     assert task.terms == ("next_token", "masked_token") and task.vocab_size == task.task.vocab_size + 1
     plain, batch = (t.batch(0, "train", 0, 200) for t in (task.task, task))
@@ -782,19 +786,19 @@ def test_masked_tokens_predict_themselves_and_the_prefix_no_next_token():
     assert np.array_equal(batch.targets[masked], plain.tokens[masked])
     assert np.array_equal(batch.weights[:, :24] > 0, masked[:, :24])
     assert np.array_equal(batch.weights[:, 24:], plain.weights[:, 24:])
-    held = task.batch(0, "valid", 0, 8)
-    assert np.array_equal(held.tokens, task.task.batch(0, "valid", 0, 8).tokens) and not held.weights[:, :24].any()
-    assert np.array_equal(held.seq.prefix, np.broadcast_to(np.arange(64) < 24, (8, 64)))
+    known = task.batch(0, "valid", 0, 8)
+    assert np.array_equal(known.tokens, task.task.batch(0, "valid", 0, 8).tokens) and not known.weights[:, :24].any()
+    assert np.array_equal(known.seq.prefix, np.broadcast_to(np.arange(64) < 24, (8, 64)))
 
 
-def test_both_normalisations_of_the_masked_loss():
+def test_masked_prefix_loss_weights():
     paper, code = masked_prefix_loss_weights("paper"), masked_prefix_loss_weights("code")
     assert paper == {"next_token": 0.8, "masked_token": 0.2} and code == {"next_token": 1.0, "masked_token": 0.25}
 
 
 def test_window_reach_on_standard_mixture_matches_published_figure():
-    """A sliding window recalls what stands within it, so the figure of Zoology's README (windows of 8 to 1024 tokens at
-    width 128, the mean over seven lengths) is a fact about where the queries stand."""
+    """A sliding window recalls what it covers, so the figure of Zoology's README (windows of 8 to 1024 tokens at width
+    128, mean over seven lengths) depends on the positions of the queries only."""
     task = importlib.import_module("recallax.configs.mqar_window").get_config().task
     assert fraction_within_window(task, 8, rows=256) == pytest.approx(0.081, abs=0.025)
     published = {16: 0.145, 32: 0.310, 64: 0.514, 128: 0.658, 256: 0.797, 512: 0.936, 1024: 1.0}

@@ -1,4 +1,4 @@
-"""Text: every token is asked once, in rows that any process finds by itself; sources, tokenizers, what is refused."""
+"""Tests of language modelling on text: packing, recall tokens, sources, tokenizers, the cache and whole runs."""
 
 import hashlib
 import itertools
@@ -92,7 +92,7 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Sentences(TextSource):
-    """Documents of the tests, in memory."""
+    """Documents in memory, for tests."""
 
     seed: int = 0
     count: int = 40
@@ -111,13 +111,13 @@ SMALL = Text(source=Sentences(), length=32, ngram_size=3, max_ngram_count=60)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 16, 17, 1000, 1023, 4097])
-def test_a_computed_order_is_a_permutation(count: int) -> None:
+def test_permute_index_is_a_permutation(count: int) -> None:
     for key in (0, 1, 2**63 + 5):
         order = permute_index(np.arange(count), count, np.full(count, key, np.uint64))
         assert np.array_equal(np.sort(order), np.arange(count))
 
 
-def test_orders_of_different_keys_are_as_different_as_random_ones() -> None:
+def test_permutations_of_different_keys_are_independent() -> None:
     count, keys = 7, 60_000
     every = [permute_index(np.full(keys, i), count, np.arange(keys, dtype=np.uint64)) for i in range(count)]
     for a, b in itertools.combinations(range(count), 2):  # each place alone, and each pair of places
@@ -143,8 +143,8 @@ def stream_of(documents: Sequence[Sequence[int]], grid: int, boundary: int = 99)
     return TokenStream(np.array(tokens, np.uint16), begin, end, np.zeros(100, np.int64), 0)
 
 
-def slow_rows(documents: Sequence[Sequence[int]], grid: int, length: int, boundary: int = 99) -> list[list[tuple]]:
-    """(token, segment, position, target or None) of every place, document by document."""
+def reference_rows(documents: Sequence[Sequence[int]], grid: int, length: int, boundary: int = 99) -> list[list[tuple]]:
+    """List (token, segment, position, target or None) of every position, document by document."""
     places: list[tuple] = []
     for number, document in enumerate(documents):
         whole = [boundary, *document, boundary]
@@ -171,14 +171,14 @@ def slow_rows(documents: Sequence[Sequence[int]], grid: int, length: int, bounda
 
 @pytest.mark.parametrize("grid", [1, 2, 4])
 @pytest.mark.parametrize("longest", [1, 6, 60])
-def test_rows_are_what_the_definition_says(grid: int, longest: int) -> None:
+def test_packed_rows_match_definition(grid: int, longest: int) -> None:
     rng = np.random.default_rng(grid + longest)
     for length in (8, 12, 20):
         sizes = rng.integers(1, longest + 1, size=30)
         documents = [rng.integers(0, 90, size=n).tolist() for n in sizes]
-        wanted = slow_rows(documents, grid, length)
-        batch = pack_rows(stream_of(documents, grid), np.arange(len(wanted)), length, grid)
-        for i, row in enumerate(wanted):
+        expected = reference_rows(documents, grid, length)
+        batch = pack_rows(stream_of(documents, grid), np.arange(len(expected)), length, grid)
+        for i, row in enumerate(expected):
             tokens, segments, positions, targets = zip(*row, strict=True)
             assert np.asarray(batch.tokens)[i].tolist() == list(tokens)
             assert np.asarray(batch.seq.segment_ids)[i].tolist() == list(segments)
@@ -186,11 +186,11 @@ def test_rows_are_what_the_definition_says(grid: int, longest: int) -> None:
             assert np.asarray(batch.seq.positions)[i][real].tolist() == [p for p in positions if p is not None]
             assert (np.asarray(batch.weights)[i] > 0).tolist() == [t is not None for t in targets]
             assert np.asarray(batch.targets)[i].tolist() == [t or 0 for t in targets]
-        begun = (np.asarray(batch.seq.positions) == 0) & (np.asarray(batch.seq.segment_ids) > 0)
-        assert not np.any(np.flatnonzero(begun.any(axis=0)) % grid)
-        # The tokens of all documents, each but its first, are asked once each.
-        asked = Counter(np.asarray(batch.targets)[np.asarray(batch.weights) > 0].tolist())
-        assert asked == Counter(itertools.chain.from_iterable(documents)) + Counter({99: len(documents)})
+        is_start = (np.asarray(batch.seq.positions) == 0) & (np.asarray(batch.seq.segment_ids) > 0)
+        assert not np.any(np.flatnonzero(is_start.any(axis=0)) % grid)
+        # Every token except a document's first is a target once.
+        labelled = Counter(np.asarray(batch.targets)[np.asarray(batch.weights) > 0].tolist())
+        assert labelled == Counter(itertools.chain.from_iterable(documents)) + Counter({99: len(documents)})
 
 
 @pytest.mark.parametrize("grid", [1, 4])
@@ -199,10 +199,10 @@ def test_each_token_is_a_target_once_per_epoch(grid: int) -> None:
     for split in SPLITS:
         stream, rows = task.tokenized_corpus().streams[split], task.num_rows(split)
         batch = task.batch(3, split, 0, rows)
-        asked = np.bincount(batch.targets[batch.weights > 0], minlength=task.vocab_size)
-        assert np.array_equal(asked, stream.counts)
+        labelled = np.bincount(batch.targets[batch.weights > 0], minlength=task.vocab_size)
+        assert np.array_equal(labelled, stream.counts)
         texts = sentences(40, SPLITS.index(split))
-        assert stream.text_bytes == sum(len(t.encode()) for t in texts) == asked[:256].sum() and asked[256] == 40
+        assert stream.text_bytes == sum(len(t.encode()) for t in texts) == labelled[:256].sum() and labelled[256] == 40
         decoded = [task.encoder.decode(stream.tokens[a:b].tolist()) for a, b in zip(*stream[1:3], strict=True)]
         assert decoded == texts
 
@@ -211,7 +211,7 @@ def test_each_token_is_a_target_once_per_epoch(grid: int) -> None:
 
 
 def test_batch_size_does_not_change_row_order() -> None:
-    """The same rows for any batch size, across the ends of readings, so for any number of processes and at any step."""
+    """Rows are equal for any batch size, across epochs, and so for any number of processes and at any step."""
     rows = SMALL.num_rows("train")
     whole = SMALL.batch(0, "train", 0, 3 * rows).tokens
     for size in (1, 4, rows - 1, rows + 3):
@@ -251,10 +251,14 @@ print(json.dumps({"rows": found, "data": task.data_digest(), "foreign": foreign}
 """
 
 
-def test_other_processes_find_the_same_rows_by_themselves(tmp_path: Path) -> None:
-    """One that starts with nothing but the config makes the same tokens and, at any step, the same rows for each of 1,
-    2 or 4 processes as this one; and the text that recallax carries needs no further library."""
-    task, size, steps = text_based.get_config().task, 8, [0, 3, 228, 229, 10**6]  # 1828 rows a reading: 228 goes over
+def test_rows_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    """A process with an empty cache makes the same tokens and the same rows of each of 1, 2 or 4 processes at any step;
+    the included corpus needs no optional library."""
+    task, size, steps = (
+        text_based.get_config().task,
+        8,
+        [0, 3, 228, 229, 10**6],
+    )  # step 228 crosses an epoch
     environment = {**os.environ, "RECALLAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-c", DIGEST, json.dumps([4, steps, size])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
@@ -273,8 +277,8 @@ def test_other_processes_find_the_same_rows_by_themselves(tmp_path: Path) -> Non
 # Recall tokens
 
 
-def slow_recall(tokens: list[int], segments: list[int], n: int, frequent: set[tuple]) -> list[bool]:
-    """Zoology's definition, token by token."""
+def reference_recall_mask(tokens: list[int], segments: list[int], n: int, frequent: set[tuple]) -> list[bool]:
+    """Apply Zoology's definition token by token."""
     found = []
     for t in range(len(tokens)):
         first = next(i for i in range(len(tokens)) if segments[i] == segments[t])
@@ -287,9 +291,9 @@ def slow_recall(tokens: list[int], segments: list[int], n: int, frequent: set[tu
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("above", [0, 8, 1000])
-def test_recall_tokens_are_those_of_the_definition(n: int, above: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recall_tokens_match_definition(n: int, above: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recall_tokens, "TOKENS_PER_PIECE", 7)
-    monkeypatch.setattr(recall_tokens, "HASH_BITS", 2)  # so that n-grams share counters
+    monkeypatch.setattr(recall_tokens, "HASH_BITS", 2)  # few counters, so that n-grams collide
     rng, vocab = np.random.default_rng(n), 5
     sizes = rng.integers(1, 20, size=40)
     documents = [rng.choice(vocab - 1, size=k, p=[0.55, 0.25, 0.1, 0.1]).tolist() for k in sizes]
@@ -299,36 +303,38 @@ def test_recall_tokens_are_those_of_the_definition(n: int, above: int, monkeypat
         for a, b in zip(stream.starts, stream.ends, strict=True)
         for i in range(a, b - n + 1)
     )
-    often = {gram for gram, count in counted.items() if count > above}
+    frequent_set = {gram for gram, count in counted.items() if count > above}
     numbers = frequent_ngrams(stream.tokens, stream.starts, n, vocab, above)
-    assert numbers.tolist() == sorted(sum(x * vocab ** (n - 1 - i) for i, x in enumerate(gram)) for gram in often)
+    assert numbers.tolist() == sorted(
+        sum(x * vocab ** (n - 1 - i) for i, x in enumerate(gram)) for gram in frequent_set
+    )
     batch = pack_rows(stream, np.arange(20), 16, 1)
     found = recall_mask(np.asarray(batch.tokens), np.asarray(batch.seq.segment_ids), n, vocab, numbers)
     for row, segments, marks in zip(batch.tokens.tolist(), batch.seq.segment_ids.tolist(), found, strict=True):
         real = [i for i, s in enumerate(segments) if s]
-        wanted = slow_recall([row[i] for i in real], [segments[i] for i in real], n, often)
-        assert marks[real].tolist() == wanted
-    assert found.any() == (above == 1000 or (above == 8 and n > 1)) and (len(often) > 0) == (above < 1000)
+        expected = reference_recall_mask([row[i] for i in real], [segments[i] for i in real], n, frequent_set)
+        assert marks[real].tolist() == expected
+    assert found.any() == (above == 1000 or (above == 8 and n > 1)) and (len(frequent_set) > 0) == (above < 1000)
 
 
-def test_recall_never_reaches_across_a_boundary_that_no_token_marks() -> None:
+def test_recall_tokens_do_not_cross_documents() -> None:
     rng = np.random.default_rng(0)
     tokens, segments = rng.integers(0, 3, size=(50, 24)), np.sort(rng.integers(1, 6, size=(50, 24)), axis=1)
     for n in (1, 2, 3):
         found = recall_mask(tokens, segments, n, 3, np.zeros(0, np.int64))
         for row, own, marks in zip(tokens.tolist(), segments.tolist(), found, strict=True):
-            assert marks.tolist() == slow_recall(row, own, n, set())
+            assert marks.tolist() == reference_recall_mask(row, own, n, set())
 
 
 def test_target_group_is_that_of_the_predicted_token() -> None:
     for split in SPLITS:
         batch = SMALL.batch(0, split, 0, 20)
         numbers = SMALL.tokenized_corpus().frequent_ngrams(3, 60)
-        often = {(x // 257**2, x // 257 % 257, x % 257) for x in numbers.tolist()}
+        frequent_set = {(x // 257**2, x // 257 % 257, x % 257) for x in numbers.tolist()}
         for row, segments, group, weights in zip(
             batch.tokens.tolist(), batch.seq.segment_ids.tolist(), batch.group, batch.weights, strict=True
         ):
-            recall = slow_recall(row, segments, 3, often)
+            recall = reference_recall_mask(row, segments, 3, frequent_set)
             assert [bool(group[t]) for t in np.flatnonzero(weights)] == [recall[t + 1] for t in np.flatnonzero(weights)]
         assert 0.02 < batch.group[batch.weights > 0].mean() < 0.8
 
@@ -336,7 +342,7 @@ def test_target_group_is_that_of_the_predicted_token() -> None:
 # Sources
 
 
-def test_the_corpus_that_is_carried() -> None:
+def test_included_corpus() -> None:
     corpus = Shakespeare().open()
     texts = {split: list(documents) for split, documents in corpus.documents.items()}
     assert {split: len(documents) for split, documents in corpus.documents.items()} == {
@@ -353,7 +359,7 @@ def test_the_corpus_that_is_carried() -> None:
     assert (folder / "shakespeare.txt").stat().st_size < 600_000
 
 
-def test_splits_are_disjoint_by_what_documents_say() -> None:
+def test_splits_are_disjoint_by_content() -> None:
     texts = sentences(200) * 3
     digests = np.array([document_digest(text) for text in texts])
     split = split_by_content(digests, HeldOutFractions(0.1, 0.2))
@@ -367,7 +373,7 @@ def test_splits_are_disjoint_by_what_documents_say() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to be in, with a cache of its own."""
+    """A working directory with its own cache."""
     monkeypatch.setenv("RECALLAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -378,11 +384,11 @@ def write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", newline="")
 
 
-def found_in(source: TextSource) -> dict[Split, list[str]]:
+def documents_by_split(source: TextSource) -> dict[Split, list[str]]:
     return {split: list(documents) for split, documents in source.open().documents.items()}
 
 
-def test_files_become_documents(folder: Path) -> None:
+def test_document_units_of_files(folder: Path) -> None:
     texts = sentences(12)
     write(folder / "a/one.txt", "\r\n\r\n".join(texts[:5]) + "\r\n")
     write(folder / "a/b/two.txt", "\n \n\n".join(texts[5:8]) + "\n\n\n")
@@ -390,26 +396,26 @@ def test_files_become_documents(folder: Path) -> None:
     paths = ("a/**/*.txt", "*.md")
     third = "\n".join(texts[8:])
     first, second = "\n\n".join(texts[:5]) + "\n", "\n \n\n".join(texts[5:8]) + "\n\n\n"
-    wanted: dict[DocumentUnit, list[str]] = {
+    expected: dict[DocumentUnit, list[str]] = {
         "file": [first, second, third],
         "paragraph": [*texts[:8], third],
         "line": texts,
     }
-    for cut, documents in wanted.items():
-        found = found_in(TextFiles(paths=paths, document_unit=cut))
+    for cut, documents in expected.items():
+        found = documents_by_split(TextFiles(paths=paths, document_unit=cut))
         assert sorted(itertools.chain(*found.values())) == sorted(text.strip("\n") for text in documents)
         assert all(found.values())
     source = TextFiles(paths=paths, document_unit="line")
     before, made_before = source.open().digest, sorted((folder / "cache/corpora").iterdir())
     assert source.open().digest == before and sorted((folder / "cache/corpora").iterdir()) == made_before
     write(folder / "three.md", "\n".join(texts[8:-1]))
-    assert source.open().digest != before and len(found_in(source)["train"]) == 9
+    assert source.open().digest != before and len(documents_by_split(source)["train"]) == 9
     assert "tensorflow" not in sys.modules
 
 
 @pytest.fixture(scope="module")
 def tfds_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A TFDS corpus of somebody else's, prepared in a data folder: 30 train documents and 6 test ones."""
+    """A prepared TFDS corpus in a data folder, with 30 train and 6 test documents."""
     tfds = pytest.importorskip("tensorflow_datasets")
     tfds.disable_progress_bar()
     data = tmp_path_factory.mktemp("tfds")
@@ -436,15 +442,18 @@ def tfds_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data
 
 
-def test_a_tfds_corpus_by_name(tfds_data: Path, folder: Path) -> None:
+def test_tfds_corpus_by_name(tfds_data: Path, folder: Path) -> None:
     source = Tfds(
         name="some_books", feature="body", train_split="train[:80%]", valid_split="train[80%:]", data_dir=str(tfds_data)
     )
-    found = found_in(source)
+    found = documents_by_split(source)
     assert {split: len(texts) for split, texts in found.items()} == {"train": 24, "valid": 6, "test": 6}
     assert sorted(found["train"] + found["valid"]) == sorted(sentences(30))
     assert sorted(found["test"]) == sorted(sentences(6, 1))
-    assert found_in(source) == found and source.open().digest == replace(source, name="some_books:2.0.1").open().digest
+    assert (
+        documents_by_split(source) == found
+        and source.open().digest == replace(source, name="some_books:2.0.1").open().digest
+    )
     task = Text(source=source, length=16)
     batch = task.batch(0, "valid", 0, task.num_rows("valid"))
     assert batch.weights.sum() == sum(len(text.encode()) + 1 for text in found["valid"])
@@ -457,13 +466,16 @@ REFUSED_TFDS = [
     ({"name": "lm1b"}, ["lm1b is not in", "recallax corpus CONFIG --download", "task.source.data_dir"]),
     ({"feature": "text"}, ["some_books/2.0.1 has no feature 'text'", "title, body, raw, year"]),
     ({}, ["has no split 'validation'", "train, test", "train[98%:99%]"]),
-    ({"valid_split": "train[20:]", "train_split": "train[:21]"}, ["train is 'train[:21]' and valid 'train[20:]'", "not overlap"]),
+    (
+        {"valid_split": "train[20:]", "train_split": "train[:21]"},
+        ["train is 'train[:21]' and valid 'train[20:]'", "not overlap"],
+    ),
     ({"valid_split": "test"}, ["valid is 'test' and test 'test'", "not overlap"]),
 ]
 
 
 @pytest.mark.parametrize(("change", "parts"), REFUSED_TFDS, ids=[next(iter(c), "split") for c, _ in REFUSED_TFDS])
-def test_tfds_corpora_that_are_refused(tfds_data: Path, change: dict[str, str], parts: list[str]) -> None:
+def test_invalid_tfds_corpora_are_rejected(tfds_data: Path, change: dict[str, str], parts: list[str]) -> None:
     source = replace(Tfds(name="some_books", feature="body", data_dir=str(tfds_data)), **change)
     with pytest.raises(ConfigError) as error:
         source.open()
@@ -471,7 +483,7 @@ def test_tfds_corpora_that_are_refused(tfds_data: Path, change: dict[str, str], 
         assert part in str(error.value), error.value
 
 
-def test_features_and_formats_that_are_refused(tfds_data: Path, tmp_path: Path) -> None:
+def test_invalid_tfds_features_and_formats_are_rejected(tfds_data: Path, tmp_path: Path) -> None:
     source = Tfds(name="some_books", valid_split="train[:1]", train_split="train[1:]", data_dir=str(tfds_data))
     for feature in ("raw", "year"):
         documents = replace(source, feature=feature).open().documents["valid"]
@@ -483,15 +495,14 @@ def test_features_and_formats_that_are_refused(tfds_data: Path, tmp_path: Path) 
     info = tmp_path / "some_books/2.0.1/dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(
-        ConfigError, match=r"2.0.1 has the file format tfrecord, which has no random access; prepare the corpus as array_record"
+        ConfigError,
+        match=r"2.0.1 has the file format tfrecord, which has no random access; prepare the corpus as array_record",
     ):
         replace(source, feature="body", data_dir=str(tmp_path)).open()
 
 
-def test_a_corpus_is_prepared_where_it_is_missing(
-    tfds_data: Path, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """TFDS knows how to make this one, as it does those that it downloads."""
+def test_missing_tfds_corpus_is_prepared(tfds_data: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A corpus that TFDS can prepare, like those that it downloads."""
     source = Tfds(
         name="some_books",
         feature="body",
@@ -502,14 +513,14 @@ def test_a_corpus_is_prepared_where_it_is_missing(
     with pytest.raises(ConfigError, match=r"some_books is not in .*/new/some_books/2.0.1"):
         source.open()
     source.prepare()
-    found = found_in(source)
+    found = documents_by_split(source)
     assert sorted(found["train"] + found["valid"]) == sorted(sentences(30))
     before = sorted((folder / "new").rglob("*"))
     source.prepare()
     assert sorted((folder / "new").rglob("*")) == before
 
 
-def refuse_files(
+def check_files_are_rejected(
     parts: list[str], *paths: str, documents: DocumentUnit = "file", valid: float = 0.05, test: float = 0.05
 ) -> None:
     with pytest.raises(ConfigError) as error:
@@ -518,21 +529,21 @@ def refuse_files(
         assert part in str(error.value), error.value
 
 
-def test_files_that_are_refused(folder: Path) -> None:
-    refuse_files(["'*.txt'", "matches no file", str(folder), "correct it"], "*.txt")
+def test_invalid_files_are_rejected(folder: Path) -> None:
+    check_files_are_rejected(["'*.txt'", "matches no file", str(folder), "correct it"], "*.txt")
     write(folder / "good.txt", "\n\n".join(sentences(9)))
     (folder / "latin.txt").write_bytes("good\nna\xefve".encode("latin-1"))
-    refuse_files(["latin.txt is not UTF-8", "byte 0xef at offset 7", "iconv"], "*.txt")
+    check_files_are_rejected(["latin.txt is not UTF-8", "byte 0xef at offset 7", "iconv"], "*.txt")
     write(folder / "latin.txt", " \n\n")
-    refuse_files(["latin.txt is empty", "remove it"], "*.txt")
-    refuse_files(["1 different documents", "at least one each", "paragraph or line"], "good.txt")
-    refuse_files(["(0.7, 0.3)", "a sum below 1"], "good.txt", documents="paragraph", valid=0.7, test=0.3)
+    check_files_are_rejected(["latin.txt is empty", "remove it"], "*.txt")
+    check_files_are_rejected(["1 different documents", "at least one each", "paragraph or line"], "good.txt")
+    check_files_are_rejected(["(0.7, 0.3)", "a sum below 1"], "good.txt", documents="paragraph", valid=0.7, test=0.3)
     assert not list((folder / "cache/corpora").glob("files-*")), "what fails leaves nothing"
     with pytest.raises(ConfigError, match="paths is empty"):
         TextFiles(paths=())
 
 
-def test_a_missing_library_is_named_with_its_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_error_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(folder / "file", "text")
     cases = {
         "tensorflow_datasets": (Tfds(name="lm1b").open, "recallax[tfds]"),
@@ -596,7 +607,7 @@ def test_tokenizer_round_trip(kind: str, request: pytest.FixtureRequest) -> None
     assert [encoder.decode(stream.tokens[a:b].tolist()) for a, b in zip(*stream[1:3], strict=True)] == valid
 
 
-def test_a_large_vocabulary_is_kept_whole() -> None:
+def test_large_vocabularies_use_uint32() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Wide(Bytes):
         @property
@@ -614,7 +625,7 @@ def test_a_large_vocabulary_is_kept_whole() -> None:
     assert np.array_equal(np.where(narrow.tokens == 256, 256, narrow.tokens + 2**16), wide.tokens)
 
 
-def test_tokenizers_that_are_refused(bpe_file: Path, sentencepiece_file: Path, tmp_path: Path) -> None:
+def test_invalid_tokenizers_are_rejected(bpe_file: Path, sentencepiece_file: Path, tmp_path: Path) -> None:
     junk = tmp_path / "junk"
     junk.write_text("{}")
     cases = [
@@ -648,12 +659,12 @@ def test_tokenizers_that_are_refused(bpe_file: Path, sentencepiece_file: Path, t
         ({"max_ngram_count": -1}, "at least 0"),
     ],
 )
-def test_tasks_that_are_refused(change: dict[str, int], message: str) -> None:
+def test_invalid_text_tasks_are_rejected(change: dict[str, int], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(SMALL, **change)
 
 
-def test_a_row_longer_than_a_split_is_refused() -> None:
+def test_rows_longer_than_a_split_are_rejected() -> None:
     task = replace(SMALL, length=10**5)
     with pytest.raises(ConfigError, match=r"length is 100000 and the train split has \d{4} tokens in 40 documents"):
         task.batch(0, "train", 0, 1)
@@ -678,7 +689,7 @@ def test_concurrent_processes_create_cache_folder_once(folder: Path) -> None:
     assert cached_folder("some/thing", make) == cache_root() / "some/thing" and len(calls) == 1
 
 
-def test_without_locks_the_first_to_finish_wins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_cache_writer_wins_without_locks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError("no locks here")
 
@@ -704,7 +715,7 @@ def test_failed_cache_write_leaves_no_folder(folder: Path) -> None:
     assert [path.name for path in cache_root().iterdir()] == [".thing.lock"]
 
 
-def test_a_cache_that_cannot_be_written_or_is_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_or_damaged_cache_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = replace(SMALL, source=Sentences(seed=1))
     damaged = task.tokenized_corpus().folder / "valid.tokens"
     damaged.write_bytes(damaged.read_bytes()[:-2])
@@ -730,8 +741,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]
     return config, folder
 
 
-def test_measures_are_those_of_the_losses(tiny_run: tuple[RunConfig, Path]) -> None:
-    """Of every label by itself, from logits."""
+def test_text_metrics_match_losses(tiny_run: tuple[RunConfig, Path]) -> None:
+    """The metrics are recomputed from the logits of every target."""
     config, folder = tiny_run
     found = evaluate_run(folder, "test")
     from recallax.train.inference import load_trained_model
@@ -744,12 +755,12 @@ def test_measures_are_those_of_the_losses(tiny_run: tuple[RunConfig, Path]) -> N
         logits = np.asarray(call(jax.numpy.asarray(batch.tokens), batch.seq), np.float64)
         logits -= logits.max(axis=-1, keepdims=True)
         chosen = np.take_along_axis(logits, np.asarray(batch.targets)[..., None], axis=-1)[..., 0]
-        asked = np.asarray(batch.weights) > 0
-        losses.append((np.log(np.exp(logits).sum(axis=-1)) - chosen)[asked])
-        groups.append(np.asarray(batch.group)[asked])
+        labelled = np.asarray(batch.weights) > 0
+        losses.append((np.log(np.exp(logits).sum(axis=-1)) - chosen)[labelled])
+        groups.append(np.asarray(batch.group)[labelled])
     loss, group = np.concatenate(losses), np.concatenate(groups)
     stream = text_task_of(task).tokenized_corpus().streams["test"]
-    wanted = {
+    expected = {
         "perplexity": np.exp(loss.mean()),
         "perplexity/other": np.exp(loss[group == 0].mean()),
         "perplexity/recall": np.exp(loss[group == 1].mean()),
@@ -758,11 +769,11 @@ def test_measures_are_those_of_the_losses(tiny_run: tuple[RunConfig, Path]) -> N
     }
     assert 0.01 < group.mean() < 0.5
     assert {k.removeprefix("measure/"): v for k, v in found.items() if k.startswith("measure/")} == pytest.approx(
-        wanted, rel=1e-4
+        expected, rel=1e-4
     )
 
 
-def test_a_report_shows_the_measures(tiny_run: tuple[RunConfig, Path], tmp_path: Path) -> None:
+def test_report_shows_text_metrics(tiny_run: tuple[RunConfig, Path], tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     assert main(["report", str(tiny_run[1]), "--out", str(page)]) == 0
     perplexity = f"{evaluate_run(tiny_run[1], 'test')['measure/perplexity/recall']:.4g}"
@@ -771,17 +782,17 @@ def test_a_report_shows_the_measures(tiny_run: tuple[RunConfig, Path], tmp_path:
     assert "perplexity/other" in page.with_suffix(".csv").read_text()
 
 
-def test_a_run_on_text_writes_text(
+def test_generate_command_returns_text(
     tiny_run: tuple[RunConfig, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from recallax.models.generation import Generator
     from recallax.train import inference
 
-    asked = []
+    labelled = []
     original = Generator.prefill
 
     def prefill(self, prompts, *arguments, **more):
-        asked.append([row[ok].tolist() for row, ok in zip(prompts.tokens, prompts.valid, strict=True)])
+        labelled.append([row[ok].tolist() for row, ok in zip(prompts.tokens, prompts.valid, strict=True)])
         return original(self, prompts, *arguments, **more)
 
     def written(*options: str) -> str:
@@ -790,10 +801,10 @@ def test_a_run_on_text_writes_text(
 
     monkeypatch.setattr(Generator, "prefill", prefill)
     once = written("--prompt", "To bé", "")
-    assert asked == [[[256, *"To bé".encode()], [256]]]
+    assert labelled == [[[256, *"To bé".encode()], [256]]]
     assert once == written("--prompt", "To bé", "")
     written("--context", "Hark! ", "--prompt", "who")
-    assert asked[2] == [[256, *b"Hark! "]]
+    assert labelled[2] == [[256, *b"Hark! "]]
     with pytest.raises(PromptError, match="prompt '' is empty"):
         inference.continue_prompts(
             tiny_run[1], [""], "Hark", inference.ContextRepetition(), inference.GenerationOptions(max_new_tokens=1)
@@ -803,14 +814,16 @@ def test_a_run_on_text_writes_text(
     assert inference._decode_text(encoder, ids) == " [2Jno\ntricks\ufffd"
 
 
-def test_generation_stops_where_a_document_ends(tiny_run: tuple[RunConfig, Path], monkeypatch) -> None:
+def test_generation_stops_at_end_of_document(tiny_run: tuple[RunConfig, Path], monkeypatch) -> None:
     from recallax.models.generation import Generator
     from recallax.train import inference
 
     stops = []
     original = Generator.__init__
     monkeypatch.setattr(
-        Generator, "__init__", lambda self, *a, **more: (stops.append(more["stop_token_ids"]), original(self, *a, **more))[1]
+        Generator,
+        "__init__",
+        lambda self, *a, **more: (stops.append(more["stop_token_ids"]), original(self, *a, **more))[1],
     )
     inference.continue_prompts(
         tiny_run[1],
@@ -822,7 +835,7 @@ def test_generation_stops_where_a_document_ends(tiny_run: tuple[RunConfig, Path]
     assert stops == [(7, 256)]
 
 
-def test_a_run_whose_corpus_has_changed_is_not_continued(folder: Path) -> None:
+def test_run_with_changed_corpus_is_not_resumed(folder: Path) -> None:
     write(folder / "corpus.txt", "\n".join(sentences(60)))
     tiny = text_based.get_tiny()
     source = TextFiles(paths=("corpus.txt",), document_unit="line", valid_fraction=0.2, test_fraction=0.2)
@@ -830,7 +843,7 @@ def test_a_run_whose_corpus_has_changed_is_not_continued(folder: Path) -> None:
     first = train(config, folder / "run", name="files")
     assert train(config, folder / "run", name="files") == first
     write(folder / "corpus.txt", "\n".join(sentences(61)))
-    tokenized_corpus._load_tokenized_corpus.cache_clear()  # what another process would begin with
+    tokenized_corpus._load_tokenized_corpus.cache_clear()  # as in a new process
     with pytest.raises(CheckpointError, match=r"step 4 was trained on other data .* the corpus or the tokenizer file"):
         train(config, folder / "run", name="files")
     (folder / "corpus.txt").unlink()
@@ -845,7 +858,7 @@ SHORT += ["--evaluate.batches=2", "--evaluate.batch-size=8", "--evaluate.every=3
 
 
 def processes(folder: Path, count: int) -> list[subprocess.Popen]:
-    """The processes of one run, with a device each."""
+    """Start the processes of one run, with one device each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -869,8 +882,8 @@ def finish(started: list[subprocess.Popen]) -> list[int]:
 
 
 @pytest.mark.full
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
-    """Two processes are stopped, four go on: the losses are those of one that was never stopped."""
+def test_run_resumes_with_another_number_of_processes(tmp_path: Path) -> None:
+    """Two processes are stopped and four resume: the losses equal those of an uninterrupted run."""
 
     def losses(folder: Path) -> dict[tuple, float]:
         rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -889,13 +902,13 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     assert 0 < reached < 60, "it was stopped on the way"
     assert finish(processes(changing, 4)) == [0] * 4
     assert finish(processes(one, 1)) == [0]
-    wanted, found = losses(one), losses(changing)
-    assert found.keys() == wanted.keys() and len(found) == 60 + 3
-    for where, loss in wanted.items():
+    expected, found = losses(one), losses(changing)
+    assert found.keys() == expected.keys() and len(found) == 60 + 3
+    for where, loss in expected.items():
         assert found[where] == pytest.approx(loss, rel=1e-4), where
 
 
-def test_a_masked_prefix_over_text() -> None:
+def test_masked_prefix_on_text() -> None:
     task = MaskedPrefix(task=SMALL, prefix_length=8)
     batch = task.batch(0, "train", 0, 50)
     masked = batch.tokens == 257
@@ -910,7 +923,7 @@ def test_a_masked_prefix_over_text() -> None:
     assert measures["perplexity"] == pytest.approx(np.exp(2)) and measures["share/recall"] == 0.25
 
 
-def test_commands_about_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_commands(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(folder / "corpus.txt", "\n".join(sentences(80)))
     source = ["--task.source.paths", "corpus.txt", "--task.source.document-unit", "line", "--task.length", "16"]
     assert main(["corpus", "text_files", *source]) == 0
@@ -927,7 +940,7 @@ def test_commands_about_text(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert not (folder / "runs").exists(), "what is refused claims no folder"
 
 
-def test_configs_name_their_corpora() -> None:
+def test_text_configs_name_their_corpora() -> None:
     published = based_360m_text.get_config()
     assert published.task.vocab_size == 50_257 and published.model.vocab_size == 50_264
     assert text_task_of(published.task).source == Tfds(name="pg19", feature="book_text")

@@ -1,4 +1,4 @@
-"""What a step, an evaluation and a run compute, against plain numpy where there is something to compare with."""
+"""Steps, evaluations and runs, compared with plain numpy where possible."""
 
 import json
 import math
@@ -99,13 +99,13 @@ def program() -> Program:
 
 
 def run(
-    program: Program, indices: range | list[int], spoil: Mapping[int, tuple[float, int]] | None = None
+    program: Program, indices: range | list[int], row_weights: Mapping[int, tuple[float, int]] | None = None
 ) -> tuple[TrainState, list[Any]]:
-    """The state after the given batches in turn, and the steps' reports; `spoil` sets rows' weights to a value."""
+    """Return the state after the given batches, and the metrics of the steps; `row_weights` sets weights of rows."""
     state, reports = program.init_state(), []
     for index in indices:
         batch = program.batch(index)
-        value, rows = (spoil or {}).get(index, (0, 0))
+        value, rows = (row_weights or {}).get(index, (0, 0))
         batch.weights[:rows] = value
         state, report = program.step(state, batch)
         reports.append(jax.device_get(report))
@@ -125,7 +125,7 @@ def logits_of(program: Program, params: Any, batch: Batch) -> jax.Array:
     return nnx.merge(program.graphdef, params, {})(jnp.asarray(batch.tokens), batch.seq)[0]
 
 
-def wanted_loss(program: Program, params: Any, batch: Batch) -> jax.Array:
+def reference_loss(program: Program, params: Any, batch: Batch) -> jax.Array:
     likelihood = jax.nn.log_softmax(logits_of(program, params, batch))
     picked = jnp.take_along_axis(likelihood, jnp.asarray(batch.targets)[..., None], axis=-1)[..., 0]
     return -jnp.sum(batch.weights * picked) / jnp.sum(batch.weights)
@@ -142,7 +142,7 @@ def test_step_equals_clipped_adamw(program: Program) -> None:
     state, reports = run(program, range(count))
     params = jax.tree.map(np.asarray, program.init_state().params)
     m = v = jax.tree.map(np.zeros_like, params)
-    gradient = jax.jit(jax.value_and_grad(lambda p, b: wanted_loss(program, p, b)))
+    gradient = jax.jit(jax.value_and_grad(lambda p, b: reference_loss(program, p, b)))
     names = jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
     mask = jax.tree.map(decays, names, params)
     assert any(jax.tree.leaves(mask)) and not all(jax.tree.leaves(mask))
@@ -262,9 +262,9 @@ def test_one_compiled_step_with_donated_buffers(program: Program) -> None:
 def test_non_finite_step_is_skipped(bad: int, value: float, rows: int, parts: int) -> None:
     program = compiled(vary(train={"gradient_accumulation_steps": parts}))
     state, reports = run(program, range(5), {bad: (value, rows)})
-    wanted, _ = run(program, [i for i in range(5) if i != bad])
+    expected, _ = run(program, [i for i in range(5) if i != bad])
     assert [bool(r.finite.all()) for r in reports] == [i != bad for i in range(5)]
-    assert_same_bits((state.params, state.optimizer, state.statistics), (wanted.params, wanted.optimizer, {}))
+    assert_same_bits((state.params, state.optimizer, state.statistics), (expected.params, expected.optimizer, {}))
     assert (int(state.step), int(state.skipped), int(state.streak)) == (5, 1, 0)
 
 
@@ -285,8 +285,8 @@ def test_an_update_that_is_not_finite_is_skipped() -> None:
 def test_state_freezes_after_ten_nonfinite_steps(program: Program) -> None:
     bad = dict.fromkeys(range(2, 2 + MAX_NONFINITE_STREAK), (np.nan, 8))
     frozen, _ = run(program, range(15), bad)
-    wanted, _ = run(program, range(2))
-    assert_same_bits((frozen.params, frozen.optimizer), (wanted.params, wanted.optimizer))
+    expected, _ = run(program, range(2))
+    assert_same_bits((frozen.params, frozen.optimizer), (expected.params, expected.optimizer))
     assert (int(frozen.skipped), int(frozen.streak)) == (13, 13)
     thawed, _ = run(program, range(14), {index: bad[index] for index in range(2, 1 + MAX_NONFINITE_STREAK)})
     assert (int(thawed.skipped), int(thawed.streak)) == (MAX_NONFINITE_STREAK - 1, 0)
@@ -316,16 +316,16 @@ def test_run_continues_after_one_nonfinite_batch_and_stops_after_ten(
 def test_error_names_a_nonfinite_parameter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     initial = Program.init_state
 
-    def planted(self: Program) -> TrainState:
+    def with_nan(self: Program) -> TrainState:
         state = initial(self)
         params = state.params
         scale = params["stack"]["parts"][0]["body"]["parts"][1]["mixer_norm"]["scale"]
         params["stack"]["parts"][0]["body"]["parts"][1]["mixer_norm"]["scale"] = scale.at[1, 3].set(jnp.nan)
         return state
 
-    monkeypatch.setattr(Program, "init_state", planted)
+    monkeypatch.setattr(Program, "init_state", with_nan)
     with pytest.raises(NonFiniteError, match=r"the parameter \['stack'\].*\['mixer_norm'\]\['scale'\]"):
-        train(CONFIG, tmp_path / "run", name="planted")
+        train(CONFIG, tmp_path / "run", name="with_nan")
 
 
 # Metrics
@@ -346,11 +346,11 @@ def test_evaluation_is_exact(program: Program) -> None:
         stacked = np.stack([batch.weights * nll, batch.weights * right, batch.weights]).reshape(3, -1).sum(-1)
         for name in ("all", TASK.groups[int(batch.group[0, 0])]):
             sums[name] = sums.get(name, 0) + stacked
-    wanted = {"loss": sums["all"][0] / sums["all"][2], "accuracy": sums["all"][1] / sums["all"][2]}
-    wanted |= {f"group/{name}": s[1] / s[2] for name, s in sums.items() if name != "all"}
-    assert set(wanted) == {"loss", "accuracy", "group/L12_K2", "group/L24_K4"}
-    assert all(0 < wanted[name] < 1 for name in wanted.keys() - {"loss"})
-    assert program.evaluate(state, "test") == pytest.approx(wanted, rel=1e-5)
+    expected = {"loss": sums["all"][0] / sums["all"][2], "accuracy": sums["all"][1] / sums["all"][2]}
+    expected |= {f"group/{name}": s[1] / s[2] for name, s in sums.items() if name != "all"}
+    assert set(expected) == {"loss", "accuracy", "group/L12_K2", "group/L24_K4"}
+    assert all(0 < expected[name] < 1 for name in expected.keys() - {"loss"})
+    assert program.evaluate(state, "test") == pytest.approx(expected, rel=1e-5)
     assert program.evaluate(state, "test", batches=1).keys() == {"loss", "accuracy", "group/L12_K2"}
 
 
@@ -424,8 +424,8 @@ def test_log_records_run_information(finished: tuple[Path, dict[str, float]]) ->
     assert seconds == sorted(seconds) and seconds[0] >= 0
     (test,) = [row for row in rows if row.get("split") == "test"]
     assert {name: test[name] for name in metrics} == metrics
-    wanted = {"loss", "accuracy", "gradient_norm", "learning_rate", "tokens_per_second", "skipped", "term/next_token"}
-    assert all(wanted <= row.keys() for row in rows if row["kind"] == "train")
+    expected = {"loss", "accuracy", "gradient_norm", "learning_rate", "tokens_per_second", "skipped", "term/next_token"}
+    assert all(expected <= row.keys() for row in rows if row["kind"] == "train")
     assert sorted(p.name for p in (folder / "checkpoints").iterdir() if p.name.isdecimal()) == ["12", "8"]
 
 

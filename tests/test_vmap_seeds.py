@@ -1,4 +1,4 @@
-"""Seeds that are trained at once: each ends as if it had been alone."""
+"""Seeds that are trained at once give the results of seeds that are trained alone."""
 
 import json
 import os
@@ -97,16 +97,16 @@ def test_vmapped_seeds_equal_single_runs(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 class Recording(Backend):
-    """Writes a row for every cell it is asked for, and keeps what it was asked."""
+    """Writes a row for every cell it is requests for, and keeps what it was requests."""
 
     workers = 1
 
     def __init__(self) -> None:
-        self.asked: list[list[str]] = []
+        self.requests: list[list[str]] = []
 
     def run(self, arguments: list[str], log: Path) -> int:
         _, out, _, *names = arguments
-        self.asked.append(names)
+        self.requests.append(names)
         for name in names:
             (Path(out) / name).mkdir()
             (Path(out) / name / "row.json").write_text(json.dumps({"config": name, "valid": {"accuracy": 0.5}}))
@@ -122,8 +122,8 @@ def test_sweep_groups_seeds_into_processes(tmp_path: Path, together: int, sizes:
     (tmp_path / "sweep.py").write_text(FILE)
     backend = Recording()
     assert run_sweep(tmp_path / "sweep.py", tmp_path / "runs", backend, vmap_seeds=together) == 0
-    assert [len(names) for names in backend.asked] == sizes
-    assert sorted(name for names in backend.asked for name in names) == sorted(
+    assert [len(names) for names in backend.requests] == sizes
+    assert sorted(name for names in backend.requests for name in names) == sorted(
         fingerprint(seeded(seed)) for seed in (0, 1, 2)
     )
 

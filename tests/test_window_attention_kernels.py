@@ -1,4 +1,4 @@
-"""Attention by other people's kernels: the meaning of what we hand them, and what we do not hand them."""
+"""Window attention by splash attention and cuDNN: agreement with the definition, and unsupported arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -23,30 +23,34 @@ def packed() -> jax.Array:
     return jnp.asarray(np.stack([np.repeat([1, 5, 2, 0], [40, 1, 89, 20]), np.ones(LENGTH)]), jnp.int32)
 
 
-def agree(form: str, q, k, v, *, window: int | None, segments: jax.Array | None, tolerance: float) -> None:
-    """Values and gradients of a form against the definition's in float32."""
+def assert_agreement(
+    implementation: str, q, k, v, *, window: int | None, segments: jax.Array | None, tolerance: float
+) -> None:
+    """Compare values and gradients of an implementation with those of the definition in float32."""
     valid = jnp.ones((2, LENGTH, 1, 1), bool) if segments is None else (segments > 0)[..., None, None]
-    slope = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
+    out_grad = jnp.asarray(np.random.default_rng(1).normal(size=q.shape), jnp.float32)
 
-    def run(form, q, k, v):
-        out, _ = window_attention(q, k, v, window=window, segment_ids=segments, implementation=form)
+    def run(implementation, q, k, v):
+        out, _ = window_attention(q, k, v, window=window, segment_ids=segments, implementation=implementation)
         out = jnp.where(valid, out, jnp.zeros((), out.dtype))
-        return jnp.sum(slope * out.astype(jnp.float32)), out
+        return jnp.sum(out_grad * out.astype(jnp.float32)), out
 
-    def results(form, *inputs):
-        (_, out), slopes = jax.jit(jax.value_and_grad(lambda *x: run(form, *x), (0, 1, 2), has_aux=True))(*inputs)
-        return [np.asarray(x, np.float32) for x in (out, *slopes)]
+    def results(implementation, *inputs):
+        (_, out), grads = jax.jit(jax.value_and_grad(lambda *x: run(implementation, *x), (0, 1, 2), has_aux=True))(
+            *inputs
+        )
+        return [np.asarray(x, np.float32) for x in (out, *grads)]
 
-    wanted = results("reference", *(x.astype(jnp.float32) for x in (q, k, v)))
-    for got, want in zip(results(form, q, k, v), wanted, strict=True):
+    expected = results("reference", *(x.astype(jnp.float32) for x in (q, k, v)))
+    for got, want in zip(results(implementation, q, k, v), expected, strict=True):
         assert np.abs(got - want).max() <= tolerance * max(1, np.abs(want).max())
 
 
 @pytest.mark.parametrize("window", [None, 1, 40])
 @pytest.mark.parametrize("segments", [None, packed()], ids=["whole rows", "packed"])
-def test_splash_attention_sees_what_the_definition_sees(window, segments):
+def test_splash_attention_agrees_with_the_definition(window, segments):
     with interpret_kernels():
-        agree("splash", *draw(jnp.float32), window=window, segments=segments, tolerance=2e-5)
+        assert_agreement("splash", *draw(jnp.float32), window=window, segments=segments, tolerance=2e-5)
 
 
 def test_splash_attention_exports_for_a_tpu():
@@ -61,9 +65,9 @@ def test_splash_attention_exports_for_a_tpu():
 
 
 @pytest.mark.parametrize("window", [None, 1, 40])
-def test_cudnn_is_asked_for_the_window_that_is_meant(window, monkeypatch):
+def test_cudnn_arguments_agree_with_the_definition(window, monkeypatch):
     monkeypatch.setattr(cudnn, "LIBRARY", "xla")
-    agree("cudnn", *draw(jnp.bfloat16), window=window, segments=None, tolerance=0.03)
+    assert_agreement("cudnn", *draw(jnp.bfloat16), window=window, segments=None, tolerance=0.03)
 
 
 def test_unsupported_arguments_are_rejected_with_reason(monkeypatch):
@@ -77,9 +81,9 @@ def test_unsupported_arguments_are_rejected_with_reason(monkeypatch):
     monkeypatch.setattr(cudnn, "LIBRARY", "xla")
     with pytest.raises(Unsupported, match="cudnn: a state is given"):
         window_attention(q, k, v, **stateful, implementation="cudnn")
-    with pytest.raises(Unsupported, match="cudnn: segments are given"):
+    with pytest.raises(Unsupported, match="cudnn: segment_ids are given"):
         window_attention(q, k, v, segment_ids=packed(), implementation="cudnn")
     with pytest.raises(Unsupported, match="q is float32"):
         window_attention(*draw(jnp.float32), implementation="cudnn")
-    with pytest.raises(Unsupported, match=r"\(16, 8\) wide"):
+    with pytest.raises(Unsupported, match=r"are \(16, 8\)"):
         window_attention(q, k, v[..., :8], implementation="cudnn")

@@ -1,4 +1,4 @@
-"""What does each part of Hydra add to recall?
+"""Recall with and without each part of Hydra.
 
 The tasks are `mqar_micro`, and eight needles that are beyond the attention window and selection. Stages: three learning
 rates for every variant with one seed, then the best on valid with a second seed. All variants start with the short

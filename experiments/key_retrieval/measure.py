@@ -201,7 +201,7 @@ def _attentions(length: int, block_size: int) -> dict[str, Any]:
     positions, segments = jnp.arange(length)[None], jnp.ones((1, length), jnp.int32)
 
     def landmark(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return landmark_attention(q, k, v, block_size=block_size, positions=positions, segments=segments)
+        return landmark_attention(q, k, v, block_size=block_size, positions=positions, segment_ids=segments)
 
     def full(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return window_attention(q, k, v, segment_ids=segments)[0]

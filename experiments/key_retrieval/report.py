@@ -1,5 +1,6 @@
 """Tables of the rows: `python -m experiments.key_retrieval.report` rewrites table.md."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.key_retrieval.measure import ROWS_PER_LENGTH, TOP_KS
@@ -23,12 +24,12 @@ def table(rows: list[ResultRow]) -> str:
     return "\n\n".join(tables)
 
 
-def _markdown(header: list[object], lines: list[list[object]]) -> str:
+def _markdown(header: Sequence[object], lines: Sequence[Sequence[object]]) -> str:
     return "\n".join(map(markdown_row, [header, ["---"] * len(header), *lines]))
 
 
 def _training_table(rows: list[ResultRow]) -> str:
-    lines: list[list[object]] = [
+    lines = [
         [
             row["arm"],
             f"{row['lr']:g}" + (" (chosen)" if row["lr"] == best_rate(rows, row["arm"]) else ""),
@@ -55,7 +56,7 @@ def _recall_table(rows: list[ResultRow], keys: int) -> str:
 
 
 def _traffic_table(rows: list[ResultRow]) -> str:
-    lines: list[list[object]] = [
+    lines = [
         [
             row["length"],
             row["top_k"],
@@ -72,7 +73,7 @@ def _traffic_table(rows: list[ResultRow]) -> str:
 
 
 def _time_table(rows: list[ResultRow]) -> str:
-    lines: list[list[object]] = [
+    lines = [
         [
             row["length"],
             row["real"],

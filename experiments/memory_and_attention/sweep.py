@@ -1,4 +1,4 @@
-"""Which of Titans' combinations of memory and attention recalls best when the attention window is short?
+"""Titans' combinations of a memory and attention, on MQAR with a short attention window.
 
 Stages: three learning rates with one seed; then, at the learning rate that is best on valid, a second seed, the two
 other query sources of memory as a context, and the combinations with a two-layer memory. Attention over the whole row

@@ -1,1 +1,1 @@
-"""Which memory holds the last value of a key while older ones pile up?"""
+"""Memories of equal bytes on recall of the last value of overwritten keys."""

@@ -1,4 +1,4 @@
-"""Which memory recalls the last value of an overwritten key, beyond its training length?
+"""Recall of the last value of overwritten keys by different memories, beyond their training length.
 
 The memories have equal bytes of state. They are trained on 32 tokens and tested on 32, 64 and 128. Stages: six learning
 rates for the full neural memory and Gated DeltaNet and three for the others, with one seed; then a second seed at the

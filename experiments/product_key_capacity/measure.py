@@ -27,7 +27,7 @@ from recallax.train.optimizer import map_parameters, skip_zero_gradient_rows
 from recallax.types import Precision, unpacked_seq_info
 
 type UpdateRule = Literal["sparse", "dense", "fixed"]
-"""Which rows of the value table Adam updates: those with a gradient, all, or none."""
+"""Rows of the value table that Adam updates: those with a gradient, all, or none."""
 
 FOLDER = Path(__file__).parent
 WIDTH, NUM_ANSWERS, NUM_FACTS, STEPS, RATE = 64, 256, 4096, 400, 3e-3

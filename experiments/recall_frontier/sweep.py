@@ -1,4 +1,4 @@
-"""What recall accuracy does a mixer reach for the bytes of its state?
+"""Recall accuracy against bytes of state for attention, windows, BASED and linear attention.
 
 Ten mixers on `mqar_micro`. Stages: seven learning rates with one seed; the best on valid with two other seeds; and the
 best mixers with the same learning rate at vocabulary 256, length 64, 8 pairs and width 64.

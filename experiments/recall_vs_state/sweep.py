@@ -1,4 +1,4 @@
-"""What recall accuracy do linear recurrences and MoM reach for the bytes of their state, on `mqar_micro`?
+"""Recall accuracy against bytes of state for linear recurrences and MoM, on `mqar_micro`.
 
 `experiments/recall_frontier` has BASED, windows, linear attention and the attention control with the same task,
 learning rates and steps; the report shows both. Stages: six learning rates with one seed, then the best on valid with

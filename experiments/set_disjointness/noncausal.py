@@ -22,14 +22,16 @@ class NonCausalBased(MixerConfig):
     """Taylor linear attention without the causal mask."""
 
     feature_dim: int = 16
+    """Width of queries and keys before the feature map."""
     num_heads: int = 1
+    """Number of heads."""
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "NonCausalBasedMixer":
         return NonCausalBasedMixer(self, d_model, layer, precision=precision, rngs=rngs)
 
 
 class NonCausalBasedMixer(SequenceMixer):
-    """See the head of the file."""
+    """Taylor attention over whole documents; see `NonCausalBased`."""
 
     def __init__(self, config: NonCausalBased, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
         head_dim_of("based", d_model, config.num_heads)

@@ -19,6 +19,7 @@ class Attention(MixerConfig):
     """Causal softmax attention over all earlier tokens."""
 
     num_heads: int = 1
+    """Query heads."""
     num_kv_heads: int | None = None
     """Key/value heads, each shared by a group of query heads; None: `num_heads`."""
     head_dim: int | None = added_field(None)

@@ -36,6 +36,7 @@ class Based(MemoryConfig):
     feature_dim: int = 16
     """Width d' of queries and keys per head."""
     num_heads: int = 1
+    """Number of heads."""
     features: TaylorFeatures = "symmetric"
     """Features in the state: without ("symmetric") or with ("full") duplicates; the outputs do not depend on it."""
 

@@ -1,7 +1,7 @@
 """DeltaNet: a matrix memory with the delta rule, which erases the value stored at a key before it writes a new one.
 
     S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
-    q, k = unit(silu(conv(x W))),   v = silu(conv(x W_v)),   beta_t = sigmoid(x_t W_b) per head
+    q, k = l2_normalize(silu(conv(x W))),   v = silu(conv(x W_v)),   beta_t = sigmoid(x_t W_b) per head
     y_t = W_o rms_head(o_t)
 
 State: K V float32 per head and the last 3 inputs of the convolution.
@@ -32,6 +32,7 @@ class DeltaNet(MemoryConfig):
     """Delta rule without a decay (DeltaNet)."""
 
     num_heads: int = 4
+    """Number of heads."""
     head_k_dim: int | None = None
     """Width of queries and keys per head; None: d_model / num_heads."""
     head_v_dim: int | None = None

@@ -1,7 +1,7 @@
 """Gated DeltaNet: the delta rule with a decay per token and value head; value heads may share queries and keys.
 
     S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,   o_t = S_t^T q_t / sqrt(K)
-    alpha_t = exp(-exp(a) softplus(x_t W_a + b)),   beta_t = sigmoid(x_t W_b),   q, k = unit(silu(conv(x W)))
+    alpha_t = exp(-exp(a) softplus(x_t W_a + b)),   beta_t = sigmoid(x_t W_b),   q, k = l2_normalize(silu(conv(x W)))
     y_t = W_o [ rms_head(o_t) * silu(x_t W_g) ]
 
 State: K V float32 per value head and the last 3 inputs of the convolution.

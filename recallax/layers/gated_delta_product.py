@@ -34,6 +34,7 @@ class GatedDeltaProduct(MemoryConfig):
     num_householder: int = 2
     """Delta-rule steps per token; 1 is Gated DeltaNet."""
     num_heads: int = 4
+    """Number of heads."""
     head_k_dim: int | None = None
     """Width of queries and keys per head; None: 3/4 of d_model / num_heads."""
     head_v_dim: int | None = None

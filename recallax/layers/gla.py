@@ -31,6 +31,7 @@ class GLA(MemoryConfig):
     """Gated linear attention (GLA)."""
 
     num_heads: int = 4
+    """Number of heads."""
     head_k_dim: int | None = None
     """Width of queries and keys per head; None: d_model / num_heads / 2."""
     head_v_dim: int | None = None

@@ -5,7 +5,7 @@
     softplus: log alpha_t = -exp(a) softplus(x_t W_1 W_2 + b)
     y_t = W_o [ rms_head(o_t) * sigmoid(x_t W_3 W_4) ]
 
-with a per head, b per channel, low-rank projections of rank head_v_dim, and q, k = unit(silu(conv(x W))).
+with a per head, b per channel, low-rank projections of rank head_v_dim, and q, k = l2_normalize(silu(conv(x W))).
 
 State: K V float32 per head and the last 3 inputs of the convolution.
 Source: Kimi Linear (arXiv 2510.26692), section 4, which has the softplus gate; the later, larger models use the bounded
@@ -38,6 +38,7 @@ class KDA(MemoryConfig):
     """Delta rule with a decay per token and channel (Kimi Delta Attention)."""
 
     num_heads: int = 4
+    """Number of heads."""
     head_k_dim: int | None = None
     """Width of queries and keys per head; None: d_model / num_heads."""
     head_v_dim: int | None = None

@@ -53,6 +53,7 @@ class Landmark(MixerConfig):
     block_size: int = 63
     """Tokens of a block without its landmark; 50 in the paper's text and 63 in its kernels."""
     num_heads: int = 1
+    """Query heads."""
     num_kv_heads: int | None = None
     """Key/value heads, each shared by a group of query heads; None: `num_heads`."""
     head_dim: int | None = None
@@ -232,11 +233,10 @@ class LandmarkMixer(RecurrentMixer):
         Returns:
             Projected tokens with their selected blocks, and the new `max_log_prob`.
         """
-        rows, count = x.shape[0], landmark_keys.shape[1]
         assert self.retrieval is not None
         positions = jnp.broadcast_to(first_position + jnp.arange(x.shape[1])[None], x.shape[:2])
         q, k, v = self.project_qkv(x)
-        number = jnp.broadcast_to(jnp.arange(count)[None], (rows, count))
+        number = jnp.broadcast_to(jnp.arange(landmark_keys.shape[1])[None], landmark_keys.shape[:2])
         visible = number[:, None] < positions[:, :, None] // (self.block_size + 1)
         q = self.scale_queries(q)
         selected, max_log_prob = select_cached_blocks(

@@ -44,6 +44,7 @@ class LinearAttention(MemoryConfig):
     """Causal linear attention with a feature map."""
 
     num_heads: int = 1
+    """Number of heads."""
     feature_dim: int | None = None
     """Width of queries and keys per head before the feature map; None: d_model / num_heads."""
     feature_map: FeatureMap = "elu"

@@ -67,6 +67,7 @@ class MemoryAsContext(MixerConfig):
     num_persistent_tokens: int = 128
     """Learned key/value tokens without a position, visible to all tokens."""
     num_heads: int = 1
+    """Query heads."""
     num_kv_heads: int | None = None
     """Key/value heads, each shared by a group of query heads; None: `num_heads`."""
     head_dim: int | None = None

@@ -30,6 +30,7 @@ class RetNet(MemoryConfig):
     """Linear attention with a constant decay per head (RetNet)."""
 
     num_heads: int = 8
+    """Number of heads."""
     head_k_dim: int | None = None
     """Width of queries and keys per head, an even number; None: d_model / num_heads."""
     head_v_dim: int | None = None

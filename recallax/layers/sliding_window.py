@@ -22,6 +22,7 @@ class SlidingWindow(MixerConfig):
     window: int = 64
     """Number of tokens in the window, including the current one."""
     num_heads: int = 1
+    """Query heads."""
     num_kv_heads: int | None = None
     """Key/value heads, each shared by a group of query heads; None: `num_heads`."""
     head_dim: int | None = added_field(None)

@@ -58,6 +58,7 @@ class SparseGlobalAttention(MixerConfig):
     cache: GlobalCacheKind = "top_k"
     """Tokens in the state: the window and the selected ones, or all."""
     num_heads: int = 1
+    """Query heads."""
     num_kv_heads: int | None = None
     """Key/value heads, each shared by a group of query heads; None: `num_heads`."""
     head_dim: int | None = None

@@ -84,6 +84,20 @@ def random_inputs(spec: ArgSpec, num_k_heads: int | None = None) -> dict[str, An
     return inputs | ({"log_decay": gates[spec.decay]} if spec.decay else {})
 
 
+def random_grouped_inputs(spec: ArgSpec) -> dict[str, Any]:
+    """Draw queries, and keys and values of one head, in float64."""
+    return {name: x for name, x in random_inputs(spec, num_k_heads=1).items() if name != "log_decay"}
+
+
+def continued_positions(spec: ArgSpec, num_seen: int) -> np.ndarray:
+    """Return the positions within documents; the first document of each row continues at `num_seen`."""
+    positions = np.tile(np.arange(spec.length, dtype=np.int32), (2, 1)) + num_seen
+    if spec.document_lengths:
+        rows = [np.arange(n) + (num_seen if i == 0 else 0) for i, n in enumerate(spec.document_lengths)]
+        positions[0] = np.concatenate([*rows, np.zeros(spec.num_padding)])
+    return positions
+
+
 def segment_ids(spec: ArgSpec) -> Int[Array, "B T"]:
     """Return the document ids of both rows; 0 is padding."""
     ids = np.ones((2, spec.length), np.int32)

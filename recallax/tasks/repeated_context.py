@@ -110,7 +110,7 @@ class PrefixFill(RepeatedContext):
     prefix_length: int
     """Prefix length in tokens of the training run (1024 in the published models)."""
     strategy: FillStrategy = "twice"
-    """How a short context is extended."""
+    """Strategy for contexts shorter than `prefix_length`."""
 
     def __post_init__(self) -> None:
         if self.strategy not in get_args(FillStrategy):
@@ -135,7 +135,7 @@ class ContextRepetition(NamedTuple):
     num_repeats: int = 1
     """Number of copies of the extended context."""
     fill_strategy: FillStrategy = "left_pad"
-    """How a context shorter than `prefix_length` is extended; see `PrefixFill`."""
+    """Strategy for contexts shorter than `prefix_length`; see `PrefixFill`."""
     prefix_length: int | None = None
     """Context length in tokens of the training run; needed by strategies other than "left_pad"."""
 

@@ -33,7 +33,7 @@ def train(config: RunConfig, folder: Path, *, name: str | None = None, profile: 
 
     Raises:
         ConfigError: The config does not fit the devices, the data or the model.
-        RunFolderError: The folder cannot be used, or holds another run.
+        RunFolderError: The folder cannot be used, or contains another run.
         CheckpointError: No checkpoint can be restored or written, or the data has changed.
         NonFiniteError: Too many steps in a row were not finite.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written first.

@@ -25,7 +25,7 @@ FIRST_PHASE = PhasePosition()
 
 
 class Program:
-    """The compiled functions of a run; it holds no training state.
+    """The compiled functions of a run, without its training state.
 
     Args:
         config: Config of the run.

@@ -45,7 +45,7 @@ def open_run_files(program: Program, folder: Path, stack: ExitStack) -> RunFiles
         The open files.
 
     Raises:
-        RunFolderError: The folder cannot be used, or holds another run.
+        RunFolderError: The folder cannot be used, or contains another run.
         CheckpointError: The checkpoints cannot be opened.
         LogError: The log cannot be read or written.
     """

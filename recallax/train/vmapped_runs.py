@@ -78,7 +78,7 @@ def train_vmapped(
 
     Raises:
         ConfigError: The configs cannot be trained at once, or take more than one device.
-        RunFolderError: A folder cannot be used, or holds another run.
+        RunFolderError: A folder cannot be used, or contains another run.
         CheckpointError: A checkpoint cannot be restored or written, or the data has changed.
         Interrupted: SIGINT or SIGTERM arrived; checkpoints were written first.
     """

@@ -20,8 +20,8 @@ from flax import nnx
 from recallax.cli.config_files import load_config
 from recallax.cli.main import main
 from recallax.config import to_json
-from recallax.convert.layouts.fla_linear_mixers import HGRN2_NORM_EPS
 from recallax.convert import read_run_state
+from recallax.convert.layouts.fla_linear_mixers import HGRN2_NORM_EPS
 from recallax.layers import (
     GLA,
     HGRN2,

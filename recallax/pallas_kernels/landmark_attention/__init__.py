@@ -1,9 +1,9 @@
-"""Landmark attention: a grouped softmax in which a landmark token per block opens the block.
+"""Landmark attention: a grouped softmax in which one landmark token per block gates the block.
 
     w_ij = p_ij for j in i's own block;   w_ij = p_i,lm(b) r_ij for j in an earlier block b;   0 for landmarks
 
-p is the softmax of scale * q.k over the own block's tokens and all earlier landmarks, r the one over the tokens of one
-block. State: `LandmarkCache`. Grouped queries: H query heads share G key/value heads, G dividing H.
+p is the softmax of scale * q.k over the tokens of i's own block and all earlier landmarks; r is the softmax over the
+tokens of one block. State: `LandmarkCache`. Grouped queries: H query heads share G key/value heads, G dividing H.
 Source: Mohtashami & Jaggi 2023 (arXiv 2305.16300), section 3.1.
 """
 
@@ -13,17 +13,19 @@ from jaxtyping import Array, Float, Int
 from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
 from recallax.pallas_kernels.landmark_attention import xla
 from recallax.pallas_kernels.landmark_attention.block_retrieval import (
-    BlockRetrieval,
     GatheredBlocks,
-    PositionMode,
-    Rotate,
-    SelectionScope,
     attend_all_blocks,
     attend_selected_blocks,
     retrieval_attention,
     retrieval_attention_step,
     rotate_cache_to_true_positions,
     select_cached_blocks,
+)
+from recallax.pallas_kernels.landmark_attention.block_selection import (
+    BlockRetrieval,
+    PositionMode,
+    Rotate,
+    SelectionScope,
 )
 from recallax.pallas_kernels.landmark_attention.landmark_blocks import LandmarkCache
 from recallax.pallas_kernels.landmark_attention.landmark_cache import (
@@ -76,12 +78,26 @@ def landmark_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B T H V"]:
-    """Output in v's dtype, also at landmarks.
+    """Compute landmark attention over whole rows; landmarks have an output too.
 
-    real: tokens of a block besides its landmark, which is every token whose position leaves `block_size` modulo real + 1.
-    positions: within the document, one after another. segments: document ids, 0 is padding. past: blocks that the row's
-    first document has already, with keys as these queries meet them (rotated where the new ones are); its first
-    position counts their tokens. scale: K**-0.5 by default. Raises ValueError where shapes disagree.
+    Args:
+        q: Queries of H heads, which share G key/value heads.
+        k: Keys.
+        v: Values; those of landmarks are ignored.
+        block_size: Tokens of a block besides its landmark: position p is a landmark if p mod (block_size + 1) equals
+            block_size.
+        positions: Consecutive positions within documents. The first position of a row is the number of tokens in its
+            cache.
+        segment_ids: Document ids; 0 is padding. None: one document per row.
+        cache: Blocks of the row's first document before the row, with keys rotated as the new ones; None: no tokens.
+        scale: Factor of q; None: K**-0.5.
+        implementation: Name of the implementation; None selects one for the device.
+
+    Returns:
+        Output in v's dtype.
+
+    Raises:
+        ValueError: Shapes do not match.
     """
     op = "landmark_attention"
     b, t, h, width = q.shape
@@ -96,7 +112,7 @@ def landmark_attention(
         require(
             op,
             shape[2:] == (block_size, g, width),
-            f"past.k has shape {shape}; it must end in {(block_size, g, width)}",
+            f"cache.k has shape {shape}; it must end in {(block_size, g, width)}",
         )
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
     return call_implementation(

@@ -1,19 +1,10 @@
-"""Landmark attention that reads the top-k of the past blocks: landmarks choose them, query by query.
+"""Landmark attention that reads the top-k past blocks, which the landmarks select for each query.
 
-Keys carry their place in the block only, and a query is turned by its distance to a block's first token. Distances are
-true, or stingy: the last k blocks are as far away as they are and all older ones stand k + 1 blocks back, so that no
-distance exceeds k + 2 blocks. The chosen blocks are then put in order into k + 1 places: those among the last k to the
-right, older ones to the left.
-
-Blocks are chosen per head and token, per token (a probability is the largest over the heads), or per head (the largest
-over the tokens of the query's block so far; the published one takes all tokens of a chunk, later ones included).
-Source: Mohtashami & Jaggi 2023 (arXiv 2305.16300), sections 3.2 and 3.3; the threshold is that of its appendix D.
+`block_selection.py` defines which blocks a query reads and at which distances. Source: Mohtashami & Jaggi 2023 (arXiv
+2305.16300), sections 3.2 and 3.3.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +12,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import join_time, split_time
 from recallax.pallas_kernels.einsum_f32 import einsum_f32
+from recallax.pallas_kernels.landmark_attention.block_selection import (
+    BlockRetrieval,
+    Rotate,
+    SelectedBlocks,
+    landmark_log_probs,
+    pack_log_probs,
+    rotate_to_true_positions,
+    running_max,
+    select_blocks,
+    unpack_log_probs,
+)
 from recallax.pallas_kernels.landmark_attention.landmark_blocks import (
     LandmarkBlocks,
     LandmarkCache,
@@ -36,171 +38,53 @@ from recallax.pallas_kernels.landmark_attention.xla import (
 )
 
 CHUNK = 16
-"""Queries at a time, each of which gathers blocks of its own."""
-
-type SelectionScope = Literal["head_and_token", "head", "token"]
-type PositionMode = Literal["compressed", "exact"]
-type Rotate = Callable[[Float[Array, "... K"], Int[Array, "..."]], Float[Array, "... K"]]
-"""Rotates queries by a distance, and keys by a place."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockRetrieval:
-    """How many blocks are read, who chooses them, and how far away they seem to be."""
-
-    top_k: int
-    selection_scope: SelectionScope = "head_and_token"
-    position_mode: PositionMode = "compressed"
-    min_probability: float = 0.0
-    """Of a landmark among all earlier ones; what lies below is not read."""
-
-
-class SelectedBlocks(NamedTuple):
-    """Blocks to read, in the order of time; X is H, or 1 where all heads read the same."""
-
-    index: Int[Array, "B C X N"]
-    """Among the blocks there are; their number where nothing was chosen."""
-    distance: Int[Array, "B C X N"]
-    """From the block's first token to the query."""
+"""Queries of a chunk; each query gathers its own blocks, which limits the chunk by memory."""
 
 
 class GatheredBlocks(NamedTuple):
-    """The chosen blocks, per query and head."""
+    """Selected blocks per query and head."""
 
     landmark_k: Float[Array, "B C H N K"]
     k: Float[Array, "B C H N L K"]
     v: Float[Array, "B C H N L V"]
 
 
-def landmark_log_probs(
-    q: Float[Array, "B C H K"],
-    landmark_k: Float[Array, "B M G K"],
-    block_index: Int[Array, "B M"],
-    visible: Bool[Array, "B C M"],
-    positions: Int[Array, "B C"],
-    block_size: int,
-    retrieval: BlockRetrieval,
-    rotate: Rotate,
-) -> Float[Array, "B C H M"]:
-    """Of each block's landmark among those that are visible; `NEVER` elsewhere."""
-    size, mask = block_size + 1, visible[:, :, None]
-
-    def scores(q: Array, marks: Array) -> Array:
-        grouped = q.reshape(*q.shape[:2], marks.shape[2], -1, q.shape[-1])
-        return einsum_f32("bcgrk,bmgk->bcgrm", grouped, marks).reshape(*q.shape[:3], -1)
-
-    every = (*q.shape[:3],)
-    logits = scores(
-        rotate(q, jnp.broadcast_to(positions[:, :, None], every)),
-        rotate_to_true_positions(landmark_k, block_index, size, rotate),
-    )
-    if retrieval.position_mode == "compressed":
-        far = positions % size + (retrieval.top_k + 1) * size
-        old = positions[:, :, None] // size - block_index[:, None] > retrieval.top_k
-        away = scores(rotate(q, jnp.broadcast_to(far[:, :, None], every)), landmark_k)
-        logits = jnp.where(old[:, :, None], away, logits)
-    logits = jnp.where(mask, logits, MASKED_LOGIT)
-    return jnp.where(mask, jax.nn.log_softmax(logits, axis=-1), MASKED_LOGIT)
-
-
-def rotate_to_true_positions(
-    x: Float[Array, "B M ... K"], block_index: Int[Array, "B M"], size: int, rotate: Rotate
-) -> Float[Array, "B M ... K"]:
-    """Keys of blocks turned to their true positions."""
-    first = (block_index * size).reshape(*block_index.shape, *[1] * (x.ndim - 3))
-    return rotate(x, jnp.broadcast_to(first, x.shape[:-1]))
-
-
 def rotate_cache_to_true_positions(cache: LandmarkCache, num_seen: Int[Array, " B"], rotate: Rotate) -> LandmarkCache:
-    """The cache with its keys at their true positions, as queries at theirs meet them; it has seen this many tokens."""
-    slots, real = cache.k.shape[1:3]
-    size, rows = real + 1, num_seen.shape[0]
-    number = jnp.broadcast_to(jnp.arange(slots)[None], (rows, slots))
-    own = rotate(
+    """Rotate the keys of a cache to their exact positions, for queries that are rotated to theirs.
+
+    Args:
+        cache: The cache.
+        num_seen: Number of tokens in the cache.
+        rotate: Rotary embedding.
+    """
+    slots, block_size = cache.k.shape[1:3]
+    size, rows = block_size + 1, num_seen.shape[0]
+    block_index = jnp.broadcast_to(jnp.arange(slots)[None], (rows, slots))
+    partial_k = rotate(
         cache.partial_k, jnp.broadcast_to((num_seen // size * size)[:, None, None], cache.partial_k.shape[:-1])
     )
-    marks, k = (rotate_to_true_positions(x, number, size, rotate) for x in (cache.landmark_k, cache.k))
-    return LandmarkCache(marks, k, cache.v, own, cache.partial_v)
-
-
-def running_max(
-    log_probs: Float[Array, "B H M"], values: Float[Array, "B C H M"], restart: Bool[Array, "B C"]
-) -> Float[Array, "B C H M"]:
-    """The running maximum over time, which starts again where `restart`; `log_probs` is what came before."""
-
-    def join(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
-        return a[0] | b[0], jnp.where(b[0], b[1], jnp.maximum(a[1], b[1]))
-
-    flags = jnp.broadcast_to(restart[:, :, None, None], values.shape)
-    begun, highest = jax.lax.associative_scan(join, (flags, values), axis=1)
-    return jnp.where(begun, highest, jnp.maximum(log_probs[:, None], highest))
-
-
-def unpack_log_probs(
-    log_probs: Float[Array, "B H N"], position: Int[Array, " B"], block_size: int
-) -> Float[Array, "B H N"]:
-    """What a state holds of the largest log-probabilities, as it is before the token at `position`."""
-    size = block_size + 1
-    known = (jnp.arange(log_probs.shape[2])[None] < position[:, None] // size) & (position % size > 0)[:, None]
-    return jnp.where(known[:, None], log_probs, MASKED_LOGIT)
-
-
-def pack_log_probs(log_probs: Float[Array, "B H N"]) -> Float[Array, "B H N"]:
-    """The form in which a state holds them: 0 where there is none."""
-    return jnp.where(log_probs > MASKED_LOGIT / 2, log_probs, 0)
-
-
-def select_blocks(
-    ranking: Float[Array, "B C H M"],
-    block_index: Int[Array, "B M"],
-    positions: Int[Array, "B C"],
-    block_size: int,
-    retrieval: BlockRetrieval,
-) -> SelectedBlocks:
-    """The blocks of the k largest log-probabilities."""
-    size, count = block_size + 1, ranking.shape[-1]
-    if retrieval.selection_scope == "token":
-        ranking = ranking.max(axis=2, keepdims=True)
-    values, index = jax.lax.top_k(ranking, min(retrieval.top_k, count))
-    least = math.log(retrieval.min_probability) if retrieval.min_probability > 0 else MASKED_LOGIT / 2
-    index = jnp.sort(jnp.where(values >= least, index, count), axis=-1)
-    row = jnp.arange(block_index.shape[0])[:, None, None, None]
-    at = block_index[row, jnp.minimum(index, count - 1)]
-    if retrieval.position_mode == "exact":
-        return SelectedBlocks(index, positions[:, :, None, None] - at * size)
-    return SelectedBlocks(
-        index, compressed_distances(at, index < count, positions[:, :, None, None], size, retrieval.top_k)
-    )
-
-
-def compressed_distances(
-    block_index: Int[Array, "... N"],
-    selected: Bool[Array, "... N"],
-    position: Int[Array, "... 1"],
-    size: int,
-    top_k: int,
-) -> Int[Array, "... N"]:
-    """Distances of the chosen blocks, in order, from a query at `position`: place + (places - own place) * size."""
-    block = position // size
-    places = jnp.minimum(block, top_k + 1)
-    order = jnp.broadcast_to(jnp.arange(block_index.shape[-1]), block_index.shape)
-    from_right = selected.sum(axis=-1, keepdims=True) - order
-    back = jnp.where(block_index >= block - top_k, from_right, places - order)
-    return position % size + back * size
+    landmark_k, k = (rotate_to_true_positions(x, block_index, size, rotate) for x in (cache.landmark_k, cache.k))
+    return LandmarkCache(landmark_k, k, cache.v, partial_k, cache.partial_v)
 
 
 def gather_blocks(
     blocks: LandmarkBlocks | LandmarkCache, index: Int[Array, "B C X N"], num_heads: int
 ) -> GatheredBlocks:
-    """The chosen blocks of each head's group; zeros where nothing was chosen."""
+    """Gather the selected blocks of each head's group; zeros for entries without a block.
+
+    Args:
+        blocks: All blocks.
+        index: Indices of the selected blocks.
+        num_heads: Number of query heads.
+    """
     count, groups = blocks.landmark_k.shape[1:3]
     row = jnp.arange(index.shape[0])[:, None, None, None]
     group = (jnp.arange(num_heads) // (num_heads // groups))[None, None, :, None]
-    at = jnp.minimum(index, count - 1)
-    held = jnp.broadcast_to(index < count, (*index.shape[:2], num_heads, index.shape[3]))[..., None]
-    marks = blocks.landmark_k[row, at, group]
-    k, v = (x[row, at, :, group] for x in (blocks.k, blocks.v))
-    return GatheredBlocks(jnp.where(held, marks, 0), *(jnp.where(held[..., None], x, 0) for x in (k, v)))
+    clipped = jnp.minimum(index, count - 1)
+    selected = jnp.broadcast_to(index < count, (*index.shape[:2], num_heads, index.shape[3]))[..., None]
+    landmark_k = blocks.landmark_k[row, clipped, group]
+    k, v = (x[row, clipped, :, group] for x in (blocks.k, blocks.v))
+    return GatheredBlocks(jnp.where(selected, landmark_k, 0), *(jnp.where(selected[..., None], x, 0) for x in (k, v)))
 
 
 def select_cached_blocks(
@@ -214,7 +98,22 @@ def select_cached_blocks(
     retrieval: BlockRetrieval,
     rotate: Rotate,
 ) -> tuple[SelectedBlocks, Float[Array, "B H N"] | None]:
-    """The blocks of a cache that tokens of one block choose, and the state's largest log-probabilities after them."""
+    """Select the blocks of a cache that tokens of one block read.
+
+    Args:
+        q: Scaled queries of tokens of one block.
+        landmark_k: Keys of the landmarks of the cache.
+        block_index: Index of each block in its document.
+        visible: True where the query may read the block.
+        positions: Positions of the queries within documents.
+        block_size: Tokens of a block besides its landmark.
+        log_probs: Largest log-probabilities of the state; None: not tracked.
+        retrieval: Number and selection of the blocks.
+        rotate: Rotary embedding of queries and keys.
+
+    Returns:
+        The selected blocks, and the largest log-probabilities after these tokens.
+    """
     landmark_k = jnp.where(visible.any(axis=1)[..., None, None], landmark_k, 0)
     ranking = landmark_log_probs(q, landmark_k, block_index, visible, positions, block_size, retrieval, rotate)
     if log_probs is not None:
@@ -238,9 +137,9 @@ def attend_selected_blocks(
     """The grouped softmax over the chosen blocks and the own one, in float32; q is scaled already."""
     heads, count = gathered.landmark_k.shape[2:4]
     distance, selected = (jnp.broadcast_to(x, (*x.shape[:2], heads, count)) for x in (distance, selected))
-    turned = rotate(jnp.broadcast_to(q[:, :, :, None], (*q.shape[:3], count, q.shape[-1])), distance)
-    logits = einsum_f32("bchnk,bchnk->bchn", turned, gathered.landmark_k)
-    scores = einsum_f32("bchnk,bchnlk->bchnl", turned, gathered.k)
+    rotated = rotate(jnp.broadcast_to(q[:, :, :, None], (*q.shape[:3], count, q.shape[-1])), distance)
+    logits = einsum_f32("bchnk,bchnk->bchn", rotated, gathered.landmark_k)
+    scores = einsum_f32("bchnk,bchnlk->bchnl", rotated, gathered.k)
     inside = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     p, own = _joint_softmax(
         jnp.where(selected, logits, MASKED_LOGIT), _local_logits(q, local_k, visible, offset, rotate)
@@ -253,16 +152,23 @@ def attend_selected_blocks(
 def attend_all_blocks(
     q: Float[Array, "B H K"], cache: LandmarkCache, position: Int[Array, " B"], rotate: Rotate
 ) -> Float[Array, "B H V"]:
-    """The same for one token over all blocks of the cache, at true distances; its own token is in the cache."""
+    """Compute landmark attention of one token over all blocks of the cache, at exact distances.
+
+    Args:
+        q: Scaled query of each row.
+        cache: Blocks of the document, which include the token.
+        position: Position of the token within its document.
+        rotate: Rotary embedding.
+    """
     slots, real, groups = cache.k.shape[1:4]
     size, rows = real + 1, position.shape[0]
     number = jnp.arange(slots)[None]
     visible = number < position[:, None] // size
-    marks, k, v = (jnp.where(visible.reshape(rows, slots, *[1] * (x.ndim - 2)), x, 0) for x in cache[:3])
+    landmark_k, k, v = (jnp.where(visible.reshape(rows, slots, *[1] * (x.ndim - 2)), x, 0) for x in cache[:3])
     distance = position[:, None] - number * size
     far = jnp.broadcast_to(q[:, :, None], (*q.shape[:2], slots, q.shape[-1]))
     far = rotate(far, jnp.broadcast_to(distance[:, None], far.shape[:-1])).reshape(rows, groups, -1, slots, q.shape[-1])
-    logits = einsum_f32("bgrmk,bmgk->bgrm", far, marks)
+    logits = einsum_f32("bgrmk,bmgk->bgrm", far, landmark_k)
     scores = einsum_f32("bgrmk,bmlgk->bgrml", far, k)
     inside = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     own_k, own_v, seen = partial_block(cache, position)
@@ -276,7 +182,7 @@ def attend_all_blocks(
 
 
 def partial_block(cache: LandmarkCache, position: Int[Array, " B"]) -> tuple[Array, Array, Bool[Array, "B L"]]:
-    """Keys and values of the unfinished block up to this position, zeros behind, and the mask."""
+    """Return the keys and values of the incomplete block up to this position, zeros after it, and the mask."""
     real = cache.partial_k.shape[1]
     seen = jnp.arange(real)[None] <= position[:, None] % (real + 1)
     k, v = (jnp.where(seen[..., None, None], x, 0) for x in (cache.partial_k, cache.partial_v))
@@ -294,9 +200,21 @@ def retrieval_attention(
     retrieval: BlockRetrieval,
     rotate: Rotate,
 ) -> tuple[Float[Array, "B T H V"], LandmarkBlocks, Float[Array, "B H M"] | None]:
-    """T further tokens: output in float32, all complete blocks, and (per head) their largest log-probabilities so far.
+    """Compute retrieval attention over whole rows.
 
-    q is scaled already; keys are turned to their place in the block only.
+    Args:
+        q: Scaled queries.
+        k: Keys, rotated by their offset in the block.
+        v: Values.
+        segment_ids: Document ids; 0 is padding.
+        positions: Positions within documents.
+        cache: Blocks of the row's first document before the row.
+        log_probs: Largest log-probabilities of the cached blocks; None: not tracked.
+        retrieval: Number and selection of the blocks.
+        rotate: Rotary embedding of queries and keys.
+
+    Returns:
+        Output in float32, all complete blocks, and their largest log-probabilities.
     """
     length, heads = q.shape[1:3]
     real = cache.partial_k.shape[1]
@@ -314,7 +232,7 @@ def retrieval_attention(
     def one(best: Array | None, part: tuple[Array, ...]) -> tuple[Array | None, Array]:
         start, q, document, valid, positions, begin = part
         time, place = start + jnp.arange(chunk), positions % (real + 1)
-        valid &= (time < length)[None]  # the last chunk is filled up with the row's last token
+        valid &= (time < length)[None]  # the last chunk is padded with the last token of the row
         visible = visible_blocks(blocks, document, time) & valid[..., None]
         ranking = landmark_log_probs(
             q, blocks.landmark_k, blocks.block_index, visible, positions, real, retrieval, rotate
@@ -324,9 +242,9 @@ def retrieval_attention(
             best = ranking[:, -1]
         chosen = select_blocks(ranking, blocks.block_index, positions, real, retrieval)
         own, seen = slice_local_kv(slots, begin, start, real)
-        held = chosen.index < blocks.landmark_time.shape[1]
+        selected = chosen.index < blocks.landmark_time.shape[1]
         out = attend_selected_blocks(
-            q, gather_blocks(blocks, chosen.index, heads), held, chosen.distance, own.k, own.v, seen, place, rotate
+            q, gather_blocks(blocks, chosen.index, heads), selected, chosen.distance, own.k, own.v, seen, place, rotate
         )
         return best, out
 
@@ -345,7 +263,20 @@ def retrieval_attention_step(
     retrieval: BlockRetrieval,
     rotate: Rotate,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H N"] | None]:
-    """One token, which is in the cache's unfinished block already unless it is a landmark."""
+    """Compute one token of `retrieval_attention`.
+
+    Args:
+        q: Scaled query of each row.
+        cache: Blocks of the document; the incomplete block includes the token unless it is a landmark.
+        position: Position of the token within its document.
+        active: Rows that have a token.
+        log_probs: Largest log-probabilities of the blocks; None: not tracked.
+        retrieval: Number and selection of the blocks.
+        rotate: Rotary embedding of queries and keys.
+
+    Returns:
+        Output in float32, and the largest log-probabilities after the token.
+    """
     count, real, heads = cache.landmark_k.shape[1], cache.partial_k.shape[1], q.shape[1]
     number = jnp.broadcast_to(jnp.arange(count)[None], (position.shape[0], count))
     visible = number < position[:, None] // (real + 1)
@@ -356,11 +287,11 @@ def retrieval_attention_step(
     if log_probs is not None and after is not None:
         log_probs = jnp.where(active[:, None, None], after, log_probs)
     own_k, own_v, seen = partial_block(cache, position)
-    held = chosen.index < count
-    taken = gather_blocks(cache, chosen.index, heads)
-    return attend_selected_blocks(q[:, None], taken, held, chosen.distance, own_k, own_v, seen[:, None], place, rotate)[
-        :, 0
-    ], log_probs
+    selected = chosen.index < count
+    gathered = gather_blocks(cache, chosen.index, heads)
+    return attend_selected_blocks(
+        q[:, None], gathered, selected, chosen.distance, own_k, own_v, seen[:, None], place, rotate
+    )[:, 0], log_probs
 
 
 def _local_logits(
@@ -370,16 +301,16 @@ def _local_logits(
     offset: Int[Array, "B C"],
     rotate: Rotate,
 ) -> Float[Array, "B C H S"]:
-    turned = rotate(q, jnp.broadcast_to(offset[:, :, None], q.shape[:-1]))
-    turned = turned.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    logits = einsum_f32("bcgrk,bsgk->bcgrs", turned, k).reshape(*q.shape[:3], -1)
+    rotated = rotate(q, jnp.broadcast_to(offset[:, :, None], q.shape[:-1]))
+    rotated = rotated.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    logits = einsum_f32("bcgrk,bsgk->bcgrs", rotated, k).reshape(*q.shape[:3], -1)
     return jnp.where(visible[:, :, None], logits, MASKED_LOGIT)
 
 
 def _joint_softmax(
     block_logits: Float[Array, "B C H N"], local_logits: Float[Array, "B C H S"]
 ) -> tuple[Float[Array, "B C H N"], Float[Array, "B C H S"]]:
-    """The softmax over both, 0 where there is nothing."""
+    """Return the softmax over the blocks and the local tokens together; 0 for masked logits."""
     logits = jnp.concatenate([block_logits, local_logits], axis=-1)
     p = jnp.where(logits > MASKED_LOGIT / 2, jax.nn.softmax(logits, axis=-1), 0)
     return p[..., : block_logits.shape[-1]], p[..., block_logits.shape[-1] :]

@@ -1,4 +1,4 @@
-"""The blocks of a document as a state: what a row adds to them, and what one token does."""
+"""Updates of the landmark cache by a row of tokens or by one token."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -11,18 +11,39 @@ from recallax.types import DType
 def init_landmark_cache(
     batch: int, max_len: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: DType
 ) -> LandmarkCache:
-    """For documents of at most `max_len` tokens, landmarks included."""
+    """Return an empty cache.
+
+    Args:
+        batch: Number of rows.
+        max_len: Upper bound of the tokens of a document, including landmarks.
+        block_size: Tokens of a block besides its landmark.
+        num_kv_heads: Number of key/value heads.
+        head_dim: Width of keys and values.
+        dtype: Dtype of keys and values.
+    """
     count = max(1, max_len // (block_size + 1))
-    marks = jnp.zeros((batch, count, num_kv_heads, head_dim), dtype)
-    block, own = (jnp.zeros((*lead, block_size, num_kv_heads, head_dim), dtype) for lead in ((batch, count), (batch,)))
-    return LandmarkCache(marks, block, block, own, own)
+    landmark_k = jnp.zeros((batch, count, num_kv_heads, head_dim), dtype)
+    block, partial = (
+        jnp.zeros((*lead, block_size, num_kv_heads, head_dim), dtype) for lead in ((batch, count), (batch,))
+    )
+    return LandmarkCache(landmark_k, block, block, partial, partial)
 
 
 def cache_slot_sources(
     blocks: LandmarkBlocks, document_ids: DocumentIds, positions: Int[Array, "B T"], block_size: int, num_slots: int
 ) -> Int[Array, "B N"]:
-    """Which of the blocks stands in each slot of the cache after the row, whose last document it holds; their number
-    where there is none. The first `num_slots` of the blocks are the cache's own."""
+    """Return the index of the block that each slot of the cache stores after the row, which is of its last document.
+
+    Args:
+        blocks: All complete blocks; the first `num_slots` are those of the cache.
+        document_ids: Documents of the row.
+        positions: Positions within documents.
+        block_size: Tokens of a block besides its landmark.
+        num_slots: Slots of the cache.
+
+    Returns:
+        Indices into `blocks`; the number of blocks for empty slots.
+    """
     size, count = block_size + 1, blocks.landmark_time.shape[1]
     last = jnp.maximum(last_valid(document_ids), 0)[:, None]
     final, seen = (jnp.take_along_axis(x, last, axis=1) for x in (document_ids.index, positions + 1))
@@ -47,33 +68,41 @@ def update_landmark_cache(
     document_ids: DocumentIds,
     positions: Int[Array, "B T"],
 ) -> LandmarkCache:
-    """The cache after T further tokens, given all complete blocks; rows without any token keep theirs. Slots that hold
-    nothing are zero."""
-    slots, real = cache.k.shape[1:3]
-    source = cache_slot_sources(blocks, document_ids, positions, real, slots)
-    nothing = ~document_ids.valid.any(axis=1)
+    """Return the cache after T more tokens. Rows without valid tokens keep their cache; empty slots are zero.
 
-    def taken(old: Array, x: Array) -> Array:
-        rank = [1] * (x.ndim - 2)
-        at = jnp.minimum(source, x.shape[1] - 1).reshape(*source.shape, *rank)
-        found = (source < x.shape[1]).reshape(*source.shape, *rank)
-        new = jnp.where(found, jnp.take_along_axis(x, at, axis=1), 0).astype(old.dtype)
-        return jnp.where(nothing.reshape(-1, *[1] * (x.ndim - 1)), old, new)
+    Args:
+        cache: Cache before these tokens.
+        blocks: All complete blocks, of the cache and of the row.
+        k: Keys of the row.
+        v: Values of the row.
+        document_ids: Documents of the row.
+        positions: Positions within documents.
+    """
+    slots, block_size = cache.k.shape[1:3]
+    source = cache_slot_sources(blocks, document_ids, positions, block_size, slots)
+    empty_row = ~document_ids.valid.any(axis=1)
+
+    def complete(old: Array, x: Array) -> Array:
+        trailing_axes = [1] * (x.ndim - 2)
+        index = jnp.minimum(source, x.shape[1] - 1).reshape(*source.shape, *trailing_axes)
+        filled = (source < x.shape[1]).reshape(*source.shape, *trailing_axes)
+        new = jnp.where(filled, jnp.take_along_axis(x, index, axis=1), 0).astype(old.dtype)
+        return jnp.where(empty_row.reshape(-1, *[1] * (x.ndim - 1)), old, new)
 
     last = jnp.maximum(last_valid(document_ids), 0)[:, None]
-    ended = jnp.take_along_axis(positions, last, axis=1) % (real + 1)
-    place = jnp.arange(real)[None]
-    time = last - ended + place
-    begun = (place <= ended) & (ended < real)
+    last_offset = jnp.take_along_axis(positions, last, axis=1) % (block_size + 1)
+    offset = jnp.arange(block_size)[None]
+    time = last - last_offset + offset
+    in_partial = (offset <= last_offset) & (last_offset < block_size)
 
-    def unfinished(old: Array, x: Array) -> Array:
+    def partial(old: Array, x: Array) -> Array:
         new = jnp.take_along_axis(x, jnp.maximum(time, 0)[..., None, None], axis=1).astype(old.dtype)
         new = jnp.where((time >= 0)[..., None, None], new, old)
-        new = jnp.where(begun[..., None, None], new, 0)
-        return jnp.where(nothing[:, None, None, None], old, new)
+        new = jnp.where(in_partial[..., None, None], new, 0)
+        return jnp.where(empty_row[:, None, None, None], old, new)
 
-    marks, keys, values = (taken(old, x) for old, x in zip(cache[:3], blocks[:3], strict=True))
-    return LandmarkCache(marks, keys, values, unfinished(cache.partial_k, k), unfinished(cache.partial_v, v))
+    landmark_k, keys, values = (complete(old, x) for old, x in zip(cache[:3], blocks[:3], strict=True))
+    return LandmarkCache(landmark_k, keys, values, partial(cache.partial_k, k), partial(cache.partial_v, v))
 
 
 def append_to_partial_block(
@@ -83,36 +112,53 @@ def append_to_partial_block(
     position: Int[Array, " B"],
     active: Bool[Array, " B"],
 ) -> LandmarkCache:
-    """With one further token of each active row in its unfinished block; a landmark changes nothing."""
-    real = cache.partial_k.shape[1]
-    place = position % (real + 1)
-    here = (jnp.arange(real)[None] == place[:, None]) & active[:, None]
-    afresh = (active & (place == 0))[:, None, None, None]
+    """Append one token of each active row to its incomplete block; a landmark is not stored there.
 
-    def written(own: Array, new: Array) -> Array:
-        own = jnp.where(afresh, 0, own)
-        return jnp.where(here[..., None, None], new[:, None].astype(own.dtype), own)
+    Args:
+        cache: Cache before the token.
+        k: Key of each row.
+        v: Value of each row.
+        position: Position of the token within its document.
+        active: Rows that have a token; the others keep their cache.
+    """
+    block_size = cache.partial_k.shape[1]
+    offset = position % (block_size + 1)
+    slot = (jnp.arange(block_size)[None] == offset[:, None]) & active[:, None]
+    block_starts = (active & (offset == 0))[:, None, None, None]
 
-    return cache._replace(partial_k=written(cache.partial_k, k), partial_v=written(cache.partial_v, v))
+    def append(partial: Array, new: Array) -> Array:
+        partial = jnp.where(block_starts, 0, partial)
+        return jnp.where(slot[..., None, None], new[:, None].astype(partial.dtype), partial)
+
+    return cache._replace(partial_k=append(cache.partial_k, k), partial_v=append(cache.partial_v, v))
 
 
 def close_partial_block(
     cache: LandmarkCache, k: Float[Array, "B G K"], position: Int[Array, " B"], active: Bool[Array, " B"]
 ) -> LandmarkCache:
-    """With the unfinished block of each active row behind the others, where this token is its landmark."""
-    slots, real = cache.k.shape[1:3]
-    done = active & (position % (real + 1) == real)
-    at = jnp.where(done, position // (real + 1), slots)  # out of range where nothing is to be written
+    """Move the incomplete block of each active row to the complete ones if this token is its landmark.
+
+    Args:
+        cache: Cache before the token.
+        k: Key of the landmark of each row.
+        position: Position of the token within its document.
+        active: Rows that have a token; the others keep their cache.
+    """
+    slots, block_size = cache.k.shape[1:3]
+    closes = active & (position % (block_size + 1) == block_size)
+    slot = jnp.where(
+        closes, position // (block_size + 1), slots
+    )  # out of range, which is dropped, if it does not close
     row = jnp.arange(position.shape[0])
 
-    def placed(blocks: Array, block: Array) -> Array:
-        return blocks.at[row, at].set(block.astype(blocks.dtype), mode="drop")
+    def store(blocks: Array, block: Array) -> Array:
+        return blocks.at[row, slot].set(block.astype(blocks.dtype), mode="drop")
 
-    def cleared(own: Array) -> Array:
-        return jnp.where(done[:, None, None, None], 0, own)
+    def clear(partial: Array) -> Array:
+        return jnp.where(closes[:, None, None, None], 0, partial)
 
-    keys, values = placed(cache.k, cache.partial_k), placed(cache.v, cache.partial_v)
-    return LandmarkCache(placed(cache.landmark_k, k), keys, values, cleared(cache.partial_k), cleared(cache.partial_v))
+    keys, values = store(cache.k, cache.partial_k), store(cache.v, cache.partial_v)
+    return LandmarkCache(store(cache.landmark_k, k), keys, values, clear(cache.partial_k), clear(cache.partial_v))
 
 
 def cached_and_new_blocks(
@@ -122,7 +168,15 @@ def cached_and_new_blocks(
     positions: Int[Array, "B T"],
     cache: LandmarkCache,
 ) -> LandmarkBlocks:
-    """The cache's blocks and those that end in the row, with keys as the cache holds them."""
+    """Return the blocks of the cache and those whose landmark is in the row.
+
+    Args:
+        k: Keys of the row, rotated as in the cache.
+        v: Values of the row.
+        segment_ids: Document ids; 0 is padding.
+        positions: Positions within documents.
+        cache: Blocks of the row's first document before the row.
+    """
     return complete_blocks(k, v, index_documents(segment_ids), positions, cache.partial_k.shape[1], cache)
 
 
@@ -136,13 +190,24 @@ def update_cache_and_log_probs(
     segment_ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
 ) -> tuple[LandmarkCache, Float[Array, "B H N"] | None]:
-    """The cache after T further tokens, and what is known of each of its blocks; `log_probs` is what was before."""
+    """Return the cache after T more tokens, and the largest log-probability of each of its blocks.
+
+    Args:
+        cache: Cache before these tokens.
+        log_probs: Largest log-probabilities of the blocks before these tokens; None: not tracked.
+        blocks: All complete blocks, of the cache and of the row.
+        block_log_probs: Largest log-probabilities of these blocks; None: not tracked.
+        k: Keys of the row.
+        v: Values of the row.
+        segment_ids: Document ids; 0 is padding.
+        positions: Positions within documents.
+    """
     docs = index_documents(segment_ids)
     new = update_landmark_cache(cache, blocks, k, v, docs, positions)
     if log_probs is None or block_log_probs is None:
         return new, None
     count = blocks.landmark_time.shape[1]
     source = cache_slot_sources(blocks, docs, positions, cache.partial_k.shape[1], cache.landmark_k.shape[1])[:, None]
-    taken = jnp.take_along_axis(block_log_probs, jnp.minimum(source, count - 1), axis=2)
-    some = docs.valid.any(axis=1)[:, None, None]
-    return new, jnp.where(some, jnp.where(source < count, taken, 0), log_probs)
+    updated = jnp.take_along_axis(block_log_probs, jnp.minimum(source, count - 1), axis=2)
+    any_valid = docs.valid.any(axis=1)[:, None, None]
+    return new, jnp.where(any_valid, jnp.where(source < count, updated, 0), log_probs)

@@ -123,14 +123,14 @@ def landmark_attention(
         jnp.pad(blocks.document_index, pad_blocks)[..., None],
         landmark_time[..., None],
     )
-    tokens = tuple(jnp.pad(jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), (0, extra_tokens), (0, 0))) for x in (q, k, v))
+    q, k, v = (jnp.pad(jnp.moveaxis(x, 1, 2), ((0, 0), (0, 0), (0, extra_tokens), (0, 0))) for x in (q, k, v))
     landmark_k = jnp.pad(jnp.moveaxis(blocks.landmark_k, 1, 2), ((0, 0), (0, 0), (0, extra_blocks), (0, 0)))
 
     def flatten(x: Float[Array, "B M L G W"]) -> Float[Array, "B G S W"]:
         x = jnp.pad(x, ((0, 0), (0, extra_blocks), (0, padded_block_size - block_size), (0, 0), (0, 0)))
         return jnp.moveaxis(x, 3, 1).reshape(rows, x.shape[3], -1, x.shape[-1])
 
-    operands = _LandmarkOperands(*tokens, landmark_k, flatten(blocks.k), flatten(blocks.v), indices)
+    operands = _LandmarkOperands(q, k, v, landmark_k, flatten(blocks.k), flatten(blocks.v), indices)
     return jnp.moveaxis(_attend(operands, sizes), 2, 1)[:, :length]
 
 
@@ -302,11 +302,12 @@ def _backward(
     grads = _OutputGrads(out_grad, lse, delta)
     key_value_grads = (*_local_dkv(grid_sizes, inputs, grads), *_past_dkv(grid_sizes, inputs, grads))
     # The kernels return one gradient per query head; those that share a key/value head are summed here.
-    summed = (
+    dk, dv, dlandmark, dblock_k, dblock_v = (
         sum_per_group(grad, x.shape[1]).astype(x.dtype) for x, grad in zip(inputs[1:6], key_value_grads, strict=True)
     )
     dq = jnp.swapaxes(_dq(grid_sizes, inputs, grads), 2, 3).astype(inputs.q.dtype)
-    return (_LandmarkOperands(dq, *summed, None),)  # pyright: ignore[reportArgumentType]
+    # Integer inputs have no gradient.
+    return (_LandmarkOperands(dq, dk, dv, dlandmark, dblock_k, dblock_v, None),)  # pyright: ignore[reportArgumentType]
 
 
 _attend.defvjp(_forward, _backward)

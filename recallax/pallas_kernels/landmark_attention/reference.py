@@ -1,4 +1,4 @@
-"""The definition of landmark attention: every weight of every pair from its groups, in float32 or wider."""
+"""Definition of landmark attention: the weights of all pairs, in float32 or dtyper."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ from recallax.pallas_kernels.chunking import accumulator_dtype
 
 
 class TokenPositions(NamedTuple):
-    """Where tokens stand."""
+    """Document and position of each token."""
 
     document_index: Int[Array, "B S"]
-    """Below 0 for what nobody sees."""
+    """Negative for tokens that no query sees."""
     position: Int[Array, "B S"]
 
 
@@ -25,37 +25,38 @@ def attend(
     keys: TokenPositions,
     block_size: int,
 ) -> Float[Array, "B T H V"]:
-    """y_i = sum_j w_ij v_j; 0 where nothing is visible. Head h reads group h // (H/G).
+    """y_i = sum_j w_ij v_j; 0 where nothing is visible. Query head h reads key/value head h // (H / G).
 
-    w_ij = p_ij in i's own block, p_i,lm(b) r_ij in an earlier block b and 0 at landmarks: p is the softmax over the
-    own block's tokens and all earlier landmarks, r over the tokens of the block of j.
+    w_ij = p_ij in i's own block, p_i,lm(b) r_ij in an earlier block b and 0 at landmarks. p is the softmax over the
+    own block's tokens and all earlier landmarks; r is the softmax over the tokens of the block of j.
     """
-    wide, size = accumulator_dtype(q.dtype), block_size + 1
-    groups = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x.astype(wide), groups, axis=2) for x in (k, v))
+    dtype, size = accumulator_dtype(q.dtype), block_size + 1
+    heads_per_group = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x.astype(dtype), heads_per_group, axis=2) for x in (k, v))
     block, landmark = keys.position // size, keys.position % size == block_size
     same = (keys.document_index[:, :, None] == keys.document_index[:, None]) & (block[:, :, None] == block[:, None])
-    siblings, marks = (same & kind[:, None] for kind in (~landmark, landmark))  # of j: the block's tokens, its landmark
+    # [j, l]: l is a token of the block of j, or its landmark.
+    block_tokens, block_landmark = (same & kind[:, None] for kind in (~landmark, landmark))
 
-    def one(query: tuple[Array, Array, Array]) -> Float[Array, "B H V"]:
+    def attend_one(query: tuple[Array, Array, Array]) -> Float[Array, "B H V"]:
         q, document, position = query
-        scores = jnp.einsum("bhk,bshk->bhs", q.astype(wide), k)
-        seen = (keys.document_index == document[:, None]) & (keys.position <= position[:, None])
+        scores = jnp.einsum("bhk,bshk->bhs", q.astype(dtype), k)
+        visible = (keys.document_index == document[:, None]) & (keys.position <= position[:, None])
         earlier = block < position[:, None] // size
-        p = _softmax(scores, seen & (earlier == landmark))
-        r = _softmax(scores[:, :, None], siblings)  # of every j, within its block
+        p = _softmax(scores, visible & (earlier == landmark))
+        r = _softmax(scores[:, :, None], block_tokens)  # [j, l]: softmax within the block of j
         r = jnp.einsum("bhjj->bhj", r)
-        chosen = jnp.einsum("bhl,bjl->bhj", p, marks.astype(wide))  # p of the landmark of the block of j
-        weights = jnp.where((seen & ~landmark)[:, None], jnp.where(earlier[:, None], chosen * r, p), 0)
+        gate = jnp.einsum("bhl,bjl->bhj", p, block_landmark.astype(dtype))  # p of the landmark of the block of j
+        weights = jnp.where((visible & ~landmark)[:, None], jnp.where(earlier[:, None], gate * r, p), 0)
         return jnp.einsum("bhs,bshv->bhv", weights, v)
 
     time_first = (jnp.moveaxis(x, 1, 0) for x in (q, *queries))
-    return jnp.moveaxis(jax.lax.map(one, tuple(time_first)), 0, 1)
+    return jnp.moveaxis(jax.lax.map(attend_one, tuple(time_first)), 0, 1)
 
 
 def _softmax(scores: Float[Array, "B H ..."], visible: Bool[Array, "B ..."]) -> Float[Array, "B H ..."]:
-    """Over the last axis, of what is visible; 0 elsewhere."""
+    """Softmax over the visible entries of the last axis; 0 elsewhere."""
     visible = visible[:, None]
-    some = visible.any(axis=-1, keepdims=True)
-    scores = jnp.where(visible, scores, jnp.where(some, -jnp.inf, 0))
+    any_visible = visible.any(axis=-1, keepdims=True)
+    scores = jnp.where(visible, scores, jnp.where(any_visible, -jnp.inf, 0))
     return jnp.where(visible, jax.nn.softmax(scores, axis=-1), 0)

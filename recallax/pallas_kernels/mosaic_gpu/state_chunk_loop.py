@@ -30,7 +30,7 @@ WG_COLUMNS = 64
 WG_SHAPE = (CHUNK, WG_COLUMNS)
 """Shape of the values of one chunk that a warpgroup owns."""
 NUM_PREFETCH = 1
-"""Chunks that TMA loads ahead: shared memory has no room for more of four or more inputs."""
+"""Chunks that TMA loads ahead of the current one: with four or more inputs, a chunk takes much shared memory."""
 
 
 class StateLoopConfig(NamedTuple):

@@ -1,7 +1,7 @@
-"""The chunked memory as its equations read: a gradient matrix per token, and two associative scans over them.
+"""Chunked memory with materialised gradients: one gradient matrix per token, and two associative scans over them.
 
-An oracle beside the token loop, and what the dual form saves is measured against it: C matrices per weight and chunk
-instead of none. For gradients at the chunk's start alone.
+It is a second oracle besides the token loop, and the baseline for the dual form: it needs C gradient matrices per
+weight and chunk where the dual form needs none. It supports gradients at the start of the chunk only.
 """
 
 from functools import partial
@@ -29,13 +29,28 @@ def neural_memory(
     document_ids: DocumentIds,
     fast_weights: FastWeights,
 ) -> tuple[Float[Array, "B M H D"], FastWeights]:
-    """As `xla.neural_memory`."""
+    """Compute the neural memory with one gradient matrix per token.
+
+    Args:
+        inner_optimizer: Network, loss and update rule.
+        outer_params: Initial weights and norm of the network.
+        tokens: Tokens [B, M, H, ...] of whole chunks.
+        document_ids: Documents of the tokens.
+        fast_weights: Memory before the first token.
+
+    Returns:
+        Output of each token, and the memory of the last document after its last whole chunk (after its last token with
+        gradients per token).
+
+    Raises:
+        Unsupported: Gradients are computed per token.
+    """
     if inner_optimizer.gradient != "chunk_start":
         raise Unsupported(
-            f"gradients are taken at {inner_optimizer.gradient!r}; the implementation 'materialized' supports 'chunk_start' only"
+            f"gradient is {inner_optimizer.gradient!r}; the implementation 'materialized' supports 'chunk_start' only"
         )
-    wide = accumulator_dtype(tokens.q.dtype)
-    tokens, outer_params, fast_weights = jax.tree.map(lambda x: x.astype(wide), (tokens, outer_params, fast_weights))
+    dtype = accumulator_dtype(tokens.q.dtype)
+    tokens, outer_params, fast_weights = jax.tree.map(lambda x: x.astype(dtype), (tokens, outer_params, fast_weights))
     per_head = jax.vmap(partial(_one_head, inner_optimizer), in_axes=(0, 1, None, 0), out_axes=(1, 0))
     return jax.vmap(per_head, in_axes=(None, 0, 0, 0))(outer_params, tokens, document_ids, fast_weights)
 
@@ -81,38 +96,37 @@ def _chunk(
         )[0]
 
     start = {name: origin[name] + fast_weights.delta[name] for name in names}
-    slopes = jax.vmap(jax.grad(lambda w, k, v: loss(net(w, k), v)), in_axes=(None, 0, 0))(start, tokens.k, tokens.v)
-    at_token, held, pushed = {}, {}, {}
+    grads = jax.vmap(jax.grad(lambda w, k, v: loss(net(w, k), v)), in_axes=(None, 0, 0))(start, tokens.k, tokens.v)
+    at_token, delta, momenta = {}, {}, {}
     for i, name in enumerate(names):
-        away = (
-            origin[name] if inner_optimizer.decay_to == "zero" else jnp.zeros_like(origin[name])
-        )  # from where forgetting ends
+        # Decay acts on the difference from its target: W itself, or W minus the initial weights.
+        offset = origin[name] if inner_optimizer.decay_to == "zero" else jnp.zeros_like(origin[name])
         lr = jnp.where(valid, tokens.lr[:, i], 0)[:, None, None]
         momentum, keep = (jnp.where(valid, jnp.exp(x[:, i]), 1) for x in (tokens.log_momentum, tokens.log_decay))
-        step = -lr * slopes[name]
+        step = -lr * grads[name]
         if inner_optimizer.momentum:
             step = _linear_recurrence(momentum, step, fast_weights.momentum[name])
-            pushed[name] = step[-1]
+            momenta[name] = step[-1]
         steps = jnp.where(valid[:, None, None], step, 0)
         if inner_optimizer.gradient_reduction == "mean":
             count = jnp.maximum(jnp.cumsum(valid), 1).astype(step.dtype)[:, None, None]
-            left = _linear_recurrence(keep, jnp.zeros_like(steps), fast_weights.delta[name] + away)
-            change = left + _linear_recurrence(keep, steps, jnp.zeros_like(away)) / count - away[None]
+            decayed = _linear_recurrence(keep, jnp.zeros_like(steps), fast_weights.delta[name] + offset)
+            change = decayed + _linear_recurrence(keep, steps, jnp.zeros_like(offset)) / count - offset[None]
         else:
-            change = _linear_recurrence(keep, steps, fast_weights.delta[name] + away) - away[None]
-        at_token[name], held[name] = origin[name][None] + change, change[-1]
+            change = _linear_recurrence(keep, steps, fast_weights.delta[name] + offset) - offset[None]
+        at_token[name], delta[name] = origin[name][None] + change, change[-1]
     out = (
         jax.vmap(net)(at_token, tokens.q)
         if inner_optimizer.readout == "dual"
         else jax.vmap(net, (None, 0))(start, tokens.q)
     )
-    return FastWeights(held, pushed), out
+    return FastWeights(delta, momenta), out
 
 
 def _linear_recurrence(
     factor: Float[Array, " C"], x: Float[Array, "C I O"], first: Float[Array, "I O"]
 ) -> Float[Array, "C I O"]:
-    """h_t = factor_t h_{t-1} + x_t from h_0 = first."""
+    """Return h_t = factor_t h_{t-1} + x_t with h_0 = first, for every t."""
 
     def combine(a, b):
         return a[0] * b[0], b[0][:, None, None] * a[1] + b[1]

@@ -1,4 +1,4 @@
-"""The definition of a memory that learns while it reads: one token after another, gradients by `jax.grad`."""
+"""Definition of the neural memory: a scan over tokens with gradients by `jax.grad`."""
 
 from functools import partial
 
@@ -24,9 +24,21 @@ def neural_memory(
     document_ids: DocumentIds,
     fast_weights: FastWeights,
 ) -> tuple[Float[Array, "B M H D"], FastWeights]:
-    """As `xla.neural_memory`. Per token: learn from it (at the weights that `gradient` names), then read."""
-    wide = accumulator_dtype(tokens.q.dtype)
-    tokens, outer_params, fast_weights = jax.tree.map(lambda x: x.astype(wide), (tokens, outer_params, fast_weights))
+    """Compute the neural memory token by token: update the weights with the token, then read them.
+
+    Args:
+        inner_optimizer: Network, loss and update rule.
+        outer_params: Initial weights and norm of the network.
+        tokens: Tokens [B, M, H, ...] of whole chunks.
+        document_ids: Documents of the tokens.
+        fast_weights: Memory before the first token.
+
+    Returns:
+        Output of each token, and the memory of the last document after its last whole chunk (after its last token with
+        gradients per token).
+    """
+    dtype = accumulator_dtype(tokens.q.dtype)
+    tokens, outer_params, fast_weights = jax.tree.map(lambda x: x.astype(dtype), (tokens, outer_params, fast_weights))
     per_head = jax.vmap(partial(_one_head, inner_optimizer), in_axes=(0, 1, None, 0), out_axes=(1, 0))
     return jax.vmap(per_head, in_axes=(None, 0, 0, 0))(outer_params, tokens, document_ids, fast_weights)
 
@@ -40,7 +52,7 @@ def _one_head(
 ) -> tuple[Float[Array, "M D"], FastWeights]:
     loss, network = LOSSES[inner_optimizer.loss], inner_optimizer.network
     origin = {name: outer_params.initial_weights[name] for name in fast_weights.delta}
-    blank, nothing = initial_memory(outer_params, fast_weights), jax.tree.map(jnp.zeros_like, fast_weights.delta)
+    initial, zeros = initial_memory(outer_params, fast_weights), jax.tree.map(jnp.zeros_like, fast_weights.delta)
 
     def net(change, x):
         everything = outer_params.initial_weights | {name: origin[name] + x for name, x in change.items()}
@@ -52,31 +64,30 @@ def _one_head(
         memory, chunk, total, written, document = carry
         (q, k, v, *gates), index, valid, place = token
         lr, momentum, keep = gates[0], jnp.exp(gates[1]), jnp.exp(gates[2])
-        # A chunk ends, and what it changed is settled, if all of its tokens were there.
+        # The boundary rule applies after a chunk if all of its tokens were valid.
         after = apply_boundary(inner_optimizer, outer_params, chunk, memory)
         memory = _select(place == 0, _select(written == inner_optimizer.chunk_size, after, chunk), memory)
-        memory = _select(index != document, blank, memory)
+        memory = _select(index != document, initial, memory)
         begins = (place == 0) | (index != document)
         chunk, written = _select(begins, memory, chunk), jnp.where(begins, 0, written)
-        total = _select(begins, (memory.delta, nothing), total)
+        total = _select(begins, (memory.delta, zeros), total)
 
         def decayed(change):
-            away = {
-                n: origin[n] if inner_optimizer.decay_to == "zero" else 0 for n in change
-            }  # from where forgetting ends
-            return {n: keep[i] * (x + away[n]) - away[n] for i, (n, x) in enumerate(change.items())}
+            # Decay acts on the difference from its target: W itself, or W minus the initial weights.
+            offset = {n: origin[n] if inner_optimizer.decay_to == "zero" else 0 for n in change}
+            return {n: keep[i] * (x + offset[n]) - offset[n] for i, (n, x) in enumerate(change.items())}
 
         at = {"chunk_start": chunk.delta, "token": memory.delta, "token_decayed": decayed(memory.delta)}
-        slopes = jax.grad(lambda w: loss(net(w, k), v))(at[inner_optimizer.gradient])
-        held = {n: momentum[i] * s for i, (n, s) in enumerate(memory.momentum.items())}
-        surprise = {n: held.get(n, 0) - lr[i] * slopes[n] for i, n in enumerate(memory.delta)}
+        grads = jax.grad(lambda w: loss(net(w, k), v))(at[inner_optimizer.gradient])
+        carried = {n: momentum[i] * s for i, (n, s) in enumerate(memory.momentum.items())}
+        surprise = {n: carried.get(n, 0) - lr[i] * grads[n] for i, n in enumerate(memory.delta)}
         change = {n: x + surprise[n] for n, x in decayed(memory.delta).items()}
-        # What the chunk began with, decayed, and the decayed sum of the chunk's steps.
-        left = decayed(total[0])
+        # The decayed delta of the start of the chunk, and the decayed sum of the steps of the chunk.
+        initial_part = decayed(total[0])
         sums = {n: keep[i] * x + surprise[n] for i, (n, x) in enumerate(total[1].items())}
-        total = _select(valid, (left, sums), total)
+        total = _select(valid, (initial_part, sums), total)
         if inner_optimizer.gradient_reduction == "mean":
-            change = {n: left[n] + sums[n] / (written + 1).astype(sums[n].dtype) for n in change}
+            change = {n: initial_part[n] + sums[n] / (written + 1).astype(sums[n].dtype) for n in change}
         memory = _select(valid, FastWeights(change, surprise if inner_optimizer.momentum else {}), memory)
         read = net(memory.delta if inner_optimizer.readout == "dual" else chunk.delta, q)
         return (memory, chunk, total, written + valid.astype(jnp.int32), index), read
@@ -84,9 +95,9 @@ def _one_head(
     length = document_ids.index.shape[0]
     place = jnp.arange(length, dtype=jnp.int32) % inner_optimizer.chunk_size
     if inner_optimizer.gradient != "chunk_start":
-        place = jnp.ones_like(place)  # without chunks
+        place = jnp.ones_like(place)  # no chunk boundaries
     zero = jnp.zeros((), jnp.int32)
-    first = (fast_weights, fast_weights, (fast_weights.delta, nothing), zero, zero)
+    first = (fast_weights, fast_weights, (fast_weights.delta, zeros), zero, zero)
     (fast_weights, chunk, _, written, _), out = jax.lax.scan(step, first, (tuple(tokens), *document_ids, place))
     if inner_optimizer.gradient != "chunk_start":
         return out, fast_weights

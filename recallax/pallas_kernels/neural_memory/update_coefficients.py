@@ -1,9 +1,8 @@
-"""The inner optimiser of a chunk as a matrix: what each token's gradient, and the carried state, weigh in each token's
-weights.
+"""Updates of a chunk as a linear map: coefficients of gradients and carried state in the weights of each token.
 
     S_t = momentum_t S_{t-1} - lr_t g_t        W_t = keep_t W_{t-1} + S_t
 
-is linear in the gradients g, so within a chunk W_t = beta_t W' + f_t S' - sum_s G_ts g_s, with W' and S' at its start.
+is linear in the gradients g, so within a chunk W_t = beta_t W' + f_t S' - sum_s G_ts g_s with W' and S' at its start.
 """
 
 from typing import NamedTuple
@@ -19,38 +18,46 @@ from recallax.pallas_kernels.neural_memory.inner_optimizer import InnerOptimizer
 
 
 class MemoryInputs(NamedTuple):
-    """What a memory is fed with, per head; L matrices learn."""
+    """Inputs of a neural memory per head, for L trainable matrices."""
 
     q: Float[Array, "*batch H D"]
     k: Float[Array, "*batch H D"]
     v: Float[Array, "*batch H D"]
     lr: Float[Array, "*batch H L"]
+    """Learning rate, at least 0."""
     log_momentum: Float[Array, "*batch H L"]
+    """Natural log of the momentum factor, at most 0."""
     log_decay: Float[Array, "*batch H L"]
+    """Natural log of keep, the factor of the weights, at most 0."""
 
 
 class FastWeights(NamedTuple):
-    """What a memory has learned, of the matrices that learn; float32 [B, H, I, O]."""
+    """State of the trainable matrices; float32 [B, H, I, O] by name."""
 
     delta: Weights
-    """Of the weights, from the initial ones."""
+    """Difference of the weights from the initial ones."""
     momentum: Weights
-    """Empty for a learner without."""
+    """Momentum S; empty without momentum."""
 
 
 class OuterParams(NamedTuple):
-    """What a memory starts from, learned outside; per head."""
+    """Parameters of a memory per head, which the outer optimiser trains."""
 
     initial_weights: Weights
-    """[H, I, O]"""
+    """Initial weights [H, I, O] of all matrices by name."""
     norm_scale: Float[Array, "H D"]
     norm_bias: Float[Array, "H D"]
     initial_fast_weights: FastWeights | None = None
-    """[H, I, O], float32: what the memory has learned when a document begins; None is nothing, the initial weights."""
+    """Fast weights [H, I, O] at the start of a document, float32; None: zeros."""
 
 
 def initial_memory(outer_params: OuterParams, fast_weights: FastWeights) -> FastWeights:
-    """The memory of every row before its document's first token; also for one head of one row."""
+    """Return the memory before the first token of a document.
+
+    Args:
+        outer_params: Parameters of all heads or of one head.
+        fast_weights: Fast weights whose shapes and dtypes the result has.
+    """
     if outer_params.initial_fast_weights is None:
         return jax.tree.map(jnp.zeros_like, fast_weights)
     return jax.tree.map(
@@ -59,38 +66,44 @@ def initial_memory(outer_params: OuterParams, fast_weights: FastWeights) -> Fast
 
 
 class UpdateCoefficients(NamedTuple):
-    """Weights in W_t, of every token t of a chunk; float32."""
+    """Float32 coefficients in W_t, for every token t of a chunk."""
 
     initial_weights: Float[Array, "B H L C"]
-    """beta: of the weights that the document's tokens found when the chunk began, or the document."""
+    """beta: coefficient of the weights at the start of the chunk or of the document."""
     initial_momentum: Float[Array, "B H L C"]
-    """f: of the carried momentum."""
+    """f: coefficient of the carried momentum."""
     gradients: Float[Array, "B H L C C"]
-    """G: of minus the gradient of each token up to t."""
+    """G: coefficient of minus the gradient of each token up to t."""
     final_momentum: Float[Array, "B H L"]
-    """Of the carried momentum in that of the chunk's end."""
+    """Coefficient of the carried momentum in the momentum at the end of the chunk."""
     final_gradients: Float[Array, "B H L C"]
-    """Of minus each gradient in the momentum of the chunk's end."""
+    """Coefficient of minus each gradient in the momentum at the end of the chunk."""
 
 
 def update_coefficients(
     inner_optimizer: InnerOptimizer, tokens: MemoryInputs, visible: Bool[Array, "B C C"]
 ) -> UpdateCoefficients:
-    """visible: token t may see token s: s <= t, of one document, and s is not padding; padding does nothing."""
+    """Compute the coefficients of a chunk; padding has no effect.
+
+    Args:
+        inner_optimizer: Defines the momentum and the reduction of gradients.
+        tokens: Tokens of the chunk.
+        visible: True where token t reads token s: s <= t, same document, and s is not padding.
+    """
     b, c, h, layers = tokens.lr.shape
-    here = jnp.diagonal(visible, axis1=1, axis2=2)[..., None, None]
+    valid = jnp.diagonal(visible, axis1=1, axis2=2)[..., None, None]
 
     def flat(x: Array) -> Array:
-        return jnp.where(here, x.astype(jnp.float32), 0).reshape(b, c, h * layers)
+        return jnp.where(valid, x.astype(jnp.float32), 0).reshape(b, c, h * layers)
 
-    def apart(x: Array) -> Array:
+    def split_layers(x: Array) -> Array:
         return x.reshape(b, h, layers, *x.shape[2:])
 
-    lr, log_momentum, log_keep = (flat(x) for x in (tokens.lr, tokens.log_momentum, tokens.log_decay))
-    seen = visible.astype(jnp.float32)
-    beta, since = (jnp.exp(einsum_f32("bts,bsl->blt", seen, x)) for x in (log_keep, log_momentum))
+    lr, log_momentum, log_decay = (flat(x) for x in (tokens.lr, tokens.log_momentum, tokens.log_decay))
+    mask = visible.astype(jnp.float32)
+    beta, momentum_from_start = (jnp.exp(einsum_f32("bts,bsl->blt", mask, x)) for x in (log_decay, log_momentum))
     ones = jnp.ones((b, c, h * layers, 1), jnp.float32)
-    kept = decayed_scores(ones, ones, log_keep[..., None], visible)
+    kept = decayed_scores(ones, ones, log_decay[..., None], visible)
     lr = jnp.moveaxis(lr, 1, 2)
     if inner_optimizer.momentum:
         spread = decayed_scores(ones, ones, log_momentum[..., None], visible)
@@ -98,19 +111,25 @@ def update_coefficients(
     else:
         spread, gradients = jnp.zeros_like(kept), kept * lr[:, :, None]
     if inner_optimizer.gradient_reduction == "mean":
-        gradients /= jnp.maximum(jnp.sum(seen, axis=-1), 1)[:, None, :, None]
+        gradients /= jnp.maximum(jnp.sum(mask, axis=-1), 1)[:, None, :, None]
     return UpdateCoefficients(
-        initial_weights=apart(beta),
-        initial_momentum=apart(einsum_f32("bltr,blr->blt", kept, since)),
-        gradients=apart(gradients),
-        final_momentum=apart(since[..., -1]),
-        final_gradients=apart(spread[..., -1, :] * lr),
+        initial_weights=split_layers(beta),
+        initial_momentum=split_layers(einsum_f32("bltr,blr->blt", kept, momentum_from_start)),
+        gradients=split_layers(gradients),
+        final_momentum=split_layers(momentum_from_start[..., -1]),
+        final_gradients=split_layers(spread[..., -1, :] * lr),
     )
 
 
 def pad_to_chunks(tokens: MemoryInputs, document_ids: DocumentIds, chunk_size: int) -> tuple[MemoryInputs, DocumentIds]:
-    """Padding at the end, up to a multiple of a chunk; it belongs to the last document."""
-    more = -document_ids.index.shape[1] % chunk_size
-    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, more)] + [(0, 0)] * (x.ndim - 2)), tokens)
-    index = jnp.pad(document_ids.index, ((0, 0), (0, more)), mode="edge")
-    return padded, DocumentIds(index, jnp.pad(document_ids.valid, ((0, 0), (0, more))))
+    """Pad the end to whole chunks; the padding belongs to the last document.
+
+    Args:
+        tokens: Tokens of the row.
+        document_ids: Documents of the row.
+        chunk_size: Tokens of a chunk.
+    """
+    padding = -document_ids.index.shape[1] % chunk_size
+    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)), tokens)
+    index = jnp.pad(document_ids.index, ((0, 0), (0, padding)), mode="edge")
+    return padded, DocumentIds(index, jnp.pad(document_ids.valid, ((0, 0), (0, padding))))

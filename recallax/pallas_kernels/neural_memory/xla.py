@@ -1,12 +1,12 @@
-"""A neural memory in chunks, by the dual form: no token's gradient is ever a matrix of its own.
+"""Neural memory in XLA: chunks in the dual form, without a gradient matrix per token.
 
-With X the inputs of a weight matrix and U the gradients at its outputs, both of all tokens of a chunk, token s has the
-gradient x_s u_s^T, so that reading through the weights of token t needs only products of vectors:
+With X the inputs of a weight matrix and U the gradients of its outputs, both of all tokens of a chunk, token s has the
+gradient x_s u_s^T. So a product with the weights of token t needs only products of vectors:
 
     z W_t = beta_t z W' + f_t z S' - sum_s G_ts (z . x_s) u_s
 
-U comes from one backward pass at the chunk's first weights, for any network. Chunks follow one another in a scan that
-keeps the weights between them. For the linear memory with per-token gradients U solves a triangular system instead:
+For any network, U is computed by one backward pass at the weights of the start of the chunk. A scan over chunks carries
+the weights. For the linear memory with gradients per token, U solves a triangular system instead:
 u_s = k_s W_{s-1} - v_s, in which W_{s-1} is the same sum.
 """
 
@@ -39,9 +39,18 @@ def neural_memory(
     document_ids: DocumentIds,
     fast_weights: FastWeights,
 ) -> tuple[Float[Array, "B M H D"], FastWeights]:
-    """Tokens of whole chunks; the outputs, and the memory of the last document after its last whole chunk.
+    """Compute the neural memory in chunks.
 
-    Under per-token gradients, the memory after its last token.
+    Args:
+        inner_optimizer: Network, loss and update rule.
+        outer_params: Initial weights and norm of the network.
+        tokens: Tokens [B, M, H, ...] of whole chunks.
+        document_ids: Documents of the tokens.
+        fast_weights: Memory before the first token.
+
+    Returns:
+        Output of each token, and the memory of the last document after its last whole chunk (after its last token with
+        gradients per token).
     """
     b, length = document_ids.index.shape
     chunk = inner_optimizer.chunk_size
@@ -49,14 +58,14 @@ def neural_memory(
     def cut(x: Array) -> Array:
         return jnp.moveaxis(x.reshape(b, length // chunk, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint  # keep the weights between chunks for the backward, not what is computed within one
+    @jax.checkpoint  # save the weights between chunks for the backward pass, not the values within a chunk
     def body(
         carry: tuple[FastWeights, Array], part: tuple[MemoryInputs, DocumentIds]
     ) -> tuple[tuple[FastWeights, Array], Array]:
         memory, document = carry
         tokens, docs = part
-        walk = _chunk if inner_optimizer.gradient == "chunk_start" else _sequential_chunk
-        memory, out = walk(inner_optimizer, outer_params, memory, document, tokens, docs)
+        update = _chunk if inner_optimizer.gradient == "chunk_start" else _sequential_chunk
+        memory, out = update(inner_optimizer, outer_params, memory, document, tokens, docs)
         return (memory, docs.index[:, -1]), out
 
     parts = jax.tree.map(cut, (tokens, document_ids))
@@ -72,13 +81,18 @@ def _chunk(
     tokens: MemoryInputs,
     document_ids: DocumentIds,
 ) -> tuple[FastWeights, Float[Array, "B C H D"]]:
-    """Gradients at the chunk's first weights. Documents begin where chunks do; a chunk with a gap writes nothing."""
-    fresh = document_ids.index[:, 0] != state_document
-    fast_weights = _where_rows(fresh, initial_memory(outer_params, fast_weights), fast_weights)
-    weighing = update_coefficients(inner_optimizer, tokens, chunk_masks(document_ids, document_ids.index[:, 0]).visible)
+    """Update with gradients at the start of the chunk.
+
+    Documents start with chunks, and incomplete chunks do not change the memory.
+    """
+    resets = document_ids.index[:, 0] != state_document
+    fast_weights = _where_rows(resets, initial_memory(outer_params, fast_weights), fast_weights)
+    coefficients = update_coefficients(
+        inner_optimizer, tokens, chunk_masks(document_ids, document_ids.index[:, 0]).visible
+    )
     one_head = partial(_update_one_head, inner_optimizer)
     per_head = jax.vmap(one_head, in_axes=(0, 0, 1, 0), out_axes=(0, 1))
-    new, out = jax.vmap(per_head, in_axes=(None, 0, 0, 0))(outer_params, fast_weights, tokens, weighing)
+    new, out = jax.vmap(per_head, in_axes=(None, 0, 0, 0))(outer_params, fast_weights, tokens, coefficients)
     new = jax.vmap(jax.vmap(partial(apply_boundary, inner_optimizer)), in_axes=(None, 0, 0))(
         outer_params, fast_weights, new
     )
@@ -92,10 +106,10 @@ def _update_one_head(
     tokens: MemoryInputs,
     coefficients: UpdateCoefficients,
 ) -> tuple[FastWeights, Float[Array, "C D"]]:
-    """One chunk of one head."""
+    """Update the memory of one head with one chunk, and read it."""
     q, k, v = tokens[:3]
     dtype, apply, loss = q.dtype, inner_optimizer.network.apply, LOSSES[inner_optimizer.loss]
-    gain, offset = outer_params.norm_scale.astype(jnp.float32), outer_params.norm_bias.astype(jnp.float32)
+    norm_scale, norm_bias = outer_params.norm_scale.astype(jnp.float32), outer_params.norm_bias.astype(jnp.float32)
     origin = {name: x.astype(jnp.float32) for name, x in outer_params.initial_weights.items()}
     start = origin | {name: origin[name] + x for name, x in fast_weights.delta.items()}
     index = {name: i for i, name in enumerate(fast_weights.delta)}
@@ -111,11 +125,11 @@ def _update_one_head(
             out = times(x, start[name])
             return out + shifts[name] if name in shifts else out
 
-        predictions = apply(through, k.astype(jnp.float32), gain, offset)
+        predictions = apply(through, k.astype(jnp.float32), norm_scale, norm_bias)
         return jnp.sum(jax.vmap(loss)(predictions, v.astype(jnp.float32))), inputs
 
     shifts = {name: jnp.zeros((k.shape[0], w.shape[1]), jnp.float32) for name, w in fast_weights.delta.items()}
-    slopes, inputs = jax.grad(losses, has_aux=True)(shifts)
+    grads, inputs = jax.grad(losses, has_aux=True)(shifts)
 
     def at_token(name: str, x: Array) -> Array:
         if name not in index:
@@ -125,13 +139,13 @@ def _update_one_head(
         if inner_optimizer.momentum:
             read += f[:, None] * times(x, fast_weights.momentum[name])
         read += times(x, origin[name]) * (beta[:, None] if inner_optimizer.decay_to == "zero" else 1)
-        alike = einsum_f32("ti,si->ts", x.astype(dtype), inputs[name].astype(dtype)) * g
-        return read - einsum_f32("ts,so->to", alike.astype(dtype), slopes[name].astype(dtype))
+        similarity = einsum_f32("ti,si->ts", x.astype(dtype), inputs[name].astype(dtype)) * g
+        return read - einsum_f32("ts,so->to", similarity.astype(dtype), grads[name].astype(dtype))
 
     new: tuple[Weights, Weights] = {}, {}
     for name, i in index.items():
-        x, u = inputs[name].astype(dtype), slopes[name]
-        # Weighing the smaller side: gradients at the outputs, one number per token.
+        x, u = inputs[name].astype(dtype), grads[name]
+        # The coefficients scale the gradients of the outputs, one scalar per token.
         write = einsum_f32("si,so->io", x, (coefficients.gradients[i, -1][:, None] * u).astype(dtype))
         beta = coefficients.initial_weights[i, -1]
         kept = beta * fast_weights.delta[name]
@@ -142,7 +156,7 @@ def _update_one_head(
             new[1][name] = coefficients.final_momentum[i] * fast_weights.momentum[name] - push
         new[0][name] = kept - write
     reads = at_token if inner_optimizer.readout == "dual" else lambda name, x: times(x, start[name])
-    return FastWeights(*new), apply(reads, q.astype(jnp.float32), gain, offset).astype(dtype)
+    return FastWeights(*new), apply(reads, q.astype(jnp.float32), norm_scale, norm_bias).astype(dtype)
 
 
 def _sequential_chunk(
@@ -153,47 +167,47 @@ def _sequential_chunk(
     tokens: MemoryInputs,
     document_ids: DocumentIds,
 ) -> tuple[FastWeights, Float[Array, "B C H D"]]:
-    """The linear memory with per-token gradients; documents may begin anywhere."""
+    """Update of the linear memory with gradients per token; documents may start anywhere."""
     masks = chunk_masks(document_ids, state_document)
-    weighing = jax.tree.map(lambda x: x[:, :, 0], update_coefficients(inner_optimizer, tokens, masks.visible))
+    coefficients = jax.tree.map(lambda x: x[:, :, 0], update_coefficients(inner_optimizer, tokens, masks.visible))
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in tokens[:3])
     dtype, (name,) = q.dtype, fast_weights.delta
     origin, to_zero = outer_params.initial_weights[name].astype(jnp.float32), inner_optimizer.decay_to == "zero"
-    own = masks.in_state_document[:, None, :, None]
-    beta, f = weighing.initial_weights[..., None], weighing.initial_momentum[..., None]
+    in_state_document = masks.in_state_document[:, None, :, None]
+    beta, f = coefficients.initial_weights[..., None], coefficients.initial_momentum[..., None]
 
-    def found(x: Array, carried: Weights, begun: Weights | None) -> Array:
-        """x times what a token's document found: the carried matrix, or what a document begins with."""
-        first = 0.0 if begun is None else einsum_f32("bhci,hio->bhco", x, begun[name].astype(dtype))
-        return jnp.where(own, einsum_f32("bhci,bhio->bhco", x, carried[name].astype(dtype)), first)
+    def times_initial(x: Array, carried: Weights, initial: Weights | None) -> Array:
+        """Multiply x by the initial matrix of each token's document: the carried one, or that of a new document."""
+        first = 0.0 if initial is None else einsum_f32("bhci,hio->bhco", x, initial[name].astype(dtype))
+        return jnp.where(in_state_document, einsum_f32("bhci,bhio->bhco", x, carried[name].astype(dtype)), first)
 
     start = (None, None) if outer_params.initial_fast_weights is None else outer_params.initial_fast_weights
 
     def carried(x: Array, beta: Array, f: Array) -> Array:
-        """x times what a token's weights hold of the found and the initial ones."""
+        """Multiply x by the terms of each token's weights that do not depend on the chunk's gradients."""
         new = einsum_f32("bhci,hio->bhco", x, origin.astype(dtype)) * (beta if to_zero else 1)
-        new += beta * found(x, fast_weights.delta, start[0])
-        return new + f * found(x, fast_weights.momentum, start[1]) if inner_optimizer.momentum else new
+        new += beta * times_initial(x, fast_weights.delta, start[0])
+        return new + f * times_initial(x, fast_weights.momentum, start[1]) if inner_optimizer.momentum else new
 
-    beta_before, f_before, g = shifted_coefficients(inner_optimizer, tokens, weighing, masks.visible)
+    beta_before, f_before, g = shifted_coefficients(inner_optimizer, tokens, coefficients, masks.visible)
     beta_before, f_before = beta_before[..., None], f_before[..., None]
-    alike = einsum_f32("bhti,bhsi->bhts", k, k)
-    inverse = unit_lower_inverse(g * alike)
-    rest = carried(k, beta_before, f_before) - v.astype(jnp.float32)
-    slopes = einsum_f32("bhts,bhso->bhto", inverse, rest).astype(dtype)
-    scores = einsum_f32("bhti,bhsi->bhts", q, k) * weighing.gradients
-    out = carried(q, beta, f) - einsum_f32("bhts,bhso->bhto", scores.astype(dtype), slopes)
+    similarity = einsum_f32("bhti,bhsi->bhts", k, k)
+    inverse = unit_lower_inverse(g * similarity)
+    residual = carried(k, beta_before, f_before) - v.astype(jnp.float32)
+    grads = einsum_f32("bhts,bhso->bhto", inverse, residual).astype(dtype)
+    scores = einsum_f32("bhti,bhsi->bhts", q, k) * coefficients.gradients
+    out = carried(q, beta, f) - einsum_f32("bhts,bhso->bhto", scores.astype(dtype), grads)
     last = _where_rows(masks.keeps_state, fast_weights, initial_memory(outer_params, fast_weights))
     last_beta, last_f = beta[:, :, -1:], f[:, :, -1:]
     kept = last_beta * last.delta[name]
     kept = kept - (1 - last_beta) * origin[None] if to_zero else kept
-    pushed: Weights = {}
+    momentum: Weights = {}
     if inner_optimizer.momentum:
         kept += last_f * last.momentum[name]
-        push = einsum_f32("bhsi,bhso->bhio", _scale_tokens(k, weighing.final_gradients), slopes)
-        pushed = {name: weighing.final_momentum[..., None, None] * last.momentum[name] - push}
-    write = einsum_f32("bhsi,bhso->bhio", _scale_tokens(k, weighing.gradients[..., -1, :]), slopes)
-    return FastWeights({name: kept - write}, pushed), jnp.moveaxis(out, 1, 2).astype(dtype)
+        push = einsum_f32("bhsi,bhso->bhio", _scale_tokens(k, coefficients.final_gradients), grads)
+        momentum = {name: coefficients.final_momentum[..., None, None] * last.momentum[name] - push}
+    write = einsum_f32("bhsi,bhso->bhio", _scale_tokens(k, coefficients.gradients[..., -1, :]), grads)
+    return FastWeights({name: kept - write}, momentum), jnp.moveaxis(out, 1, 2).astype(dtype)
 
 
 def _scale_tokens(x: Float[Array, "B H C I"], weight: Float[Array, "B H C"]) -> Array:

@@ -1,16 +1,16 @@
-"""Softmax attention over a window and up to C chosen tokens of all that lie before it.
+"""Softmax attention over a sliding window and up to C selected earlier tokens.
 
     y_i = sum_j softmax_j(scale * q_i.k_j + [j in G(i)] log sigmoid(score_j)) v_j      over i-w < j <= i and j in G(i)
-    G(i) = the C largest scores among the tokens that the window of the last token of i's block does not reach
+    G(i) = the C tokens with the largest scores among those before the window of the last token of i's block
 
-Blocks of queries share what is chosen, so the choice depends on nothing later than a block's first token. The logarithm
-is how a score gets a gradient; without it (`weighed=False`) the choice is all that scores do. A score is what a token
-offers, or the product of that with what the block's first token asks.
+All queries of a block share a selection, which depends on no token after the first one of the block. The score bias,
+log sigmoid(score), gives the scores a gradient; without it (`score_bias=False`) scores have none. A score is the sum of
+a token's selection key, or its product with the selection query of the block's first token.
 
-Scores that depend on the token alone never let a token back in that has left the C largest: then `TopKCache`, of
-constant size, gives the same outputs as `FullCache`, which has to be kept where blocks ask.
-Source: the equation of Hydra's sparse global attention is not published (arXiv 2508.15099 names a window and chosen
-tokens); this is one that is causal and differentiable.
+If scores depend on the token only, a token that has left the C largest never returns. Then `TopKCache`, of constant
+size, gives the same outputs as `FullCache`. With selection queries `FullCache` is required.
+Source: the equation of Hydra's sparse global attention is not published (arXiv 2508.15099 mentions a window and
+selected tokens); this one is causal and differentiable.
 """
 
 import jax.numpy as jnp
@@ -59,10 +59,12 @@ def _reference_attention(
     place = jnp.arange(q.shape[1])[None] + (
         jnp.zeros_like(positions[:, :1]) if block_offset is None else block_offset[:, None]
     )
-    ask = gather_tokens(
+    selection_query = gather_tokens(
         jnp.moveaxis(blocks.selection_query, 0, 1), jnp.broadcast_to(place, positions.shape) // block_size
     )
-    return reference.attend(q, candidates, positions, document_ids, ask, window, top_k, block_size, score_bias)
+    return reference.attend(
+        q, candidates, positions, document_ids, selection_query, window, top_k, block_size, score_bias
+    )
 
 
 def _xla_attention(*arguments):
@@ -90,53 +92,84 @@ def sparse_global_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], SparseGlobalCache | None]:
-    """Output in v's dtype and what is held after these tokens (None if nothing was).
+    """Compute sparse global attention over whole rows.
 
-    offer, ask: float32; without `selection_query` a score is the sum of a token's offer. window: tokens that a query sees in any
-    case, itself included. chosen: C. block: queries that share a choice, at most `window`; documents begin at multiples
-    of it, and rows where they do not are NaN. positions: within the document; with a state the row's first one counts
-    the tokens held. Raises ValueError where sizes disagree.
+    Args:
+        q: Queries of H heads, which share G key/value heads.
+        k: Keys.
+        v: Values.
+        selection_key: Float32 selection key of each token.
+        selection_query: Float32 selection query of each token; None: the score is the sum of the selection key.
+        window: Tokens of the window, the query included.
+        top_k: Upper bound C of the tokens that are selected for a block.
+        block_size: Queries that share a selection, at most `window`. Documents must begin at multiples of it; the
+            output of other rows is NaN.
+        positions: Positions within documents. The first position of a row is the number of tokens in its state.
+        segment_ids: Document ids; 0 is padding.
+        state: Cache of the row's first document before the row; None: no tokens.
+        score_bias: Add log sigmoid(score) to the logits of selected tokens.
+        scale: Factor of q; None: K**-0.5.
+        implementation: Name of the implementation; None selects one for the device.
+
+    Returns:
+        Output in v's dtype, and the cache after these tokens (None without a state).
+
+    Raises:
+        ValueError: Shapes or sizes do not match, or selection queries are given with a `TopKCache`.
     """
-    op = "sparse_global_attention"
-    b, t, h, width = q.shape
-    g = k.shape[2]
-    require(op, t >= 1, f"q has {t} tokens; it needs at least 1")
-    require(op, k.shape == (b, t, g, width), f"k has shape {k.shape}; it must be {(b, t, 'G', width)}")
-    require(op, v.shape[:3] == (b, t, g), f"v has shape {v.shape}; it must begin with {(b, t, g)}")
-    require(op, h % g == 0, f"{h} query heads cannot share {g} key/value heads; use a divisor of {h}")
-    require(
-        op, selection_key.shape[:2] == (b, t), f"offer has shape {selection_key.shape}; it must begin with {(b, t)}"
-    )
-    require(
-        op, selection_query is None or selection_query.shape == selection_key.shape, "ask must have the shape of offer"
-    )
-    require(
-        op, 1 <= block_size <= window, f"block_size is {block_size}; it must be from 1 to the window of {window} tokens"
-    )
-    require(op, top_k >= 1, f"top_k is {top_k}; it must be at least 1 token")
-    heap = isinstance(state, TopKCache)
+    op, width = "sparse_global_attention", q.shape[-1]
+    _check_shapes(op, q, k, v, selection_key, selection_query)
+    require(op, 1 <= block_size <= window, f"block_size is {block_size}; it must be from 1 to the window of {window}")
+    require(op, top_k >= 1, f"top_k is {top_k}; it must be at least 1")
     require(
         op,
-        not (heap and selection_query is not None),
-        "a heap forgets tokens that a later block may ask for; keep every token",
+        not (isinstance(state, TopKCache) and selection_query is not None),
+        "TopKCache does not support selection_query: a later block may select a dropped token; use FullCache",
     )
     docs = index_documents(segment_ids)
-    begun = None if state is None else positions[:, 0] % block_size
-    parts = grid_blocks(t, block_size, begun, b)
-    pool = build_candidates(state, k, v, selection_key, positions, docs)
+    block_offset = None if state is None else positions[:, 0] % block_size
+    parts = grid_blocks(q.shape[1], block_size, block_offset, len(q))
+    candidates = build_candidates(state, k, v, selection_key, positions, docs)
     past = state.selection_query if isinstance(state, FullCache) else None
     blocks = _query_blocks(parts, positions, docs, selection_key, selection_query, past, block_size)
-    index, mask = xla.select_tokens(pool, blocks, top_k, block_size, window)
+    index, mask = xla.select_tokens(candidates, blocks, top_k, block_size, window)
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
-    arguments = (pool, positions, docs, blocks, index, mask, parts, begun, window, block_size, score_bias, top_k)
+    arguments = (
+        candidates,
+        positions,
+        docs,
+        blocks,
+        index,
+        mask,
+        parts,
+        block_offset,
+        window,
+        block_size,
+        score_bias,
+        top_k,
+    )
     out = call_implementation(op, IMPLEMENTATIONS, implementation, q, *arguments).astype(v.dtype)
     wrong = misaligned_rows(positions, segment_ids, parts, block_size)
     out = jnp.where(wrong[:, None, None, None], jnp.full_like(out, jnp.nan), out)
     if state is None:
         return out, None
     return out, _next_cache(
-        pool, state, docs, positions, selection_key, selection_query, past, top_k, block_size, window
+        candidates, state, docs, positions, selection_key, selection_query, past, top_k, block_size, window
     )
+
+
+def _check_shapes(op: str, q: Array, k: Array, v: Array, selection_key: Array, selection_query: Array | None) -> None:
+    """Raise ValueError unless the shapes match."""
+    b, t, h, width = q.shape
+    g = k.shape[2]
+    require(op, t >= 1, f"q has {t} tokens; it needs at least 1")
+    require(op, k.shape == (b, t, g, width), f"k has shape {k.shape}; it must be {(b, t, 'G', width)}")
+    require(op, v.shape[:3] == (b, t, g), f"v has shape {v.shape}; it must begin with {(b, t, g)}")
+    require(op, h % g == 0, f"{h} query heads cannot share {g} key/value heads; use a divisor of {h}")
+    shape = selection_key.shape
+    require(op, shape[:2] == (b, t), f"selection_key has shape {shape}; it must begin with {(b, t)}")
+    same_shape = selection_query is None or selection_query.shape == shape
+    require(op, same_shape, "selection_query must have the shape of selection_key")
 
 
 def init_full_cache(
@@ -149,15 +182,39 @@ def init_full_cache(
     query_dependent: bool,
     dtype,
 ) -> FullCache:
-    """Nothing held yet, with a slot for each of `num_slots` tokens."""
-    asked = jnp.zeros((batch, selection_dim), jnp.float32) if query_dependent else None
-    return FullCache(*_init_slots(batch, num_slots, num_kv_heads, head_k_dim, head_v_dim, selection_dim, dtype), asked)
+    """Return an empty cache of all tokens.
+
+    Args:
+        batch: Number of rows.
+        num_slots: Upper bound of the tokens of a document.
+        num_kv_heads: Number of key/value heads.
+        head_k_dim: Width of keys.
+        head_v_dim: Width of values.
+        selection_dim: Width of selection keys and queries.
+        query_dependent: Selection queries are used.
+        dtype: Dtype of keys and values.
+    """
+    partial_query = jnp.zeros((batch, selection_dim), jnp.float32) if query_dependent else None
+    return FullCache(
+        *_init_slots(batch, num_slots, num_kv_heads, head_k_dim, head_v_dim, selection_dim, dtype), partial_query
+    )
 
 
 def init_topk_cache(
     batch: int, window: int, top_k: int, num_kv_heads: int, head_k_dim: int, head_v_dim: int, selection_dim: int, dtype
 ) -> TopKCache:
-    """Nothing held yet."""
+    """Return an empty cache of the window and the selected tokens.
+
+    Args:
+        batch: Number of rows.
+        window: Tokens of the window.
+        top_k: Upper bound of the selected tokens.
+        num_kv_heads: Number of key/value heads.
+        head_k_dim: Width of keys.
+        head_v_dim: Width of values.
+        selection_dim: Width of selection keys.
+        dtype: Dtype of keys and values.
+    """
     recent, best = (
         _init_slots(batch, n, num_kv_heads, head_k_dim, head_v_dim, selection_dim, dtype) for n in (window, top_k)
     )
@@ -180,16 +237,18 @@ def _query_blocks(
     partial_query: Float[Array, "B R"] | None,
     block_size: int,
 ) -> QueryBlocks:
-    """The blocks of the pieces. A piece that starts within a block asks with what that block's first token did."""
+    """Return the blocks of queries; an incomplete first block uses the selection query stored in the state."""
     source = grid_parts.token_index[..., 0].T
     first = gather_tokens(positions, source).T // block_size * block_size
     if selection_query is None:
-        asks = jnp.ones((*first.shape, selection_key.shape[2]), selection_key.dtype)
+        queries = jnp.ones((*first.shape, selection_key.shape[2]), selection_key.dtype)
     else:
-        asks = jnp.moveaxis(gather_tokens(selection_query, source), 1, 0)
+        queries = jnp.moveaxis(gather_tokens(selection_query, source), 1, 0)
         if partial_query is not None:
-            asks = jnp.where((grid_parts.offset[..., 0] > 0)[..., None], partial_query[None].astype(asks.dtype), asks)
-    return QueryBlocks(gather_tokens(document_ids.index, source).T, first, asks)
+            queries = jnp.where(
+                (grid_parts.offset[..., 0] > 0)[..., None], partial_query[None].astype(queries.dtype), queries
+            )
+    return QueryBlocks(gather_tokens(document_ids.index, source).T, first, queries)
 
 
 def _next_cache(
@@ -204,22 +263,22 @@ def _next_cache(
     block_size: int,
     window: int,
 ) -> SparseGlobalCache:
-    """What is held after these tokens."""
+    """Return the cache after these tokens."""
     last = jnp.maximum(last_valid(document_ids), 0)[:, None]
     newest = gather_tokens(positions, last)
-    begin = last - newest % block_size
-    asks = jnp.ones((1, *selection_key[:, 0].shape), selection_key.dtype)
+    block_start = last - newest % block_size
+    queries = jnp.ones((1, *selection_key[:, 0].shape), selection_key.dtype)
     if selection_query is not None:
-        asks = gather_tokens(selection_query, jnp.maximum(begin, 0))
-        asks = (
-            asks
+        queries = gather_tokens(selection_query, jnp.maximum(block_start, 0))
+        queries = (
+            queries
             if partial_query is None
-            else jnp.where((begin < 0)[..., None], partial_query[:, None].astype(asks.dtype), asks)
+            else jnp.where((block_start < 0)[..., None], partial_query[:, None].astype(queries.dtype), queries)
         )[None, :, 0]
-    block = QueryBlocks(gather_tokens(document_ids.index, last).T, newest.T // block_size * block_size, asks)
-    wanted = state.topk_position_plus_one.shape[1] if isinstance(state, TopKCache) else 1
-    index, mask = (x[0] for x in xla.select_tokens(candidates, block, wanted, block_size, window))
-    missing = wanted - index.shape[1]
+    block = QueryBlocks(gather_tokens(document_ids.index, last).T, newest.T // block_size * block_size, queries)
+    num_selected = state.topk_position_plus_one.shape[1] if isinstance(state, TopKCache) else 1
+    index, mask = (x[0] for x in xla.select_tokens(candidates, block, num_selected, block_size, window))
+    missing = num_selected - index.shape[1]
     if missing > 0:
         index, mask = (jnp.pad(x, ((0, 0), (0, missing))) for x in (index, mask))
     return update_sparse_cache(candidates, state, document_ids, block, (index, mask))

@@ -1,8 +1,9 @@
-"""Sparse global attention block by block: memory and work linear in time, but for one score per block and token.
+"""Sparse global attention in XLA, block by block.
 
-Chosen keys and those of the window are gathered for all blocks at once, (C + W + block) / block copies of the keys and
-values, so that their gradient is one sum and not one array of the row's length per block; attention scores exist for
-one block at a time and are computed again in the backward pass.
+Memory and work are linear in time except for one score per block and token. The selected keys and those of the window
+are gathered for all blocks at once, (C + W + block) / block copies of the keys and values, so that their gradient is
+one sum instead of one array of the row's length per block. Attention scores exist
+for one block at a time and are recomputed in the backward pass.
 """
 
 import jax
@@ -12,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.einsum_f32 import einsum_f32
 from recallax.pallas_kernels.grid import GridBlocks, gather_tokens, merge_grid_blocks, split_grid_blocks
+from recallax.pallas_kernels.masked_logit import MASKED_LOGIT
 from recallax.pallas_kernels.sparse_global_attention.selection_candidates import (
-    MASKED_LOGIT,
     QueryBlocks,
     SelectionCandidates,
     candidate_mask,
@@ -24,14 +25,25 @@ from recallax.pallas_kernels.sparse_global_attention.selection_candidates import
 def select_tokens(
     candidates: SelectionCandidates, blocks: QueryBlocks, top_k: int, block_size: int, window: int
 ) -> tuple[Int[Array, "N B C"], Bool[Array, "N B C"]]:
-    """Indices of the wanted tokens in order of time, and which of them are any; of equals the earliest."""
+    """Select the tokens with the largest scores for each block; ties go to the earliest token.
+
+    Args:
+        candidates: The candidates.
+        blocks: Blocks of queries.
+        top_k: Upper bound C of the tokens per block.
+        block_size: Tokens of a block.
+        window: Tokens of the window.
+
+    Returns:
+        Indices of the selected candidates in temporal order, and the mask of the valid ones.
+    """
 
     def block(one: QueryBlocks) -> tuple[Array, Array]:
-        wanted = jax.lax.stop_gradient(selection_scores(candidates.selection_key, one.selection_query[:, None]))
+        scores = jax.lax.stop_gradient(selection_scores(candidates.selection_key, one.selection_query[:, None]))
         candidate = candidate_mask(candidates, one.document_index, one.start_position, block_size, window)
-        values, index = jax.lax.top_k(jnp.where(candidate, wanted, MASKED_LOGIT), min(top_k, wanted.shape[1]))
-        index = jnp.sort(jnp.where(values > MASKED_LOGIT, index, wanted.shape[1]), axis=1)
-        return jnp.minimum(index, wanted.shape[1] - 1), index < wanted.shape[1]
+        values, index = jax.lax.top_k(jnp.where(candidate, scores, MASKED_LOGIT), min(top_k, scores.shape[1]))
+        index = jnp.sort(jnp.where(values > MASKED_LOGIT, index, scores.shape[1]), axis=1)
+        return jnp.minimum(index, scores.shape[1] - 1), index < scores.shape[1]
 
     return jax.lax.map(block, blocks)
 
@@ -50,10 +62,25 @@ def blockwise(
     block_size: int,
     score_bias: bool,
 ) -> Float[Array, "B T H V"]:
-    """Attention over the chosen tokens and the window's; q is scaled already."""
+    """Compute attention over the selected tokens and those of the window.
+
+    Args:
+        q: Scaled queries.
+        candidates: The candidates.
+        positions: Positions of the queries within documents.
+        document_ids: Documents of the row.
+        blocks: Blocks of queries.
+        index: Indices of the selected candidates.
+        mask: True for valid indices.
+        grid_parts: Tokens of the row in each block.
+        block_offset: Tokens of each row's first block before the row; None: 0.
+        window: Tokens of the window.
+        block_size: Tokens of a block.
+        score_bias: Add log sigmoid(score) to the logits of selected tokens.
+    """
     width = grid_parts.token_index.shape[2]
-    reach = jnp.arange(window - 1 + width, dtype=jnp.int32) - (window - 1)
-    near = candidates.first_new + grid_parts.token_index[..., :1] + reach[None, None]
+    window_offset = jnp.arange(window - 1 + width, dtype=jnp.int32) - (window - 1)
+    near = candidates.first_new + grid_parts.token_index[..., :1] + window_offset[None, None]
     within = (near >= 0) & (near < candidates.k.shape[1])
     near = jnp.clip(near, 0, candidates.k.shape[1] - 1)
     every = jnp.concatenate([index, near], axis=2)
@@ -61,18 +88,18 @@ def blockwise(
         _gather_per_block(x, every)
         for x in (candidates.k, candidates.v, candidates.position, candidates.document_index)
     )
-    offer, count = _gather_per_block(candidates.selection_key, index), index.shape[2]
+    selection_key, count = _gather_per_block(candidates.selection_key, index), index.shape[2]
 
     @jax.checkpoint
     def block(part: tuple[Array, ...]) -> Array:
-        q, at, doc, k, v, position, document, offer, ask, mask, within = part
-        distance = at[:, :, None] - position[:, None]
-        mine = document[:, None] == doc[:, :, None]
+        q, q_position, q_document, k, v, position, document, selection_key, selection_query, mask, within = part
+        distance = q_position[:, :, None] - position[:, None]
+        same_document = document[:, None] == q_document[:, :, None]
         far = mask[:, None] & (distance[..., :count] >= window)
         close = within[:, None] & (distance[..., count:] >= 0) & (distance[..., count:] < window)
-        visible = mine & jnp.concatenate([far, close], axis=2)
+        visible = same_document & jnp.concatenate([far, close], axis=2)
         bias = (
-            jax.nn.log_sigmoid(selection_scores(offer, ask[:, None]))
+            jax.nn.log_sigmoid(selection_scores(selection_key, selection_query[:, None]))
             if score_bias
             else jnp.zeros(mask.shape, jnp.float32)
         )
@@ -84,12 +111,12 @@ def blockwise(
         split_grid_blocks(positions, grid_parts),
         split_grid_blocks(document_ids.index, grid_parts),
     )
-    y = jax.lax.map(block, (*tokens, k, v, position, document, offer, blocks.selection_query, mask, within))
+    y = jax.lax.map(block, (*tokens, k, v, position, document, selection_key, blocks.selection_query, mask, within))
     return merge_grid_blocks(y, q.shape[1], block_size, block_offset)
 
 
 def _gather_per_block(x: Shaped[Array, "B P ..."], index: Int[Array, "N B S"]) -> Shaped[Array, "N B S ..."]:
-    """Each block's entries, in one gather."""
+    """Gather the entries of all blocks at once."""
     count, rows, size = index.shape
     flat = gather_tokens(x, jnp.moveaxis(index, 0, 1).reshape(rows, -1))
     return jnp.moveaxis(flat.reshape(rows, count, size, *x.shape[2:]), 1, 0)
@@ -102,7 +129,7 @@ def _attend(
     visible: Bool[Array, "B T S"],
     bias: Float[Array, "B S"],
 ) -> Float[Array, "B T H V"]:
-    """Softmax in float32, products in the inputs' dtype; 0 where nothing is visible."""
+    """Softmax attention in float32 with products in the inputs' dtype; 0 where a query sees no key."""
     b, t, h, width = q.shape
     grouped = q.reshape(b, t, k.shape[2], -1, width)
     seen = visible[:, None, None]

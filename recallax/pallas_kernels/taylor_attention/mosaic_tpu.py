@@ -197,7 +197,7 @@ def _backward(
 ) -> tuple[_TaylorOperands, Array]:
     inputs, states = residuals
     grad, state_grad = grads
-    (initial_grad,), token_grads = chunk_scan(
+    (initial_grad,), (dq, dk, dv) = chunk_scan(
         "taylor_attention_backward",
         functools.partial(_backward_chunk, inputs.v.dtype),
         chunk_grid._replace(reverse=True),
@@ -206,7 +206,7 @@ def _backward(
         tuple(TokenOperand(x) for x in (inputs.q, inputs.k, inputs.v)),
     )
     decay_grad = None if inputs.log_decay is None else jnp.zeros_like(inputs.log_decay)
-    return _TaylorOperands(*token_grads, decay_grad), initial_grad
+    return _TaylorOperands(dq, dk, dv, decay_grad), initial_grad
 
 
 _core.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""Causal softmax attention, over all earlier tokens or over a sliding window of them, aware of documents.
+"""Causal softmax attention over all earlier tokens or a sliding window, which respects document boundaries.
 
     y_i = sum_{i-w < j <= i} softmax_j(scale * q_i.k_j) v_j
 
@@ -51,12 +51,26 @@ def window_attention(
     scale: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], KVCache | None]:
-    """Output in v's dtype and the cache after these tokens (None if there was none).
+    """Compute attention over whole rows.
 
-    window: tokens that a query sees, itself included; None is all. positions: within the document, needed with a
-    state: the row's first position is the number of tokens already in its cache. persistent: keys and values that
-    every query sees besides. segments: document ids, 0 is padding. scale: K**-0.5 by default.
-    Raises ValueError where shapes disagree or the cache is shorter than the window.
+    Args:
+        q: Queries of H heads, which share G key/value heads.
+        k: Keys.
+        v: Values.
+        window: Tokens that a query sees, itself included; None: all earlier tokens.
+        state: Cache of the tokens before the row, which belong to its first document; None: no tokens.
+        persistent: Keys and values that every query sees in addition.
+        positions: Positions within documents; required with a state. The first position of a row is the number of
+            tokens in its cache.
+        segment_ids: Document ids; 0 is padding. None: one document per row.
+        scale: Factor of q; None: K**-0.5.
+        implementation: Name of the implementation; None selects one for the device.
+
+    Returns:
+        Output in v's dtype, and the cache after these tokens (None without a state).
+
+    Raises:
+        ValueError: Shapes do not match, or a state is given without positions.
     """
     op = "window_attention"
     b, t, h, width = q.shape
@@ -66,7 +80,7 @@ def window_attention(
     require(op, v.shape[:3] == (b, t, g), f"v has shape {v.shape}; it must begin with {(b, t, g)}")
     require(op, h % g == 0, f"{h} query heads cannot share {g} key/value heads; use a divisor of {h}")
     require(op, window is None or window >= 1, f"window is {window}; it must be at least 1")
-    require(op, state is None or positions is not None, "a state needs positions")
+    require(op, state is None or positions is not None, "a state requires positions")
     if persistent is not None:
         shape = persistent.k.shape
         require(op, shape[1:] == (g, width), f"persistent keys have shape {shape}; it must be [P, {g}, {width}]")
@@ -95,16 +109,31 @@ def window_attention_step(
     persistent: PersistentKV | None = None,
     scale: float | None = None,
 ) -> tuple[Float[Array, "B H V"], KVCache]:
-    """One token at `position`; inactive rows keep their cache and output 0."""
+    """Compute one token of `window_attention`.
+
+    Args:
+        q: Query of each row.
+        k: Key of each row.
+        v: Value of each row.
+        state: Cache before the token.
+        position: Position of the token within its document.
+        active: Rows that have a token; the others keep their cache and output 0.
+        window: Tokens that the query sees, itself included; None: all earlier tokens.
+        persistent: Keys and values that every query sees in addition.
+        scale: Factor of q; None: K**-0.5.
+
+    Returns:
+        Output in v's dtype and cache after the token.
+    """
     state = update_kv_cache_step(state, k, v, position, active)
-    held = cached_positions(position + 1, state.k.shape[1])
-    visible = (held >= 0) & active[:, None]
+    slot_positions = cached_positions(position + 1, state.k.shape[1])
+    visible = (slot_positions >= 0) & active[:, None]
     if window is not None:
-        visible &= position[:, None] - held < window
+        visible &= position[:, None] - slot_positions < window
     parts = [xla.VisibleKV(state.k, state.v, visible)]
     if persistent is not None:
-        always = jnp.ones((1, len(persistent.k)), bool)
-        parts.append(xla.VisibleKV(persistent.k[None], persistent.v[None], always))
+        always_visible = jnp.ones((1, len(persistent.k)), bool)
+        parts.append(xla.VisibleKV(persistent.k[None], persistent.v[None], always_visible))
     out = xla.attend_one_query(q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype), parts)
     return jnp.where(active[:, None, None], out, 0).astype(v.dtype), state
 
@@ -118,10 +147,21 @@ def masked_attention(
     persistent: PersistentKV | None = None,
     scale: float | None = None,
 ) -> Float[Array, "B T H V"]:
-    """Softmax attention over the keys that a mask names, all pairs at once: for blocks of a few hundred tokens.
+    """Compute softmax attention with an explicit mask, all pairs at once, for a few hundred tokens.
 
-    Output in v's dtype; 0 where a query sees nothing. persistent: keys and values that every query sees besides.
-    scale: K**-0.5 by default. Raises ValueError where shapes disagree.
+    Args:
+        q: Queries of H heads, which share G key/value heads.
+        k: Keys.
+        v: Values.
+        visible: True where a query sees a key.
+        persistent: Keys and values that every query sees in addition.
+        scale: Factor of q; None: K**-0.5.
+
+    Returns:
+        Output in v's dtype; 0 where a query sees no key.
+
+    Raises:
+        ValueError: Shapes do not match.
     """
     op, (b, t, h, width), (_, s, g, _) = "masked_attention", q.shape, k.shape
     require(op, k.shape == (b, s, g, width), f"k has shape {k.shape}; it must be {(b, 'S', 'G', width)}")

@@ -1,21 +1,17 @@
-"""What the cases mean for attention: one head of keys and values, behind a row that goes on at a position."""
+"""Inputs of window attention for the named test cases: one key/value head, for rows that continue a document."""
 
 from typing import Any
 
 import numpy as np
 
-from recallax.pallas_kernels.arg_specs import ArgSpec, random_inputs
+from recallax.pallas_kernels.arg_specs import ArgSpec, continued_positions, random_grouped_inputs
 
 
 def inputs(spec: ArgSpec) -> dict[str, Any]:
-    """Queries, keys and values in float64; H query heads share one."""
-    return {name: x for name, x in random_inputs(spec, num_k_heads=1).items() if name != "log_decay"}
+    """Queries, keys and values in float64; H query heads share one key/value head."""
+    return random_grouped_inputs(spec)
 
 
 def positions(spec: ArgSpec, num_seen: int) -> np.ndarray:
-    """Positions within documents; the first document of each row goes on at `num_seen`."""
-    positions = np.tile(np.arange(spec.length, dtype=np.int32), (2, 1)) + num_seen
-    if spec.document_lengths:
-        rows = [np.arange(n) + (num_seen if i == 0 else 0) for i, n in enumerate(spec.document_lengths)]
-        positions[0] = np.concatenate([*rows, np.zeros(spec.num_padding)])
-    return positions
+    """Positions within documents; the first document of each row continues at `num_seen`."""
+    return continued_positions(spec, num_seen)

@@ -1,4 +1,4 @@
-"""Softmax attention on NVIDIA GPUs by cuDNN, whose kernel skips what lies outside the window."""
+"""Softmax attention on NVIDIA GPUs by cuDNN, whose kernel skips blocks outside the window."""
 
 from typing import Literal
 
@@ -11,8 +11,9 @@ from recallax.pallas_kernels.dispatch import Unsupported, platform
 from recallax.pallas_kernels.kv_cache import KVCache, PersistentKV
 
 LIBRARY: Literal["cudnn", "xla"] = "cudnn"
-"""Tests compare the arguments' meaning through "xla", which takes the same ones anywhere."""
+"""Implementation of `jax.nn.dot_product_attention`. Tests use "xla", which has the same arguments on any platform."""
 MAX_HEAD_DIM = 128
+"""Largest head dimension that cuDNN supports on GPUs before Hopper."""
 
 
 def window_attention(
@@ -25,23 +26,37 @@ def window_attention(
     cache: KVCache | None,
     positions: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T H V"]:
-    """Whole rows of one document each, in bfloat16 or float16; q is scaled already."""
+    """Compute attention over whole rows of one document each, in bfloat16 or float16.
+
+    Args:
+        q: Scaled queries.
+        k: Keys.
+        v: Values.
+        document_ids: Documents of each row; None: one document without padding.
+        window: Tokens that a query sees, itself included; None: all earlier tokens.
+        persistent: Keys and values that every query sees.
+        cache: Keys and values of the tokens before the row.
+        positions: Positions within documents; required with a cache.
+
+    Raises:
+        Unsupported: There is no GPU, or cuDNN does not support the arguments.
+    """
     if LIBRARY == "cudnn" and platform() != "gpu":
         raise Unsupported(f"cuDNN needs a GPU and this is a {platform().upper()}")
     if document_ids is not None:
-        raise Unsupported("segments are given; cuDNN would take them as a mask of all pairs, which is slow")
+        raise Unsupported("segment_ids are given; cuDNN would need a mask of all pairs, which is slow")
     if persistent is not None:
-        raise Unsupported("persistent keys are given, which no window leaves out")
+        raise Unsupported("persistent keys are given, which a window cannot express")
     if cache is not None:
-        raise Unsupported("a state is given; cuDNN takes whole rows only")
+        raise Unsupported("a state is given; cuDNN supports whole rows only")
     if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise Unsupported(f"q is {q.dtype}; cuDNN takes bfloat16 and float16")
+        raise Unsupported(f"q is {q.dtype}; cuDNN supports bfloat16 and float16")
     widths = (q.shape[-1], v.shape[-1])
     if widths[0] != widths[1] or widths[0] % 8 or widths[0] > MAX_HEAD_DIM:
         raise Unsupported(
-            f"keys and values are {widths} wide; cuDNN takes one multiple of 8 up to {MAX_HEAD_DIM} for both"
+            f"the widths of keys and values are {widths}; cuDNN needs one multiple of 8 up to {MAX_HEAD_DIM} for both"
         )
-    reach = None if window is None else (window - 1, 0)
+    local_window = None if window is None else (window - 1, 0)
     return jax.nn.dot_product_attention(
-        q, k, v, scale=1.0, is_causal=True, local_window_size=reach, implementation=LIBRARY
+        q, k, v, scale=1.0, is_causal=True, local_window_size=local_window, implementation=LIBRARY
     )

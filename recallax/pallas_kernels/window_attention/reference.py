@@ -1,4 +1,4 @@
-"""The definition of (sliding-window) softmax attention: every score of every pair, in float32 or wider."""
+"""Definition of softmax attention with a mask: the scores of all pairs, in float32 or dtyper."""
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,14 @@ def attend(
     v: Float[Array, "B S G V"],
     visible: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H V"]:
-    """y_i = sum_j softmax_j(q_i.k_j over visible j) v_j; 0 where nothing is visible. Head h reads group h // (H/G)."""
-    wide = accumulator_dtype(q.dtype)
-    groups = q.shape[2] // k.shape[2]
-    k, v = (jnp.repeat(x.astype(wide), groups, axis=2) for x in (k, v))
-    scores = jnp.einsum("bthk,bshk->bhts", q.astype(wide), k)
+    """y_i = sum_j softmax_j(q_i.k_j over visible j) v_j; 0 where nothing is visible.
+
+    Query head h reads key/value head h // (H / G).
+    """
+    dtype = accumulator_dtype(q.dtype)
+    heads_per_group = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x.astype(dtype), heads_per_group, axis=2) for x in (k, v))
+    scores = jnp.einsum("bthk,bshk->bhts", q.astype(dtype), k)
     scores = jnp.where(visible[:, None], scores, -jnp.inf)
     any_visible = visible.any(axis=-1)[:, None, :, None]
     weights = jnp.where(visible[:, None], jax.nn.softmax(jnp.where(any_visible, scores, 0), axis=-1), 0)

@@ -1,4 +1,4 @@
-"""Softmax attention in XLA: all pairs at once, or block by block of queries so that memory is linear in time."""
+"""Softmax attention in XLA: all pairs at once, or blocks of queries so that memory is linear in time."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,18 +10,21 @@ from jaxtyping import Array, Bool, Float, Int
 from recallax.pallas_kernels.chunking import DocumentIds, accumulator_dtype, join_time, single_document, split_time
 from recallax.pallas_kernels.einsum_f32 import einsum_f32
 from recallax.pallas_kernels.kv_cache import KVCache, PersistentKV, cached_positions, prepend_persistent
+from recallax.pallas_kernels.masked_logit import MASKED_LOGIT
 from recallax.pallas_kernels.window_attention import reference
 
 BLOCK = 256
+"""Queries of a block."""
 
 
 class _CachedKV(NamedTuple):
-    """Cached keys as the first document's queries meet them; `key_positions` is negative where a slot is empty."""
+    """Cached keys and values of the row's first document, and the positions of keys and queries."""
 
     k: Float[Array, "B W G K"]
     v: Float[Array, "B W G V"]
     key_positions: Int[Array, "B W"]
-    query_positions: Int[Array, "B T"]  # of the queries
+    """Negative for empty slots."""
+    query_positions: Int[Array, "B T"]
 
 
 def dense(
@@ -34,7 +37,18 @@ def dense(
     cache: KVCache | None,
     positions: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T H V"]:
-    """The definition over cached and new keys; q is scaled already."""
+    """Apply the definition to cached and new keys.
+
+    Args:
+        q: Scaled queries.
+        k: Keys.
+        v: Values.
+        document_ids: Documents of each row; None: one document without padding.
+        window: Tokens that a query sees, itself included; None: all earlier tokens.
+        persistent: Keys and values that every query sees.
+        cache: Keys and values of the tokens before the row.
+        positions: Positions within documents; required with a cache.
+    """
     document_ids = single_document(*q.shape[:2]) if document_ids is None else document_ids
     time = jnp.arange(q.shape[1])
     visible = _visibility_mask(document_ids, document_ids, time, time, window)
@@ -52,25 +66,38 @@ def blockwise(
     cache: KVCache | None,
     positions: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T H V"]:
-    """The same; a block of queries meets only the keys that its window reaches, and scores are never kept."""
+    """Compute attention by blocks of queries, each against the keys within reach of its window.
+
+    Scores are recomputed in the backward pass.
+
+    Args:
+        q: Scaled queries.
+        k: Keys.
+        v: Values.
+        document_ids: Documents of each row; None: one document without padding.
+        window: Tokens that a query sees, itself included; None: all earlier tokens.
+        persistent: Keys and values that every query sees.
+        cache: Keys and values of the tokens before the row.
+        positions: Positions within documents; required with a cache.
+    """
     length, past = q.shape[1], _cached_kv(cache, positions)
     document_ids = single_document(*q.shape[:2]) if document_ids is None else document_ids
     if length <= BLOCK:
         time = jnp.arange(length)
         visible = _visibility_mask(document_ids, document_ids, time, time, window)
         return attend(q, *prepend_persistent(persistent, *_concat_cached(past, k, v, visible, document_ids, window)))
-    reach = length if window is None else min(length, window - 1 + BLOCK)  # keys that one block may see
+    num_keys = length if window is None else min(length, window - 1 + BLOCK)  # keys within reach of one block
 
     @jax.checkpoint
     def block(part: tuple[Int[Array, ""], Array, DocumentIds, Array]) -> Array:
         start, q, docs_q, positions = part
-        first = jnp.clip(start + BLOCK - reach, 0, length - reach)
+        first = jnp.clip(start + BLOCK - num_keys, 0, length - num_keys)
         keys, values, docs_k = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, first, reach, axis=1), (k, v, document_ids)
+            lambda x: jax.lax.dynamic_slice_in_dim(x, first, num_keys, axis=1), (k, v, document_ids)
         )
-        visible = _visibility_mask(docs_q, docs_k, start + jnp.arange(BLOCK), first + jnp.arange(reach), window)
-        here = None if past is None else past._replace(query_positions=positions)
-        joined = _concat_cached(here, keys, values, visible, docs_q, window)
+        visible = _visibility_mask(docs_q, docs_k, start + jnp.arange(BLOCK), first + jnp.arange(num_keys), window)
+        block_past = None if past is None else past._replace(query_positions=positions)
+        joined = _concat_cached(block_past, keys, values, visible, docs_q, window)
         return attend(q, *prepend_persistent(persistent, *joined))
 
     positions = document_ids.index if past is None else past.query_positions
@@ -86,19 +113,21 @@ def _visibility_mask(
     window: int | None,
 ) -> Bool[Array, "B T S"]:
     distance = time_q[None, :, None] - time_k[None, None]
-    near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    in_window = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     return (
-        near & (document_ids_q.index[:, :, None] == document_ids_k.index[:, None, :]) & document_ids_k.valid[:, None, :]
+        in_window
+        & (document_ids_q.index[:, :, None] == document_ids_k.index[:, None, :])
+        & document_ids_k.valid[:, None, :]
     )
 
 
 def _cached_kv(cache: KVCache | None, positions: Int[Array, "B T"] | None) -> _CachedKV | None:
     if cache is None or positions is None:
         return None
-    # Padding stands on the right, so a row's first position is the number of tokens already in its cache.
-    held = cached_positions(positions[:, 0], cache.k.shape[1])
-    filled = (held >= 0)[..., None, None]  # an empty slot may hold anything, NaN included
-    return _CachedKV(jnp.where(filled, cache.k, 0), jnp.where(filled, cache.v, 0), held, positions)
+    # Padding is on the right, so a row's first position is the number of tokens in its cache.
+    key_positions = cached_positions(positions[:, 0], cache.k.shape[1])
+    filled = (key_positions >= 0)[..., None, None]  # empty slots may contain NaN
+    return _CachedKV(jnp.where(filled, cache.k, 0), jnp.where(filled, cache.v, 0), key_positions, positions)
 
 
 def _concat_cached(
@@ -109,25 +138,35 @@ def _concat_cached(
     document_ids: DocumentIds,
     window: int | None,
 ) -> tuple[Array, Array, Array]:
-    """Keys, values and mask with the cached keys before the new ones; they belong to the row's first document."""
+    """Concatenate the cached keys, which belong to the row's first document, before the new keys, values and mask."""
     if past is None:
         return k, v, visible
-    old = (document_ids.index == 0)[:, :, None] & (past.key_positions >= 0)[:, None, :]
+    cached_visible = (document_ids.index == 0)[:, :, None] & (past.key_positions >= 0)[:, None, :]
     if window is not None:
-        old &= past.query_positions[:, :, None] - past.key_positions[:, None, :] < window
+        cached_visible &= past.query_positions[:, :, None] - past.key_positions[:, None, :] < window
     k = jnp.concatenate([past.k.astype(k.dtype), k], axis=1)
     v = jnp.concatenate([past.v.astype(v.dtype), v], axis=1)
-    return k, v, jnp.concatenate([old, visible], axis=2)
+    return k, v, jnp.concatenate([cached_visible, visible], axis=2)
 
 
 def attend(
     q: Float[Array, "B T H K"], k: Float[Array, "B S G K"], v: Float[Array, "B S G V"], visible: Bool[Array, "B T S"]
 ) -> Float[Array, "B T H V"]:
-    """`reference.attend` with grouped heads kept together and products in the inputs' dtype; softmax in float32."""
+    """Compute softmax attention with a mask; products are in the inputs' dtype and the softmax is float32.
+
+    Args:
+        q: Scaled queries; H heads share G key/value heads.
+        k: Keys.
+        v: Values.
+        visible: True where a query sees a key.
+
+    Returns:
+        Float32 output; 0 where a query sees no key.
+    """
     b, t, h, width = q.shape
     q = q.reshape(b, t, k.shape[2], -1, width)
     mask = visible[:, None, None]
-    scores = jnp.where(mask, einsum_f32("btgrk,bsgk->bgrts", q, k), -1e30)  # finite: to see nothing must not make NaN
+    scores = jnp.where(mask, einsum_f32("btgrk,bsgk->bgrts", q, k), MASKED_LOGIT)
     weights = jnp.where(mask, jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))), 0)
     total = jnp.moveaxis(weights.sum(axis=-1), 3, 1)[..., None]
     out = einsum_f32("bgrts,bsgv->btgrv", weights.astype(v.dtype), v)
@@ -135,7 +174,7 @@ def attend(
 
 
 class VisibleKV(NamedTuple):
-    """Keys and values that a token of each row sees where `visible`; one row of them serves all."""
+    """Keys and values of one source, for one query per row; b is B, or 1 if all rows share them."""
 
     k: Float[Array, "b S G K"]
     v: Float[Array, "b S G V"]
@@ -143,19 +182,27 @@ class VisibleKV(NamedTuple):
 
 
 def attend_one_query(q: Float[Array, "B H K"], parts: Sequence[VisibleKV]) -> Float[Array, "B H V"]:
-    """`attend` for one query per row, which sees something of one of the parts; in float32 or wider.
+    """Compute softmax attention of one query per row over several sources, in float32 or dtyper.
 
-    By products and sums, each in one pass over a cache as it lies: a matrix product would first copy it, axes turned.
+    It uses elementwise products and sums, which read each cache once in its own layout; a matrix product would first
+    copy the cache to transpose it.
+
+    Args:
+        q: Scaled query of each row; it must see at least one key.
+        parts: The sources.
+
+    Returns:
+        Output in float32, or float64 for float64 queries.
     """
-    (b, h, width), wide = q.shape, accumulator_dtype(q.dtype)
-    q = q.astype(wide).reshape(b, 1, parts[0].k.shape[2], -1, width)
+    (b, h, width), dtype = q.shape, accumulator_dtype(q.dtype)
+    q = q.astype(dtype).reshape(b, 1, parts[0].k.shape[2], -1, width)
     masks = [part.visible[..., None, None] for part in parts]
-    scores = [jnp.sum(q * part.k[:, :, :, None].astype(wide), axis=-1) for part in parts]
-    scores = [jnp.where(mask, score, -1e30) for mask, score in zip(masks, scores, strict=True)]
-    most = jnp.stack([score.max(axis=1) for score in scores]).max(axis=0)[:, None]
-    weights = [jnp.where(mask, jnp.exp(score - most), 0) for mask, score in zip(masks, scores, strict=True)]
-    values = [  # what is not seen may hold anything, NaN included
-        jnp.where(mask[..., None], weight[..., None] * part.v[:, :, :, None].astype(wide), 0)
+    scores = [jnp.sum(q * part.k[:, :, :, None].astype(dtype), axis=-1) for part in parts]
+    scores = [jnp.where(mask, score, MASKED_LOGIT) for mask, score in zip(masks, scores, strict=True)]
+    highest = jnp.stack([score.max(axis=1) for score in scores]).max(axis=0)[:, None]
+    weights = [jnp.where(mask, jnp.exp(score - highest), 0) for mask, score in zip(masks, scores, strict=True)]
+    values = [  # invisible values may be NaN
+        jnp.where(mask[..., None], weight[..., None] * part.v[:, :, :, None].astype(dtype), 0)
         for part, mask, weight in zip(parts, masks, weights, strict=True)
     ]
     total = jnp.stack([weight.sum(axis=1) for weight in weights]).sum(axis=0)[..., None]

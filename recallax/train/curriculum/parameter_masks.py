@@ -1,4 +1,4 @@
-"""Names of parameters, patterns over them, and masks that say which parameters of a model train."""
+"""Names of parameters, patterns over them, and masks of the parameters that train."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -116,8 +116,7 @@ def parameter_names(
         num_stacked_axes[place.path] = len(place.stack_index)
     leaves = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
     names = {
-        path: ParameterNames(tuple(found), _block_parameter_name(model, found[0]))
-        for path, found in layer_names.items()
+        path: ParameterNames(tuple(own), _block_parameter_name(model, own[0])) for path, own in layer_names.items()
     }
     shapes = {path: ParameterShape(tuple(leaves[path].shape), count) for path, count in num_stacked_axes.items()}
     return names, shapes

@@ -1,4 +1,4 @@
-"""Stages resolved against a model: for every parameter whether it trains, and what sets it."""
+"""Stages of a curriculum as phases of a run: the parameters that train, and those that a stage sets."""
 
 import math
 from collections.abc import Mapping

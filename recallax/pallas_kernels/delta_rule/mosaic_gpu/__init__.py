@@ -79,8 +79,9 @@ def delta_rule(
         document_ids = pad_document_ids(document_ids, padding)
     if max(erase.shape[3], 0 if log_decay is None else log_decay.shape[3]) > 1:
         shape = (rows, length, heads, k_dim)
-        decay = jnp.zeros(shape, jnp.float32)
-        if log_decay is not None:
+        if log_decay is None:
+            decay = jnp.zeros(shape, jnp.float32)
+        else:
             decay = jnp.broadcast_to(bounded_log2_decay(log_decay), shape)
         decay = jnp.where(valid, decay, 0.0)  # nor does padding decay
         erase_k = (jnp.repeat(k, heads // k.shape[2], axis=2).astype(jnp.float32) * erase).astype(k.dtype)

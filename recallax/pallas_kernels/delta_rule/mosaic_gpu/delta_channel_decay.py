@@ -8,7 +8,7 @@ gradients are those of linear attention for the output gradient -dW (`delta_chun
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,9 +79,9 @@ class _DeltaChunkInputs(NamedTuple):
         """Join the chunks and channels of the decays, which the pipeline loads as vectors."""
         return self._replace(chunk_decay=self.chunk_decay.reshape(*self.chunk_decay.shape[:2], -1))
 
-    def of_block(self, values: Array) -> list:
-        """Return the references of this block to the matrices, with its values [B, T, H, V] among them."""
-        row, head, columns = _block_position()
+    def of_block(self, values: Any, position: tuple[Any, Any, Any]) -> list:
+        """Return references of a block to the matrices, with its part of the values [B, T, H, V] among them."""
+        row, head, columns = position
         tokens = [x.at[row, :, head] for x in (self.q, self.erase_k, self.k)] + [values.at[row, :, head, columns]]
         return tokens + [x.at[row, head] for x in (self.scores, self.inverse)]
 
@@ -145,14 +145,15 @@ def _launch_forward(chunks: _DeltaChunkInputs, v, write, state, *, save_residual
     config = StateLoopConfig(t, k_dim, WG_COLUMNS, UNIT_SCALE)
 
     def forward(chunks, v, write, initial_state, out, final_state, saved):
-        row, head, columns = _block_position()
+        position = row, head, columns = _block_position()
+        tokens = chunks.of_block(v, position)
         vectors = [x.at[row, head] for x in (chunks.chunk_decay, write)]
         residuals = None
         if save_residuals:
             residuals = ResidualRefs(saved[0].at[row, :, head, columns], saved[1].at[row, head, :, :, columns])
         initial_state, final_state = (x.at[row, head, :, columns] for x in (initial_state, final_state))
         out = out.at[row, :, head, columns]
-        delta_channel_forward_loop(config, chunks.of_block(v), vectors, initial_state, out, final_state, residuals)
+        delta_channel_forward_loop(config, tokens, vectors, initial_state, out, final_state, residuals)
 
     out = jax.ShapeDtypeStruct(v.shape, v.dtype)
     return launch_kernel(
@@ -182,11 +183,12 @@ def _launch_backward(chunks: _DeltaChunkInputs, out_grad, state_grad):
     config = StateLoopConfig(t, k_dim, WG_COLUMNS, UNIT_SCALE)
 
     def backward(chunks, out_grad, final_grad, write_grad, state_grads, initial_grad):
-        row, head, columns = _block_position()
+        position = row, head, columns = _block_position()
+        tokens = chunks.of_block(out_grad, position)
         residuals = ResidualRefs(write_grad.at[row, :, head, columns], state_grads.at[row, head, :, :, columns])
         final_grad, initial_grad = (x.at[row, head, :, columns] for x in (final_grad, initial_grad))
         vectors = [chunks.chunk_decay.at[row, head]]
-        delta_channel_backward_loop(config, chunks.of_block(out_grad), vectors, final_grad, initial_grad, residuals)
+        delta_channel_backward_loop(config, tokens, vectors, final_grad, initial_grad, residuals)
 
     return launch_kernel(
         backward,

@@ -217,8 +217,8 @@ def delta_channel_forward_loop(
         _store_state(scratch, state.astype(v.dtype), step, columns, residuals)
         (retrieved,) = wgmma_accumulate((zero_accumulator(*WG_SHAPE), (erase_k, scratch.state)))
         plgpu.wait_smem_to_gmem(0 if residuals is None else 1, wait_read_only=True)
-        strength = broadcast_per_row(plgpu.load(write, layout=WGMMA_ROW), WG_SHAPE)
-        rhs = load_smem_f32(v.at[:, columns]) * strength - retrieved
+        rhs = load_smem_f32(v.at[:, columns]) * broadcast_per_row(plgpu.load(write, layout=WGMMA_ROW), WG_SHAPE)
+        rhs -= retrieved
         read = zero_accumulator(*WG_SHAPE), (q, scratch.state)
         v_new, read = apply_inverse(inverse, rhs, (scratch.hi, scratch.lo), read)
         scratch.hi[...] = v_new.astype(v.dtype)

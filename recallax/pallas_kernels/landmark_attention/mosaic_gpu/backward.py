@@ -46,7 +46,6 @@ from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import (
     CHUNK_SHAPE,
     WGMMA_ROW,
     copy_smem_to_gmem,
-    load_vector,
     opaque_zero,
     smem_matrix,
     wgmma_accumulate,

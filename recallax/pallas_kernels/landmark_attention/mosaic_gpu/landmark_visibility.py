@@ -1,35 +1,48 @@
-"""What the queries of landmark attention's GPU kernels see, as bounds: documents, padding and causality in one.
+"""Bounds of the keys that each query of landmark attention sees: documents, padding and causality in one.
 
-A query's own block is a stretch of the row, and the past blocks that it sees are neighbours in the order of time. So
-four numbers per query are all the masks there are.
+The own block of a query is an interval of the row, and the past blocks that it sees are contiguous in the order of
+time. Four numbers per query are therefore the only masks.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
+from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.landmark_attention.mosaic_gpu.landmark_tiles import NUM_CONSUMER_WGS, LandmarkKernelConfig
 from recallax.pallas_kernels.landmark_attention.xla import documents_or_single
 from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import CHUNK
 
 
 class Visibility(NamedTuple):
-    """What queries see, P being a multiple of two tiles. Pairs [first, last)."""
+    """Bounds of visible keys. P is a multiple of two tiles; ranges are [first, last)."""
 
     own_bounds: Int[Array, "B 2 P"]
-    """The first and the last token of the own block that each query sees, by its time in the row."""
+    """First and last token of the own block that each query sees, as times in the row."""
     past_bounds: Int[Array, "B 2 P"]
-    """The first block, by its number in the row, and the one behind the last."""
+    """First past block that each query sees, and the one behind the last, as indices in the row."""
     block_starts: Int[Array, "B M"]
-    """When each block begins. They fill whole tiles; those that do not exist begin anywhere."""
+    """First token of each block. The blocks fill whole tiles; those that do not exist start anywhere."""
     key_tile_ranges: Int[Array, "B N 2"]
-    """The tiles of past blocks that two tiles of queries see."""
+    """Tiles of past blocks that each pair of tiles of queries sees."""
     query_tile_ranges: Int[Array, "B L 2"]
-    """The tiles of queries that see two tiles of past blocks."""
+    """Tiles of queries that see each pair of tiles of past blocks."""
     token_slot: Int[Array, "B P"]
-    """Of each token among those of the past blocks; behind all of them if its block is not complete."""
+    """Slot of each token among those of the past blocks; behind all of them if its block is not complete."""
+
+
+class _BlockCounts(NamedTuple):
+    """Blocks of each row, from its landmarks."""
+
+    is_landmark: Bool[Array, "B T"]
+    num_complete: Int[Array, "B T"]
+    """Blocks of the row that are complete before each token."""
+    first_of_document: Int[Array, "B T"]
+    """Blocks of the row that are complete before the token's document."""
+    ends: Int[Array, "B M"]
+    """Landmark of each block; the length of the row for those that do not exist."""
 
 
 def compute_visibility(
@@ -38,53 +51,77 @@ def compute_visibility(
     config: LandmarkKernelConfig,
     padded_length: int,
 ) -> Visibility:
-    """For rows that are padded to P tokens, which see nothing."""
-    docs, positions, (_, length) = (
-        documents_or_single(segment_ids, positions),
-        positions.astype(jnp.int32),
-        positions.shape,
-    )
+    """Compute the bounds of rows that are padded to P tokens. Padding sees nothing.
+
+    Args:
+        segment_ids: Document ids; 0 is padding. None: one document per row.
+        positions: Positions within the document.
+        config: Static configuration.
+        padded_length: P.
+    """
+    documents, positions = documents_or_single(segment_ids, positions), positions.astype(jnp.int32)
+    length = positions.shape[1]
     size, time = config.block_size + 1, jnp.arange(length, dtype=jnp.int32)[None]
-    per_pair = NUM_CONSUMER_WGS * config.blocks_per_tile
-    count = -(-max(1, length // size) // per_pair) * per_pair
+    blocks_per_pair = NUM_CONSUMER_WGS * config.blocks_per_tile
+    max_blocks = -(-max(1, length // size) // blocks_per_pair) * blocks_per_pair
     place = positions % size
-    landmark = docs.valid & (place == config.block_size)
-    marks = landmark.astype(jnp.int32)
-    complete = jnp.minimum(jnp.cumsum(marks, axis=1) - marks, count)  # before a token
-    first = lax.cummax(jnp.where(jnp.diff(docs.index, axis=1, prepend=-1) > 0, complete, 0), axis=1)
+    counts = _count_blocks(documents, place, config.block_size, max_blocks)
 
-    ends = jnp.sort(jnp.where(landmark, time, length), axis=1)[:, :count]
-    ends = jnp.pad(ends, ((0, 0), (0, count - ends.shape[1])), constant_values=length)
-    end = jnp.take_along_axis(ends, jnp.minimum(complete, count - 1), axis=1)  # of a token's block, if it has one
-    whole = docs.valid & (complete < count) & (end < length) & (end - time == config.block_size - place)
-
-    def filled(x: Int[Array, "B T"], value: int) -> Int[Array, "B P"]:
+    def pad(x: Int[Array, "B T"], value: int) -> Int[Array, "B P"]:
         return jnp.pad(x, ((0, 0), (0, padded_length - length)), constant_values=value)
 
-    own = filled(jnp.maximum(time - place, 0), 0), filled(jnp.where(docs.valid, time - marks, -1), -1)
-    past = filled(first, 0), filled(jnp.where(docs.valid, complete, 0), 0)
-    low, high = (x[:, None] for x in _tile_bounds(*past, CHUNK, config, count))
-    mine = NUM_CONSUMER_WGS * jnp.arange(count // per_pair, dtype=jnp.int32)[None, :, None]
-    sees = (low < mine + NUM_CONSUMER_WGS) & (high > mine)
-    tiles = jnp.arange(sees.shape[2], dtype=jnp.int32)[None, None]
-    queries = jnp.where(sees, tiles, tiles.size).min(axis=2), jnp.where(sees, tiles + 1, 0).max(axis=2)
+    own = (
+        pad(jnp.maximum(time - place, 0), 0),
+        pad(jnp.where(documents.valid, time - counts.is_landmark.astype(jnp.int32), -1), -1),
+    )
+    past = pad(counts.first_of_document, 0), pad(jnp.where(documents.valid, counts.num_complete, 0), 0)
+    # The landmark of a token's own block, if the row has it.
+    end = jnp.take_along_axis(counts.ends, jnp.minimum(counts.num_complete, max_blocks - 1), axis=1)
+    is_complete = documents.valid & (counts.num_complete < max_blocks) & (end < length)
+    is_complete &= end - time == config.block_size - place
+    num_slots = max_blocks * config.padded_block_size
+    token_slot = jnp.where(is_complete, counts.num_complete * config.padded_block_size + place, num_slots)
     return Visibility(
         jnp.stack(own, axis=1),
         jnp.stack(past, axis=1),
-        jnp.clip(ends - config.block_size, 0, padded_length - config.padded_block_size),
-        jnp.stack(_tile_bounds(*past, NUM_CONSUMER_WGS * CHUNK, config, count), axis=2),
-        jnp.stack([jnp.minimum(*queries), queries[1]], axis=2),
-        filled(
-            jnp.where(whole, complete * config.padded_block_size + place, count * config.padded_block_size),
-            count * config.padded_block_size,
-        ),
+        jnp.clip(counts.ends - config.block_size, 0, padded_length - config.padded_block_size),
+        jnp.stack(_tile_bounds(*past, NUM_CONSUMER_WGS * CHUNK, config, max_blocks), axis=2),
+        _query_tile_ranges(*past, config, max_blocks),
+        pad(token_slot, num_slots),
     )
 
 
+def _count_blocks(documents: DocumentIds, place: Int[Array, "B T"], block_size: int, max_blocks: int) -> _BlockCounts:
+    """Count complete blocks. `place` is the place of each token in its block."""
+    length = place.shape[1]
+    time = jnp.arange(length, dtype=jnp.int32)[None]
+    is_landmark = documents.valid & (place == block_size)
+    marks = is_landmark.astype(jnp.int32)
+    num_complete = jnp.minimum(jnp.cumsum(marks, axis=1) - marks, max_blocks)
+    document_starts = jnp.diff(documents.index, axis=1, prepend=-1) > 0
+    first_of_document = lax.cummax(jnp.where(document_starts, num_complete, 0), axis=1)
+    ends = jnp.sort(jnp.where(is_landmark, time, length), axis=1)[:, :max_blocks]
+    ends = jnp.pad(ends, ((0, 0), (0, max_blocks - ends.shape[1])), constant_values=length)
+    return _BlockCounts(is_landmark, num_complete, first_of_document, ends)
+
+
+def _query_tile_ranges(
+    low: Int[Array, "B P"], high: Int[Array, "B P"], config: LandmarkKernelConfig, max_blocks: int
+) -> Int[Array, "B L 2"]:
+    """Return the tiles of queries that see each pair of tiles of past blocks, as [first, last)."""
+    low, high = (x[:, None] for x in _tile_bounds(low, high, CHUNK, config, max_blocks))
+    num_pairs = max_blocks // (NUM_CONSUMER_WGS * config.blocks_per_tile)
+    first_tile = NUM_CONSUMER_WGS * jnp.arange(num_pairs, dtype=jnp.int32)[None, :, None]
+    sees = (low < first_tile + NUM_CONSUMER_WGS) & (high > first_tile)
+    tiles = jnp.arange(sees.shape[2], dtype=jnp.int32)[None, None]
+    first, last = jnp.where(sees, tiles, tiles.size).min(axis=2), jnp.where(sees, tiles + 1, 0).max(axis=2)
+    return jnp.stack([jnp.minimum(first, last), last], axis=2)
+
+
 def _tile_bounds(
-    low: Int[Array, "B P"], high: Int[Array, "B P"], queries: int, config: LandmarkKernelConfig, count: int
+    low: Int[Array, "B P"], high: Int[Array, "B P"], num_queries: int, config: LandmarkKernelConfig, max_blocks: int
 ) -> tuple[Int[Array, "B N"], Int[Array, "B N"]]:
-    """Of blocks, that so many neighbouring queries see: the first, and the one behind the last."""
-    low, high = (x.reshape(x.shape[0], -1, queries) for x in (low, high))
-    first = jnp.where(low < high, low, count).min(axis=2) // config.blocks_per_tile
+    """Return the first tile of past blocks that each group of consecutive queries sees, and the one behind the last."""
+    low, high = (x.reshape(x.shape[0], -1, num_queries) for x in (low, high))
+    first = jnp.where(low < high, low, max_blocks).min(axis=2) // config.blocks_per_tile
     return first, jnp.maximum(first, -(-high.max(axis=2) // config.blocks_per_tile))

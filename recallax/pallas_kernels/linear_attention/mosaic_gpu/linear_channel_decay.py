@@ -47,7 +47,7 @@ from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import (
 WG_COLUMNS = 64
 """Columns of the values and of the state that a warpgroup owns: a tile of the tensor cores."""
 NUM_PREFETCH = 1
-"""Chunks that TMA loads ahead: shared memory has no room for more of these five inputs."""
+"""Chunks that TMA loads ahead of the current one: each takes up to 58 KB of a block's shared memory."""
 
 
 class LinearChannelInputs(NamedTuple):
