@@ -45,7 +45,7 @@ def kda(q: Any, k: Any, v: Any, g: Any, beta: Any) -> Any:
 
 
 def based(q: Any, k: Any, v: Any) -> Any:
-    """BASED's attention, normalised; q and k are [B, T, H, K], v and the output are [B, T, H, V]."""
+    """BASED's attention, normalized; q and k are [B, T, H, K], v and the output are [B, T, H, V]."""
     from fla.ops.based import parallel_based
 
     return parallel_based(q, k, v)

@@ -83,7 +83,7 @@ def _with_beta(
 
 
 def _draw_mamba2(message: OpMessage, rng: np.random.Generator) -> Arrays:
-    """Inputs, step sizes and rates as in a Mamba-2 at initialisation."""
+    """Inputs, step sizes and rates as in a Mamba-2 at initialization."""
     parts = _draw_qkv(message, rng)
     dt = 10.0 ** rng.uniform(-3, -1, size=parts["k"].shape[:3])
     return {"x": parts["v"], "dt": dt, "a": -rng.uniform(1, 16, size=message.heads), "b": parts["k"], "c": parts["q"]}

@@ -1,8 +1,8 @@
 # pyright: strict
-"""Names of config schema 1: one table from the old names of classes, fields and values to the names in use now.
+"""Names of config schema 1: one table from the old to the current names of classes, fields and values.
 
-`recallax.config` reads files of schema 1 through this table and computes the fingerprints that such files carry. A
-field that a later version renames is added to a table of its own schema, never here.
+`recallax.schema_upgrade` applies the table: `recallax.config` reads files of schema 1 through it, and computes the
+fingerprints that such files contain. A field that a later version renames belongs to the table of another schema.
 """
 
 from typing import Any

@@ -834,7 +834,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         "export run --to safetensors --shard-gb nan --out x": "--shard-gb is nan with safetensors",
         "export run --to safetensors --shard-gb inf --out x": "--shard-gb is inf with safetensors",
         "export run --to orbax --shard-gb 1 --out x": "--shard-gb is 1 with orbax",
-        "export run --to stablehlo --dtype bfloat16 --out x": "--dtype and --shard-gb go with weights",
+        "export run --to stablehlo --dtype bfloat16 --out x": "--dtype and --shard-gb are options of weights",
         "export run --to safetensors": "already exists",
         "export nowhere --to safetensors": "nowhere is not a run folder",
         "export run --to onnx": "onnx",

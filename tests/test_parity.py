@@ -322,7 +322,7 @@ REFUSED = {
     "latent attention": ("kimi_linear", {"layer_types": ["full_attention"]}, "latent attention"),
     "gated attention": ("qwen3_next", {}, "'full_attention', which recallax does not support: it is gated"),
     "sparse layers": ("qwen3_next", {"mlp_only_layers": [1]}, r"layers \[0, 2\] are not in mlp_only_layers"),
-    "normed attention": ("olmo_hybrid", {}, "'full_attention'.*normalises queries and keys"),
+    "normed attention": ("olmo_hybrid", {}, "'full_attention'.*normalizes queries and keys"),
     "unknown layer": ("nemotron_h", {"layers_block_type": ["moe"]}, "layers_block_type contains 'moe'"),
     "side by side": ("falcon_h1", {}, "Mamba-2 and attention in parallel"),
     "grouped gla": (

@@ -41,7 +41,7 @@ from recallax.tasks.text import (
 from recallax.tasks.text import cache_folder as cache_module
 from recallax.tasks.text.cache_folder import cache_root, cached_folder
 from recallax.tasks.text.files import DocumentUnit
-from recallax.tasks.text.language_modeling import pack_rows
+from recallax.tasks.text.packing import pack_rows
 from recallax.tasks.text.permutation import permute_index
 from recallax.tasks.text.recall_tokens import frequent_ngrams, recall_mask
 from recallax.tasks.text.source import (

@@ -33,7 +33,9 @@ COMMANDS = {
     "generate": Command("RUN --prompt TEXT", "generate from text or token ids, or answer rows of the run's task"),
     "calibrate": Command("RUN --context-length N", "make a run that reads longer contexts (LongMamba)"),
     "corpus": Command("CONFIG", "download and tokenize the text of a config, and print its size"),
-    "tokenizer": Command("CONFIG --out FILE", "train a BPE tokenizer on the text of a config"),
+    "tokenizer": Command(
+        "CONFIG --out FILE", "train a BPE tokenizer on the text of a config", module="train_tokenizer"
+    ),
     "sweep": Command("FILE", "train the configs that a Python file yields, and collect their results"),
     "export": Command("RUN --to FORMAT", "write the weights of a run as safetensors, StableHLO or Orbax"),
     "import": Command("PATH", "make a run from an export or from a published model", module="import_weights"),

@@ -75,7 +75,7 @@ class DeltaNet(MemoryConfig):
 
 
 class DeltaNetCell(MatrixCell):
-    """Matrix memory with the delta rule, with normalised queries and keys and a beta gate per head."""
+    """Matrix memory with the delta rule, with normalized queries and keys and a beta gate per head."""
 
     def __init__(self, head_dims: HeadDims, conv: ShortConvolution | None, allow_neg_eigval: bool):
         super().__init__(head_dims, conv)

@@ -139,7 +139,7 @@ def head_dim_of(name: str, width: int, num_heads: int) -> int:
 
 
 def torch_linear_std(in_features: int) -> float:
-    """Standard deviation of PyTorch's default initialisation of a linear layer, which some published models keep."""
+    """Standard deviation of PyTorch's default initialization of a linear layer, which some published models keep."""
     return (3 * in_features) ** -0.5
 
 

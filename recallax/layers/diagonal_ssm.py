@@ -10,7 +10,7 @@ as in Mamba. The state has only d elements; recall needs attention or a memory b
 
 State: one float32 per channel, and the last 3 inputs of the convolution.
 Source: Hydra (arXiv 2508.15099), the equations of its SSM. Hydra does not specify convolution, norm, half-lives and
-initialisation; those here are our choice.
+initialization; those here are our choice.
 """
 
 import math
@@ -38,7 +38,7 @@ class DiagonalSSM(MixerConfig):
     """Gated diagonal state-space model (Hydra)."""
 
     max_timescale: float = 2048.0
-    """Longest half-life at initialisation in tokens, usually the training length."""
+    """Longest half-life at initialization in tokens, usually the training length."""
     conv_size: int = 4
     """Taps of the short convolution."""
 

@@ -1,6 +1,6 @@
 """Identity channel mixer of Zoology's synthetic models: y = x.
 
-A block with this mixer is not a no-op: it adds the normalised residual stream, r <- r + norm(r), as Zoology's models
+A block with this mixer is not a no-op: it adds the normalized residual stream, r <- r + norm(r), as Zoology's models
 with an identity state mixer do. There is no state.
 """
 

@@ -4,7 +4,7 @@
     x = silu(conv(u W_x) + bias);   r, B, C = x W;   dt = softplus(r W_dt + b);   y_t = W_o [ o_t * silu(u_t W_z) ]
 
 State: N float32 for each of the E = expand * d channels, and the last 3 inputs of the convolution.
-Projections have PyTorch's default initialisation, as in the authors' code.
+Projections have PyTorch's default initialization, as in the authors' code.
 Source: Gu & Dao 2023 (arXiv 2312.00752), section 3 and algorithm 2.
 """
 

@@ -4,7 +4,7 @@
     x, B, C = silu(conv(u W) + bias);   y_t = W_o rms(o_t * silu(u_t W_z))   per group
 
 The heads of a group share B and C (keys and queries of width N). State: N P float32 per head of width P, and the last 3
-inputs of the convolution. Projections have PyTorch's default initialisation, as in the authors' code: at widths below a
+inputs of the convolution. Projections have PyTorch's default initialization, as in the authors' code: at widths below a
 few hundred, a standard deviation of 0.02 is too small to learn within a few thousand steps.
 Source: Dao & Gu 2024 (arXiv 2405.21060), sections 5 and 7.
 """
@@ -37,7 +37,7 @@ class Mamba2(MemoryConfig):
     head_dim: int = 64
     """P: width of a head; there are intermediate_size / P heads."""
     num_groups: int = 1
-    """Groups of heads that share B and C, and of channels that are normalised together."""
+    """Groups of heads that share B and C, and of channels that are normalized together."""
     expand: int = 2
     """Width of all heads together as a multiple of d_model."""
     intermediate_size: int | None = None

@@ -15,7 +15,7 @@ of three causal ways to retrieve:
     learned     `num_retrieved_tokens` queries that are parameters
 
 Retrieved and persistent tokens have no position; a token's position is its offset in the block, whose grid counts from
-the start of the document. Retrieved vectors are not normalised: a norm between the memory and the attention, whose
+the start of the document. Retrieved vectors are not normalized: a norm between the memory and the attention, whose
 output the memory reads again, amplifies rounding errors.
 
 State: the memory; keys and values of the unfinished block's tokens and retrieved vectors; for `own` the memory at the

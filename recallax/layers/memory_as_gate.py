@@ -4,7 +4,7 @@
 
 Both branches read the same input. State: the states of both branches.
 Source: Titans (Behrouz et al. 2025, arXiv 2501.00663), section 4.2, equations 26 to 28. The equation above is our
-reading of "normalised with learnable vector weights, then a non-linearity".
+reading of "normalized with learnable vector weights, then a non-linearity".
 """
 
 import math

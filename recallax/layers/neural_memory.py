@@ -1,6 +1,6 @@
 """Neural memory of Titans (LMM): a network per head that gradient descent trains on keys and values while it reads.
 
-    q, k, v = silu(conv(x W)),  q and k normalised;       lr_t = max_lr sigmoid(x w_lr + b) (1 - momentum_t)
+    q, k, v = silu(conv(x W)),  q and k normalized;       lr_t = max_lr sigmoid(x w_lr + b) (1 - momentum_t)
     S_t = momentum_t S_{t-1} - lr_t grad l(M; k_t, v_t)   M_t = keep_t M_{t-1} + S_t   (gates per head and matrix)
     y_t = W_o [ rms_head(M_t(q_t)) * silu(x_t W_g) ]
 

@@ -13,7 +13,7 @@ L2_EPS = 1e-6
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Array, eps: float, dtype: DType) -> Float[Array, "... D"]:
-    """Normalise by the root mean square of the last axis: x / sqrt(mean(x^2) + eps) * scale, computed in float32.
+    """Normalize by the root mean square of the last axis: x / sqrt(mean(x^2) + eps) * scale, computed in float32.
 
     Args:
         x: Values of any floating dtype.
@@ -22,7 +22,7 @@ def rms_norm(x: Float[Array, "... D"], scale: Array, eps: float, dtype: DType) -
         dtype: Dtype of the result.
 
     Returns:
-        Normalised values.
+        Normalized values.
     """
     x_f32 = x.astype(jnp.float32)
     x_f32 *= jax.lax.rsqrt(jnp.mean(x_f32 * x_f32, axis=-1, keepdims=True) + eps)
@@ -30,7 +30,7 @@ def rms_norm(x: Float[Array, "... D"], scale: Array, eps: float, dtype: DType) -
 
 
 def l2_normalize(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """Normalise vectors along the last axis: x / sqrt(sum(x^2) + L2_EPS), computed in float32.
+    """Normalize vectors along the last axis: x / sqrt(sum(x^2) + L2_EPS), computed in float32.
 
     Args:
         x: Vectors of any floating dtype.

@@ -28,7 +28,7 @@ class OutputProjection(nnx.Module):
         in_features: Width of all value heads together.
         d_model: Width of the model.
         layer: Position of the layer in the model, for the initial scale of the projection.
-        num_groups: Number of groups of channels that are normalised separately.
+        num_groups: Number of groups of channels that are normalized separately.
         gate: Projection of the gate; None: no gate.
         precision: Dtypes of parameters and activations.
         rngs: Source of the initial parameters.

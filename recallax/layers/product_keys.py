@@ -11,7 +11,7 @@ time. Values have the tags `lr_multiplier` and `sparse`: Adam does not update a 
 no token reads it.
 
 Source: Lample et al. 2019 (arXiv 1907.05242), section 3, for the memory of Hydra (arXiv 2508.15099). Queries are
-normalised by RMSNorm in place of batch norm, which mixes rows. The gate, a scalar per token that is initially almost 0,
+normalized by RMSNorm in place of batch norm, which mixes rows. The gate, a scalar per token that is initially almost 0,
 is that of Hydra's prototype. Hydra leaves the size open; the defaults are Lample's: 512 sub-keys, 4 heads, k = 32.
 """
 

@@ -10,8 +10,8 @@ never returns to it. `QueryDependentSelector` scores tokens per block of queries
 `KeyScore` is the key selection of HAX: f is a ReLU perceptron with three layers on detached keys and queries. A
 pairwise logistic loss over 64 keys trains it to rank keys by the mean of sigmoid(q.k) over later queries. HAX takes the
 sum over all queries, which prefers early keys; here it is the mean over the queries from the key on. HAX samples random
-keys; here they are every n-th one, so that the loss is a function of the batch. HAX normalises over the sequence, which
-leaks future tokens; here the sum m_j is normalised over its channels.
+keys; here they are every n-th one, so that the loss is a function of the batch. HAX normalizes over the sequence, which
+leaks future tokens; here the sum m_j is normalized over its channels.
 
 Sources: TokenScore and QueryDependentSelector are our own, since Hydra (arXiv 2508.15099) does not specify its
 controller; scores per block resemble DeepSeek's indexer (arXiv 2512.02556). HAX: arXiv 2507.00449, section 4, and code.
@@ -184,7 +184,7 @@ class KeyScore(SelectorConfig):
 
 
 class KeyScorer(Selector):
-    """Perceptron on keys and the normalised running sum of queries; the state is that sum in float32."""
+    """Perceptron on keys and the normalized running sum of queries; the state is that sum in float32."""
 
     score_dim, query_dependent, bias_logits = 1, False, False
 

@@ -222,11 +222,10 @@ class Generator:
             )
             prompts, length = Prompts(tokens, seq), tokens.shape[1]
         arrays = prompts.tokens, prompts.valid, np.asarray(prompts.seq.prefix) & prompts.valid
-        chunk_size = chunk_size or length
-        for start in range(0, length, chunk_size):
-            current = self._prefill_chunk_jit(
-                self._weights, current, *(x[:, start : start + chunk_size] for x in arrays)
-            )
+        step = chunk_size or length
+        for start in range(0, length, step):
+            chunk = (x[:, start : start + step] for x in arrays)
+            current = self._prefill_chunk_jit(self._weights, current, *chunk)
         if not bool(jnp.isfinite(current.logits).all()):
             row = int(jnp.argmin(jnp.isfinite(current.logits).all(axis=1)))
             raise FloatingPointError(f"the logits after prompt {row} are not finite; check the model's weights")

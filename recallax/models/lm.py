@@ -16,6 +16,7 @@ from recallax.models.block import Block, dropout
 from recallax.models.hgrn2_lower_bounds import HGRN2LowerBounds, hgrn2_cells_at
 from recallax.models.landmark_tokens import LandmarkTokens, drop_landmarks
 from recallax.models.lm_head import LMHead, LogitProjection, Tied
+from recallax.models.padding import rotate_to_right_padding
 from recallax.models.parameter_paths import layer_paths
 from recallax.models.pattern import Term, flatten_pattern, parse_pattern
 from recallax.models.stack import Remat, Stack, StackSpec
@@ -172,7 +173,7 @@ class LM(nnx.Module):
             The projection, and the auxiliary means of the modules by name.
         """
         self.apply_lower_bounds()
-        tokens, seq, shift = _to_right_padding(tokens, seq)
+        tokens, seq, shift = rotate_to_right_padding(tokens, seq)
         x = self._embed(tokens, seq)
         if self.landmarks is None:
             r, aux = self.stack(x, seq, 0)
@@ -211,7 +212,7 @@ class LM(nnx.Module):
             Float32 logits, the state after the tokens, and the auxiliary means of the modules by name.
         """
         self.apply_lower_bounds()
-        tokens, seq, shift = _to_right_padding(tokens, seq._replace(key=None))
+        tokens, seq, shift = rotate_to_right_padding(tokens, seq._replace(key=None))
         x = self._embed(tokens, seq)
         if self.landmarks is None:
             r, state, aux = self.stack.prefill(x, seq, state)
@@ -288,15 +289,3 @@ class LM(nnx.Module):
         self, hidden: Float[Array, "B N D"], last_hidden: Float[Array, "B D"], positions: Int[Array, "B N"]
     ) -> LogitProjection:
         return self.readout(hidden, self.embedding[...], last_hidden, positions)._replace(soft_cap=self.soft_cap)
-
-
-def _to_right_padding(tokens: Int[Array, "B T"], seq: SeqInfo) -> tuple[Int[Array, "B T"], SeqInfo, Int[Array, " B"]]:
-    """Rotate each row to the left by its leading padding, and return the shifts."""
-    check_shapes(seq)
-    segments = jnp.asarray(seq.segment_ids)
-    shift = jnp.argmax(segments > 0, axis=1)
-    source = (jnp.arange(segments.shape[1])[None] + shift[:, None]) % segments.shape[1]
-    tokens, positions, segments, prefix = (
-        gather_tokens(jnp.asarray(x), source) for x in (tokens, seq.positions, segments, seq.prefix)
-    )
-    return tokens, SeqInfo(positions, segments, prefix, seq.key), shift

@@ -39,7 +39,7 @@ class StackSpec(NamedTuple):
     norm_eps: float
     """Epsilon of the norms."""
     remat: Remat
-    """Whether the backward pass recomputes each layer."""
+    """Recomputation of activations in the backward pass."""
     precision: Precision
     """The dtypes of parameters and computation."""
     key: PRNGKeyArray

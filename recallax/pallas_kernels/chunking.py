@@ -17,7 +17,7 @@ class DocumentIds(NamedTuple):
     """Documents of each row. Padding belongs to the document before it; leading padding belongs to the first one."""
 
     index: Int[Array, "B T"]
-    """0 for the row's first document, which an incoming state belongs to, then 1, 2, ... without gaps."""
+    """Document number within the row: 0, 1, 2, ... An incoming state belongs to document 0."""
     valid: Bool[Array, "B T"]
     """False at padding."""
 

@@ -40,7 +40,7 @@ def run_sweep(file: Path, out: Path, backend: Backend, *, retries: int = 1, vmap
         vmap_seeds: Maximum number of trials that one process trains at once. They may differ in their seeds only.
 
     Returns:
-        The number of trials of a stage that failed after all retries. The stages behind it are then skipped.
+        The number of trials of a stage that failed after all retries. The stages after it are then skipped.
 
     Raises:
         ConfigError: The file has no stages, or trials cannot be trained at once.

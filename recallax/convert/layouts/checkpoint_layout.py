@@ -17,7 +17,7 @@ class CheckpointLayout(abc.ABC):
     architecture: str | None = None
     """The class that loads the checkpoint; None if config.json names no class."""
     duplicates_tied_head: bool = False
-    """Whether a checkpoint with tied embeddings also contains the language model head, which its loader needs."""
+    """A checkpoint with tied embeddings also contains the language model head, because its loader needs it."""
 
     @abc.abstractmethod
     def from_config_json(self, fields: ConfigFields) -> LMConfig:

@@ -1,6 +1,6 @@
 """Falcon-H1: the mixers of its layers, which run Mamba-2 and attention in parallel, as no recallax block does.
 
-Every multiplier is folded into the weights that it applies to, so these mixers take the normalised input and return the
+Every multiplier is folded into the weights that it applies to, so these mixers take the normalized input and return the
 update of the residual stream.
 """
 

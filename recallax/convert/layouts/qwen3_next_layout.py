@@ -47,7 +47,7 @@ class Qwen3NextLayout(CheckpointLayout):
             raise fields.unsupported(
                 f"layers {sparse} are not in mlp_only_layers, and recallax has no mixture of experts"
             )
-        attention = "it is gated, normalises queries and keys, and rotates part of a head"
+        attention = "it is gated, normalizes queries and keys, and rotates part of a head"
         return _model_config(fields, _qwen3_next_mixer(fields), attention)
 
     def key_map(self, fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
@@ -90,7 +90,7 @@ class OlmoHybridLayout(CheckpointLayout):
 
     def from_config_json(self, fields: ConfigFields) -> LMConfig:
         allow_neg_eigval = fields.optional("linear_allow_neg_eigval", bool, True)
-        attention = "it normalises queries and keys, and its layers normalise after each sublayer"
+        attention = "it normalizes queries and keys, and its layers normalize after each sublayer"
         mixer = _mixer_config(fields, OLMO_HYBRID_NORM_EPS, allow_neg_eigval=allow_neg_eigval)
         return _model_config(fields, mixer, attention)
 

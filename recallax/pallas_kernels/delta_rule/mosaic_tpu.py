@@ -55,19 +55,7 @@ def delta_rule(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Compute the gated delta rule on a TPU.
 
-    Args:
-        q: Queries of G heads, float32 or bfloat16.
-        k: Keys of G heads, in q's dtype.
-        v: Values, in q's dtype.
-        erase: Erase strength, W = 1 (per token) or W = K (per channel).
-        write: Write strength.
-        log_decay: Log-decay, W2 = 1 (per token) or W2 = K (per channel); None: no decay.
-        state: Float32 state before the first token.
-        document_ids: Documents of each row; None: one document without padding.
-        scale: Factor of the queries.
-
-    Returns:
-        Output in v's dtype and final state in float32.
+    The arguments and the result are those of `delta_rule.reference.delta_rule`.
 
     Raises:
         Unsupported: The dtypes differ or there is no TPU.

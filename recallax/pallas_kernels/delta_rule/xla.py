@@ -71,19 +71,7 @@ def delta_rule(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Compute the gated delta rule in chunks.
 
-    Args:
-        q: Queries of G heads.
-        k: Keys of G heads.
-        v: Values.
-        erase: Erase strength, W = 1 (per token) or W = K (per channel).
-        write: Write strength.
-        log_decay: Log-decay, W2 = 1 (per token) or W2 = K (per channel); None: no decay.
-        state: Float32 state before the first token.
-        document_ids: Documents of each row; None: one document without padding.
-        scale: Factor of the queries.
-
-    Returns:
-        Output in v's dtype and final state in float32.
+    The arguments and the result are those of `delta_rule.reference.delta_rule`.
     """
     length = q.shape[1]
     document_ids = single_document(*q.shape[:2]) if document_ids is None else document_ids

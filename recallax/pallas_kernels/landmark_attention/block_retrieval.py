@@ -50,7 +50,7 @@ class GatheredBlocks(NamedTuple):
 
 
 def rotate_cache_to_true_positions(cache: LandmarkCache, num_seen: Int[Array, " B"], rotate: Rotate) -> LandmarkCache:
-    """Rotate the keys of a cache to their exact positions, for queries that are rotated to theirs.
+    """Apply the rotary embedding to cached keys at their exact positions; queries must be rotated the same way.
 
     Args:
         cache: The cache.
@@ -234,19 +234,16 @@ def retrieval_attention(
         time, place = start + jnp.arange(chunk), positions % (real + 1)
         valid &= (time < length)[None]  # the last chunk is padded with the last token of the row
         visible = visible_blocks(blocks, document, time) & valid[..., None]
-        ranking = landmark_log_probs(
-            q, blocks.landmark_k, blocks.block_index, visible, positions, real, retrieval, rotate
-        )
+        keys, numbers = blocks.landmark_k, blocks.block_index
+        ranking = landmark_log_probs(q, keys, numbers, visible, positions, real, retrieval, rotate)
         if best is not None:
             ranking = running_max(best, ranking, valid & (place == 0))
             best = ranking[:, -1]
         chosen = select_blocks(ranking, blocks.block_index, positions, real, retrieval)
         own, seen = slice_local_kv(slots, begin, start, real)
         selected = chosen.index < blocks.landmark_time.shape[1]
-        out = attend_selected_blocks(
-            q, gather_blocks(blocks, chosen.index, heads), selected, chosen.distance, own.k, own.v, seen, place, rotate
-        )
-        return best, out
+        gathered = gather_blocks(blocks, chosen.index, heads)
+        return best, attend_selected_blocks(q, gathered, selected, chosen.distance, own.k, own.v, seen, place, rotate)
 
     starts = jnp.arange(0, length, chunk)
     cut = (split_time(x, chunk) for x in (q, docs.index, docs.valid, positions, begin))

@@ -83,14 +83,7 @@ def landmark_attention(
 ) -> Float[Array, "B T H V"]:
     """Compute landmark attention over whole rows on a TPU.
 
-    Args:
-        q: Scaled queries, float32 or bfloat16.
-        k: Keys, in q's dtype.
-        v: Values, in q's dtype.
-        segment_ids: Document ids; 0 is padding. None: one document per row.
-        positions: Positions within documents.
-        block_size: Tokens of a block besides its landmark.
-        cache: Must be None.
+    The arguments and the result are those of `landmark_attention.xla.dense`.
 
     Raises:
         Unsupported: A cache is given, the block is longer than a tile, the dtypes differ or there is no TPU.

@@ -1,4 +1,4 @@
-"""Definition of landmark attention: the weights of all pairs, in float32 or dtyper."""
+"""Definition of landmark attention: the weights of all pairs, in float32 or wider."""
 
 from typing import NamedTuple
 

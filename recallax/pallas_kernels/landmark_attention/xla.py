@@ -89,14 +89,7 @@ def blockwise(
 ) -> Float[Array, "B T H V"]:
     """Compute landmark attention in memory linear in time; scores are recomputed in the backward pass.
 
-    Args:
-        q: Scaled queries.
-        k: Keys.
-        v: Values.
-        segment_ids: Document ids; 0 is padding. None: one document per row.
-        positions: Positions within documents.
-        block_size: Tokens of a block besides its landmark.
-        cache: Blocks of the row's first document before the row; None: no tokens.
+    The arguments and the result are those of `landmark_attention.xla.dense`.
     """
     rows, length, heads, width = q.shape
     docs = documents_or_single(segment_ids, positions)

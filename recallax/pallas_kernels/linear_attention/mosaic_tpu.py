@@ -56,17 +56,7 @@ def linear_attention(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Compute linear attention on a TPU.
 
-    Args:
-        q: Queries of G heads, float32 or bfloat16.
-        k: Keys of G heads, in q's dtype.
-        v: Values, in q's dtype.
-        log_decay: Log-decay, W = 1 (per token) or W = K (per channel); None: no decay.
-        state: Float32 state before the first token; None: zeros.
-        document_ids: Documents of each row; None: one document without padding.
-        scale: Factor of the queries.
-
-    Returns:
-        Output in v's dtype and final state in float32.
+    The arguments and the result are those of `linear_attention.reference.linear_attention`.
 
     Raises:
         Unsupported: The dtypes differ or there is no TPU.

@@ -25,17 +25,7 @@ def linear_attention(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """Compute linear attention in chunks.
 
-    Args:
-        q: Queries of G heads.
-        k: Keys of G heads.
-        v: Values.
-        log_decay: Log-decay, W = 1 (per token) or W = K (per channel); None: no decay.
-        state: Float32 state before the first token; None: zeros.
-        document_ids: Documents of each row; None: one document without padding.
-        scale: Factor of the queries.
-
-    Returns:
-        Output in v's dtype and final state in float32.
+    The arguments and the result are those of `linear_attention.reference.linear_attention`.
     """
     per_channel = log_decay is not None and log_decay.shape[-1] > 1
     q, k = repeat_heads(q, k, v.shape[2], scale)

@@ -1,4 +1,4 @@
-"""Definition of the cross-entropy of a linear output layer: all logits at once, in float32 or dtyper."""
+"""Definition of the cross-entropy of a linear output layer: all logits at once, in float32 or wider."""
 
 import jax
 import jax.numpy as jnp

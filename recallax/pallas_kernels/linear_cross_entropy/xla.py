@@ -50,17 +50,7 @@ def linear_cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, " M"], Bool[Array, " M"]]:
     """Compute the cross-entropy in chunks of rows.
 
-    Args:
-        hidden: Hidden states.
-        weight: Output embedding.
-        bias: Bias of the logits; None: 0.
-        targets: Target tokens.
-        loss_weights: Float32 weight of each row.
-        soft_cap: Soft cap of the logits; None: no cap.
-        z_loss: Factor of the squared log-partition.
-
-    Returns:
-        Total, losses, and True where the target's logit is larger than all others.
+    The arguments and the result are those of `linear_cross_entropy.reference.linear_cross_entropy`.
     """
     return _loss_and_accuracy(soft_cap, z_loss, _HeadParams(weight, bias), _TokenRows(hidden, targets, loss_weights))
 

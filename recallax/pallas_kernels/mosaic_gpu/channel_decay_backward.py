@@ -1,12 +1,12 @@
 """Gradients of queries, keys and decays per channel, from the states and their gradients: one block per chunk.
 
-Each block computes 32 channels of one chunk. With S the state before the chunk, dS the gradient of the state behind it,
+Each block computes 32 channels of one chunk. With S the state before the chunk, dS the gradient of the state after it,
 and dP = scale dO V^T below and on the diagonal,
 
     dQ = scale 2^L (dO S^T) + (part of dP)        dK = 2^(L_C - L) (V dS^T) + (part of dP^T)
 
 The parts of dP are products at the borders of `channel_decay_forward.py`. A decay scales what passes from before its
-token to the token and those behind it, so its gradient is, channel by channel,
+token to the token and those after it, so its gradient is, channel by channel,
 
     sum_{i >= t} q~_i (dO_i S^T) + sum_{j < t} k~_j (V_j dS^T) + sum_{i >= t} (q_i dq_i - k_i dk_i within the chunk)
 
@@ -67,7 +67,7 @@ class ChannelGradInputs(NamedTuple):
     values: tuple[Float[Array, "B T H V"], Float[Array, "B T H V"]]
     """Gradient of the output dO, and values V."""
     states: tuple[Float[Array, "B H N K V"], ...]
-    """S before each chunk, and dS behind it. Without dS, q are erase keys and the part of dS is left out."""
+    """S before each chunk, and dS after it. Without dS, q are erase keys and the part of dS is left out."""
     document_gates: CumulativeDecay | tuple[()]
 
 

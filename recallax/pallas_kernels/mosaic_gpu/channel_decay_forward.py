@@ -298,7 +298,7 @@ def level_decay_factors(step: Array, decay_smem: Ref, shape: tuple[int, int]) ->
     first = jnp.where(level == MIN_LEVEL, 2, 0)  # bounded decays at the last level
     exponents = masked_row_sums(mask, (decay_smem.at[first], decay_smem.at[first + 1]), shape)
     i, _ = row_and_column_iota(shape)
-    beyond = level == MIN_LEVEL  # queries before the border grow towards it, and so do keys behind it
+    beyond = level == MIN_LEVEL  # queries before the border grow towards it, and so do keys after it
     query_exponents = jnp.where((half_index(i, level) == 0) & beyond, -exponents, exponents)
     key_exponents = jnp.where((half_index(i, level) == 1) & beyond, -exponents, exponents)
     return jnp.exp2(query_exponents), jnp.exp2(key_exponents)

@@ -109,7 +109,7 @@ def chunkwise_decay_grad(
 
     Args:
         token_grad: q.dq - k.dk of each token, over the pairs of its chunk.
-        chunk_end_grads: Product of the state behind each chunk with its gradient.
+        chunk_end_grads: Product of the state after each chunk with its gradient.
         document_ids: Documents of the rows.
     """
     chunks = token_grad.reshape(*chunk_end_grads.shape, -1).at[..., -1].add(chunk_end_grads)

@@ -92,10 +92,10 @@ def split_initial_states(
         x: Left factors, with H heads or a divisor of H.
         y: Right factors, with H heads or a divisor of H.
         gates: Cumulative decays; None: no decay.
-        state: State before each row; in reverse, behind it.
+        state: State before each row; in reverse, after it.
         num_splits: Splits of a row.
         scale: Factor of y.
-        reverse: Sum backward in time and return the state behind each split.
+        reverse: Sum backward in time and return the state after each split.
     """
     if num_splits == 1:
         return state
@@ -126,8 +126,8 @@ def propagate_split_states(
     Args:
         increments: State that each split adds by itself.
         transitions: Linear map of each split on the state before it.
-        state: State before each row; in reverse, behind it.
-        reverse: Go backward in time and return the state behind each split.
+        state: State before each row; in reverse, after it.
+        reverse: Go backward in time and return the state after each split.
         apply_transition: `apply_transition(transition, state) -> state`.
     """
 

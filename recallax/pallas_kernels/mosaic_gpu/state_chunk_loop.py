@@ -70,7 +70,7 @@ def state_chunk_loop(
         tokens: References [T, width] in global memory.
         vectors: References in global memory with the same number of entries per chunk.
         initial_states: References [K, V], float32.
-        final_states: References [K, V] to the states behind the last chunk.
+        final_states: References [K, V] to the states after the last chunk.
         scratch_heights: Rows of each scratch matrix.
         reverse: Go backward in time.
     """

@@ -96,7 +96,7 @@ def chunk_size_and_count(max_chunk_size: int, length: int) -> tuple[int, int]:
 
 
 def head_major(x: Float[Array, "B T H W"], chunk_grid: ChunkGrid) -> Float[Array, "B H P W"]:
-    """Move time behind the heads and pad it with zeros to whole chunks; P is the padded length."""
+    """Move the time axis after the heads and pad it with zeros to whole chunks; P is the padded length."""
     return jnp.moveaxis(jnp.pad(x, ((0, 0), (0, chunk_grid.padded_length - x.shape[1]), (0, 0), (0, 0))), 1, 2)
 
 

@@ -107,8 +107,8 @@ def neural_memory(
 ) -> tuple[Float[Array, "B T H D"], NeuralState]:
     """Compute the neural memory over whole rows.
 
-    With gradients at the start of chunks, every document but the first must begin a multiple of `chunk_size` tokens
-    after the start of the first one; the output of other rows is NaN.
+    With gradients at the start of chunks, every later document must start at a multiple of `chunk_size` tokens from the
+    start of the first one; the output is NaN in rows that violate this.
 
     Args:
         inner_optimizer: Network, loss and update rule.
@@ -137,9 +137,8 @@ def neural_memory(
     if is_new or state.pending_tokens is None:
         chunks, docs_padded = pad_to_chunks(tokens, docs, inner_optimizer.chunk_size)
     else:
-        chunks, docs_padded = pad_to_chunks(
-            *_concat_pending(state.pending_tokens, phase, tokens, docs), inner_optimizer.chunk_size
-        )
+        joined = _concat_pending(state.pending_tokens, phase, tokens, docs)
+        chunks, docs_padded = pad_to_chunks(*joined, inner_optimizer.chunk_size)
     parts = (
         docs_padded
         if inner_optimizer.reset_interval is None
@@ -154,9 +153,8 @@ def neural_memory(
     out = out[:, :t] if is_new else gather_tokens(out, phase[:, None] + jnp.arange(t)[None])
     wrong = _misaligned_rows(docs_padded, inner_optimizer.chunk_size)[:, None, None, None]
     out = jnp.where(wrong, jnp.full_like(out, jnp.nan), out)
-    return out, NeuralState(
-        memory, *_remaining_tokens(chunks, docs_padded, state.num_tokens, inner_optimizer.chunk_size)
-    )
+    pending = _remaining_tokens(chunks, docs_padded, state.num_tokens, inner_optimizer.chunk_size)
+    return out, NeuralState(memory, *pending)
 
 
 def _check_shapes(inner_optimizer: InnerOptimizer, tokens: MemoryInputs, outer_params: OuterParams) -> None:

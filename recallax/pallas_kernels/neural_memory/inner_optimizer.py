@@ -1,4 +1,4 @@
-"""Options of the neural memory: network, loss, and update rule of the inner optimiser."""
+"""Options of the neural memory: network, loss, and update rule of the inner optimizer."""
 
 import abc
 from collections.abc import Callable
@@ -44,8 +44,8 @@ class Network(Config, abc.ABC):
         Args:
             product: Multiplies by the weight matrix of a name.
             x: Inputs.
-            norm_scale: Scale of the network's norm, trained by the outer optimiser.
-            norm_bias: Bias of the network's norm, trained by the outer optimiser.
+            norm_scale: Scale of the network's norm, trained by the outer optimizer.
+            norm_bias: Bias of the network's norm, trained by the outer optimizer.
         """
 
 

@@ -31,16 +31,7 @@ def neural_memory(
 ) -> tuple[Float[Array, "B M H D"], FastWeights]:
     """Compute the neural memory with one gradient matrix per token.
 
-    Args:
-        inner_optimizer: Network, loss and update rule.
-        outer_params: Initial weights and norm of the network.
-        tokens: Tokens [B, M, H, ...] of whole chunks.
-        document_ids: Documents of the tokens.
-        fast_weights: Memory before the first token.
-
-    Returns:
-        Output of each token, and the memory of the last document after its last whole chunk (after its last token with
-        gradients per token).
+    The arguments and the result are those of `neural_memory.reference.neural_memory`.
 
     Raises:
         Unsupported: Gradients are computed per token.

@@ -101,9 +101,8 @@ def _one_head(
     (fast_weights, chunk, _, written, _), out = jax.lax.scan(step, first, (tuple(tokens), *document_ids, place))
     if inner_optimizer.gradient != "chunk_start":
         return out, fast_weights
-    return out, _select(
-        written == inner_optimizer.chunk_size, apply_boundary(inner_optimizer, outer_params, chunk, fast_weights), chunk
-    )
+    after = apply_boundary(inner_optimizer, outer_params, chunk, fast_weights)
+    return out, _select(written == inner_optimizer.chunk_size, after, chunk)
 
 
 def _select(condition, new, old):

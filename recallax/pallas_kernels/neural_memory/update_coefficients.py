@@ -41,7 +41,7 @@ class FastWeights(NamedTuple):
 
 
 class OuterParams(NamedTuple):
-    """Parameters of a memory per head, which the outer optimiser trains."""
+    """Parameters of a memory per head, which the outer optimizer trains."""
 
     initial_weights: Weights
     """Initial weights [H, I, O] of all matrices by name."""

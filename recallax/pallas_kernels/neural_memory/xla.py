@@ -41,16 +41,7 @@ def neural_memory(
 ) -> tuple[Float[Array, "B M H D"], FastWeights]:
     """Compute the neural memory in chunks.
 
-    Args:
-        inner_optimizer: Network, loss and update rule.
-        outer_params: Initial weights and norm of the network.
-        tokens: Tokens [B, M, H, ...] of whole chunks.
-        document_ids: Documents of the tokens.
-        fast_weights: Memory before the first token.
-
-    Returns:
-        Output of each token, and the memory of the last document after its last whole chunk (after its last token with
-        gradients per token).
+    The arguments and the result are those of `neural_memory.reference.neural_memory`.
     """
     b, length = document_ids.index.shape
     chunk = inner_optimizer.chunk_size

@@ -1,4 +1,4 @@
-"""Definition of the element-wise gated recurrence: a scan over tokens, in float32 or dtyper."""
+"""Definition of the element-wise gated recurrence: a scan over tokens, in float32 or wider."""
 
 import jax
 import jax.numpy as jnp

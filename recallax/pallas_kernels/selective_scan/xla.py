@@ -38,17 +38,7 @@ def selective_scan(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """Compute the recurrence in chunks.
 
-    Args:
-        x: Inputs.
-        rate: Rate r.
-        a: Matrix A.
-        b: Input projection B.
-        c: Output projection C.
-        state: Float32 state before the first token.
-        document_ids: Documents of each row; None: one document without padding.
-
-    Returns:
-        Output in x's dtype and final state in float32.
+    The arguments and the result are those of `selective_scan.reference.selective_scan`.
     """
     length = x.shape[1]
     document_ids = single_document(*x.shape[:2]) if document_ids is None else document_ids

@@ -11,14 +11,7 @@ def short_conv(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """Convolve rows; the sum over at most W terms is computed in the inputs' dtype.
 
-    Args:
-        x: Inputs.
-        weight: Filter of W taps per channel, in x's dtype.
-        state: Last W - 1 inputs before the row.
-        document_ids: Documents of each row.
-
-    Returns:
-        Output and the last W - 1 inputs.
+    The arguments and the result are those of `short_conv.reference.short_conv`.
     """
     length, past = x.shape[1], weight.shape[0] - 1
     inputs = jnp.concatenate([state, jnp.where(document_ids.valid[..., None], x, 0)], axis=1)

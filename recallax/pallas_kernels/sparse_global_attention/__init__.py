@@ -72,6 +72,7 @@ def _xla_attention(*arguments):
     return xla.blockwise(*rest)
 
 
+OP = "sparse_global_attention"
 IMPLEMENTATIONS = {"reference": _reference_attention, "xla": _xla_attention}
 
 
@@ -102,8 +103,7 @@ def sparse_global_attention(
         selection_query: Float32 selection query of each token; None: the score is the sum of the selection key.
         window: Tokens of the window, the query included.
         top_k: Upper bound C of the tokens that are selected for a block.
-        block_size: Queries that share a selection, at most `window`. Documents must begin at multiples of it; the
-            output of other rows is NaN.
+        block_size: Queries that share a selection, at most `window`; documents start at its multiples (else NaN).
         positions: Positions within documents. The first position of a row is the number of tokens in its state.
         segment_ids: Document ids; 0 is padding.
         state: Cache of the row's first document before the row; None: no tokens.
@@ -117,15 +117,8 @@ def sparse_global_attention(
     Raises:
         ValueError: Shapes or sizes do not match, or selection queries are given with a `TopKCache`.
     """
-    op, width = "sparse_global_attention", q.shape[-1]
-    _check_shapes(op, q, k, v, selection_key, selection_query)
-    require(op, 1 <= block_size <= window, f"block_size is {block_size}; it must be from 1 to the window of {window}")
-    require(op, top_k >= 1, f"top_k is {top_k}; it must be at least 1")
-    require(
-        op,
-        not (isinstance(state, TopKCache) and selection_query is not None),
-        "TopKCache does not support selection_query: a later block may select a dropped token; use FullCache",
-    )
+    _check_shapes(OP, q, k, v, selection_key, selection_query)
+    _check_selection(OP, window, top_k, block_size, state, selection_query)
     docs = index_documents(segment_ids)
     block_offset = None if state is None else positions[:, 0] % block_size
     parts = grid_blocks(q.shape[1], block_size, block_offset, len(q))
@@ -133,29 +126,16 @@ def sparse_global_attention(
     past = state.selection_query if isinstance(state, FullCache) else None
     blocks = _query_blocks(parts, positions, docs, selection_key, selection_query, past, block_size)
     index, mask = xla.select_tokens(candidates, blocks, top_k, block_size, window)
-    q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
-    arguments = (
-        candidates,
-        positions,
-        docs,
-        blocks,
-        index,
-        mask,
-        parts,
-        block_offset,
-        window,
-        block_size,
-        score_bias,
-        top_k,
-    )
-    out = call_implementation(op, IMPLEMENTATIONS, implementation, q, *arguments).astype(v.dtype)
+    q = q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
+    arrays = (q, candidates, positions, docs, blocks, index, mask, parts, block_offset)
+    sizes = (window, block_size, score_bias, top_k)
+    out = call_implementation(OP, IMPLEMENTATIONS, implementation, *arrays, *sizes).astype(v.dtype)
     wrong = misaligned_rows(positions, segment_ids, parts, block_size)
     out = jnp.where(wrong[:, None, None, None], jnp.full_like(out, jnp.nan), out)
     if state is None:
         return out, None
-    return out, _next_cache(
-        candidates, state, docs, positions, selection_key, selection_query, past, top_k, block_size, window
-    )
+    inputs = (positions, selection_key, selection_query, past)
+    return out, _next_cache(candidates, state, docs, *inputs, top_k, block_size, window)
 
 
 def _check_shapes(op: str, q: Array, k: Array, v: Array, selection_key: Array, selection_query: Array | None) -> None:
@@ -170,6 +150,24 @@ def _check_shapes(op: str, q: Array, k: Array, v: Array, selection_key: Array, s
     require(op, shape[:2] == (b, t), f"selection_key has shape {shape}; it must begin with {(b, t)}")
     same_shape = selection_query is None or selection_query.shape == shape
     require(op, same_shape, "selection_query must have the shape of selection_key")
+
+
+def _check_selection(
+    op: str,
+    window: int,
+    top_k: int,
+    block_size: int,
+    state: SparseGlobalCache | None,
+    selection_query: Array | None,
+) -> None:
+    """Raise ValueError unless the sizes and the cache fit the selection."""
+    require(op, 1 <= block_size <= window, f"block_size is {block_size}; it must be from 1 to the window of {window}")
+    require(op, top_k >= 1, f"top_k is {top_k}; it must be at least 1")
+    require(
+        op,
+        not (isinstance(state, TopKCache) and selection_query is not None),
+        "TopKCache does not support selection_query: a later block may select a dropped token; use FullCache",
+    )
 
 
 def init_full_cache(

@@ -98,19 +98,12 @@ def blockwise(
         far = mask[:, None] & (distance[..., :count] >= window)
         close = within[:, None] & (distance[..., count:] >= 0) & (distance[..., count:] < window)
         visible = same_document & jnp.concatenate([far, close], axis=2)
-        bias = (
-            jax.nn.log_sigmoid(selection_scores(selection_key, selection_query[:, None]))
-            if score_bias
-            else jnp.zeros(mask.shape, jnp.float32)
-        )
+        scores = selection_scores(selection_key, selection_query[:, None]) if score_bias else None
+        bias = jnp.zeros(mask.shape, jnp.float32) if scores is None else jax.nn.log_sigmoid(scores)
         bias = jnp.concatenate([bias, jnp.zeros_like(within, bias.dtype)], axis=1)
         return _attend(q, k, v, visible, bias).astype(v.dtype)
 
-    tokens = (
-        split_grid_blocks(q, grid_parts),
-        split_grid_blocks(positions, grid_parts),
-        split_grid_blocks(document_ids.index, grid_parts),
-    )
+    tokens = (split_grid_blocks(x, grid_parts) for x in (q, positions, document_ids.index))
     y = jax.lax.map(block, (*tokens, k, v, position, document, selection_key, blocks.selection_query, mask, within))
     return merge_grid_blocks(y, q.shape[1], block_size, block_offset)
 

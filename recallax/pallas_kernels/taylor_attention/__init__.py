@@ -1,4 +1,4 @@
-"""Normalised linear attention with the second-order Taylor kernel (BASED).
+"""Normalized linear attention with the second-order Taylor kernel (BASED).
 
     y_i = sum_{j<=i} f(s_ij) v_j / sum_{j<=i} f(s_ij)      f(s) = 1 + s + s^2/2,  s_ij = q_i.k_j / sqrt(K)
 
@@ -86,7 +86,7 @@ def taylor_attention(
         implementation: Name of the implementation; None selects one for the device.
 
     Returns:
-        Normalised output in v's dtype and final state in float32.
+        Normalized output in v's dtype and final state in float32.
 
     Raises:
         ValueError: Shapes do not match.
@@ -135,7 +135,7 @@ def taylor_attention_step(
         implementation: Name of an entry of `STEP_IMPLEMENTATIONS`; None selects one for the device.
 
     Returns:
-        Normalised output in v's dtype and state after the token.
+        Normalized output in v's dtype and state after the token.
     """
     scale, expand = q.shape[-1] ** -0.25, FEATURE_MAPS[features]
     phi_q, phi_k = expand(q.astype(jnp.float32) * scale), expand(k.astype(jnp.float32) * scale)

@@ -54,16 +54,7 @@ def taylor_attention(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """Compute the unnormalised sums on a TPU.
 
-    Args:
-        q: Queries, divided by K^(1/4), float32 or bfloat16.
-        k: Keys, divided by K^(1/4), in q's dtype.
-        v: Values, with a last column of ones for the denominator, in q's dtype.
-        state: Float32 state before the first token; None: zeros.
-        document_ids: Documents of each row; None: one document without padding.
-        feature_map: The expansion of the state's features; must be `feature_maps.taylor`.
-
-    Returns:
-        Sums in v's dtype and final state in float32.
+    The arguments and the result are those of `taylor_attention.reference.taylor_attention`.
 
     Raises:
         Unsupported: The features are not symmetric, the dtypes differ or there is no TPU.

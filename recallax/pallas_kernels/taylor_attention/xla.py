@@ -23,16 +23,7 @@ def taylor_attention(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """Compute the unnormalised sums in chunks.
 
-    Args:
-        q: Queries, divided by K^(1/4).
-        k: Keys, divided by K^(1/4).
-        v: Values, with a last column of ones for the denominator.
-        state: Float32 state before the first token; None: zeros.
-        document_ids: Documents of each row; None: one document without padding.
-        feature_map: The expansion of the state's features.
-
-    Returns:
-        Sums in v's dtype and final state in float32.
+    The arguments and the result are those of `taylor_attention.reference.taylor_attention`.
     """
     kernel = SimilarityKernel(taylor_score, feature_map)
     return chunked_linear_attention(q, k, v, None, state, document_ids, kernel=kernel, chunk_size=CHUNK)

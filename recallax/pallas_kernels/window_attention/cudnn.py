@@ -28,15 +28,7 @@ def window_attention(
 ) -> Float[Array, "B T H V"]:
     """Compute attention over whole rows of one document each, in bfloat16 or float16.
 
-    Args:
-        q: Scaled queries.
-        k: Keys.
-        v: Values.
-        document_ids: Documents of each row; None: one document without padding.
-        window: Tokens that a query sees, itself included; None: all earlier tokens.
-        persistent: Keys and values that every query sees.
-        cache: Keys and values of the tokens before the row.
-        positions: Positions within documents; required with a cache.
+    The arguments and the result are those of `window_attention.xla.dense`.
 
     Raises:
         Unsupported: There is no GPU, or cuDNN does not support the arguments.

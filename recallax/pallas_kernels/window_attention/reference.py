@@ -1,4 +1,4 @@
-"""Definition of softmax attention with a mask: the scores of all pairs, in float32 or dtyper."""
+"""Definition of softmax attention with a mask: the scores of all pairs, in float32 or wider."""
 
 import jax
 import jax.numpy as jnp

@@ -31,15 +31,7 @@ def window_attention(
 ) -> Float[Array, "B T H V"]:
     """Compute attention over whole rows; widths and time are padded with zeros to multiples of 128.
 
-    Args:
-        q: Scaled queries.
-        k: Keys.
-        v: Values.
-        document_ids: Documents of each row; None: one document without padding.
-        window: Tokens that a query sees, itself included; None: all earlier tokens.
-        persistent: Keys and values that every query sees.
-        cache: Keys and values of the tokens before the row.
-        positions: Positions within documents; required with a cache.
+    The arguments and the result are those of `window_attention.xla.dense`.
 
     Raises:
         Unsupported: There is no TPU, or persistent keys or a cache are given.

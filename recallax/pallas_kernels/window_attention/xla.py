@@ -70,15 +70,7 @@ def blockwise(
 
     Scores are recomputed in the backward pass.
 
-    Args:
-        q: Scaled queries.
-        k: Keys.
-        v: Values.
-        document_ids: Documents of each row; None: one document without padding.
-        window: Tokens that a query sees, itself included; None: all earlier tokens.
-        persistent: Keys and values that every query sees.
-        cache: Keys and values of the tokens before the row.
-        positions: Positions within documents; required with a cache.
+    The arguments and the result are those of `window_attention.xla.dense`.
     """
     length, past = q.shape[1], _cached_kv(cache, positions)
     document_ids = single_document(*q.shape[:2]) if document_ids is None else document_ids
@@ -182,7 +174,7 @@ class VisibleKV(NamedTuple):
 
 
 def attend_one_query(q: Float[Array, "B H K"], parts: Sequence[VisibleKV]) -> Float[Array, "B H V"]:
-    """Compute softmax attention of one query per row over several sources, in float32 or dtyper.
+    """Compute softmax attention of one query per row over several sources, in float32 or wider.
 
     It uses elementwise products and sums, which read each cache once in its own layout; a matrix product would first
     copy the cache to transpose it.

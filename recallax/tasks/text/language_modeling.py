@@ -10,13 +10,14 @@ from jaxtyping import Float, Int, UInt64
 from recallax.config import ConfigError
 from recallax.tasks.base import SPLITS, Split, Task
 from recallax.tasks.encoder import Encoder
+from recallax.tasks.text.packing import num_rows, pack_rows
 from recallax.tasks.text.permutation import permute_index, splitmix64
 from recallax.tasks.text.recall_tokens import recall_mask
 from recallax.tasks.text.shakespeare import Shakespeare
 from recallax.tasks.text.source import TextSource
-from recallax.tasks.text.tokenized_corpus import TokenizedCorpus, TokenStream, load_tokenized_corpus
+from recallax.tasks.text.tokenized_corpus import TokenizedCorpus, load_tokenized_corpus
 from recallax.tasks.text.tokenizer import Bytes, Tokenizer
-from recallax.types import Batch, SeqInfo
+from recallax.types import Batch
 
 GROUPS = ("other", "recall")
 """Groups of targets; `recall_tokens.py` defines recall tokens."""
@@ -112,14 +113,14 @@ class Text(Task):
         Returns:
             The number of rows of one epoch.
         """
-        return _num_rows(self.tokenized_corpus().streams[split], self.length, self.grid)
+        return num_rows(self.tokenized_corpus().streams[split], self.length, self.grid)
 
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
         if seed < 0 or index < 0:
             raise ValueError(f"seed is {seed} and index is {index}; both must be at least 0")
         corpus = self.tokenized_corpus()
         stream = corpus.streams[split]
-        count = _num_rows(stream, self.length, self.grid)
+        count = num_rows(stream, self.length, self.grid)
         epoch, first = divmod(index * size, count)  # Python integers, which do not overflow
         order = first + np.arange(size)
         epochs = np.array([(epoch + i) % 2**64 for i in range(size // count + 2)], np.uint64)[order // count]
@@ -159,50 +160,6 @@ class Text(Task):
         }
         groups = zip(GROUPS, loss, weight, strict=True)
         return metrics | {f"perplexity/{name}": _perplexity(total / w) for name, total, w in groups if w > 0}
-
-
-def pack_rows(stream: TokenStream, rows: Int[np.ndarray, " B"], length: int, grid: int) -> Batch:
-    """Read rows of a stream.
-
-    Args:
-        stream: The documents of a split.
-        rows: Numbers of the rows.
-        length: Row length in tokens.
-        grid: Documents start at multiples of it.
-
-    Returns:
-        A batch with next-token targets, weights of 0 and 1, and all targets in group 0.
-    """
-    first = rows * (length - grid)
-    time = np.arange(length)
-    at = first[:, None] + time
-    real = at < len(stream.tokens)
-    tokens = np.asarray(stream.tokens[np.minimum(at, len(stream.tokens) - 1)]).astype(np.int32) * real
-
-    # Documents that start inside each row, after its first token: numbers low to high - 1.
-    low, high = np.searchsorted(stream.starts, first, "right"), np.searchsorted(stream.starts, first + length)
-    is_start = np.zeros(real.shape, bool)
-    row = np.repeat(np.arange(len(rows)), high - low)
-    document = np.arange(len(row)) + np.repeat(low - np.cumsum(high - low) + high - low, high - low)
-    is_start[row, np.asarray(stream.starts[document]) - first[row]] = True
-
-    segment = np.cumsum(is_start, axis=1)
-    ends = np.asarray(stream.ends[low[:, None] - 1 + segment])
-    labelled = at + 1 < ends
-    labelled[:, -1] = False
-    labelled[rows > 0, : grid - 1] = False  # targets of the row before
-    targets = np.zeros_like(tokens)
-    targets[:, :-1] = tokens[:, 1:] * labelled[:, :-1]
-    seq = SeqInfo(
-        (time - np.maximum.accumulate(np.where(is_start, time, 0), axis=1)).astype(np.int32),
-        ((segment + 1) * real).astype(np.int32),
-        np.zeros(real.shape, bool),
-    )
-    return Batch(tokens, targets, labelled.astype(np.float32), np.zeros_like(tokens), np.zeros_like(tokens), seq)
-
-
-def _num_rows(stream: TokenStream, length: int, grid: int) -> int:
-    return -(-(len(stream.tokens) - grid) // (length - grid))
 
 
 def _permutation_keys(seed: int, split: Split, epochs: UInt64[np.ndarray, " B"]) -> UInt64[np.ndarray, " B"]:

@@ -56,7 +56,7 @@ def written_value_grads(write_grad, v, write):
 
 
 def _loop_backward(config, residuals: DeltaResiduals, gates, out_grad, state_grad):
-    """Return the gradients of w V, of the states behind the chunks, and of the initial state."""
+    """Return the gradients of w V, of the states after the chunks, and of the initial state."""
     n, (q, k, *_) = config.num_splits, residuals.inputs
     q, k, out_grad = split_rows(q, n), split_rows(k, n), split_rows(out_grad, n)
     inverse = split_rows_head_major(residuals.inverse, n)

@@ -169,7 +169,7 @@ def _launch_forward(chunks: _DeltaChunkInputs, v, write, state, *, save_residual
 
 
 def _backward(num_splits, chunks: _DeltaChunkInputs, transitions, out_grad, state_grad):
-    """Return the gradients of w V, of the states behind the chunks, and of the initial state."""
+    """Return the gradients of w V, of the states after the chunks, and of the initial state."""
     n = num_splits
     launch = functools.partial(_launch_backward, chunks.split(n), split_rows(out_grad, n))
     final_grads = backward_split_grads(lambda grad: launch(grad)[2], transitions, state_grad)

@@ -1,6 +1,6 @@
 """Gradients of the delta rule after both loops: every chunk is independent, 64 channels of keys at a time.
 
-With S the state before the chunk, dS the gradient of the state behind it, U and dW as in `delta_chunk_loops.py`,
+With S the state before the chunk, dS the gradient of the state after it, U and dW as in `delta_chunk_loops.py`,
 D_ij = 2^(L_i - L_j) for j <= i, and D' the same for j < i,
 
     dQ = scale (2^L dO S^T + (dO U^T * D) K)
@@ -8,7 +8,7 @@ D_ij = 2^(L_i - L_j) for j <= i, and D' the same for j < i,
     dK = -b R + 2^(L_C - L) U dS^T + scale (dO U^T * D)^T Q - (dW U^T * D')^T (b K)
 
 The decay of a token scales what passes from before it to readers at the token or later. Its gradient is the sum over
-the rest of the chunk of q.dq - k.(b R) - k.(the other terms of dk), and of the parts of the state behind the chunk,
+the rest of the chunk of q.dq - k.(b R) - k.(the other terms of dk), and of the parts of the state after the chunk,
 dS.(2^L_C S) and k.(2^(L_C - L) U dS^T).
 """
 

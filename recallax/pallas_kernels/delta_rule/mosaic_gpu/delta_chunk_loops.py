@@ -1,6 +1,6 @@
 """Loops over the chunks of one head for the delta rule, with the state in registers.
 
-Forward in time, from the state S before a chunk and the chunk's inverse T, and backward from the gradient dS behind it:
+Forward in time, from the state S before a chunk and the chunk's inverse T, and backward from the gradient dS after it:
 
     U = T (w V - b 2^L K S)                               O = scale (2^L Q S + (Q K^T * D) U)
     S <- 2^L_C S + K^T (2^(L_C - L) U)
@@ -48,7 +48,7 @@ class ResidualRefs(NamedTuple):
     v_new: Ref
     """[T, V]: U; in the backward loop dW."""
     states: Ref
-    """[N, K, V]: S before each chunk, or dS behind it, in bfloat16."""
+    """[N, K, V]: S before each chunk, or dS after it, in bfloat16."""
 
 
 class _WarpgroupScratch(NamedTuple):

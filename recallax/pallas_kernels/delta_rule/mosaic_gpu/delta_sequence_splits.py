@@ -70,12 +70,12 @@ def backward_split_grads(
     transitions: Float[Array, "N H K K"] | None,
     state_grad: Float[Array, "B H K V"],
 ) -> Float[Array, "N H K V"]:
-    """Compute the gradient of the state behind each split.
+    """Compute the gradient of the state after each split.
 
     Args:
-        initial_grad_fn: Maps gradients of the states behind the splits to those before them.
+        initial_grad_fn: Maps gradients of the states after the splits to those before them.
         transitions: M of each split; None where a row is one split.
-        state_grad: Gradient of the state behind each row.
+        state_grad: Gradient of the state after each row.
     """
     if transitions is None:
         return state_grad

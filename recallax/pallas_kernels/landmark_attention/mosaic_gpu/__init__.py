@@ -39,17 +39,7 @@ def landmark_attention(
 ) -> Float[Array, "B T H V"]:
     """Compute landmark attention over whole rows on Hopper.
 
-    Args:
-        q: Queries in bfloat16, already scaled; K is 64 or 128.
-        k: Keys in bfloat16.
-        v: Values in bfloat16; V is 64 or 128.
-        segment_ids: Document ids; 0 is padding. The tokens of a document are contiguous. None: one document per row.
-        positions: Positions within the document.
-        block_size: Tokens of a block without its landmark; at most 63.
-        cache: Must be None: the kernel does not support blocks from before the row.
-
-    Returns:
-        The output in bfloat16.
+    The arguments and the result are those of `landmark_attention.xla.dense`.
 
     Raises:
         Unsupported: If an argument is not supported, or if there is neither a GPU nor `interpret_kernels()`.
@@ -67,7 +57,7 @@ def landmark_attention(
     length = q.shape[1]
     slots = next(n for n in PADDED_BLOCK_SIZES if n > block_size)
     config = LandmarkKernelConfig(block_size, slots, q.shape[2] // k.shape[2], interpret)
-    # The unused slots behind the last landmark may lie behind the row, so the row is padded by as many tokens.
+    # The unused slots after the last landmark may lie after the row, so the row is padded by as many tokens.
     unused = slots - block_size - 1
     padding = -(length + unused) % (NUM_CONSUMER_WGS * CHUNK) + unused
     q, k, v = (pad_tokens(x, padding) for x in (q, k, v))

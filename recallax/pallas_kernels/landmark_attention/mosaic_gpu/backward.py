@@ -145,20 +145,16 @@ def _launch_query_grad(config: LandmarkKernelConfig, inputs: _QueryTiles, visibi
                 def add_tile(acc, k, v, score_grads_fn):
                     tiles = (queries.at[warpgroup], k), (out_grads.at[warpgroup], v)
                     _, score_grads = score_grads_fn(*tile_scores(*tiles))
-                    (acc,) = wgmma_accumulate((acc, (score_grads.astype(k.dtype), k)))
-                    return acc
+                    return wgmma_accumulate((acc, (score_grads.astype(k.dtype), k)))[0]
 
                 def add_own_tile(acc, k, v, offset):
                     tile = query_pass.own_tile(offset)
                     return add_tile(acc, k, v, lambda x, y: own_block_score_grads(x, y, tile, own, lse, delta))
 
                 def add_past_tile(acc, k, v, tile):
-                    tile_index = query_pass.first_past_tile
+                    tile = query_pass.first_past_tile + tile
                     return add_tile(
-                        acc,
-                        k,
-                        v,
-                        lambda x, y: past_block_score_grads(x, y, tile_index + tile, past, lse, delta, config),
+                        acc, k, v, lambda x, y: past_block_score_grads(x, y, tile, past, lse, delta, config)
                     )
 
                 acc = zero_accumulator(CHUNK, k_dim)
@@ -170,21 +166,19 @@ def _launch_query_grad(config: LandmarkKernelConfig, inputs: _QueryTiles, visibi
 
         pl.run_scoped(
             scoped,
-            smem_matrix(NUM_CONSUMER_WGS, CHUNK, k_dim, tile=64),
-            smem_matrix(NUM_CONSUMER_WGS, CHUNK, v_dim, tile=64),
+            *(smem_matrix(NUM_CONSUMER_WGS, CHUNK, dim, tile=64) for dim in (k_dim, v_dim)),
             make_tile_ring(NUM_KEY_STAGES, 2 * config.blocks_per_tile, *smem_tiles(NUM_KEY_STAGES, k_dim, v_dim)),
             plgpu.Barrier(num_arrivals=2, num_barriers=NUM_CONSUMER_WGS),
             collective_axes="warpgroup",
         )
 
-    bounds = visibility.own_bounds, visibility.past_bounds
     return launch_kernel(
         query_gradient,
         name="landmark_dq",
         out_type=jax.ShapeDtypeStruct(inputs.q.shape, inputs.q.dtype),
         grid={"row": b, "head": h, "pair": t // (NUM_CONSUMER_WGS * CHUNK)},
         num_consumer_wgs=NUM_CONSUMER_WGS,
-    )(inputs, *bounds, visibility.block_starts, visibility.key_tile_ranges)
+    )(inputs, *visibility[:4])
 
 
 class _KeyPass(NamedTuple):

@@ -124,7 +124,7 @@ def make_tile_ring(num_stages: int, copies_per_slot: int, *tiles: Any) -> TileRi
     Args:
         num_stages: Slots.
         copies_per_slot: Copies that fill a slot.
-        *tiles: Scratch types whose first axis are the slots.
+        *tiles: Scratch types whose first axis is the slot.
     """
     full = plgpu.Barrier(num_arrivals=copies_per_slot, num_barriers=num_stages)
     return TileRing(tiles, full, plgpu.Barrier(num_arrivals=NUM_CONSUMER_WGS, num_barriers=num_stages))
@@ -330,7 +330,7 @@ def visible_block_masks(tile: Any, past_bounds: Any, config: LandmarkKernelConfi
 
     Args:
         tile: Index of the tile of past blocks.
-        past_bounds: First visible block of each query, and the one behind the last.
+        past_bounds: First visible block of each query, and one past the last.
         config: Static configuration.
     """
     indices = (tile * config.blocks_per_tile + i for i in range(config.blocks_per_tile))
@@ -370,7 +370,7 @@ def past_block_score_grads(
         scores: Scores, to base e.
         weight_grads: do.v of each pair.
         tile: Index of the tile of past blocks.
-        past_bounds: First visible block of each query, and the one behind the last.
+        past_bounds: First visible block of each query, and one past the last.
         lse: Log2 of the sum of exponentials of each query.
         delta: D = do.o of each query.
         config: Static configuration.

@@ -22,7 +22,7 @@ class Visibility(NamedTuple):
     own_bounds: Int[Array, "B 2 P"]
     """First and last token of the own block that each query sees, as times in the row."""
     past_bounds: Int[Array, "B 2 P"]
-    """First past block that each query sees, and the one behind the last, as indices in the row."""
+    """First past block that each query sees, and one past the last, as indices in the row."""
     block_starts: Int[Array, "B M"]
     """First token of each block. The blocks fill whole tiles; those that do not exist start anywhere."""
     key_tile_ranges: Int[Array, "B N 2"]
@@ -30,7 +30,7 @@ class Visibility(NamedTuple):
     query_tile_ranges: Int[Array, "B L 2"]
     """Tiles of queries that see each pair of tiles of past blocks."""
     token_slot: Int[Array, "B P"]
-    """Slot of each token among those of the past blocks; behind all of them if its block is not complete."""
+    """Slot of each token among those of the past blocks; after all of them if its block is not complete."""
 
 
 class _BlockCounts(NamedTuple):
@@ -121,7 +121,7 @@ def _query_tile_ranges(
 def _tile_bounds(
     low: Int[Array, "B P"], high: Int[Array, "B P"], num_queries: int, config: LandmarkKernelConfig, max_blocks: int
 ) -> tuple[Int[Array, "B N"], Int[Array, "B N"]]:
-    """Return the first tile of past blocks that each group of consecutive queries sees, and the one behind the last."""
+    """Return the first tile of past blocks that each group of consecutive queries sees, and one past the last."""
     low, high = (x.reshape(x.shape[0], -1, num_queries) for x in (low, high))
     first = jnp.where(low < high, low, max_blocks).min(axis=2) // config.blocks_per_tile
     return first, jnp.maximum(first, -(-high.max(axis=2) // config.blocks_per_tile))

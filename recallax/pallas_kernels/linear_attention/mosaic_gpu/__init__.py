@@ -51,17 +51,7 @@ def linear_attention(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Compute linear attention on Hopper.
 
-    Args:
-        q: Queries in bfloat16; K is 64 or 128.
-        k: Keys in bfloat16.
-        v: Values in bfloat16; V is 64 or 128, and H a multiple of G.
-        log_decay: Natural log-decay per token (W = 1) or per channel (W = K); None: no decay.
-        state: State before the first token; None: zeros.
-        document_ids: Documents of the rows; None: one document per row.
-        scale: Factor of the scores.
-
-    Returns:
-        The output in bfloat16 and the final state in float32.
+    The arguments and the result are those of `linear_attention.reference.linear_attention`.
 
     Raises:
         Unsupported: If a width or a dtype is not supported, or if there is neither a GPU nor `interpret_kernels()`.

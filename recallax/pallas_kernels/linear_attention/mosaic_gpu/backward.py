@@ -199,19 +199,18 @@ def linear_backward_loop(
             chunk, tokens, gates, context, num_wgs, config.column_tile, NUM_PREFETCH, lambda step: last - step
         )
 
-    tile = config.column_tile
+    scratch = _backward_scratch(config, k_columns, v_columns, decay_grad_sums is not None)
+    pl.run_scoped(scoped, *scratch, collective_axes="warpgroup")
+
+
+def _backward_scratch(config: LinearLoopConfig, k_columns: int, v_columns: int, has_decay: bool) -> tuple:
+    """Return the state, its low part, the decayed keys, the outputs (None: they reuse the low part) and a barrier."""
+    num_wgs, tile = config.num_consumer_wgs, config.column_tile
     state_smem, out_smem = smem_matrix(1, num_wgs, config.head_k_dim, v_columns, tile=tile), None
-    if decay_grad_sums is None or num_wgs == 1 or k_columns != v_columns:
+    if not has_decay or num_wgs == 1 or k_columns != v_columns:
         out_smem = tuple(smem_matrix(1, num_wgs, CHUNK, columns, tile=tile) for columns in (k_columns, v_columns))
-    pl.run_scoped(
-        scoped,
-        state_smem,
-        None if decay_grad_sums is None else state_smem,
-        smem_matrix(1, CHUNK, config.head_k_dim, tile=tile),
-        out_smem,
-        plgpu.Barrier(num_arrivals=num_wgs),
-        collective_axes="warpgroup",
-    )
+    decayed_smem, published = smem_matrix(1, CHUNK, config.head_k_dim, tile=tile), plgpu.Barrier(num_arrivals=num_wgs)
+    return state_smem, state_smem if has_decay else None, decayed_smem, out_smem, published
 
 
 def _own_columns(config: LinearLoopConfig, warpgroup):

@@ -193,7 +193,7 @@ def linear_forward_loop(
 
 
 def _forward_chunk(scale, tokens, gates, state, scratch):
-    """Return the output of one chunk, its sums with x or None, and the state behind it.
+    """Return the output of one chunk, its sums with x or None, and the state after it.
 
     scratch: for the state as an operand, for its rounding error or None, and for the values decayed to the chunk's end.
     """

@@ -134,7 +134,7 @@ def _split_states(
     *,
     reverse: bool,
 ) -> Float[Array, "M H K V"]:
-    """Return the state before each of M = B * num_splits splits; in reverse, behind it."""
+    """Return the state before each of M = B * num_splits splits; in reverse, after it."""
     if num_splits == 1:
         return state
     by_split = split_rows_head_major(chunk_decay, num_splits)
@@ -148,7 +148,7 @@ def _split_states(
 
 
 def _launch_chunk_loop(chunks: _ChunkInputs, v, state, *, save_states, reverse):
-    """Compute read S + scores v for each chunk, and S <- chunk_decay * S + write^T v behind it.
+    """Compute read S + scores v for each chunk, and S <- chunk_decay * S + write^T v after it.
 
     Returns the output, the final state and a tuple with S before each chunk in bfloat16, empty without `save_states`.
     """

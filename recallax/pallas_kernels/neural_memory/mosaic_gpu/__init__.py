@@ -6,7 +6,7 @@ The coefficients of gradients and states (G, a, b, c) depend on gates and docume
 also what the initial weights add (`sequential_memory.py`). A kernel then computes the scores and inverses of all
 chunks, and another loops over time with both states in registers (`memory_chunk_loops.py`). For the gradients that loop
 also stores U and the states before each chunk; a loop backward in time gives the gradients of V and of the states
-behind each chunk, and a last kernel computes the other gradients of each chunk (`memory_chunk_grads.py`).
+after each chunk, and a last kernel computes the other gradients of each chunk (`memory_chunk_grads.py`).
 """
 
 import functools
@@ -53,15 +53,7 @@ def neural_memory(
 ) -> tuple[Float[Array, "B M H D"], FastWeights]:
     """Compute the linear memory with a gradient per token on Hopper.
 
-    Args:
-        inner_optimizer: A linear network with a gradient per token.
-        outer_params: Initial weights.
-        tokens: Queries, keys and values in bfloat16 of width 64 or 128, and gates.
-        document_ids: Documents of the rows.
-        memory: Fast weights before the first token.
-
-    Returns:
-        The output in bfloat16, and the fast weights behind the last token in float32.
+    The arguments and the result are those of `neural_memory.reference.neural_memory`.
 
     Raises:
         Unsupported: If the inner optimizer, a width or a dtype is not supported, or if there is neither a GPU nor

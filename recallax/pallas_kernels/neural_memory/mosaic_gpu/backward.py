@@ -31,7 +31,7 @@ def linear_memory_bwd(config: LaunchConfig, residuals: LinearMemoryResiduals, ou
 
 
 def _launch_backward(residuals: LinearMemoryResiduals, out_grad, state_grads):
-    """Return the gradients of V, of the states behind the chunks, and of the initial states."""
+    """Return the gradients of V, of the states after the chunks, and of the initial states."""
     q, k, v, coefficients, _ = residuals.inputs
     b, t, h, v_dim = v.shape
     config = StateLoopConfig(t, q.shape[3], WG_COLUMNS, UNIT_SCALE)

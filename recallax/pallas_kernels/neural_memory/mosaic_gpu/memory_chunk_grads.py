@@ -48,7 +48,7 @@ def memory_chunk_grads(
         q: Queries.
         k: Keys.
         values: dO, U and dV.
-        states: S before and dS' behind each chunk.
+        states: S before and dS' after each chunk.
         coefficients: Coefficients of the forward pass.
     """
     count = len(states[0])

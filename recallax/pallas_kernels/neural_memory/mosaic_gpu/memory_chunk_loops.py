@@ -49,9 +49,9 @@ class ChunkCoefficients(NamedTuple):
     state_to_query: StateCoefficients
     """b: factors of the states in the weights that a query reads."""
     update_to_end: StateCoefficients
-    """c: factors of a token's update in the states behind the chunk."""
+    """c: factors of a token's update in the states after the chunk."""
     momentum_decay: StateCoefficients
-    """Factor of the momentum before the chunk in the momentum behind the token; empty without momentum."""
+    """Factor of the momentum before the chunk in the momentum after the token; empty without momentum."""
 
     def vectors(self) -> StateCoefficients:
         """Return the vectors in the order of `_CoefficientRefs`."""
@@ -79,7 +79,7 @@ class MemoryResidualRefs(NamedTuple):
     updates: Ref
     """[T, V]: U; in the backward loop dV."""
     states: list[Ref]
-    """[N, K, V]: S before each chunk, or dS behind it, in bfloat16."""
+    """[N, K, V]: S before each chunk, or dS after it, in bfloat16."""
 
 
 def memory_forward_loop(

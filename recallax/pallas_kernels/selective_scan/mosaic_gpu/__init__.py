@@ -48,17 +48,7 @@ def selective_scan(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """Compute the selective scan on Hopper.
 
-    Args:
-        x: Inputs in float32 or bfloat16.
-        rate: Rates of each token and channel; the decay is exp(rate * a).
-        a: Decay constants of each channel and state; N is at most 32.
-        b: Input weights of the states.
-        c: Output weights of the states.
-        state: State before the first token.
-        document_ids: Documents of the rows; None: one document per row.
-
-    Returns:
-        The output in x's dtype and the final state in float32.
+    The arguments and the result are those of `selective_scan.reference.selective_scan`.
 
     Raises:
         Unsupported: If the dtype or N is not supported, or if there is neither a GPU nor `interpret_kernels()`.

@@ -43,14 +43,14 @@ class SelectiveScanInputs(NamedTuple):
 
 
 def split_boundary_states(boundary_state_fn, inputs: SelectiveScanInputs, state_mask, state, num_splits, *, reverse):
-    """Compute the state before each split; in reverse, the gradient of the state behind it.
+    """Compute the state before each split; in reverse, the gradient of the state after it.
 
     Args:
-        boundary_state_fn: Maps the states before all splits to those behind them; in reverse, gradients behind to
+        boundary_state_fn: Maps the states before all splits to those after them; in reverse, gradients after to
             gradients before.
         inputs: Inputs of whole rows.
         state_mask: 0 where a token drops the state before it, [B, T, N]; None: no token does.
-        state: State before each row; in reverse, the gradient behind it.
+        state: State before each row; in reverse, the gradient after it.
         num_splits: Splits of a row.
         reverse: Go backward in time.
     """

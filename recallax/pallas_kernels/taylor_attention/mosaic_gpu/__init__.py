@@ -43,16 +43,7 @@ def taylor_attention(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """Compute the numerators and denominators of BASED's attention on Hopper.
 
-    Args:
-        q: Queries in bfloat16 with K = 16 channels, scaled.
-        k: Keys in bfloat16, scaled.
-        v: 64 values and a column of ones, in bfloat16.
-        state: State before the first token; None: zeros.
-        document_ids: Documents of the rows; None: one document per row.
-        feature_map: The symmetric Taylor features.
-
-    Returns:
-        The numerators and, in the last column, the denominators, in v's dtype; and the final state in float32.
+    The arguments and the result are those of `taylor_attention.reference.taylor_attention`.
 
     Raises:
         Unsupported: If the features, a width or a dtype are not supported, or if there is neither a GPU nor

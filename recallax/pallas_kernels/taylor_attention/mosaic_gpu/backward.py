@@ -1,7 +1,7 @@
 """Backward pass of BASED: loops for the states and for their gradients, then the gradients of each chunk.
 
 With g and d the gradients of numerators and denominators, s' = 1 + q.k, S and z the state before a chunk, and dS and dz
-the gradients of the state behind it,
+the gradients of the state after it,
 
     dV = phi(K) dS + F^T g         F = (1 + s'^2)/2, on and below the diagonal
     dphi(q) = S g + z d            dphi(k) = dS v + dz

@@ -75,7 +75,7 @@ class _LoopScratch(NamedTuple):
     selections: Any
     """[1, 3, F, D]"""
     masked: Any
-    """[1, 2, C, D]: with documents, queries that see the state before the chunk and keys that are in the state behind
+    """[1, 2, C, D]: with documents, queries that see the state before the chunk and keys that are in the state after
     it; zeros in place of the others."""
     out: Any
     """[1, C, V]"""
@@ -193,7 +193,7 @@ def _chunk_outputs(q, k, v, gates, states, scratch: _LoopScratch):
 
 
 def _update_states(k, v, gates, states, scratch: _LoopScratch):
-    """Return the states behind a chunk, and replace z in shared memory."""
+    """Return the states after a chunk, and replace z in shared memory."""
     new_states = []
     k = scratch.masked.at[1] if gates else k
     for i, state in enumerate(states):

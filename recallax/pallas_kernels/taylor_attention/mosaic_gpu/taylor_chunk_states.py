@@ -82,7 +82,7 @@ class StateSumInputs(NamedTuple):
 
 
 class TaylorChunkStates(NamedTuple):
-    """States at the borders of chunks and behind the last one, in the direction of the loop."""
+    """States at the borders of chunks and after the last one, in the direction of the loop."""
 
     chunk_states: Float[Array, "B H N F V"]
     chunk_z: Float[Array, "B H N F"]
@@ -93,11 +93,11 @@ class TaylorChunkStates(NamedTuple):
 def taylor_split_states(
     inputs: StateSumInputs, state: Float[Array, "B H F V"], z: Float[Array, "B H F"], num_splits: int, *, reverse: bool
 ) -> tuple[Float[Array, "N H F V"], Float[Array, "N H F"]]:
-    """Compute the state and z before each of N = B * num_splits splits; in reverse, behind it.
+    """Compute the state and z before each of N = B * num_splits splits; in reverse, after it.
 
     Args:
         inputs: Summands of whole rows.
-        state: State before each row; in reverse, behind it.
+        state: State before each row; in reverse, after it.
         z: The same for z.
         num_splits: Splits of a row.
         reverse: Go backward in time.
@@ -117,7 +117,7 @@ def taylor_split_states(
 
 
 def taylor_chunk_states(inputs: StateSumInputs, state, z, num_splits: int, *, reverse: bool) -> TaylorChunkStates:
-    """Compute the states before all chunks; in reverse, behind them. Arguments as in `taylor_split_states`."""
+    """Compute the states before all chunks; in reverse, after them. Arguments as in `taylor_split_states`."""
     n = num_splits
     initial_states = taylor_split_states(inputs, state, z, n, reverse=reverse)
     (chunk_states, chunk_z), *final = _launch_chunk_states(
