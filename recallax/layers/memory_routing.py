@@ -20,7 +20,7 @@ from recallax.pallas_kernels.grid import gather_tokens
 
 
 class RoutingPlan(NamedTuple):
-    """Two orders of the entries: entry t S + s of row b, and (b T + t) S + s of the batch, is slot s of token t."""
+    """The entries in two orders. Slot s of token t in row b is entry t S + s of the row and (b T + t) S + s of all."""
 
     memory_order: Int[Array, " N"]
     """Entry of the batch at each position of the order by memory."""

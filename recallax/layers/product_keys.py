@@ -54,7 +54,7 @@ class ProductKeys(MixerConfig):
     gate_bias_init: float = -2.0
     """Initial bias of the output gate; sigmoid(-2) is 0.12."""
     value_lr_multiplier: float = 10.0
-    """Learning rate of the values as a multiple of the run's (lucidrains' package recommends 1e-2 beside 1e-3)."""
+    """Learning rate of the values as a multiple of the run's (lucidrains uses 1e-2 for values, 1e-3 for the rest)."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.num_sub_keys:

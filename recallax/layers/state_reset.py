@@ -16,7 +16,7 @@ def reset_for_prefill(state: State, seq: SeqInfo) -> State:
         seq: Positions and documents of the tokens to come.
 
     Returns:
-        The state with rows set to zero whose first token has position 0. Rows of padding keep their state.
+        The state, with the rows whose first token has position 0 set to zero. Rows of padding keep their state.
     """
     return zero_rows(state, (jnp.asarray(seq.positions)[:, 0] == 0) & (jnp.asarray(seq.segment_ids)[:, 0] > 0))
 

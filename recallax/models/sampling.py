@@ -45,7 +45,7 @@ class MultinomialSampling(Sampling):
 
     `top_k` keeps the most likely ids; of equal logits the lower id counts as more likely, so exactly min(top_k, V) ids
     remain. `top_p` keeps the smallest set of the most likely remaining ids whose probabilities sum to at least `top_p`,
-    and always one id: the nucleus of Holtzman et al. 2020 (arXiv 1904.09751), section 3.1.
+    and never fewer than one id: the nucleus of Holtzman et al. 2020 (arXiv 1904.09751), section 3.1.
     """
 
     temperature: float = 1.0

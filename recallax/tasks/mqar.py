@@ -207,8 +207,9 @@ class MQAR(Task):
         needed = 2 * pairs * self.num_passes + 2 * pairs
         if needed > length:
             raise ConfigError(
-                f"length {length} is too short for {pairs} pairs in {self.num_passes} passes and {pairs} queries; it "
-                f"must be at least 2 K num_passes + 2 K = {needed}: increase length, or reduce pairs or passes"
+                f"length {length} is too short for {pairs} pairs in {self.num_passes} passes and {pairs} queries; "
+                f"it must be at least 2 K num_passes + 2 K = {needed}: increase length, or reduce num_kv_pairs or "
+                "num_passes"
             )
         if pairs > self.vocab_size // 2 - 1:
             raise ConfigError(

@@ -183,7 +183,7 @@ class ContextRepetition(NamedTuple):
 
 
 def tile_context(context: Int[np.ndarray, " N"], length: int) -> Int[np.ndarray, " M"]:
-    """Repeat a context and cut the first copy at its start.
+    """Repeat a context and drop tokens from the front until `length` remain.
 
     Args:
         context: Token ids.

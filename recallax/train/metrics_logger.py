@@ -15,7 +15,7 @@ from recallax.train.step import MAX_NONFINITE_STREAK, StepMetrics, TrainState
 from recallax.types import Batch
 
 MIN_SECONDS = 1e-9
-"""Lower bound of the time between two rows, against division by zero."""
+"""Lower bound of the time between two rows, which prevents division by zero."""
 
 
 class NonFiniteError(RuntimeError):
@@ -129,7 +129,7 @@ class MetricsLogger:
 
 
 def _mean_metrics(steps: list[StepMetrics]) -> dict[str, Any]:
-    """Means over finite steps; none without any."""
+    """Means over finite steps; empty if there are none."""
     if not steps:
         return {}
     means = {

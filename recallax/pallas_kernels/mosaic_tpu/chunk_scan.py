@@ -120,7 +120,7 @@ def require_uniform_dtype(**arrays: Array) -> None:
 
 @dataclass(frozen=True)
 class ChunkOperand(abc.ABC):
-    """An array (or the shape and dtype of an output) and the layout of a grid step's matrices in it."""
+    """An array, or the shape and dtype of an output, and where the matrices of each grid step lie in it."""
 
     array: Any
 

@@ -1,4 +1,4 @@
-"""Backend that runs workers as SLURM jobs, which submitit submits.
+"""Backend that submits workers as SLURM jobs through the `submitit` package.
 
 The nodes must share the folder of the runs with the machine that submits. SLURM signals a job whose time is up, or that
 is preempted: the run saves a checkpoint and is queued again under the same job id. A job that was killed is submitted

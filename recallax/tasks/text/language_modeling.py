@@ -27,13 +27,13 @@ MAX_EXPONENT = 700.0
 
 @dataclass(frozen=True, kw_only=True)
 class Text(Task):
-    """Language modelling on packed documents, which do not interact.
+    """Language modelling on packed documents; no state and no attention crosses a document boundary.
 
-    Row i of a split has the `length` tokens of its stream from i (length - grid) on. So consecutive rows overlap by
-    `grid` tokens, and each token except a document's first is a target exactly once per epoch. A document that is cut
-    at the start of a row starts there at position 0, without state from the row before. Each epoch has its own random
-    order of the rows, computed from the seed and the number of the epoch. Valid and test have the same order for every
-    seed, and their rows after the first epoch have weight 0.
+    Row i contains `length` tokens of the stream, from token i * (length - grid) on. Consecutive rows overlap by `grid`
+    tokens, and each token except a document's first is a target exactly once per epoch. A document that is cut at the
+    start of a row starts there at position 0, without state from the row before. Each epoch has its own random order of
+    the rows, computed from the seed and the number of the epoch. Valid and test have the same order for every seed, and
+    their rows after the first epoch have weight 0.
     """
 
     source: TextSource = Shakespeare()

@@ -1,7 +1,7 @@
 """A random permutation of 0..n-1 with random access and no storage.
 
-A Feistel network permutes the 2k-bit numbers, of which there are fewer than 4 n. A result outside 0..n-1 is permuted
-again until it is inside (cycle walking), so the result is a permutation of 0..n-1.
+A Feistel network permutes the numbers of 2k bits, for the smallest k with 4^k >= n: fewer than 4 n numbers. A result
+outside 0..n-1 is permuted again until it is inside (cycle walking), so the result is a permutation of 0..n-1.
 Source: Black & Rogaway 2002 (Ciphers with Arbitrary Finite Domains), sections 3 and 4.
 """
 

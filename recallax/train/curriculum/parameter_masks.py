@@ -91,7 +91,7 @@ class ParameterMask(NamedTuple):
         return self.select(params, jax.tree.map(jax.lax.stop_gradient, params))
 
     def select(self, trained: Any, frozen: Any) -> dict:
-        """Return the leaves of `trained` where parameters train, and of `frozen`, bit for bit, elsewhere."""
+        """Take the trainable leaves from `trained` and the others, unchanged, from `frozen`."""
         return jax.tree.map(lambda trains, new, old: new if trains else old, self.trainable, trained, frozen)
 
 
