@@ -16,7 +16,8 @@ from recallax.tasks.base import Split
 from recallax.train.evaluate import Evaluator, evaluate, make_evaluator
 from recallax.train.mesh import batch_sharding, make_mesh, shard_batch, state_shardings
 from recallax.train.optimizer import learning_rate_schedule, logical_axes
-from recallax.train.phases import Phase, PhasePosition, make_phases
+from recallax.train.phase_factory import make_phases
+from recallax.train.phases import Phase, PhasePosition
 from recallax.train.run_config import RunConfig
 from recallax.train.step import StepFn, StepMetrics, TrainState, make_step
 from recallax.types import Batch

@@ -14,7 +14,7 @@ from recallax.tasks.base import Split
 from recallax.train.checkpoint import CheckpointError, Checkpoints, RestoredCheckpoint
 from recallax.train.log import RunLog, read_log
 from recallax.train.metrics_logger import MetricsLogger, NonFiniteError
-from recallax.train.phases import make_schedule
+from recallax.train.phase_factory import make_schedule
 from recallax.train.profiler import Profiler
 from recallax.train.program import Program
 from recallax.train.progress import Progress
