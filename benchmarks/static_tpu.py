@@ -95,7 +95,7 @@ def _call_neural_memory(v: Any, q: Any, k: Any, weight: Any, **gates: Any) -> tu
 
 _SCALAR_DECAY, _CHANNEL_DECAY = {"log_decay": (HEADS,)}, {"log_decay": (HEADS, 128)}
 _BETA_GATES = {"erase": (HEADS,), "write": (HEADS,)}
-_GATES = {"lr": (HEADS, 1), "log_momentum": (HEADS, 1), "log_keep": (HEADS, 1)}
+_GATES = {"lr": (HEADS, 1), "log_momentum": (HEADS, 1), "log_decay": (HEADS, 1)}
 _NUM_CHANNELS, _STATE_DIM = HEADS * 128, 16
 TPU_KERNEL_CASES: dict[str, TpuCase] = {
     "linear_attention": TpuCase(linear_attention, _qkv_shapes(128, 128)),
