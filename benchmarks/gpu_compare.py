@@ -13,7 +13,7 @@ from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.taylor_attention import num_features, taylor_attention
 
 CHUNK = 64
-"""Of the roofline: tokens between which scores are formed."""
+"""Chunk of the roofline in tokens: scores are computed between the tokens of one chunk."""
 
 
 class Shape(NamedTuple):
@@ -46,7 +46,7 @@ class Comparison:
     forward: Callable[[Shape], Cost]
     backward: Callable[[Shape], Cost]
     widths: tuple[tuple[int, int], ...] = ((64, 64), (128, 128))
-    """Of keys and values."""
+    """Widths of keys and values per head."""
 
     def seconds(self, shape: Shape, backward: bool, flops: float, bandwidth: float) -> float:
         """Return the roofline's time.

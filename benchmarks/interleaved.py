@@ -14,7 +14,7 @@ class InterleavedTimes(NamedTuple):
     """Times of several workers, measured in rounds of one burst of steps each."""
 
     replies: list[dict[str, StepReply]]
-    """Of each round, by worker."""
+    """Replies of each round, by worker."""
     other_cores: float
     """Cores that other processes used meanwhile, on average."""
 

@@ -1,4 +1,4 @@
-"""What the two sides of a comparison exchange: messages and arrays, declared once and checked by both sides.
+"""Messages and arrays of a comparison, declared once and checked by both sides.
 
 The driver and recallax's side write, the opponent's side reads. Every field, array name, shape and dtype is declared in
 this file, and a side that deviates raises `HandoverError` with the difference. Needs Python 3.11 and numpy.
@@ -170,9 +170,9 @@ class StepReply(Message):
 
     seconds: list[float]
     cpu_seconds: list[float]
-    """Of all threads of the process."""
+    """Seconds of all threads of the process."""
     readings: list[list[float]]
-    """What `Workload.read` returns for each step."""
+    """Result of `Workload.read` for each step."""
 
 
 class Parameter(NamedTuple):

@@ -15,7 +15,7 @@ from benchmarks.messages import INPUTS, OpMessage, check_arrays, read_arrays, wr
 from benchmarks.worker import Workload, serve_workload
 
 STEP = 1e-5
-"""Of the central differences."""
+"""Step size of the central differences."""
 
 
 def linear_attention(q: Any, k: Any, v: Any, log_decay: Any = None, scale: float | None = None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the GPU kernels compile to, for an H100 that is not there: registers, spills, shared memory, instructions.
+"""Compile the GPU kernels for an H100 without a device: registers, spills, shared memory, instructions.
 
     python -m benchmarks.static_gpu            compile every case; append a row per kernel to results/static_gpu.jsonl
     python -m benchmarks.static_gpu --report   the newest rows as a table
@@ -61,7 +61,7 @@ class GpuCase(NamedTuple):
     keys: int
     values: int
     decay: bool
-    """Of the neural memory: its momentum."""
+    """A decay; for the neural memory, momentum."""
     docs: bool
     batch: int = 8
     per_channel: bool = False
@@ -180,7 +180,7 @@ def op_with_gradients(case: GpuCase) -> tuple[Callable[..., Any], list[Any]]:
 
 
 def _neural_memory_with_gradients(case: GpuCase) -> tuple[Callable[..., Any], list[Any]]:
-    """As `op_with_gradients`, of the linear memory with a gradient per token."""
+    """Return `op_with_gradients` for the linear memory with a gradient per token."""
     import jax
     import jax.numpy as jnp
 
@@ -225,7 +225,7 @@ def compile_to_ptx(case: GpuCase, folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def kernel_statistics(ptx: Path) -> Row:
-    """What ptxas and the disassembler say of a kernel."""
+    """Return the statistics of a kernel from ptxas and the disassembler."""
     cubin = ptx.with_suffix(".cubin")
     command = ["ptxas", "-arch=sm_90a", "-O3", "-v", str(ptx), "-o", str(cubin)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stderr

@@ -1,4 +1,4 @@
-"""What the compiler for TPUs makes of the kernels: instruction bundles, spills, VMEM. No TPU is needed, none is timed.
+"""Compile the TPU kernels without a device: instruction bundles, spills and VMEM. Nothing is timed.
 
     python -m benchmarks.static_tpu             compile all, and append rows to results/static_tpu.jsonl
     python -m benchmarks.static_tpu --check     compile the kernels, and fail where one has grown by more than a tenth
@@ -227,7 +227,7 @@ def _run_kernels(calls: dict[str, Any], inputs: dict[str, Any]) -> dict[str, Any
 
 
 def _kernel_statistics(folder: Path, grids: dict[str, Sequence[int]]) -> Iterator[tuple[str, Row]]:
-    """What libtpu wrote of each kernel."""
+    """Return the statistics of each kernel from the files of libtpu."""
     for name, grid in grids.items():
         (usage,) = folder.glob(f"*{name}*-final_hlo-static-per-bundle-utilization.txt")
         (source,) = folder.glob(f"*{name}*-original.txt")

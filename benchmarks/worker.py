@@ -18,7 +18,7 @@ from benchmarks.messages import StepReply, StepRequest
 
 
 class Workload(ABC):
-    """What one side of a comparison computes, step by step."""
+    """Computation of one side of a comparison, step by step."""
 
     @abstractmethod
     def step(self, part: str, index: int) -> Any:
