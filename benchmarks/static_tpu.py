@@ -37,8 +37,8 @@ from recallax.models.accounting import sub_jaxprs
 from recallax.pallas_kernels.delta_rule import delta_rule
 from recallax.pallas_kernels.landmark_attention import landmark_attention
 from recallax.pallas_kernels.linear_attention import linear_attention
-from recallax.pallas_kernels.mosaic_tpu import chunk_scan
-from recallax.pallas_kernels.mosaic_tpu.chunk_scan import MAX_HEADS_PER_STEP
+from recallax.pallas_kernels.mosaic_tpu import chunk_grid
+from recallax.pallas_kernels.mosaic_tpu.chunk_grid import MAX_HEADS_PER_STEP
 from recallax.pallas_kernels.neural_memory import InnerOptimizer, MemoryInputs, OuterParams, neural_memory
 from recallax.pallas_kernels.neural_memory.inner_optimizer import LinearNet
 from recallax.pallas_kernels.selective_scan import selective_scan
@@ -174,7 +174,7 @@ def compile_in_child(
     names: Sequence[str], target: str, implementation: str, heads: int, whole_program: bool, folder: str
 ) -> None:
     """Compile, and print a line per case of what the compiler tells of it."""
-    chunk_scan.MAX_HEADS_PER_STEP = heads
+    chunk_grid.MAX_HEADS_PER_STEP = heads
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TARGETS[target]).devices[:1]
     mesh = jax.sharding.Mesh(np.array(devices), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())

@@ -17,7 +17,7 @@ from recallax.pallas_kernels.delta_rule import mosaic_tpu as delta_tpu
 from recallax.pallas_kernels.dispatch import Unsupported, interpret_kernels
 from recallax.pallas_kernels.linear_attention import linear_attention
 from recallax.pallas_kernels.linear_attention import mosaic_tpu as linear_tpu
-from recallax.pallas_kernels.mosaic_tpu import chunk_scan
+from recallax.pallas_kernels.mosaic_tpu import chunk_grid, chunk_scan
 from recallax.pallas_kernels.mosaic_tpu.solve_unit_lower import solve_unit_lower
 from recallax.pallas_kernels.selective_scan import mosaic_tpu as scan_tpu
 from recallax.pallas_kernels.selective_scan import selective_scan
@@ -52,10 +52,12 @@ def short_chunks(request, monkeypatch):
         monkeypatch.setattr(delta_tpu, "CHUNK", 32)  # two blocks of the triangular system
 
 
-def cases(*gate: str, **more: ArgSpec) -> Any:
-    """Parametrize a test with all cases; those not in `gate` are marked as full."""
+def cases(*fast: str, **extra: ArgSpec) -> Any:
+    """Parametrize a test with all cases; those not in `fast` are marked as full."""
     full = pytest.mark.full
-    params = {name: pytest.param(case, marks=() if name in gate else full) for name, case in (ARG_SPECS | more).items()}
+    params = {
+        name: pytest.param(case, marks=() if name in fast else full) for name, case in (ARG_SPECS | extra).items()
+    }
     return pytest.mark.parametrize("case", params.values(), ids=params)
 
 
@@ -93,7 +95,7 @@ def test_linear_attention(case, dtype):
 )
 def test_linear_attention_of_grouped_heads(monkeypatch, heads, groups, block):
     """A grid step computes several groups, one group, or a part of one."""
-    monkeypatch.setattr(chunk_scan, "MAX_HEADS_PER_STEP", block)
+    monkeypatch.setattr(chunk_grid, "MAX_HEADS_PER_STEP", block)
     case = dataclasses.replace(ARG_SPECS["packed, decay, padding"], num_heads=heads)
     check_linear(case, "bfloat16" if block == 1 else "float32", groups)
 
@@ -114,8 +116,8 @@ def test_rounding_of_decay_gradient_does_not_cross_documents(decay):
         )
 
     with interpret_kernels():
-        slope = jax.jit(jax.grad(total))
-        one, other = (slope(x)["log_decay"][0, :40] for x in (inputs, later))
+        gradient = jax.jit(jax.grad(total))
+        one, other = (gradient(x)["log_decay"][0, :40] for x in (inputs, later))
     np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
@@ -134,13 +136,13 @@ def test_initial_state_is_optional():
     case = ARG_SPECS["token decay"]
     inputs: dict[str, Any] = {name: jnp.asarray(x, jnp.float32) for name, x in random_inputs(case).items()}
     with interpret_kernels():
-        got = linear_attention(**inputs, implementation=IMPLEMENTATION)
-    want = linear_attention(**inputs, implementation="reference")
-    for a, b in zip(got, want, strict=True):
+        actual = linear_attention(**inputs, implementation=IMPLEMENTATION)
+    desired = linear_attention(**inputs, implementation="reference")
+    for a, b in zip(actual, desired, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_unsupported_arguments_are_named():
+def test_unsupported_arguments_are_rejected_with_reason():
     x = jnp.zeros((1, 4, 2, 8))
     with pytest.raises(Unsupported, match="it is for a TPU"):
         linear_attention(x, x, x, implementation=IMPLEMENTATION)
@@ -254,9 +256,9 @@ def test_triangular_systems_are_accurate_for_correlated_keys(size, correlation, 
     strength = rng.uniform(beta - 1, beta, size=(3, size, 1))
     a = np.tril(strength * np.einsum("bik,bjk->bij", k, k), -1).astype(np.float32)
     b = rng.normal(size=(3, size, 8)).astype(np.float32)
-    want = np.linalg.solve(np.eye(size) + a.astype(np.float64), b)
-    got = jax.vmap(solve_unit_lower)(jnp.asarray(a), jnp.asarray(b))
-    assert np.linalg.norm(np.asarray(got) - want) <= 3e-6 * np.linalg.norm(want)
+    desired = np.linalg.solve(np.eye(size) + a.astype(np.float64), b)
+    actual = jax.vmap(solve_unit_lower)(jnp.asarray(a), jnp.asarray(b))
+    assert np.linalg.norm(np.asarray(actual) - desired) <= 3e-6 * np.linalg.norm(desired)
 
 
 @pytest.mark.parametrize("target", static_tpu.TARGETS)

@@ -37,7 +37,7 @@ class Unsupported(NotImplementedError):
 
 
 def call_implementation(
-    op: str, implementations: Mapping[str, Callable[..., Any]], implementation: str | None, *arguments: Any
+    op: str, implementations: Mapping[str, Callable[..., Any]], implementation: str | None, *args: Any
 ) -> Any:
     """Call the named implementation, or the first candidate that supports the arguments.
 
@@ -45,7 +45,7 @@ def call_implementation(
         op: Name of the op, for error messages and for `VERIFIED`.
         implementations: Functions by name, all with the same arguments.
         implementation: Name of the implementation; None tries the candidates of the platform in order.
-        *arguments: Arguments of the implementation.
+        *args: Arguments of the implementation: one NamedTuple, which `reference.py` of the op declares.
 
     Returns:
         The result of the implementation.
@@ -61,7 +61,7 @@ def call_implementation(
     reasons = []
     for name in candidate_implementations(op, implementations) if implementation is None else (implementation,):
         try:
-            return implementations[name](*arguments)
+            return implementations[name](*args)
         except Unsupported as reason:
             reasons.append(f"{name}: {reason}")
     raise Unsupported(f"{op} cannot run: {'; '.join(reasons)}")
@@ -148,14 +148,24 @@ def lazy_kernel(module: str, name: str) -> Callable[..., Any]:
     """Return a function that imports a kernel's module when it is first called: importing Pallas is slow.
 
     Args:
-        module: Import path of the module.
+        module: Import path of the module below `recallax.pallas_kernels`.
         name: Name of the function in the module.
     """
 
-    def kernel(*arguments: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*arguments)
+    def kernel(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"recallax.pallas_kernels.{module}"), name)(*args)
 
     return kernel
+
+
+def lazy_kernels(op: str, *modules: str) -> dict[str, Callable[..., Any]]:
+    """Return the kernels of an op by module name; each module is imported when its kernel is first called.
+
+    Args:
+        op: Name of the op, of its package and of the function in each module.
+        *modules: Names of modules in the op's package, which are the names of the implementations.
+    """
+    return {module: lazy_kernel(f"{op}.{module}", op) for module in modules}
 
 
 def require(op: str, condition: bool, message: str) -> None:

@@ -16,15 +16,15 @@ from jaxtyping import Array, Bool, Float, Int
 from recallax.pallas_kernels.chunking import index_documents
 from recallax.pallas_kernels.decay import broadcast_decay, step_decay_factor
 from recallax.pallas_kernels.delta_rule import reference, xla
-from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
+from recallax.pallas_kernels.delta_rule.reference import DeltaRuleArgs
+from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernels, require
 
 __all__ = ["IMPLEMENTATIONS", "delta_rule", "delta_rule_step"]
 
 IMPLEMENTATIONS = {
     "reference": reference.delta_rule,
     "xla": xla.delta_rule,
-    "mosaic_gpu": lazy_kernel("recallax.pallas_kernels.delta_rule.mosaic_gpu", "delta_rule"),
-    "mosaic_tpu": lazy_kernel("recallax.pallas_kernels.delta_rule.mosaic_tpu", "delta_rule"),
+    **lazy_kernels("delta_rule", "mosaic_gpu", "mosaic_tpu"),
 }
 
 
@@ -78,10 +78,10 @@ def delta_rule(
     require(op, state.shape == state_shape, f"state has shape {state.shape}; it must be {state_shape}")
     docs = None if segment_ids is None else index_documents(segment_ids)
     erase = erase if erase.shape == channels else erase[..., None]
-    scale = width**-0.5 if scale is None else scale
-    return call_implementation(
-        op, IMPLEMENTATIONS, implementation, q, k, v, erase, write[..., None], log_decay, state, docs, scale
+    args = DeltaRuleArgs(
+        q, k, v, erase, write[..., None], log_decay, state, docs, width**-0.5 if scale is None else scale
     )
+    return call_implementation(op, IMPLEMENTATIONS, implementation, args)
 
 
 def delta_rule_step(

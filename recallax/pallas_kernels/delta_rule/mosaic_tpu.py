@@ -14,45 +14,28 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import DocumentIds
+from recallax.pallas_kernels.delta_rule.reference import DeltaRuleArgs
 from recallax.pallas_kernels.mosaic_tpu import token_decay as decays
 from recallax.pallas_kernels.mosaic_tpu.blockwise_channel_decay import chunk_decay
-from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
+from recallax.pallas_kernels.mosaic_tpu.chunk_grid import (
     ChunkGrid,
-    ChunkOperand,
-    Matrices,
-    PerChunkOperand,
-    TokenOperand,
-    chunk_scan,
-    dot,
-    dot_tn,
     head_major,
     make_chunk_grid,
-    output_shape,
     require_uniform_dtype,
-    save_states,
     split_chunks,
     sum_per_group,
     time_major,
-    vjp_body,
 )
+from recallax.pallas_kernels.mosaic_tpu.chunk_operands import ChunkOperand, PerChunkOperand, TokenOperand, output_shape
+from recallax.pallas_kernels.mosaic_tpu.chunk_scan import Matrices, chunk_scan, chunk_scan_saving_states, vjp_body
+from recallax.pallas_kernels.mosaic_tpu.matmul import dot, dot_tn
 from recallax.pallas_kernels.mosaic_tpu.solve_unit_lower import solve_unit_lower
 
 CHUNK = 64
 """Tokens of a chunk."""
 
 
-def delta_rule(
-    q: Float[Array, "B T G K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T H V"],
-    erase: Float[Array, "B T H W"],
-    write: Float[Array, "B T H 1"],
-    log_decay: Float[Array, "B T H W2"] | None,
-    state: Float[Array, "B H K V"],
-    document_ids: DocumentIds | None,
-    scale: float,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+def delta_rule(args: DeltaRuleArgs) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Compute the gated delta rule on a TPU.
 
     The arguments and the result are those of `delta_rule.reference.delta_rule`.
@@ -60,6 +43,7 @@ def delta_rule(
     Raises:
         Unsupported: The dtypes differ or there is no TPU.
     """
+    q, k, v, erase, write, log_decay, state, document_ids, scale = args
     length = q.shape[1]
     chunk_grid = make_chunk_grid(CHUNK, length, v, q.shape[2])
     require_uniform_dtype(q=q, k=k, v=v)
@@ -135,10 +119,9 @@ def _chunk(
 def _forward(
     chunk_grid: ChunkGrid, inputs: _DeltaRuleOperands, state: Array
 ) -> tuple[tuple[Array, Array], tuple[_DeltaRuleOperands, Float[Array, "B H N K V"]]]:
-    body = save_states(functools.partial(_chunk, inputs.v.dtype))
-    saved = PerChunkOperand(output_shape(*state.shape[:2], chunk_grid.num_chunks, *state.shape[2:]))
-    (final,), (out, states) = chunk_scan(
-        "delta_rule_forward", body, chunk_grid, (state,), inputs.operands(), (TokenOperand(inputs.v), saved)
+    body = functools.partial(_chunk, inputs.v.dtype)
+    (final,), out, (states,) = chunk_scan_saving_states(
+        "delta_rule_forward", body, chunk_grid, (state,), inputs.operands(), TokenOperand(inputs.v)
     )
     return (out, final), (inputs, states)
 

@@ -1,28 +1,39 @@
 """Definition of the gated delta rule: a scan over tokens, in float32 or wider."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunking import DocumentIds, accumulator_dtype, single_document
-from recallax.pallas_kernels.repeat_heads import repeat_heads
+from recallax.pallas_kernels.grouped_heads import repeat_heads
 
 
-def delta_rule(
-    q: Float[Array, "B T G K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T H V"],
-    erase: Float[Array, "B T H W"],
-    write: Float[Array, "B T H 1"],
-    log_decay: Float[Array, "B T H W2"] | None,
-    state: Float[Array, "B H K V"],
-    document_ids: DocumentIds | None,
-    scale: float,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+class DeltaRuleArgs(NamedTuple):
+    """Checked arguments of an implementation of `delta_rule`."""
+
+    q: Float[Array, "B T G K"]
+    k: Float[Array, "B T G K"]
+    v: Float[Array, "B T H V"]
+    erase: Float[Array, "B T H W"]
+    """Erase strength; W is 1 or K."""
+    write: Float[Array, "B T H 1"]
+    log_decay: Float[Array, "B T H W2"] | None
+    """Natural log-decay; W2 is 1 or K."""
+    state: Float[Array, "B H K V"]
+    document_ids: DocumentIds | None
+    """None: one document per row."""
+    scale: float
+    """Factor of q."""
+
+
+def delta_rule(args: DeltaRuleArgs) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """S_t = (I - k_t e_t^T) Diag(exp(g_t)) S_{t-1} + k_t (w_t v_t)^T,  o_t = scale S_t^T q_t.
 
     S is 0 where a document starts.
     """
+    q, k, v, erase, write, log_decay, state, document_ids, scale = args
 
     def step(carry, token):
         state, document = carry

@@ -24,8 +24,9 @@ from recallax.pallas_kernels.chunking import (
     split_time,
 )
 from recallax.pallas_kernels.decay import decayed_scores, log_decay_from_start, log_decay_to_end
+from recallax.pallas_kernels.delta_rule.reference import DeltaRuleArgs
 from recallax.pallas_kernels.einsum_f32 import einsum_f32
-from recallax.pallas_kernels.repeat_heads import repeat_heads
+from recallax.pallas_kernels.grouped_heads import repeat_heads
 from recallax.pallas_kernels.triangular import unit_lower_inverse
 
 CHUNK = 32
@@ -58,21 +59,12 @@ class _WYRepresentation(NamedTuple):
     state_decay: Float[Array, "B H W 1"]
 
 
-def delta_rule(
-    q: Float[Array, "B T G K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T H V"],
-    erase: Float[Array, "B T H W"],
-    write: Float[Array, "B T H 1"],
-    log_decay: Float[Array, "B T H W2"] | None,
-    state: Float[Array, "B H K V"],
-    document_ids: DocumentIds | None,
-    scale: float,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+def delta_rule(args: DeltaRuleArgs) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Compute the gated delta rule in chunks.
 
     The arguments and the result are those of `delta_rule.reference.delta_rule`.
     """
+    q, k, v, erase, write, log_decay, state, document_ids, scale = args
     length = q.shape[1]
     document_ids = single_document(*q.shape[:2]) if document_ids is None else document_ids
     q, k = repeat_heads(q, k, v.shape[2], scale)

@@ -10,7 +10,8 @@ Source: Mohtashami & Jaggi 2023 (arXiv 2305.16300), section 3.1.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
+from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernels, require
+from recallax.pallas_kernels.grouped_heads import check_grouped_queries
 from recallax.pallas_kernels.landmark_attention import xla
 from recallax.pallas_kernels.landmark_attention.block_retrieval import (
     GatheredBlocks,
@@ -35,6 +36,7 @@ from recallax.pallas_kernels.landmark_attention.landmark_cache import (
     init_landmark_cache,
     update_cache_and_log_probs,
 )
+from recallax.pallas_kernels.landmark_attention.reference import LandmarkAttentionArgs
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -61,8 +63,7 @@ __all__ = [
 IMPLEMENTATIONS = {
     "reference": xla.dense,
     "xla": xla.blockwise,
-    "mosaic_gpu": lazy_kernel("recallax.pallas_kernels.landmark_attention.mosaic_gpu", "landmark_attention"),
-    "mosaic_tpu": lazy_kernel("recallax.pallas_kernels.landmark_attention.mosaic_tpu", "landmark_attention"),
+    **lazy_kernels("landmark_attention", "mosaic_gpu", "mosaic_tpu"),
 }
 
 
@@ -100,12 +101,8 @@ def landmark_attention(
         ValueError: Shapes do not match.
     """
     op = "landmark_attention"
-    b, t, h, width = q.shape
-    g = k.shape[2]
-    require(op, t >= 1, f"q has {t} tokens; it needs at least 1")
-    require(op, k.shape == (b, t, g, width), f"k has shape {k.shape}; it must be {(b, t, 'G', width)}")
-    require(op, v.shape[:3] == (b, t, g), f"v has shape {v.shape}; it must begin with {(b, t, g)}")
-    require(op, h % g == 0, f"{h} query heads cannot share {g} key/value heads; use a divisor of {h}")
+    check_grouped_queries(op, q, k, v)
+    g, width = k.shape[2:]
     require(op, block_size >= 1, f"block_size is {block_size}; a block needs at least 1 token besides its landmark")
     if cache is not None:
         shape = cache.k.shape
@@ -115,6 +112,5 @@ def landmark_attention(
             f"cache.k has shape {shape}; it must end in {(block_size, g, width)}",
         )
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
-    return call_implementation(
-        op, IMPLEMENTATIONS, implementation, q, k, v, segment_ids, positions, block_size, cache
-    ).astype(v.dtype)
+    args = LandmarkAttentionArgs(q, k, v, segment_ids, positions, block_size, cache)
+    return call_implementation(op, IMPLEMENTATIONS, implementation, args).astype(v.dtype)

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from recallax.pallas_kernels.dispatch import Unsupported, interpreting, require_platform
-from recallax.pallas_kernels.landmark_attention.landmark_blocks import LandmarkCache, complete_blocks
+from recallax.pallas_kernels.landmark_attention.landmark_blocks import complete_blocks
 from recallax.pallas_kernels.landmark_attention.landmark_tpu_kernels import (
     TILE,
     LandmarkTPUGrid,
@@ -31,13 +31,11 @@ from recallax.pallas_kernels.landmark_attention.landmark_tpu_kernels import (
     local_dkv_kernel,
     past_dkv_kernel,
 )
+from recallax.pallas_kernels.landmark_attention.reference import LandmarkAttentionArgs
 from recallax.pallas_kernels.landmark_attention.xla import documents_or_single
-from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
-    INTERPRET_PARAMS,
-    output_shape,
-    require_uniform_dtype,
-    sum_per_group,
-)
+from recallax.pallas_kernels.mosaic_tpu.chunk_grid import require_uniform_dtype, sum_per_group
+from recallax.pallas_kernels.mosaic_tpu.chunk_operands import output_shape
+from recallax.pallas_kernels.mosaic_tpu.chunk_scan import INTERPRET_PARAMS
 
 KEYS_PER_GROUP = 512
 """Approximate number of keys in a group of past blocks."""
@@ -72,15 +70,7 @@ class _LandmarkOperands(NamedTuple):
     indices: LandmarkTPUIndices
 
 
-def landmark_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    segment_ids: Int[Array, "B T"] | None,
-    positions: Int[Array, "B T"],
-    block_size: int,
-    cache: LandmarkCache | None,
-) -> Float[Array, "B T H V"]:
+def landmark_attention(args: LandmarkAttentionArgs) -> Float[Array, "B T H V"]:
     """Compute landmark attention over whole rows on a TPU.
 
     The arguments and the result are those of `landmark_attention.xla.dense`.
@@ -88,6 +78,7 @@ def landmark_attention(
     Raises:
         Unsupported: A cache is given, the block is longer than a tile, the dtypes differ or there is no TPU.
     """
+    q, k, v, segment_ids, positions, block_size, cache = args
     require_platform("tpu")
     if cache is not None:
         raise Unsupported("a cache is given; the kernel supports whole rows only")

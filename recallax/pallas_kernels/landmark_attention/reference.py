@@ -7,6 +7,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import accumulator_dtype
+from recallax.pallas_kernels.landmark_attention.landmark_blocks import LandmarkCache
+
+
+class LandmarkAttentionArgs(NamedTuple):
+    """Checked arguments of an implementation of `landmark_attention`."""
+
+    q: Float[Array, "B T H K"]
+    """Scaled queries."""
+    k: Float[Array, "B T G K"]
+    v: Float[Array, "B T G V"]
+    segment_ids: Int[Array, "B T"] | None
+    """None: one document per row."""
+    positions: Int[Array, "B T"]
+    block_size: int
+    """Tokens of a block besides its landmark."""
+    cache: LandmarkCache | None
+    """Blocks of the row's first document before the row; None: no tokens."""
 
 
 class TokenPositions(NamedTuple):

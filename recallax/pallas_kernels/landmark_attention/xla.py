@@ -18,6 +18,7 @@ from recallax.pallas_kernels.landmark_attention.landmark_blocks import (
     local_kv,
     visible_blocks,
 )
+from recallax.pallas_kernels.landmark_attention.reference import LandmarkAttentionArgs
 from recallax.pallas_kernels.masked_logit import MASKED_LOGIT
 
 CHUNK = 64
@@ -28,26 +29,9 @@ NO_BLOCK = -(2**30)
 """`LocalKV.block_start` of slots without a token."""
 
 
-def dense(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    segment_ids: Int[Array, "B T"] | None,
-    positions: Int[Array, "B T"],
-    block_size: int,
-    cache: LandmarkCache | None,
-) -> Float[Array, "B T H V"]:
-    """Apply the definition to cached and new keys.
-
-    Args:
-        q: Scaled queries.
-        k: Keys.
-        v: Values.
-        segment_ids: Document ids; 0 is padding. None: one document per row.
-        positions: Positions within documents.
-        block_size: Tokens of a block besides its landmark.
-        cache: Blocks of the row's first document before the row; None: no tokens.
-    """
+def dense(args: LandmarkAttentionArgs) -> Float[Array, "B T H V"]:
+    """Apply the definition to cached and new keys."""
+    q, k, v, segment_ids, positions, block_size, cache = args
     docs = documents_or_single(segment_ids, positions)
     queries = reference.TokenPositions(docs.index, positions)
     keys = reference.TokenPositions(jnp.where(docs.valid, docs.index, -1), positions)
@@ -78,19 +62,12 @@ def _cached_tokens(cache: LandmarkCache, num_seen: Int[Array, " B"]) -> tuple[Ar
     return k, v, reference.TokenPositions(jnp.where(filled, 0, -1).astype(position.dtype), position)
 
 
-def blockwise(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    segment_ids: Int[Array, "B T"] | None,
-    positions: Int[Array, "B T"],
-    block_size: int,
-    cache: LandmarkCache | None,
-) -> Float[Array, "B T H V"]:
+def blockwise(args: LandmarkAttentionArgs) -> Float[Array, "B T H V"]:
     """Compute landmark attention in memory linear in time; scores are recomputed in the backward pass.
 
     The arguments and the result are those of `landmark_attention.xla.dense`.
     """
+    q, k, v, segment_ids, positions, block_size, cache = args
     rows, length, heads, width = q.shape
     docs = documents_or_single(segment_ids, positions)
     blocks = complete_blocks(k, v, docs, positions, block_size, cache)

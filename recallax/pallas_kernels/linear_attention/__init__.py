@@ -12,16 +12,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import index_documents
 from recallax.pallas_kernels.decay import broadcast_decay, step_decay_factor
-from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
+from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernels, require
 from recallax.pallas_kernels.linear_attention import reference, xla
+from recallax.pallas_kernels.linear_attention.reference import LinearAttentionArgs
 
 __all__ = ["IMPLEMENTATIONS", "linear_attention", "linear_attention_step"]
 
 IMPLEMENTATIONS = {
     "reference": reference.linear_attention,
     "xla": xla.linear_attention,
-    "mosaic_gpu": lazy_kernel("recallax.pallas_kernels.linear_attention.mosaic_gpu", "linear_attention"),
-    "mosaic_tpu": lazy_kernel("recallax.pallas_kernels.linear_attention.mosaic_tpu", "linear_attention"),
+    **lazy_kernels("linear_attention", "mosaic_gpu", "mosaic_tpu"),
 }
 
 
@@ -67,10 +67,8 @@ def linear_attention(
             "linear_attention", state.shape == state_shape, f"state has shape {state.shape}; it must be {state_shape}"
         )
     docs = None if segment_ids is None else index_documents(segment_ids)
-    scale = width**-0.5 if scale is None else scale
-    return call_implementation(
-        "linear_attention", IMPLEMENTATIONS, implementation, q, k, v, log_decay, state, docs, scale
-    )
+    args = LinearAttentionArgs(q, k, v, log_decay, state, docs, width**-0.5 if scale is None else scale)
+    return call_implementation("linear_attention", IMPLEMENTATIONS, implementation, args)
 
 
 def linear_attention_step(

@@ -18,26 +18,21 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import DocumentIds
+from recallax.pallas_kernels.linear_attention.reference import LinearAttentionArgs
 from recallax.pallas_kernels.mosaic_tpu import token_decay as decays
 from recallax.pallas_kernels.mosaic_tpu.blockwise_channel_decay import channel_suffix_sums, chunk_decay
-from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
+from recallax.pallas_kernels.mosaic_tpu.chunk_grid import (
     ChunkGrid,
-    ChunkOperand,
-    Matrices,
-    PerChunkOperand,
-    TokenOperand,
-    chunk_scan,
-    dot,
-    dot_tn,
     head_major,
     make_chunk_grid,
-    output_shape,
     require_uniform_dtype,
     split_chunks,
     sum_per_group,
     time_major,
 )
+from recallax.pallas_kernels.mosaic_tpu.chunk_operands import ChunkOperand, PerChunkOperand, TokenOperand, output_shape
+from recallax.pallas_kernels.mosaic_tpu.chunk_scan import Matrices, chunk_scan
+from recallax.pallas_kernels.mosaic_tpu.matmul import dot, dot_tn
 
 CHUNK = 128
 """Tokens of a chunk."""
@@ -45,15 +40,7 @@ CHANNEL_CHUNK = 64
 """Tokens of a chunk with a decay per channel, whose scores cost more per pair of tokens."""
 
 
-def linear_attention(
-    q: Float[Array, "B T G K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T H V"],
-    log_decay: Float[Array, "B T H W"] | None,
-    state: Float[Array, "B H K V"] | None,
-    document_ids: DocumentIds | None,
-    scale: float,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+def linear_attention(args: LinearAttentionArgs) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Compute linear attention on a TPU.
 
     The arguments and the result are those of `linear_attention.reference.linear_attention`.
@@ -61,6 +48,7 @@ def linear_attention(
     Raises:
         Unsupported: The dtypes differ or there is no TPU.
     """
+    q, k, v, log_decay, state, document_ids, scale = args
     length = q.shape[1]
     per_channel = log_decay is not None and log_decay.shape[-1] > 1
     chunk_grid = make_chunk_grid(CHANNEL_CHUNK if per_channel else CHUNK, length, v, q.shape[2])

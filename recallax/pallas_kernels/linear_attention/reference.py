@@ -1,23 +1,34 @@
 """Definition of gated linear attention: a scan over tokens, in float32 or wider."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunking import DocumentIds, accumulator_dtype, single_document
-from recallax.pallas_kernels.repeat_heads import repeat_heads
+from recallax.pallas_kernels.grouped_heads import repeat_heads
 
 
-def linear_attention(
-    q: Float[Array, "B T G K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T H V"],
-    log_decay: Float[Array, "B T H W"] | None,
-    state: Float[Array, "B H K V"] | None,
-    document_ids: DocumentIds | None,
-    scale: float,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+class LinearAttentionArgs(NamedTuple):
+    """Checked arguments of an implementation of `linear_attention`."""
+
+    q: Float[Array, "B T G K"]
+    k: Float[Array, "B T G K"]
+    v: Float[Array, "B T H V"]
+    log_decay: Float[Array, "B T H W"] | None
+    """Natural log-decay; W is 1 or K."""
+    state: Float[Array, "B H K V"] | None
+    """None: zeros."""
+    document_ids: DocumentIds | None
+    """None: one document per row."""
+    scale: float
+    """Factor of q."""
+
+
+def linear_attention(args: LinearAttentionArgs) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """S_t = Diag(exp(g_t)) S_{t-1} + k_t v_t^T,  o_t = scale S_t^T q_t; S is 0 where a document starts."""
+    q, k, v, log_decay, state, document_ids, scale = args
 
     def step(carry, token):
         state, document = carry

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from recallax.pallas_kernels.chunking import accumulator_dtype
 from recallax.pallas_kernels.dispatch import call_implementation, require
 from recallax.pallas_kernels.linear_cross_entropy import reference, xla
+from recallax.pallas_kernels.linear_cross_entropy.reference import LinearCrossEntropyArgs
 
 __all__ = ["IMPLEMENTATIONS", "LinearCrossEntropyOutput", "linear_cross_entropy"]
 
@@ -72,8 +73,5 @@ def linear_cross_entropy(
     require(op, bias is None or bias.shape == vocab, f"bias is not {vocab}, one number per row of weight")
     require(op, soft_cap is None or soft_cap > 0, f"soft_cap is {soft_cap}; it must be above 0")
     loss_weights = loss_weights.astype(accumulator_dtype(hidden.dtype))
-    return LinearCrossEntropyOutput(
-        *call_implementation(
-            op, IMPLEMENTATIONS, implementation, hidden, weight, bias, targets, loss_weights, soft_cap, z_loss
-        )
-    )
+    args = LinearCrossEntropyArgs(hidden, weight, bias, targets, loss_weights, soft_cap, z_loss)
+    return LinearCrossEntropyOutput(*call_implementation(op, IMPLEMENTATIONS, implementation, args))

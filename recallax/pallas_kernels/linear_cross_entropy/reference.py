@@ -1,5 +1,7 @@
 """Definition of the cross-entropy of a linear output layer: all logits at once, in float32 or wider."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -7,16 +9,24 @@ from jaxtyping import Array, Bool, Float, Int
 from recallax.pallas_kernels.chunking import accumulator_dtype
 
 
+class LinearCrossEntropyArgs(NamedTuple):
+    """Checked arguments of an implementation of `linear_cross_entropy`."""
+
+    hidden: Float[Array, "M D"]
+    weight: Float[Array, "V D"]
+    bias: Float[Array, " V"] | None
+    targets: Int[Array, " M"]
+    loss_weights: Float[Array, " M"]
+    """Float32 or wider."""
+    soft_cap: float | None
+    z_loss: float
+
+
 def linear_cross_entropy(
-    hidden: Float[Array, "M D"],
-    weight: Float[Array, "V D"],
-    bias: Float[Array, " V"] | None,
-    targets: Int[Array, " M"],
-    loss_weights: Float[Array, " M"],
-    soft_cap: float | None,
-    z_loss: float,
+    args: LinearCrossEntropyArgs,
 ) -> tuple[Float[Array, ""], Float[Array, " M"], Bool[Array, " M"]]:
     """Return the total, the losses, and True where the target's logit is larger than all others."""
+    hidden, weight, bias, targets, loss_weights, soft_cap, z_loss = args
     dtype = accumulator_dtype(hidden.dtype)
     logits = hidden.astype(dtype) @ weight.astype(dtype).T
     logits = logits if bias is None else logits + bias.astype(dtype)[None]

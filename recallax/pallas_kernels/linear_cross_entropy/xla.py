@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.dispatch import platform
 from recallax.pallas_kernels.einsum_f32 import einsum_f32
+from recallax.pallas_kernels.linear_cross_entropy.reference import LinearCrossEntropyArgs
 
 MAX_LOGITS = {"cpu": 2**20, "gpu": 2**28, "tpu": 2**28}
 """Upper bound of the logits of a chunk, by platform: the size of the cache on a CPU, a gigabyte elsewhere."""
@@ -40,18 +41,13 @@ class _RowLosses(NamedTuple):
 
 
 def linear_cross_entropy(
-    hidden: Float[Array, "M D"],
-    weight: Float[Array, "V D"],
-    bias: Float[Array, " V"] | None,
-    targets: Int[Array, " M"],
-    loss_weights: Float[Array, " M"],
-    soft_cap: float | None,
-    z_loss: float,
+    args: LinearCrossEntropyArgs,
 ) -> tuple[Float[Array, ""], Float[Array, " M"], Bool[Array, " M"]]:
     """Compute the cross-entropy in chunks of rows.
 
     The arguments and the result are those of `linear_cross_entropy.reference.linear_cross_entropy`.
     """
+    hidden, weight, bias, targets, loss_weights, soft_cap, z_loss = args
     return _loss_and_accuracy(soft_cap, z_loss, _HeadParams(weight, bias), _TokenRows(hidden, targets, loss_weights))
 
 

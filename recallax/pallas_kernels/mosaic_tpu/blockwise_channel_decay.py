@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from recallax.pallas_kernels.mosaic_tpu.chunk_scan import dot, dot_nt, dot_tn
+from recallax.pallas_kernels.mosaic_tpu.matmul import dot, dot_nt, dot_tn
 from recallax.pallas_kernels.mosaic_tpu.token_decay import MAX_LOG_DECAY, ChunkDecay, no_decay, token_decay
 
 BLOCK_ROWS = 16

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from recallax.pallas_kernels.mosaic_tpu.chunk_scan import dot, dot_nt, dot_tn
+from recallax.pallas_kernels.mosaic_tpu.matmul import dot, dot_nt, dot_tn
 
 BLOCK_ROWS = 16
 """Rows of a block that is inverted by substitution, which takes as many sequential steps."""

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from recallax.pallas_kernels.chunking import DocumentIds
-from recallax.pallas_kernels.mosaic_tpu.chunk_scan import dot, dot_nt
+from recallax.pallas_kernels.mosaic_tpu.matmul import dot, dot_nt
 
 MAX_LOG_DECAY = 128.0
 """Log-decays are clipped to -MAX_LOG_DECAY, whose exponential is 0 in float32: this keeps the rounded sums exact."""

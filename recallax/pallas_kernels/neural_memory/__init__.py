@@ -23,11 +23,12 @@ from recallax.pallas_kernels.chunking import (
     last_valid,
     single_document,
 )
-from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
+from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernels, require
 from recallax.pallas_kernels.einsum_f32 import einsum_f32
 from recallax.pallas_kernels.grid import gather_tokens
 from recallax.pallas_kernels.neural_memory import materialized_gradients, reference, xla
 from recallax.pallas_kernels.neural_memory.inner_optimizer import InnerOptimizer, Weights
+from recallax.pallas_kernels.neural_memory.reference import NeuralMemoryArgs
 from recallax.pallas_kernels.neural_memory.update_coefficients import (
     FastWeights,
     MemoryInputs,
@@ -55,8 +56,7 @@ IMPLEMENTATIONS = {
     "reference": reference.neural_memory,
     "materialized": materialized_gradients.neural_memory,
     "xla": xla.neural_memory,
-    "mosaic_gpu": lazy_kernel("recallax.pallas_kernels.neural_memory.mosaic_gpu", "neural_memory"),
-    "mosaic_tpu": lazy_kernel("recallax.pallas_kernels.neural_memory.mosaic_tpu", "neural_memory"),
+    **lazy_kernels("neural_memory", "mosaic_gpu", "mosaic_tpu"),
 }
 
 
@@ -144,9 +144,8 @@ def neural_memory(
         if inner_optimizer.reset_interval is None
         else _split_at_resets(docs_padded, state.num_tokens - phase, inner_optimizer.reset_interval)
     )
-    out, memory = call_implementation(
-        "neural_memory", IMPLEMENTATIONS, implementation, inner_optimizer, outer_params, chunks, parts, initial
-    )
+    args = NeuralMemoryArgs(inner_optimizer, outer_params, chunks, parts, initial)
+    out, memory = call_implementation("neural_memory", IMPLEMENTATIONS, implementation, args)
     memory = _where_rows(docs.valid.any(axis=1), memory, fast_weights)
     if state.pending_tokens is None:
         return out[:, :t], NeuralState(memory, None, _count_tokens(docs, state.num_tokens))

@@ -4,16 +4,14 @@ It is a second oracle besides the token loop, and the baseline for the dual form
 weight and chunk where the dual form needs none. It supports gradients at the start of the chunk only.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from recallax.pallas_kernels.chunking import DocumentIds, accumulator_dtype
 from recallax.pallas_kernels.dispatch import Unsupported
 from recallax.pallas_kernels.neural_memory.apply_boundary import apply_boundary
 from recallax.pallas_kernels.neural_memory.inner_optimizer import LOSSES, InnerOptimizer
+from recallax.pallas_kernels.neural_memory.reference import NeuralMemoryArgs, map_heads
 from recallax.pallas_kernels.neural_memory.update_coefficients import (
     FastWeights,
     MemoryInputs,
@@ -22,13 +20,7 @@ from recallax.pallas_kernels.neural_memory.update_coefficients import (
 )
 
 
-def neural_memory(
-    inner_optimizer: InnerOptimizer,
-    outer_params: OuterParams,
-    tokens: MemoryInputs,
-    document_ids: DocumentIds,
-    fast_weights: FastWeights,
-) -> tuple[Float[Array, "B M H D"], FastWeights]:
+def neural_memory(args: NeuralMemoryArgs) -> tuple[Float[Array, "B M H D"], FastWeights]:
     """Compute the neural memory with one gradient matrix per token.
 
     The arguments and the result are those of `neural_memory.reference.neural_memory`.
@@ -36,23 +28,14 @@ def neural_memory(
     Raises:
         Unsupported: Gradients are computed per token.
     """
-    if inner_optimizer.gradient != "chunk_start":
-        raise Unsupported(
-            f"gradient is {inner_optimizer.gradient!r}; the implementation 'materialized' supports 'chunk_start' only"
-        )
-    dtype = accumulator_dtype(tokens.q.dtype)
-    tokens, outer_params, fast_weights = jax.tree.map(lambda x: x.astype(dtype), (tokens, outer_params, fast_weights))
-    per_head = jax.vmap(partial(_one_head, inner_optimizer), in_axes=(0, 1, None, 0), out_axes=(1, 0))
-    return jax.vmap(per_head, in_axes=(None, 0, 0, 0))(outer_params, tokens, document_ids, fast_weights)
+    gradient = args.inner_optimizer.gradient
+    if gradient != "chunk_start":
+        raise Unsupported(f"gradient is {gradient!r}; the implementation 'materialized' supports 'chunk_start' only")
+    return map_heads(_one_head, args)
 
 
-def _one_head(
-    inner_optimizer: InnerOptimizer,
-    outer_params: OuterParams,
-    tokens: MemoryInputs,
-    document_ids: DocumentIds,
-    fast_weights: FastWeights,
-) -> tuple[Float[Array, "M D"], FastWeights]:
+def _one_head(args: NeuralMemoryArgs) -> tuple[Float[Array, "M D"], FastWeights]:
+    inner_optimizer, outer_params, tokens, document_ids, fast_weights = args
     chunk = inner_optimizer.chunk_size
 
     def body(carry, part):

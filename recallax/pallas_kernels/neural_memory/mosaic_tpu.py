@@ -15,44 +15,28 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.mosaic_tpu import token_decay as decays
-from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
+from recallax.pallas_kernels.mosaic_tpu.chunk_grid import (
     ChunkGrid,
-    ChunkOperand,
-    Matrices,
-    PerChunkOperand,
-    TokenOperand,
-    chunk_scan,
-    dot,
-    dot_nt,
-    dot_tn,
     head_major,
     make_chunk_grid,
-    output_shape,
     require_uniform_dtype,
-    save_states,
     split_chunks,
     time_major,
-    vjp_body,
 )
+from recallax.pallas_kernels.mosaic_tpu.chunk_operands import ChunkOperand, PerChunkOperand, TokenOperand, output_shape
+from recallax.pallas_kernels.mosaic_tpu.chunk_scan import Matrices, chunk_scan, chunk_scan_saving_states, vjp_body
+from recallax.pallas_kernels.mosaic_tpu.matmul import dot, dot_nt, dot_tn
 from recallax.pallas_kernels.mosaic_tpu.solve_unit_lower import solve_unit_lower
-from recallax.pallas_kernels.neural_memory import update_coefficients
-from recallax.pallas_kernels.neural_memory.inner_optimizer import InnerOptimizer
+from recallax.pallas_kernels.neural_memory.reference import NeuralMemoryArgs
 from recallax.pallas_kernels.neural_memory.sequential_memory import require_sequential, subtract_initial_weights
-from recallax.pallas_kernels.neural_memory.update_coefficients import FastWeights, OuterParams
+from recallax.pallas_kernels.neural_memory.update_coefficients import FastWeights
 
 CHUNK = 64
 """Tokens of a chunk."""
 
 
-def neural_memory(
-    inner_optimizer: InnerOptimizer,
-    outer_params: OuterParams,
-    tokens: update_coefficients.MemoryInputs,
-    document_ids: DocumentIds,
-    fast_weights: FastWeights,
-) -> tuple[Float[Array, "B M H D"], FastWeights]:
+def neural_memory(args: NeuralMemoryArgs) -> tuple[Float[Array, "B M H D"], FastWeights]:
     """Compute the linear memory with gradients per token on a TPU.
 
     Queries, keys and values are float32 or bfloat16.
@@ -62,6 +46,7 @@ def neural_memory(
     Raises:
         Unsupported: The kernel does not support the options or dtypes, or there is no TPU.
     """
+    inner_optimizer, outer_params, tokens, document_ids, fast_weights = args
     require_sequential(inner_optimizer, outer_params)
     (name,), (q, k, v) = fast_weights.delta, tokens[:3]
     require_uniform_dtype(q=q, k=k, v=v)
@@ -187,11 +172,12 @@ def _pairwise_decay(late: Float[Array, "2 C"], early: Float[Array, "2 C"], min_d
 def _forward(
     chunk_grid: ChunkGrid, inputs: _NeuralMemoryOperands, states: Matrices
 ) -> tuple[tuple[Array, Matrices], tuple[_NeuralMemoryOperands, Matrices]]:
-    body = save_states(functools.partial(_chunk, inputs.v.dtype))
-    saved = [PerChunkOperand(output_shape(*x.shape[:2], chunk_grid.num_chunks, *x.shape[2:])) for x in states]
-    outputs = (TokenOperand(output_shape(*inputs.v.shape)), *saved)
-    after, (out, *before) = chunk_scan("neural_memory_forward", body, chunk_grid, states, inputs.operands(), outputs)
-    return (out, after), (inputs, tuple(before))
+    body = functools.partial(_chunk, inputs.v.dtype)
+    output = TokenOperand(output_shape(*inputs.v.shape))
+    after, out, before = chunk_scan_saving_states(
+        "neural_memory_forward", body, chunk_grid, states, inputs.operands(), output
+    )
+    return (out, after), (inputs, before)
 
 
 def _backward(

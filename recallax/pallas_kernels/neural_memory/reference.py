@@ -1,6 +1,7 @@
 """Definition of the neural memory: a scan over tokens with gradients by `jax.grad`."""
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,39 +18,51 @@ from recallax.pallas_kernels.neural_memory.update_coefficients import (
 )
 
 
-def neural_memory(
-    inner_optimizer: InnerOptimizer,
-    outer_params: OuterParams,
-    tokens: MemoryInputs,
-    document_ids: DocumentIds,
-    fast_weights: FastWeights,
-) -> tuple[Float[Array, "B M H D"], FastWeights]:
-    """Compute the neural memory token by token: update the weights with the token, then read them.
+class NeuralMemoryArgs(NamedTuple):
+    """Checked arguments of an implementation of `neural_memory`."""
 
-    Args:
-        inner_optimizer: Network, loss and update rule.
-        outer_params: Initial weights and norm of the network.
-        tokens: Tokens [B, M, H, ...] of whole chunks.
-        document_ids: Documents of the tokens.
-        fast_weights: Memory before the first token.
+    inner_optimizer: InnerOptimizer
+    outer_params: OuterParams
+    tokens: MemoryInputs
+    """Tokens [B, M, H, ...] of whole chunks."""
+    document_ids: DocumentIds
+    fast_weights: FastWeights
+    """Memory before the first token."""
+
+
+def neural_memory(args: NeuralMemoryArgs) -> tuple[Float[Array, "B M H D"], FastWeights]:
+    """Compute the neural memory token by token: update the weights with the token, then read them.
 
     Returns:
         Output of each token, and the memory of the last document after its last whole chunk (after its last token with
         gradients per token).
     """
+    return map_heads(_one_head, args)
+
+
+def map_heads[Out](one_head: Callable[[NeuralMemoryArgs], Out], args: NeuralMemoryArgs) -> Out:
+    """Compute every head of every row by itself, in float32 or wider.
+
+    Args:
+        one_head: Function of the arguments of one head of one row, without the axes B and H.
+        args: Arguments of all rows and heads.
+
+    Returns:
+        The outputs [B, M, H, ...] and fast weights [B, H, ...] of `one_head`.
+    """
+    inner_optimizer, outer_params, tokens, document_ids, fast_weights = args
     dtype = accumulator_dtype(tokens.q.dtype)
     tokens, outer_params, fast_weights = jax.tree.map(lambda x: x.astype(dtype), (tokens, outer_params, fast_weights))
-    per_head = jax.vmap(partial(_one_head, inner_optimizer), in_axes=(0, 1, None, 0), out_axes=(1, 0))
+
+    def call(*arrays: Any) -> Out:
+        return one_head(NeuralMemoryArgs(inner_optimizer, *arrays))
+
+    per_head = jax.vmap(call, in_axes=(0, 1, None, 0), out_axes=(1, 0))
     return jax.vmap(per_head, in_axes=(None, 0, 0, 0))(outer_params, tokens, document_ids, fast_weights)
 
 
-def _one_head(
-    inner_optimizer: InnerOptimizer,
-    outer_params: OuterParams,
-    tokens: MemoryInputs,
-    document_ids: DocumentIds,
-    fast_weights: FastWeights,
-) -> tuple[Float[Array, "M D"], FastWeights]:
+def _one_head(args: NeuralMemoryArgs) -> tuple[Float[Array, "M D"], FastWeights]:
+    inner_optimizer, outer_params, tokens, document_ids, fast_weights = args
     loss, network = LOSSES[inner_optimizer.loss], inner_optimizer.network
     origin = {name: outer_params.initial_weights[name] for name in fast_weights.delta}
     initial, zeros = initial_memory(outer_params, fast_weights), jax.tree.map(jnp.zeros_like, fast_weights.delta)

@@ -20,6 +20,7 @@ from recallax.pallas_kernels.chunking import DocumentIds, chunk_masks
 from recallax.pallas_kernels.einsum_f32 import einsum_f32
 from recallax.pallas_kernels.neural_memory.apply_boundary import apply_boundary
 from recallax.pallas_kernels.neural_memory.inner_optimizer import LOSSES, InnerOptimizer, Weights
+from recallax.pallas_kernels.neural_memory.reference import NeuralMemoryArgs
 from recallax.pallas_kernels.neural_memory.sequential_memory import shifted_coefficients
 from recallax.pallas_kernels.neural_memory.update_coefficients import (
     FastWeights,
@@ -32,17 +33,12 @@ from recallax.pallas_kernels.neural_memory.update_coefficients import (
 from recallax.pallas_kernels.triangular import unit_lower_inverse
 
 
-def neural_memory(
-    inner_optimizer: InnerOptimizer,
-    outer_params: OuterParams,
-    tokens: MemoryInputs,
-    document_ids: DocumentIds,
-    fast_weights: FastWeights,
-) -> tuple[Float[Array, "B M H D"], FastWeights]:
+def neural_memory(args: NeuralMemoryArgs) -> tuple[Float[Array, "B M H D"], FastWeights]:
     """Compute the neural memory in chunks.
 
     The arguments and the result are those of `neural_memory.reference.neural_memory`.
     """
+    inner_optimizer, outer_params, tokens, document_ids, fast_weights = args
     b, length = document_ids.index.shape
     chunk = inner_optimizer.chunk_size
 
@@ -56,7 +52,7 @@ def neural_memory(
         memory, document = carry
         tokens, docs = part
         update = _chunk if inner_optimizer.gradient == "chunk_start" else _sequential_chunk
-        memory, out = update(inner_optimizer, outer_params, memory, document, tokens, docs)
+        memory, out = update(NeuralMemoryArgs(inner_optimizer, outer_params, tokens, docs, memory), document)
         return (memory, docs.index[:, -1]), out
 
     parts = jax.tree.map(cut, (tokens, document_ids))
@@ -64,18 +60,16 @@ def neural_memory(
     return jnp.moveaxis(out, 0, 1).reshape(b, length, *out.shape[3:]), fast_weights
 
 
-def _chunk(
-    inner_optimizer: InnerOptimizer,
-    outer_params: OuterParams,
-    fast_weights: FastWeights,
-    state_document: Int[Array, " B"],
-    tokens: MemoryInputs,
-    document_ids: DocumentIds,
-) -> tuple[FastWeights, Float[Array, "B C H D"]]:
+def _chunk(args: NeuralMemoryArgs, state_document: Int[Array, " B"]) -> tuple[FastWeights, Float[Array, "B C H D"]]:
     """Update with gradients at the start of the chunk.
 
     Documents start with chunks, and incomplete chunks do not change the memory.
+
+    Args:
+        args: Tokens and documents of the chunk, and the memory before it.
+        state_document: Index of the document that the memory belongs to.
     """
+    inner_optimizer, outer_params, tokens, document_ids, fast_weights = args
     resets = document_ids.index[:, 0] != state_document
     fast_weights = _where_rows(resets, initial_memory(outer_params, fast_weights), fast_weights)
     coefficients = update_coefficients(
@@ -151,14 +145,10 @@ def _update_one_head(
 
 
 def _sequential_chunk(
-    inner_optimizer: InnerOptimizer,
-    outer_params: OuterParams,
-    fast_weights: FastWeights,
-    state_document: Int[Array, " B"],
-    tokens: MemoryInputs,
-    document_ids: DocumentIds,
+    args: NeuralMemoryArgs, state_document: Int[Array, " B"]
 ) -> tuple[FastWeights, Float[Array, "B C H D"]]:
-    """Update of the linear memory with gradients per token; documents may start anywhere."""
+    """Update the linear memory with gradients per token; documents may start anywhere, arguments as in `_chunk`."""
+    inner_optimizer, outer_params, tokens, document_ids, fast_weights = args
     masks = chunk_masks(document_ids, state_document)
     coefficients = jax.tree.map(lambda x: x[:, :, 0], update_coefficients(inner_optimizer, tokens, masks.visible))
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in tokens[:3])

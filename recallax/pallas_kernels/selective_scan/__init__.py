@@ -11,16 +11,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import index_documents
-from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
+from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernels, require
 from recallax.pallas_kernels.selective_scan import reference, xla
+from recallax.pallas_kernels.selective_scan.reference import SelectiveScanArgs
 
 __all__ = ["IMPLEMENTATIONS", "selective_scan", "selective_scan_step"]
 
 IMPLEMENTATIONS = {
     "reference": reference.selective_scan,
     "xla": xla.selective_scan,
-    "mosaic_gpu": lazy_kernel("recallax.pallas_kernels.selective_scan.mosaic_gpu", "selective_scan"),
-    "mosaic_tpu": lazy_kernel("recallax.pallas_kernels.selective_scan.mosaic_tpu", "selective_scan"),
+    **lazy_kernels("selective_scan", "mosaic_gpu", "mosaic_tpu"),
 }
 
 
@@ -71,7 +71,7 @@ def selective_scan(
         state = jnp.zeros(state_shape, jnp.float32)
     require(op, state.shape == state_shape, f"state has shape {state.shape}; it must be {state_shape}")
     docs = None if segment_ids is None else index_documents(segment_ids)
-    return call_implementation(op, IMPLEMENTATIONS, implementation, x, rate, a, b, c, state, docs)
+    return call_implementation(op, IMPLEMENTATIONS, implementation, SelectiveScanArgs(x, rate, a, b, c, state, docs))
 
 
 def selective_scan_step(

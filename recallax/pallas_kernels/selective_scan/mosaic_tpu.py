@@ -12,23 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.dispatch import require_platform
-from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
-    LANES,
+from recallax.pallas_kernels.mosaic_tpu.chunk_grid import LANES, ChunkGrid, chunk_size_and_count, require_uniform_dtype
+from recallax.pallas_kernels.mosaic_tpu.chunk_operands import (
     ChannelOperand,
-    ChunkGrid,
     ChunkOperand,
-    Matrices,
     PerChunkOperand,
     PerHeadOperand,
     TokenOperand,
-    chunk_scan,
-    chunk_size_and_count,
     output_shape,
-    require_uniform_dtype,
-    save_states,
 )
+from recallax.pallas_kernels.mosaic_tpu.chunk_scan import Matrices, chunk_scan, chunk_scan_saving_states
+from recallax.pallas_kernels.selective_scan.reference import SelectiveScanArgs
 
 CHUNK = 64
 """Tokens of a chunk."""
@@ -36,15 +31,7 @@ MAX_LANES = 512
 """Upper bound of the channels of a grid step: independent recurrences, which hide each other's latency."""
 
 
-def selective_scan(
-    x: Float[Array, "B T D"],
-    rate: Float[Array, "B T D"],
-    a: Float[Array, "D N"],
-    b: Float[Array, "B T N"],
-    c: Float[Array, "B T N"],
-    state: Float[Array, "B D N"],
-    document_ids: DocumentIds | None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
+def selective_scan(args: SelectiveScanArgs) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """Compute the recurrence on a TPU.
 
     The arguments and the result are those of `selective_scan.reference.selective_scan`.
@@ -52,6 +39,7 @@ def selective_scan(
     Raises:
         Unsupported: x has another dtype or there is no TPU.
     """
+    x, rate, a, b, c, state, document_ids = args
     require_platform("tpu")
     require_uniform_dtype(x=x)
     rows, length, channels = x.shape
@@ -139,9 +127,8 @@ def _forward(
     chunk_grid: ChunkGrid, inputs: _SelectiveScanOperands, state: Array
 ) -> tuple[tuple[Array, Array], tuple[_SelectiveScanOperands, Float[Array, "B H J N L"]]]:
     operands = inputs.operands()
-    saved = PerChunkOperand(output_shape(*state.shape[:2], chunk_grid.num_chunks, *state.shape[2:]))
-    (final,), (out, states) = chunk_scan(
-        "selective_scan_forward", save_states(_chunk), chunk_grid, (state,), operands, (*operands[1:2], saved)
+    (final,), out, (states,) = chunk_scan_saving_states(
+        "selective_scan_forward", _chunk, chunk_grid, (state,), operands, operands[1]
     )
     return (out, final), (inputs, states)
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from recallax.pallas_kernels.chunking import DocumentIds, join_time, single_document, split_time
+from recallax.pallas_kernels.chunking import join_time, single_document, split_time
+from recallax.pallas_kernels.selective_scan.reference import SelectiveScanArgs
 
 CHUNK = 64
 """Tokens of a chunk."""
@@ -27,19 +28,12 @@ class _SelectiveScanChunk(NamedTuple):
     valid: Bool[Array, "B C"]
 
 
-def selective_scan(
-    x: Float[Array, "B T D"],
-    rate: Float[Array, "B T D"],
-    a: Float[Array, "D N"],
-    b: Float[Array, "B T N"],
-    c: Float[Array, "B T N"],
-    state: Float[Array, "B D N"],
-    document_ids: DocumentIds | None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
+def selective_scan(args: SelectiveScanArgs) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """Compute the recurrence in chunks.
 
     The arguments and the result are those of `selective_scan.reference.selective_scan`.
     """
+    x, rate, a, b, c, state, document_ids = args
     length = x.shape[1]
     document_ids = single_document(*x.shape[:2]) if document_ids is None else document_ids
     chunk_size = min(CHUNK, length)

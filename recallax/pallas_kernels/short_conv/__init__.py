@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from recallax.pallas_kernels.chunking import index_documents
 from recallax.pallas_kernels.dispatch import call_implementation, require
 from recallax.pallas_kernels.short_conv import reference, xla
+from recallax.pallas_kernels.short_conv.reference import ShortConvArgs
 
 __all__ = ["IMPLEMENTATIONS", "short_conv", "short_conv_step"]
 
@@ -50,7 +51,8 @@ def short_conv(
     state = jnp.zeros(state_shape, x.dtype) if state is None else state
     require(op, state.shape == state_shape, f"state has shape {state.shape}; it must be {state_shape}")
     docs = index_documents(jnp.ones((b, t), jnp.int32) if segment_ids is None else segment_ids)
-    out, last = call_implementation(op, IMPLEMENTATIONS, implementation, x, weight.astype(x.dtype), state, docs)
+    args = ShortConvArgs(x, weight.astype(x.dtype), state, docs)
+    out, last = call_implementation(op, IMPLEMENTATIONS, implementation, args)
     return (out if bias is None else out + bias.astype(x.dtype)[None, None]), last
 
 

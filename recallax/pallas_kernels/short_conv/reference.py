@@ -1,5 +1,7 @@
 """Definition of the short convolution: a scan over tokens with a window of the last inputs."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -7,10 +9,18 @@ from jaxtyping import Array, Float
 from recallax.pallas_kernels.chunking import DocumentIds
 
 
-def short_conv(
-    x: Float[Array, "B T D"], weight: Float[Array, "W D"], state: Float[Array, "B W-1 D"], document_ids: DocumentIds
-) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
+class ShortConvArgs(NamedTuple):
+    """Checked arguments of an implementation of `short_conv`."""
+
+    x: Float[Array, "B T D"]
+    weight: Float[Array, "W D"]
+    state: Float[Array, "B W-1 D"]
+    document_ids: DocumentIds
+
+
+def short_conv(args: ShortConvArgs) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """y_t = sum_l weight[W-1-l] x_{t-l}; inputs of earlier documents and of padding are 0."""
+    x, weight, state, document_ids = args
 
     def step(carry, token):
         past, document = carry

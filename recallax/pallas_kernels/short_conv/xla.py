@@ -3,16 +3,16 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import DocumentIds, last_valid
+from recallax.pallas_kernels.chunking import last_valid
+from recallax.pallas_kernels.short_conv.reference import ShortConvArgs
 
 
-def short_conv(
-    x: Float[Array, "B T D"], weight: Float[Array, "W D"], state: Float[Array, "B W-1 D"], document_ids: DocumentIds
-) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
+def short_conv(args: ShortConvArgs) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
     """Convolve rows; the sum over at most W terms is computed in the inputs' dtype.
 
     The arguments and the result are those of `short_conv.reference.short_conv`.
     """
+    x, weight, state, document_ids = args
     length, past = x.shape[1], weight.shape[0] - 1
     inputs = jnp.concatenate([state, jnp.where(document_ids.valid[..., None], x, 0)], axis=1)
     index = jnp.pad(document_ids.index, ((0, 0), (past, 0)))  # the state belongs to document 0

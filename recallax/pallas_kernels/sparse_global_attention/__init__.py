@@ -19,7 +19,9 @@ from jaxtyping import Array, Float, Int
 from recallax.pallas_kernels.chunking import DocumentIds, index_documents, last_valid
 from recallax.pallas_kernels.dispatch import call_implementation, require
 from recallax.pallas_kernels.grid import GridBlocks, gather_tokens, grid_blocks, misaligned_rows
+from recallax.pallas_kernels.grouped_heads import check_grouped_queries
 from recallax.pallas_kernels.sparse_global_attention import reference, xla
+from recallax.pallas_kernels.sparse_global_attention.reference import SparseGlobalArgs
 from recallax.pallas_kernels.sparse_global_attention.selection_candidates import (
     FullCache,
     QueryBlocks,
@@ -41,39 +43,8 @@ __all__ = [
 ]
 
 
-def _reference_attention(
-    q,
-    candidates,
-    positions,
-    document_ids,
-    blocks,
-    index,
-    mask,
-    grid_parts,
-    block_offset,
-    window,
-    block_size,
-    score_bias,
-    top_k,
-):
-    place = jnp.arange(q.shape[1])[None] + (
-        jnp.zeros_like(positions[:, :1]) if block_offset is None else block_offset[:, None]
-    )
-    selection_query = gather_tokens(
-        jnp.moveaxis(blocks.selection_query, 0, 1), jnp.broadcast_to(place, positions.shape) // block_size
-    )
-    return reference.attend(
-        q, candidates, positions, document_ids, selection_query, window, top_k, block_size, score_bias
-    )
-
-
-def _xla_attention(*arguments):
-    *rest, _ = arguments
-    return xla.blockwise(*rest)
-
-
 OP = "sparse_global_attention"
-IMPLEMENTATIONS = {"reference": _reference_attention, "xla": _xla_attention}
+IMPLEMENTATIONS = {"reference": reference.sparse_global_attention, "xla": xla.sparse_global_attention}
 
 
 def sparse_global_attention(
@@ -128,8 +99,8 @@ def sparse_global_attention(
     index, mask = xla.select_tokens(candidates, blocks, top_k, block_size, window)
     q = q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
     arrays = (q, candidates, positions, docs, blocks, index, mask, parts, block_offset)
-    sizes = (window, block_size, score_bias, top_k)
-    out = call_implementation(OP, IMPLEMENTATIONS, implementation, *arrays, *sizes).astype(v.dtype)
+    args = SparseGlobalArgs(*arrays, window, block_size, score_bias, top_k)
+    out = call_implementation(OP, IMPLEMENTATIONS, implementation, args).astype(v.dtype)
     wrong = misaligned_rows(positions, segment_ids, parts, block_size)
     out = jnp.where(wrong[:, None, None, None], jnp.full_like(out, jnp.nan), out)
     if state is None:
@@ -140,12 +111,8 @@ def sparse_global_attention(
 
 def _check_shapes(op: str, q: Array, k: Array, v: Array, selection_key: Array, selection_query: Array | None) -> None:
     """Raise ValueError unless the shapes match."""
-    b, t, h, width = q.shape
-    g = k.shape[2]
-    require(op, t >= 1, f"q has {t} tokens; it needs at least 1")
-    require(op, k.shape == (b, t, g, width), f"k has shape {k.shape}; it must be {(b, t, 'G', width)}")
-    require(op, v.shape[:3] == (b, t, g), f"v has shape {v.shape}; it must begin with {(b, t, g)}")
-    require(op, h % g == 0, f"{h} query heads cannot share {g} key/value heads; use a divisor of {h}")
+    b, t = q.shape[:2]
+    check_grouped_queries(op, q, k, v)
     shape = selection_key.shape
     require(op, shape[:2] == (b, t), f"selection_key has shape {shape}; it must begin with {(b, t)}")
     same_shape = selection_query is None or selection_query.shape == shape

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.einsum_f32 import einsum_f32
-from recallax.pallas_kernels.grid import GridBlocks, gather_tokens, merge_grid_blocks, split_grid_blocks
+from recallax.pallas_kernels.grid import gather_tokens, merge_grid_blocks, split_grid_blocks
 from recallax.pallas_kernels.masked_logit import MASKED_LOGIT
+from recallax.pallas_kernels.sparse_global_attention.reference import SparseGlobalArgs
 from recallax.pallas_kernels.sparse_global_attention.selection_candidates import (
     QueryBlocks,
     SelectionCandidates,
@@ -48,36 +48,13 @@ def select_tokens(
     return jax.lax.map(block, blocks)
 
 
-def blockwise(
-    q: Float[Array, "B T H K"],
-    candidates: SelectionCandidates,
-    positions: Int[Array, "B T"],
-    document_ids: DocumentIds,
-    blocks: QueryBlocks,
-    index: Int[Array, "N B C"],
-    mask: Bool[Array, "N B C"],
-    grid_parts: GridBlocks,
-    block_offset: Int[Array, " B"] | None,
-    window: int,
-    block_size: int,
-    score_bias: bool,
-) -> Float[Array, "B T H V"]:
+def sparse_global_attention(args: SparseGlobalArgs) -> Float[Array, "B T H V"]:
     """Compute attention over the selected tokens and those of the window.
 
-    Args:
-        q: Scaled queries.
-        candidates: The candidates.
-        positions: Positions of the queries within documents.
-        document_ids: Documents of the row.
-        blocks: Blocks of queries.
-        index: Indices of the selected candidates.
-        mask: True for valid indices.
-        grid_parts: Tokens of the row in each block.
-        block_offset: Tokens of each row's first block before the row; None: 0.
-        window: Tokens of the window.
-        block_size: Tokens of a block.
-        score_bias: Add log sigmoid(score) to the logits of selected tokens.
+    The arguments and the result are those of `sparse_global_attention.reference.sparse_global_attention`.
     """
+    q, candidates, positions, document_ids, blocks, index, mask, grid_parts, block_offset = args[:9]
+    window, block_size, score_bias = args.window, args.block_size, args.score_bias
     width = grid_parts.token_index.shape[2]
     window_offset = jnp.arange(window - 1 + width, dtype=jnp.int32) - (window - 1)
     near = candidates.first_new + grid_parts.token_index[..., :1] + window_offset[None, None]

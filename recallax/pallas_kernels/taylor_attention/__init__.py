@@ -14,8 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels import feature_maps
 from recallax.pallas_kernels.chunking import index_documents
-from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
+from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, lazy_kernels, require
 from recallax.pallas_kernels.taylor_attention import reference, xla
+from recallax.pallas_kernels.taylor_attention.reference import TaylorAttentionArgs
 
 __all__ = [
     "FEATURE_MAPS",
@@ -31,12 +32,11 @@ __all__ = [
 IMPLEMENTATIONS = {
     "reference": reference.taylor_attention,
     "xla": xla.taylor_attention,
-    "mosaic_gpu": lazy_kernel("recallax.pallas_kernels.taylor_attention.mosaic_gpu", "taylor_attention"),
-    "mosaic_tpu": lazy_kernel("recallax.pallas_kernels.taylor_attention.mosaic_tpu", "taylor_attention"),
+    **lazy_kernels("taylor_attention", "mosaic_gpu", "mosaic_tpu"),
 }
 STEP_IMPLEMENTATIONS = {
     "xla": xla.add_and_read,
-    "mosaic_gpu": lazy_kernel("recallax.pallas_kernels.taylor_attention.mosaic_gpu.taylor_step", "add_and_read"),
+    "mosaic_gpu": lazy_kernel("taylor_attention.mosaic_gpu.taylor_step", "add_and_read"),
 }
 FEATURE_MAPS = {"symmetric": feature_maps.taylor, "full": feature_maps.taylor_full}
 """Feature map of each expansion."""
@@ -107,9 +107,8 @@ def taylor_attention(
     packed = None if state is None else jnp.concatenate([state.kv, state.z[..., None]], axis=-1)
     docs = None if segment_ids is None else index_documents(segment_ids)
     v_and_ones = jnp.concatenate([v, ones], axis=-1)
-    sums, packed = call_implementation(
-        op, IMPLEMENTATIONS, implementation, q, k, v_and_ones, packed, docs, FEATURE_MAPS[features]
-    )
+    args = TaylorAttentionArgs(q, k, v_and_ones, packed, docs, FEATURE_MAPS[features])
+    sums, packed = call_implementation(op, IMPLEMENTATIONS, implementation, args)
     return _normalize(sums).astype(v.dtype), TaylorState(packed[..., :-1], packed[..., -1])
 
 

@@ -7,7 +7,6 @@ each chunk, and the backward pass scans the chunks in reverse.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,42 +15,33 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.dispatch import Unsupported
 from recallax.pallas_kernels.feature_maps import taylor, taylor_score
 from recallax.pallas_kernels.mosaic_tpu import token_decay as decays
 from recallax.pallas_kernels.mosaic_tpu.blockwise_channel_decay import chunk_decay
-from recallax.pallas_kernels.mosaic_tpu.chunk_scan import (
+from recallax.pallas_kernels.mosaic_tpu.chunk_grid import (
     ChunkGrid,
-    ChunkOperand,
-    Matrices,
-    PerChunkOperand,
-    SharedOperand,
-    TokenOperand,
-    chunk_scan,
-    dot,
-    dot_tn,
     head_major,
     make_chunk_grid,
-    output_shape,
     require_uniform_dtype,
-    save_states,
     split_chunks,
     time_major,
 )
+from recallax.pallas_kernels.mosaic_tpu.chunk_operands import (
+    ChunkOperand,
+    PerChunkOperand,
+    SharedOperand,
+    TokenOperand,
+)
+from recallax.pallas_kernels.mosaic_tpu.chunk_scan import Matrices, chunk_scan, chunk_scan_saving_states
+from recallax.pallas_kernels.mosaic_tpu.matmul import dot, dot_tn
+from recallax.pallas_kernels.taylor_attention.reference import TaylorAttentionArgs
 
 CHUNK = 128
 """Tokens of a chunk."""
 
 
-def taylor_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    state: Float[Array, "B H F V"] | None,
-    document_ids: DocumentIds | None,
-    feature_map: Callable[[Array], Array],
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
+def taylor_attention(args: TaylorAttentionArgs) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """Compute the unnormalised sums on a TPU.
 
     The arguments and the result are those of `taylor_attention.reference.taylor_attention`.
@@ -59,6 +49,7 @@ def taylor_attention(
     Raises:
         Unsupported: The features are not symmetric, the dtypes differ or there is no TPU.
     """
+    q, k, v, state, document_ids, feature_map = args
     length, width = q.shape[1], q.shape[3]
     chunk_grid = make_chunk_grid(CHUNK, length, v, q.shape[2])
     require_uniform_dtype(q=q, k=k, v=v)
@@ -175,10 +166,9 @@ type _TaylorResiduals = tuple[_TaylorOperands, Float[Array, "B H N F V"]]
 def _forward(
     chunk_grid: ChunkGrid, inputs: _TaylorOperands, state: Array
 ) -> tuple[tuple[Array, Array], _TaylorResiduals]:
-    saved = PerChunkOperand(output_shape(*state.shape[:2], chunk_grid.num_chunks, *state.shape[2:]))
-    body = save_states(functools.partial(_chunk, inputs.v.dtype))
-    (final,), (out, states) = chunk_scan(
-        "taylor_attention_forward", body, chunk_grid, (state,), inputs.operands(), (TokenOperand(inputs.v), saved)
+    body = functools.partial(_chunk, inputs.v.dtype)
+    (final,), out, (states,) = chunk_scan_saving_states(
+        "taylor_attention_forward", body, chunk_grid, (state,), inputs.operands(), TokenOperand(inputs.v)
     )
     return (out, final), (inputs, states)
 

@@ -1,30 +1,22 @@
 """BASED in XLA: polynomial scores within a chunk, features for the carried state only."""
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.chunked_linear_attention import SimilarityKernel, chunked_linear_attention
-from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.feature_maps import taylor_score
+from recallax.pallas_kernels.taylor_attention.reference import TaylorAttentionArgs
 
 CHUNK = 256
 """Tokens of a chunk. Longer than for linear attention: in shorter rows, scores cost less than features per token."""
 
 
-def taylor_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    state: Float[Array, "B H F V"] | None,
-    document_ids: DocumentIds | None,
-    feature_map: Callable[[Array], Array],
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
+def taylor_attention(args: TaylorAttentionArgs) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """Compute the unnormalised sums in chunks.
 
     The arguments and the result are those of `taylor_attention.reference.taylor_attention`.
     """
+    q, k, v, state, document_ids, feature_map = args
     kernel = SimilarityKernel(taylor_score, feature_map)
     return chunked_linear_attention(q, k, v, None, state, document_ids, kernel=kernel, chunk_size=CHUNK)
 

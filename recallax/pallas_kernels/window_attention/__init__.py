@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import index_documents
-from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernel, require
+from recallax.pallas_kernels.dispatch import call_implementation, lazy_kernels, require
+from recallax.pallas_kernels.grouped_heads import check_grouped_queries
 from recallax.pallas_kernels.kv_cache import (
     KVCache,
     PersistentKV,
@@ -20,6 +21,7 @@ from recallax.pallas_kernels.kv_cache import (
     update_kv_cache_step,
 )
 from recallax.pallas_kernels.window_attention import xla
+from recallax.pallas_kernels.window_attention.reference import WindowAttentionArgs
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -33,8 +35,7 @@ __all__ = [
 IMPLEMENTATIONS = {
     "reference": xla.dense,
     "xla": xla.blockwise,
-    "cudnn": lazy_kernel("recallax.pallas_kernels.window_attention.cudnn", "window_attention"),
-    "splash": lazy_kernel("recallax.pallas_kernels.window_attention.splash", "window_attention"),
+    **lazy_kernels("window_attention", "cudnn", "splash"),
 }
 
 
@@ -73,23 +74,22 @@ def window_attention(
         ValueError: Shapes do not match, or a state is given without positions.
     """
     op = "window_attention"
-    b, t, h, width = q.shape
-    g = k.shape[2]
-    require(op, t >= 1, f"q has {t} tokens; it needs at least 1")
-    require(op, k.shape == (b, t, g, width), f"k has shape {k.shape}; it must be {(b, t, 'G', width)}")
-    require(op, v.shape[:3] == (b, t, g), f"v has shape {v.shape}; it must begin with {(b, t, g)}")
-    require(op, h % g == 0, f"{h} query heads cannot share {g} key/value heads; use a divisor of {h}")
+    check_grouped_queries(op, q, k, v)
+    b, t, _, width = q.shape
     require(op, window is None or window >= 1, f"window is {window}; it must be at least 1")
     require(op, state is None or positions is not None, "a state requires positions")
     if persistent is not None:
         shape = persistent.k.shape
-        require(op, shape[1:] == (g, width), f"persistent keys have shape {shape}; it must be [P, {g}, {width}]")
+        require(
+            op,
+            shape[1:] == (k.shape[2], width),
+            f"persistent keys have shape {shape}; it must be [P, {k.shape[2]}, {width}]",
+        )
     docs = None if segment_ids is None else index_documents(segment_ids)
     q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
     cached = (None, None) if state is None else (state, positions)
-    out = call_implementation(op, IMPLEMENTATIONS, implementation, q, k, v, docs, window, persistent, *cached).astype(
-        v.dtype
-    )
+    args = WindowAttentionArgs(q, k, v, docs, window, persistent, *cached)
+    out = call_implementation(op, IMPLEMENTATIONS, implementation, args).astype(v.dtype)
     if state is None or positions is None:
         return out, None
     return out, update_kv_cache(
@@ -163,10 +163,9 @@ def masked_attention(
     Raises:
         ValueError: Shapes do not match.
     """
-    op, (b, t, h, width), (_, s, g, _) = "masked_attention", q.shape, k.shape
-    require(op, k.shape == (b, s, g, width), f"k has shape {k.shape}; it must be {(b, 'S', 'G', width)}")
-    require(op, v.shape[:3] == (b, s, g), f"v has shape {v.shape}; it must begin with {(b, s, g)}")
-    require(op, h % g == 0, f"{h} query heads cannot share {g} key/value heads; use a divisor of {h}")
-    require(op, visible.shape == (b, t, s), f"visible has shape {visible.shape}; it must be {(b, t, s)}")
-    q = q * jnp.asarray(width**-0.5 if scale is None else scale, q.dtype)
+    op = "masked_attention"
+    check_grouped_queries(op, q, k, v, same_length=False)
+    mask_shape = (*q.shape[:2], k.shape[1])
+    require(op, visible.shape == mask_shape, f"visible has shape {visible.shape}; it must be {mask_shape}")
+    q = q * jnp.asarray(q.shape[-1] ** -0.5 if scale is None else scale, q.dtype)
     return xla.attend(q, *prepend_persistent(persistent, k, v, visible)).astype(v.dtype)

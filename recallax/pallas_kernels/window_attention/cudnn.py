@@ -4,11 +4,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.dispatch import Unsupported, platform
-from recallax.pallas_kernels.kv_cache import KVCache, PersistentKV
+from recallax.pallas_kernels.window_attention.reference import WindowAttentionArgs
 
 LIBRARY: Literal["cudnn", "xla"] = "cudnn"
 """Implementation of `jax.nn.dot_product_attention`. Tests use "xla", which has the same arguments on any platform."""
@@ -16,16 +15,7 @@ MAX_HEAD_DIM = 128
 """Largest head dimension that cuDNN supports on GPUs before Hopper."""
 
 
-def window_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    document_ids: DocumentIds | None,
-    window: int | None,
-    persistent: PersistentKV | None,
-    cache: KVCache | None,
-    positions: Int[Array, "B T"] | None,
-) -> Float[Array, "B T H V"]:
+def window_attention(args: WindowAttentionArgs) -> Float[Array, "B T H V"]:
     """Compute attention over whole rows of one document each, in bfloat16 or float16.
 
     The arguments and the result are those of `window_attention.xla.dense`.
@@ -33,6 +23,7 @@ def window_attention(
     Raises:
         Unsupported: There is no GPU, or cuDNN does not support the arguments.
     """
+    q, k, v, document_ids, window, persistent, cache, _ = args
     if LIBRARY == "cudnn" and platform() != "gpu":
         raise Unsupported(f"cuDNN needs a GPU and this is a {platform().upper()}")
     if document_ids is not None:

@@ -1,10 +1,32 @@
 """Definition of softmax attention with a mask: the scores of all pairs, in float32 or wider."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from recallax.pallas_kernels.chunking import accumulator_dtype
+from recallax.pallas_kernels.chunking import DocumentIds, accumulator_dtype
+from recallax.pallas_kernels.kv_cache import KVCache, PersistentKV
+
+
+class WindowAttentionArgs(NamedTuple):
+    """Checked arguments of an implementation of `window_attention`."""
+
+    q: Float[Array, "B T H K"]
+    """Scaled queries."""
+    k: Float[Array, "B T G K"]
+    v: Float[Array, "B T G V"]
+    document_ids: DocumentIds | None
+    """None: one document per row."""
+    window: int | None
+    """Tokens that a query sees, itself included; None: all earlier tokens."""
+    persistent: PersistentKV | None
+    """Keys and values that every query sees."""
+    cache: KVCache | None
+    """Keys and values of the tokens before the row."""
+    positions: Int[Array, "B T"] | None
+    """Positions within documents; given with a cache."""
 
 
 def attend(

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import DocumentIds, to_segment_ids
+from recallax.pallas_kernels.chunking import to_segment_ids
 from recallax.pallas_kernels.dispatch import Unsupported, interpreting, require_platform
-from recallax.pallas_kernels.kv_cache import KVCache, PersistentKV
+from recallax.pallas_kernels.window_attention.reference import WindowAttentionArgs
 
 LANES = 128
 """Lanes of a vector register; widths and lengths are padded to multiples of it."""
@@ -19,16 +19,7 @@ MAX_BLOCK = 512
 """Upper bound of the block of queries and of keys."""
 
 
-def window_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    document_ids: DocumentIds | None,
-    window: int | None,
-    persistent: PersistentKV | None,
-    cache: KVCache | None,
-    positions: Int[Array, "B T"] | None,
-) -> Float[Array, "B T H V"]:
+def window_attention(args: WindowAttentionArgs) -> Float[Array, "B T H V"]:
     """Compute attention over whole rows; widths and time are padded with zeros to multiples of 128.
 
     The arguments and the result are those of `window_attention.xla.dense`.
@@ -36,6 +27,7 @@ def window_attention(
     Raises:
         Unsupported: There is no TPU, or persistent keys or a cache are given.
     """
+    q, k, v, document_ids, window, persistent, cache, _ = args
     require_platform("tpu")
     if persistent is not None:
         raise Unsupported("persistent keys are given, which a window cannot express")

@@ -9,9 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recallax.pallas_kernels.chunking import DocumentIds, accumulator_dtype, join_time, single_document, split_time
 from recallax.pallas_kernels.einsum_f32 import einsum_f32
-from recallax.pallas_kernels.kv_cache import KVCache, PersistentKV, cached_positions, prepend_persistent
+from recallax.pallas_kernels.kv_cache import KVCache, cached_positions, prepend_persistent
 from recallax.pallas_kernels.masked_logit import MASKED_LOGIT
 from recallax.pallas_kernels.window_attention import reference
+from recallax.pallas_kernels.window_attention.reference import WindowAttentionArgs
 
 BLOCK = 256
 """Queries of a block."""
@@ -27,28 +28,9 @@ class _CachedKV(NamedTuple):
     query_positions: Int[Array, "B T"]
 
 
-def dense(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    document_ids: DocumentIds | None,
-    window: int | None,
-    persistent: PersistentKV | None,
-    cache: KVCache | None,
-    positions: Int[Array, "B T"] | None,
-) -> Float[Array, "B T H V"]:
-    """Apply the definition to cached and new keys.
-
-    Args:
-        q: Scaled queries.
-        k: Keys.
-        v: Values.
-        document_ids: Documents of each row; None: one document without padding.
-        window: Tokens that a query sees, itself included; None: all earlier tokens.
-        persistent: Keys and values that every query sees.
-        cache: Keys and values of the tokens before the row.
-        positions: Positions within documents; required with a cache.
-    """
+def dense(args: WindowAttentionArgs) -> Float[Array, "B T H V"]:
+    """Apply the definition to cached and new keys."""
+    q, k, v, document_ids, window, persistent, cache, positions = args
     document_ids = single_document(*q.shape[:2]) if document_ids is None else document_ids
     time = jnp.arange(q.shape[1])
     visible = _visibility_mask(document_ids, document_ids, time, time, window)
@@ -56,22 +38,14 @@ def dense(
     return reference.attend(q, *prepend_persistent(persistent, *joined))
 
 
-def blockwise(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    document_ids: DocumentIds | None,
-    window: int | None,
-    persistent: PersistentKV | None,
-    cache: KVCache | None,
-    positions: Int[Array, "B T"] | None,
-) -> Float[Array, "B T H V"]:
+def blockwise(args: WindowAttentionArgs) -> Float[Array, "B T H V"]:
     """Compute attention by blocks of queries, each against the keys within reach of its window.
 
     Scores are recomputed in the backward pass.
 
     The arguments and the result are those of `window_attention.xla.dense`.
     """
+    q, k, v, document_ids, window, persistent, cache, positions = args
     length, past = q.shape[1], _cached_kv(cache, positions)
     document_ids = single_document(*q.shape[:2]) if document_ids is None else document_ids
     if length <= BLOCK:

@@ -12,7 +12,6 @@ and the state float32. Decays and erase strengths per channel have kernels of th
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.delta_rule.mosaic_gpu.backward import delta_rule_bwd
 from recallax.pallas_kernels.delta_rule.mosaic_gpu.delta_channel_decay import (
     DeltaChannelInputs,
@@ -20,6 +19,7 @@ from recallax.pallas_kernels.delta_rule.mosaic_gpu.delta_channel_decay import (
 )
 from recallax.pallas_kernels.delta_rule.mosaic_gpu.delta_sequence_splits import choose_num_delta_splits
 from recallax.pallas_kernels.delta_rule.mosaic_gpu.forward import DeltaRuleInputs, delta_rule_fwd, delta_rule_primal
+from recallax.pallas_kernels.delta_rule.reference import DeltaRuleArgs
 from recallax.pallas_kernels.dispatch import use_interpreter
 from recallax.pallas_kernels.mosaic_gpu.cumulative_decay import bounded_log2_decay, log2_token_decay
 from recallax.pallas_kernels.mosaic_gpu.kernel_inputs import (
@@ -34,17 +34,7 @@ from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import CHUNK
 _delta_rule = kernel_custom_vjp(delta_rule_primal, delta_rule_fwd, delta_rule_bwd)
 
 
-def delta_rule(
-    q: Float[Array, "B T G K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T H V"],
-    erase: Float[Array, "B T H W"],
-    write: Float[Array, "B T H 1"],
-    log_decay: Float[Array, "B T H W2"] | None,
-    state: Float[Array, "B H K V"],
-    document_ids: DocumentIds | None,
-    scale: float,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+def delta_rule(args: DeltaRuleArgs) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Compute the gated delta rule on Hopper.
 
     The arguments and the result are those of `delta_rule.reference.delta_rule`.
@@ -52,6 +42,7 @@ def delta_rule(
     Raises:
         Unsupported: If a width or a dtype is not supported, or if there is neither a GPU nor `interpret_kernels()`.
     """
+    q, k, v, erase, write, log_decay, state, document_ids, scale = args
     interpret = use_interpreter("gpu")
     (rows, length, heads, v_dim), k_dim = v.shape, q.shape[3]
     require_head_dims(k_dim, v_dim)

@@ -7,10 +7,9 @@ block. `landmark_visibility.py` computes what queries see, `landmark_tiles.py` p
 the backward pass.
 """
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from recallax.pallas_kernels.dispatch import Unsupported, use_interpreter
-from recallax.pallas_kernels.landmark_attention.landmark_blocks import LandmarkCache
 from recallax.pallas_kernels.landmark_attention.mosaic_gpu.backward import landmark_attention_bwd
 from recallax.pallas_kernels.landmark_attention.mosaic_gpu.forward import (
     landmark_attention_fwd,
@@ -18,6 +17,7 @@ from recallax.pallas_kernels.landmark_attention.mosaic_gpu.forward import (
 )
 from recallax.pallas_kernels.landmark_attention.mosaic_gpu.landmark_tiles import NUM_CONSUMER_WGS, LandmarkKernelConfig
 from recallax.pallas_kernels.landmark_attention.mosaic_gpu.landmark_visibility import compute_visibility
+from recallax.pallas_kernels.landmark_attention.reference import LandmarkAttentionArgs
 from recallax.pallas_kernels.mosaic_gpu.kernel_inputs import pad_tokens, require_bfloat16, require_head_dims
 from recallax.pallas_kernels.mosaic_gpu.kernel_launch import kernel_custom_vjp
 from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import CHUNK
@@ -28,15 +28,7 @@ PADDED_BLOCK_SIZES = (16, 32, 64)
 _landmark_attention = kernel_custom_vjp(landmark_attention_primal, landmark_attention_fwd, landmark_attention_bwd)
 
 
-def landmark_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    segment_ids: Int[Array, "B T"] | None,
-    positions: Int[Array, "B T"],
-    block_size: int,
-    cache: LandmarkCache | None,
-) -> Float[Array, "B T H V"]:
+def landmark_attention(args: LandmarkAttentionArgs) -> Float[Array, "B T H V"]:
     """Compute landmark attention over whole rows on Hopper.
 
     The arguments and the result are those of `landmark_attention.xla.dense`.
@@ -44,6 +36,7 @@ def landmark_attention(
     Raises:
         Unsupported: If an argument is not supported, or if there is neither a GPU nor `interpret_kernels()`.
     """
+    q, k, v, segment_ids, positions, block_size, cache = args
     interpret = use_interpreter("gpu")
     if cache is not None:
         raise Unsupported("blocks from before the row are given; the kernel takes whole rows only")

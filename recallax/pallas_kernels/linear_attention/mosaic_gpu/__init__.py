@@ -14,7 +14,6 @@ products are bfloat16, sums and the state float32. Decays per channel have kerne
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.dispatch import use_interpreter
 from recallax.pallas_kernels.linear_attention.mosaic_gpu.backward import linear_attention_bwd
 from recallax.pallas_kernels.linear_attention.mosaic_gpu.forward import (
@@ -26,6 +25,7 @@ from recallax.pallas_kernels.linear_attention.mosaic_gpu.linear_channel_decay im
     LinearChannelInputs,
     linear_attention_channel_decay,
 )
+from recallax.pallas_kernels.linear_attention.reference import LinearAttentionArgs
 from recallax.pallas_kernels.mosaic_gpu.cumulative_decay import bounded_log2_decay, log2_token_decay
 from recallax.pallas_kernels.mosaic_gpu.kernel_inputs import (
     pad_document_ids,
@@ -40,15 +40,7 @@ from recallax.pallas_kernels.mosaic_gpu.warpgroup_primitives import CHUNK
 _linear_attention = kernel_custom_vjp(linear_attention_primal, linear_attention_fwd, linear_attention_bwd)
 
 
-def linear_attention(
-    q: Float[Array, "B T G K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T H V"],
-    log_decay: Float[Array, "B T H W"] | None,
-    state: Float[Array, "B H K V"] | None,
-    document_ids: DocumentIds | None,
-    scale: float,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+def linear_attention(args: LinearAttentionArgs) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Compute linear attention on Hopper.
 
     The arguments and the result are those of `linear_attention.reference.linear_attention`.
@@ -56,6 +48,7 @@ def linear_attention(
     Raises:
         Unsupported: If a width or a dtype is not supported, or if there is neither a GPU nor `interpret_kernels()`.
     """
+    q, k, v, log_decay, state, document_ids, scale = args
     interpret = use_interpreter("gpu")
     (rows, length, heads, v_dim), k_dim = v.shape, q.shape[3]
     require_head_dims(k_dim, v_dim)

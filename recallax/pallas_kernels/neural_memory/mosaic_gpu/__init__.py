@@ -28,6 +28,7 @@ from recallax.pallas_kernels.neural_memory.mosaic_gpu.forward import (
     linear_memory_primal,
 )
 from recallax.pallas_kernels.neural_memory.mosaic_gpu.memory_chunk_loops import ChunkCoefficients, StateCoefficients
+from recallax.pallas_kernels.neural_memory.reference import NeuralMemoryArgs
 from recallax.pallas_kernels.neural_memory.sequential_memory import (
     require_sequential,
     shifted_coefficients,
@@ -36,7 +37,6 @@ from recallax.pallas_kernels.neural_memory.sequential_memory import (
 from recallax.pallas_kernels.neural_memory.update_coefficients import (
     FastWeights,
     MemoryInputs,
-    OuterParams,
     pad_to_chunks,
     update_coefficients,
 )
@@ -44,13 +44,7 @@ from recallax.pallas_kernels.neural_memory.update_coefficients import (
 _linear_memory = kernel_custom_vjp(linear_memory_primal, linear_memory_fwd, linear_memory_bwd)
 
 
-def neural_memory(
-    inner_optimizer: InnerOptimizer,
-    outer_params: OuterParams,
-    tokens: MemoryInputs,
-    document_ids: DocumentIds,
-    memory: FastWeights,
-) -> tuple[Float[Array, "B M H D"], FastWeights]:
+def neural_memory(args: NeuralMemoryArgs) -> tuple[Float[Array, "B M H D"], FastWeights]:
     """Compute the linear memory with a gradient per token on Hopper.
 
     The arguments and the result are those of `neural_memory.reference.neural_memory`.
@@ -59,6 +53,7 @@ def neural_memory(
         Unsupported: If the inner optimizer, a width or a dtype is not supported, or if there is neither a GPU nor
             `interpret_kernels()`.
     """
+    inner_optimizer, outer_params, tokens, document_ids, memory = args
     require_sequential(inner_optimizer, outer_params)
     interpret = use_interpreter("gpu")
     if tokens.q.shape[3] not in SUPPORTED_HEAD_DIMS:

@@ -9,7 +9,6 @@ a multiple of eight states, so states are padded with zeros: with one state per 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.dispatch import Unsupported, use_interpreter
 from recallax.pallas_kernels.mosaic_gpu.cumulative_decay import LOG2E
 from recallax.pallas_kernels.mosaic_gpu.kernel_launch import LaunchConfig, kernel_custom_vjp
@@ -24,6 +23,7 @@ from recallax.pallas_kernels.selective_scan.mosaic_gpu.scan_blocks import (
     STATE_MULTIPLE,
     SelectiveScanInputs,
 )
+from recallax.pallas_kernels.selective_scan.reference import SelectiveScanArgs
 
 MAX_STATES = 32
 """States per channel at most: the backward pass keeps 16 tokens' states in shared memory."""
@@ -37,15 +37,7 @@ NUM_PASSES = 2
 _scan = kernel_custom_vjp(selective_scan_primal, selective_scan_fwd, selective_scan_bwd)
 
 
-def selective_scan(
-    x: Float[Array, "B T D"],
-    rate: Float[Array, "B T D"],
-    a: Float[Array, "D N"],
-    b: Float[Array, "B T N"],
-    c: Float[Array, "B T N"],
-    state: Float[Array, "B D N"],
-    document_ids: DocumentIds | None,
-) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
+def selective_scan(args: SelectiveScanArgs) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """Compute the selective scan on Hopper.
 
     The arguments and the result are those of `selective_scan.reference.selective_scan`.
@@ -53,6 +45,7 @@ def selective_scan(
     Raises:
         Unsupported: If the dtype or N is not supported, or if there is neither a GPU nor `interpret_kernels()`.
     """
+    x, rate, a, b, c, state, document_ids = args
     interpret = use_interpreter("gpu")
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise Unsupported(f"x is {x.dtype}; it must be float32 or bfloat16")

@@ -6,13 +6,10 @@ phi(q) S, for keys, transposed, as that of S + phi(k)^T v. The state has 3 x 64 
 used; it and the sums z of the denominators are carried in float32. `backward.py` has the gradients.
 """
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from recallax.pallas_kernels import feature_maps
-from recallax.pallas_kernels.chunking import DocumentIds
 from recallax.pallas_kernels.dispatch import Unsupported, use_interpreter
 from recallax.pallas_kernels.mosaic_gpu.cumulative_decay import document_gates
 from recallax.pallas_kernels.mosaic_gpu.kernel_inputs import pad_document_ids, pad_tokens, require_bfloat16
@@ -29,18 +26,12 @@ from recallax.pallas_kernels.taylor_attention.mosaic_gpu.taylor_features import 
     PADDED_HEAD_K_DIM,
     feature_scales,
 )
+from recallax.pallas_kernels.taylor_attention.reference import TaylorAttentionArgs
 
 _taylor_attention = kernel_custom_vjp(taylor_attention_primal, taylor_attention_fwd, taylor_attention_bwd)
 
 
-def taylor_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H V"],
-    state: Float[Array, "B H F V"] | None,
-    document_ids: DocumentIds | None,
-    feature_map: Callable[[Array], Array],
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
+def taylor_attention(args: TaylorAttentionArgs) -> tuple[Float[Array, "B T H V"], Float[Array, "B H F V"]]:
     """Compute the numerators and denominators of BASED's attention on Hopper.
 
     The arguments and the result are those of `taylor_attention.reference.taylor_attention`.
@@ -49,6 +40,7 @@ def taylor_attention(
         Unsupported: If the features, a width or a dtype are not supported, or if there is neither a GPU nor
             `interpret_kernels()`.
     """
+    q, k, v, state, document_ids, feature_map = args
     interpret = use_interpreter("gpu")
     if feature_map is not feature_maps.taylor:
         raise Unsupported("features is not the symmetric expansion, which it must be")
