@@ -14,11 +14,12 @@ class ShortConvArgs(NamedTuple):
 
     x: Float[Array, "B T D"]
     weight: Float[Array, "W D"]
-    state: Float[Array, "B W-1 D"]
+    state: Float[Array, "B P D"]
+    """The last P = W - 1 inputs before the row."""
     document_ids: DocumentIds
 
 
-def short_conv(args: ShortConvArgs) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
+def short_conv(args: ShortConvArgs) -> tuple[Float[Array, "B T D"], Float[Array, "B P D"]]:
     """y_t = sum_l weight[W-1-l] x_{t-l}; inputs of earlier documents and of padding are 0."""
     x, weight, state, document_ids = args
 

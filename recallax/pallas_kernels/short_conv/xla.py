@@ -7,7 +7,7 @@ from recallax.pallas_kernels.chunking import last_valid
 from recallax.pallas_kernels.short_conv.reference import ShortConvArgs
 
 
-def short_conv(args: ShortConvArgs) -> tuple[Float[Array, "B T D"], Float[Array, "B W-1 D"]]:
+def short_conv(args: ShortConvArgs) -> tuple[Float[Array, "B T D"], Float[Array, "B P D"]]:
     """Convolve rows; the sum over at most W terms is computed in the inputs' dtype.
 
     The arguments and the result are those of `short_conv.reference.short_conv`.
