@@ -26,14 +26,24 @@ CLASSES = {
 }
 """Old class name to new class name."""
 
+_SOFTMAX_ATTENTION = {
+    "heads": "num_heads",
+    "kv_heads": "num_kv_heads",
+    "persistent": "num_persistent_tokens",
+    "rotary_base": "rope_theta",
+}
+_DELTA_RULE = {
+    "conv": "conv_size",
+    "eps": "norm_eps",
+    "heads": "num_heads",
+    "key_dim": "head_k_dim",
+    "max_beta": "allow_neg_eigval",
+    "value_dim": "head_v_dim",
+}
+
 FIELDS: dict[str, dict[str, str]] = {
     "AdamW": {"clip": "max_grad_norm", "final": "min_lr_ratio", "warmup": "warmup_ratio"},
-    "Attention": {
-        "heads": "num_heads",
-        "kv_heads": "num_kv_heads",
-        "persistent": "num_persistent_tokens",
-        "rotary_base": "rope_theta",
-    },
+    "Attention": _SOFTMAX_ATTENTION,
     "Autoencoder": {"hidden": "hidden_size"},
     "BPE": {"boundary": "eos_token"},
     "BaseConv": {"width": "conv_size"},
@@ -48,14 +58,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "z_weight": "router_z_loss_weight",
     },
     "Copying": {"alphabet": "alphabet_size"},
-    "DeltaNet": {
-        "conv": "conv_size",
-        "eps": "norm_eps",
-        "heads": "num_heads",
-        "key_dim": "head_k_dim",
-        "max_beta": "allow_neg_eigval",
-        "value_dim": "head_v_dim",
-    },
+    "DeltaNet": _DELTA_RULE,
     "DiagonalSSM": {"conv": "conv_size", "longest": "max_timescale"},
     "FuzzyRecall": {"key_width": "k_motif_size", "value_width": "v_motif_size"},
     "GLA": {
@@ -68,24 +71,8 @@ FIELDS: dict[str, dict[str, str]] = {
         "value_dim": "head_v_dim",
     },
     "GatedConv": {"width": "conv_size"},
-    "GatedDeltaNet": {
-        "conv": "conv_size",
-        "eps": "norm_eps",
-        "heads": "num_heads",
-        "key_dim": "head_k_dim",
-        "max_beta": "allow_neg_eigval",
-        "value_dim": "head_v_dim",
-        "value_heads": "num_v_heads",
-    },
-    "GatedDeltaProduct": {
-        "conv": "conv_size",
-        "eps": "norm_eps",
-        "heads": "num_heads",
-        "key_dim": "head_k_dim",
-        "max_beta": "allow_neg_eigval",
-        "steps": "num_householder",
-        "value_dim": "head_v_dim",
-    },
+    "GatedDeltaNet": {**_DELTA_RULE, "value_heads": "num_v_heads"},
+    "GatedDeltaProduct": {**_DELTA_RULE, "steps": "num_householder"},
     "HGRN2": {"eps": "norm_eps", "heads": "num_heads"},
     "InductionHeads": {"symbols": "num_symbols"},
     "InnerOptimizer": {
@@ -95,17 +82,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "updates": "trainable_weights",
     },
     "JRTPrompt": {"times": "num_repeats"},
-    "KDA": {
-        "conv": "conv_size",
-        "eps": "norm_eps",
-        "floor": "lower_bound",
-        "gate": "decay_gate",
-        "gate_bias": "output_gate_bias",
-        "heads": "num_heads",
-        "key_dim": "head_k_dim",
-        "max_beta": "allow_neg_eigval",
-        "value_dim": "head_v_dim",
-    },
+    "KDA": {**_DELTA_RULE, "floor": "lower_bound", "gate": "decay_gate", "gate_bias": "output_gate_bias"},
     "KeyRetrieval": {
         "asked": "queries_per_fact",
         "names": "num_names",
@@ -131,12 +108,9 @@ FIELDS: dict[str, dict[str, str]] = {
     "Mamba2": {"conv": "conv_size", "eps": "norm_eps", "groups": "num_groups", "inner": "intermediate_size"},
     "MaskedPrefix": {"mask_id": "mask_token_id", "prefix": "prefix_length", "rate": "mlm_probability"},
     "MemoryAsContext": {
-        "heads": "num_heads",
-        "kv_heads": "num_kv_heads",
-        "persistent": "num_persistent_tokens",
+        **_SOFTMAX_ATTENTION,
         "query": "query_source",
         "retrieved": "num_retrieved_tokens",
-        "rotary_base": "rope_theta",
         "segment": "block_size",
     },
     "MetricPlateau": {"at_least": "min_steps", "at_most": "max_steps", "margin": "min_delta"},
@@ -181,12 +155,7 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "SelectiveCopying": {"content": "num_tokens_to_copy"},
     "SetDisjointness": {"pairs": "set_sizes", "test_pairs": "test_set_sizes"},
-    "SlidingWindow": {
-        "heads": "num_heads",
-        "kv_heads": "num_kv_heads",
-        "persistent": "num_persistent_tokens",
-        "rotary_base": "rope_theta",
-    },
+    "SlidingWindow": _SOFTMAX_ATTENTION,
     "SparseGlobalAttention": {
         "block": "block_size",
         "chosen": "top_k",

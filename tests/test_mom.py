@@ -24,6 +24,7 @@ from recallax.layers import (
     RetNet,
     load_balancing_loss,
 )
+from recallax.layers.load_balancing_loss import RoutedTokens
 from recallax.layers.mom import MoMMixer
 from recallax.types import Precision, SeqInfo, StepInfo
 
@@ -235,19 +236,15 @@ def test_balance_losses_equal_k_at_even_load_and_exceed_it_otherwise():
     skewed = jnp.broadcast_to(jnp.array([3.0, 2.0, -3.0, -3.0]), (1, 4, experts))
     favoured = jnp.broadcast_to(jnp.array([0, 1]), (1, 4, 2))
     for loss in (load_balancing_loss.switch_loss, load_balancing_loss.per_sequence_loss):
-        np.testing.assert_allclose(loss(even, indices, valid), k, rtol=1e-6)
-        assert float(loss(skewed, favoured, valid)) > 1.5 * k
+        np.testing.assert_allclose(loss(RoutedTokens(even, indices, valid)), k, rtol=1e-6)
+        assert float(loss(RoutedTokens(skewed, favoured, valid))) > 1.5 * k
     # Opposite imbalances of two layers cancel in the pooled loss only.
-    layers = jnp.stack([skewed, jnp.flip(skewed, -1)])
-    both = jnp.stack([favoured, experts - 1 - favoured])
-    np.testing.assert_allclose(load_balancing_loss.pooled_loss(layers, both, valid), k, rtol=1e-5)
-    assert (
-        float(
-            load_balancing_loss.switch_loss(layers[0], both[0], valid)
-            + load_balancing_loss.switch_loss(layers[1], both[1], valid)
-        )
-        > 3 * k
+    layers = RoutedTokens(
+        jnp.stack([skewed, jnp.flip(skewed, -1)]), jnp.stack([favoured, experts - 1 - favoured]), valid
     )
+    np.testing.assert_allclose(load_balancing_loss.pooled_loss(layers), k, rtol=1e-5)
+    separate = (RoutedTokens(layers.logits[i], layers.indices[i], valid) for i in range(2))
+    assert float(sum(load_balancing_loss.switch_loss(tokens) for tokens in separate)) > 3 * k
 
 
 def test_balance_loss_excludes_padding():

@@ -9,6 +9,7 @@ from recallax.layers.base_conv import BaseConv, BaseConvState
 from recallax.layers.based import Based
 from recallax.layers.chunk_experts import ChunkExperts, ChunkExpertsState
 from recallax.layers.delta_net import DeltaNet
+from recallax.layers.delta_rule_cell import DeltaRuleCell
 from recallax.layers.dense import Linear, LowRank, Projections, parameter
 from recallax.layers.diagonal_ssm import DiagonalSSM, DiagonalSSMState
 from recallax.layers.gated_conv import GatedConv, GatedConvState
@@ -24,7 +25,7 @@ from recallax.layers.long_mamba import LongMamba
 from recallax.layers.mamba import Mamba, MambaState
 from recallax.layers.mamba2 import Mamba2
 from recallax.layers.matrix_memory import MatrixCell, MatrixState, RecurrenceInputs
-from recallax.layers.memory import HeadDims, MemoryConfig, MemoryMixer, RecurrentCell
+from recallax.layers.memory import GatedMemoryConfig, HeadDims, MemoryConfig, MemoryMixer, RecurrentCell
 from recallax.layers.memory_as_context import MemoryAsContext, MemoryAsContextState
 from recallax.layers.memory_as_gate import MemoryAsGate, MemoryAsGateState
 from recallax.layers.mom import MoM
@@ -44,10 +45,12 @@ from recallax.layers.selection import (
     SelectionScores,
     Selector,
     SelectorConfig,
+    SelectorInputs,
     TokenScore,
 )
 from recallax.layers.short_convolution import ShortConvolution
 from recallax.layers.sliding_window import SlidingWindow
+from recallax.layers.softmax_attention import SoftmaxAttentionConfig
 from recallax.layers.sparse_global_attention import SparseGlobalAttention, SparseGlobalState
 from recallax.layers.state_reset import reset_for_prefill, reset_for_step
 from recallax.layers.stateless import StatelessMixer
@@ -70,12 +73,14 @@ __all__ = [
     "ChunkExperts",
     "ChunkExpertsState",
     "DeltaNet",
+    "DeltaRuleCell",
     "DiagonalSSM",
     "DiagonalSSMState",
     "GatedConv",
     "GatedConvState",
     "GatedDeltaNet",
     "GatedDeltaProduct",
+    "GatedMemoryConfig",
     "HeadDims",
     "Identity",
     "InnerOptimizer",
@@ -124,9 +129,11 @@ __all__ = [
     "SelectionScores",
     "Selector",
     "SelectorConfig",
+    "SelectorInputs",
     "SequenceMixer",
     "ShortConvolution",
     "SlidingWindow",
+    "SoftmaxAttentionConfig",
     "SparseGlobalAttention",
     "SparseGlobalState",
     "State",

@@ -2,6 +2,7 @@
 
 from recallax.config import ConfigError, require_at_least
 from recallax.layers.dense import head_dim_of
+from recallax.layers.rotary import check_rope_theta
 
 
 def attention_head_dim(
@@ -22,8 +23,9 @@ def attention_head_dim(
 
     Raises:
         ConfigError: `num_heads` does not divide `d_model` if `head_dim` is None, `num_kv_heads` does not divide
-            `num_heads`, or rotary positions are used with an odd width.
+            `num_heads`, `rope_theta` is not above 0, or rotary positions are used with an odd width.
     """
+    check_rope_theta(rope_theta)
     if head_dim is not None:
         require_at_least(1, head_dim=head_dim)
     width = head_dim or head_dim_of(name, d_model, num_heads)

@@ -55,9 +55,7 @@ class Based(MemoryConfig):
         return BasedCell(self.head_dims(d_model), self.features)
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
-        return OutputProjection(
-            d_model, d_model, layer, num_groups=1, gate=None, order="no_norm", precision=precision, rngs=rngs
-        )
+        return OutputProjection(d_model, d_model, layer, num_groups=1, order="no_norm", precision=precision, rngs=rngs)
 
 
 class BasedCell(RecurrentCell):

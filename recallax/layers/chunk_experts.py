@@ -235,7 +235,8 @@ class ChunkExpertsMixer(RecurrentMixer):
     def _aux(self, routing: ExpertRouting, seq: SeqInfo, valid: Bool[Array, "B T"]) -> Aux:
         count = jnp.sum(valid, dtype=jnp.float32)
         z = jnp.sum(jnp.where(valid, jax.nn.logsumexp(routing.logits, axis=-1) ** 2, 0))
-        balance = load_balancing_loss.switch_loss(routing.logits, routing.indices, valid)
+        tokens = load_balancing_loss.RoutedTokens(routing.logits, routing.indices, valid)
+        balance = load_balancing_loss.switch_loss(tokens)
         losses = {
             "expert_balance": Mean(self.load_balance_loss_weight * balance, jnp.ones(())),
             "expert_z": Mean(self.router_z_loss_weight * z, count),

@@ -13,16 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from recallax.config import added_field
 from recallax.layers.base import LayerInfo
+from recallax.layers.delta_rule_cell import DeltaRuleCell
 from recallax.layers.dense import Linear, Projections, head_dim_of
-from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
 from recallax.layers.memory import HeadDims, MemoryConfig
-from recallax.layers.norm import l2_normalize
 from recallax.layers.output_projection import OutputProjection
-from recallax.layers.recurrence_gates import beta_gate, split_heads
 from recallax.layers.short_convolution import ShortConvolution
 from recallax.types import Precision
 
@@ -61,31 +59,14 @@ class DeltaNet(MemoryConfig):
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
         _, num_heads, _, head_v_dim = self.head_dims(d_model)
-        inner_dim = num_heads * head_v_dim
+        width = num_heads * head_v_dim
         return OutputProjection(
-            inner_dim,
-            d_model,
-            layer,
-            num_groups=num_heads,
-            gate=None,
-            norm_eps=self.norm_eps,
-            precision=precision,
-            rngs=rngs,
+            width, d_model, layer, num_groups=num_heads, norm_eps=self.norm_eps, precision=precision, rngs=rngs
         )
 
 
-class DeltaNetCell(MatrixCell):
-    """Matrix memory with the delta rule, with normalized queries and keys and a beta gate per head."""
+class DeltaNetCell(DeltaRuleCell):
+    """Matrix memory with the delta rule, without a decay."""
 
-    def __init__(self, head_dims: HeadDims, conv: ShortConvolution | None, allow_neg_eigval: bool):
-        super().__init__(head_dims, conv)
-        self.allow_neg_eigval = allow_neg_eigval
-
-    def recurrence_inputs(
-        self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
-    ) -> RecurrenceInputs:
-        q, k, v = (split_heads(projections[name], self.head_dims.num_v_heads) for name in ("q", "k", "v"))
-        beta = beta_gate(projections["beta"], self.allow_neg_eigval)
-        return RecurrenceInputs(
-            l2_normalize(q) * self.head_dims.head_k_dim**-0.5, l2_normalize(k), v, erase=beta, write=beta
-        )
+    def log_decay(self, projections: Mapping[str, Float[Array, "B T W"]]) -> None:
+        return None

@@ -146,3 +146,31 @@ def torch_linear_std(in_features: int) -> float:
 def residual_std(num_layers: int) -> float:
     """Initial standard deviation of projections into the residual stream: 0.02 / sqrt(2 num_layers), as in GPT-2."""
     return 0.02 / math.sqrt(2 * num_layers)
+
+
+def residual_linear(
+    in_features: int,
+    d_model: int,
+    num_layers: int,
+    *,
+    in_axis: str | None,
+    precision: Precision,
+    rngs: nnx.Rngs,
+    bias: bool = False,
+) -> Linear:
+    """Build a projection into the residual stream, which starts with the standard deviation `residual_std`.
+
+    Args:
+        in_features: Width of the input.
+        d_model: Width of the model.
+        num_layers: Number of layers of the model.
+        in_axis: Logical name of the input axis.
+        precision: Dtypes of parameters and activations.
+        rngs: Source of the initial parameters.
+        bias: Add a bias.
+
+    Returns:
+        The projection.
+    """
+    std = residual_std(num_layers)
+    return Linear(in_features, d_model, precision=precision, rngs=rngs, std=std, bias=bias, axes=(in_axis, "embed"))

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from recallax.config import ConfigError, require_at_least
 from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer
-from recallax.layers.dense import Linear, parameter, residual_std, torch_linear_std
+from recallax.layers.dense import Linear, parameter, residual_linear, torch_linear_std
 from recallax.layers.norm import RMSNorm
 from recallax.layers.short_convolution import ShortConvolution
 from recallax.layers.state_reset import reset_for_prefill, reset_for_step
@@ -74,8 +74,7 @@ class DiagonalSSMMixer(RecurrentMixer, StepFilteredModule):
         self.input.kernel[...] = self.input.kernel[...] * columns.reshape(1, -1)
         self.rate = parameter(jnp.log(jnp.expm1(rate)), ("heads",), weight_decay=False)
         self.norm = RMSNorm(d_model, precision=precision)
-        std = residual_std(layer.num_layers)
-        self.skip = Linear(d_model, d_model, precision=precision, rngs=rngs, std=std, axes=("heads", "embed"))
+        self.skip = residual_linear(d_model, d_model, layer.num_layers, in_axis="heads", precision=precision, rngs=rngs)
         self.dtype = precision.compute
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer
-from recallax.layers.dense import Linear, parameter, residual_std
+from recallax.layers.dense import Linear, parameter, residual_linear
 from recallax.layers.state_reset import reset_for_prefill, reset_for_step
 from recallax.pallas_kernels.short_conv import short_conv, short_conv_step
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
@@ -48,14 +48,8 @@ class GatedConvMixer(RecurrentMixer):
         self.input = Linear(d_model, 2 * inner, precision=precision, rngs=rngs, bias=True, axes=("embed", "mlp"))
         taps = jax.random.uniform(rngs.params(), (config.conv_size, inner), precision.param, -bound, bound)
         self.taps = parameter(taps, (None, "mlp"))
-        self.out = Linear(
-            inner,
-            d_model,
-            precision=precision,
-            rngs=rngs,
-            bias=True,
-            std=residual_std(layer.num_layers),
-            axes=("mlp", "embed"),
+        self.out = residual_linear(
+            inner, d_model, layer.num_layers, in_axis="mlp", precision=precision, rngs=rngs, bias=True
         )
         self.dtype = precision.compute
 

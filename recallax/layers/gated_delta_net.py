@@ -12,21 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from recallax.layers.base import LayerInfo
+from recallax.layers.delta_rule_cell import DeltaRuleCell
 from recallax.layers.dense import Linear, Projections, head_dim_of
-from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
-from recallax.layers.memory import HeadDims, MemoryConfig
-from recallax.layers.norm import l2_normalize
-from recallax.layers.output_projection import OutputProjection
-from recallax.layers.recurrence_gates import DecayGate, beta_gate, split_heads
+from recallax.layers.memory import GatedMemoryConfig, HeadDims
+from recallax.layers.recurrence_gates import DecayGate
 from recallax.layers.short_convolution import ShortConvolution
 from recallax.types import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedDeltaNet(MemoryConfig):
+class GatedDeltaNet(GatedMemoryConfig):
     """Delta rule with a decay per token and head (Gated DeltaNet)."""
 
     num_heads: int = 4
@@ -62,37 +60,13 @@ class GatedDeltaNet(MemoryConfig):
         gate = DecayGate(num_v_heads, num_v_heads, precision=precision, rngs=rngs)
         return GatedDeltaNetCell(dims, conv, gate, self.allow_neg_eigval)
 
-    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
-        _, num_v_heads, _, head_v_dim = self.head_dims(d_model)
-        inner_dim = num_v_heads * head_v_dim
-        gate = Linear(d_model, inner_dim, precision=precision, rngs=rngs)
-        return OutputProjection(
-            inner_dim,
-            d_model,
-            layer,
-            num_groups=num_v_heads,
-            gate=gate,
-            norm_eps=self.norm_eps,
-            precision=precision,
-            rngs=rngs,
-        )
 
-
-class GatedDeltaNetCell(MatrixCell):
-    """Matrix memory with the delta rule, a beta gate, and a decay per token and value head."""
+class GatedDeltaNetCell(DeltaRuleCell):
+    """Matrix memory with the delta rule, and a decay per token and value head."""
 
     def __init__(self, head_dims: HeadDims, conv: ShortConvolution | None, gate: DecayGate, allow_neg_eigval: bool):
-        super().__init__(head_dims, conv)
+        super().__init__(head_dims, conv, allow_neg_eigval)
         self.gate = gate
-        self.allow_neg_eigval = allow_neg_eigval
 
-    def recurrence_inputs(
-        self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
-    ) -> RecurrenceInputs:
-        num_heads, num_v_heads, head_k_dim, _ = self.head_dims
-        q, k, v = (
-            split_heads(projections[name], n) for name, n in (("q", num_heads), ("k", num_heads), ("v", num_v_heads))
-        )
-        beta = beta_gate(projections["beta"], self.allow_neg_eigval)
-        log_decay = self.gate(self.gate.dt(projections["decay"]))
-        return RecurrenceInputs(l2_normalize(q) * head_k_dim**-0.5, l2_normalize(k), v, log_decay, beta, beta)
+    def log_decay(self, projections: Mapping[str, Float[Array, "B T W"]]) -> Float[Array, "B T H"]:
+        return self.gate(self.gate.dt(projections["decay"]))

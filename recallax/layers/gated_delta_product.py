@@ -19,16 +19,15 @@ from recallax.config import added_field, require_at_least
 from recallax.layers.base import LayerInfo
 from recallax.layers.dense import Linear, Projections, head_dim_of
 from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
-from recallax.layers.memory import HeadDims, MemoryConfig
+from recallax.layers.memory import GatedMemoryConfig, HeadDims
 from recallax.layers.norm import l2_normalize
-from recallax.layers.output_projection import OutputProjection
 from recallax.layers.recurrence_gates import DecayGate, beta_gate
 from recallax.layers.short_convolution import ShortConvolution
 from recallax.types import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedDeltaProduct(MemoryConfig):
+class GatedDeltaProduct(GatedMemoryConfig):
     """Several delta-rule steps per token (Gated DeltaProduct)."""
 
     num_householder: int = 2
@@ -65,21 +64,6 @@ class GatedDeltaProduct(MemoryConfig):
         conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
         gate = DecayGate(num_heads, num_heads, precision=precision, rngs=rngs)
         return GatedDeltaProductCell(dims, conv, gate, self.allow_neg_eigval, self.num_householder)
-
-    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
-        _, num_heads, _, head_v_dim = self.head_dims(d_model)
-        gate = Linear(d_model, num_heads * head_v_dim, precision=precision, rngs=rngs)
-        inner_dim = num_heads * head_v_dim
-        return OutputProjection(
-            inner_dim,
-            d_model,
-            layer,
-            num_groups=num_heads,
-            gate=gate,
-            norm_eps=self.norm_eps,
-            precision=precision,
-            rngs=rngs,
-        )
 
 
 class GatedDeltaProductCell(MatrixCell):

@@ -19,15 +19,14 @@ from recallax.config import added_field
 from recallax.layers.base import LayerInfo
 from recallax.layers.dense import Linear, LowRank, Projections, head_dim_of
 from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
-from recallax.layers.memory import HeadDims, MemoryConfig
-from recallax.layers.output_projection import OutputProjection
+from recallax.layers.memory import GatedMemoryConfig, HeadDims
 from recallax.layers.recurrence_gates import split_heads
 from recallax.layers.short_convolution import ShortConvolution
 from recallax.types import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class GLA(MemoryConfig):
+class GLA(GatedMemoryConfig):
     """Gated linear attention (GLA)."""
 
     num_heads: int = 4
@@ -66,21 +65,6 @@ class GLA(MemoryConfig):
         width = num_heads * (2 * head_k_dim + head_v_dim)
         conv = ShortConvolution(width, self.conv_size, precision=precision, rngs=rngs) if self.conv_size else None
         return GLACell(dims, conv, self.gate_logit_normalizer)
-
-    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
-        _, num_heads, _, head_v_dim = self.head_dims(d_model)
-        gate = Linear(d_model, num_heads * head_v_dim, precision=precision, rngs=rngs)
-        inner_dim = num_heads * head_v_dim
-        return OutputProjection(
-            inner_dim,
-            d_model,
-            layer,
-            num_groups=num_heads,
-            gate=gate,
-            norm_eps=self.norm_eps,
-            precision=precision,
-            rngs=rngs,
-        )
 
 
 class GLACell(MatrixCell):

@@ -52,7 +52,7 @@ class HGRN2(MemoryConfig):
 
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
         return OutputProjection(
-            d_model, d_model, layer, num_groups=1, gate=None, norm_eps=self.norm_eps, precision=precision, rngs=rngs
+            d_model, d_model, layer, num_groups=1, norm_eps=self.norm_eps, precision=precision, rngs=rngs
         )
 
 

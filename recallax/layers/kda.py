@@ -14,28 +14,29 @@ gate with a lower bound of -5.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from recallax.config import ConfigError, added_field
 from recallax.layers.base import LayerInfo
+from recallax.layers.delta_rule_cell import DeltaRuleCell
 from recallax.layers.dense import Linear, LowRank, Projections, head_dim_of, parameter
-from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
-from recallax.layers.memory import HeadDims, MemoryConfig
-from recallax.layers.norm import l2_normalize
-from recallax.layers.output_projection import OutputProjection
-from recallax.layers.recurrence_gates import DecayGate, beta_gate, init_dt_bias, split_heads
+from recallax.layers.memory import GatedMemoryConfig, HeadDims
+from recallax.layers.output_projection import GateActivation
+from recallax.layers.recurrence_gates import DecayGate, decay_rate, init_dt_bias, split_heads
 from recallax.layers.short_convolution import ShortConvolution
 from recallax.types import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class KDA(MemoryConfig):
+class KDA(GatedMemoryConfig):
     """Delta rule with a decay per token and channel (Kimi Delta Attention)."""
+
+    gate_activation: ClassVar[GateActivation] = "sigmoid"
 
     num_heads: int = 4
     """Number of heads."""
@@ -82,21 +83,9 @@ class KDA(MemoryConfig):
             gate = BoundedDecayGate(num_heads, num_heads * head_k_dim, self.lower_bound, precision=precision, rngs=rngs)
         return KDACell(dims, conv, gate, self.allow_neg_eigval)
 
-    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
-        _, num_heads, _, head_v_dim = self.head_dims(d_model)
-        return OutputProjection(
-            num_heads * head_v_dim,
-            d_model,
-            layer,
-            num_groups=num_heads,
-            gate=LowRank(
-                d_model, head_v_dim, num_heads * head_v_dim, precision=precision, rngs=rngs, bias=self.output_gate_bias
-            ),
-            activation="sigmoid",
-            norm_eps=self.norm_eps,
-            precision=precision,
-            rngs=rngs,
-        )
+    def output_gate(self, d_model: int, width: int, *, precision: Precision, rngs: nnx.Rngs) -> LowRank:
+        rank = self.head_dims(d_model).head_v_dim
+        return LowRank(d_model, rank, width, precision=precision, rngs=rngs, bias=self.output_gate_bias)
 
 
 class BoundedDecayGate(nnx.Module):
@@ -110,11 +99,11 @@ class BoundedDecayGate(nnx.Module):
     def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T H K"]:
         """Compute the log-decay, float32, from projected tokens."""
         shifted = split_heads(x.astype(jnp.float32) + self.dt_bias[...][None, None], self.a_log.shape[0])
-        return self.lower_bound * jax.nn.sigmoid(jnp.exp(self.a_log[...])[None, None, :, None] * shifted)
+        return self.lower_bound * jax.nn.sigmoid(decay_rate(self.a_log[...])[None, None, :, None] * shifted)
 
 
-class KDACell(MatrixCell):
-    """Matrix memory with the delta rule, a beta gate, and a decay per token and channel of the key."""
+class KDACell(DeltaRuleCell):
+    """Matrix memory with the delta rule, and a decay per token and channel of the key."""
 
     def __init__(
         self,
@@ -123,19 +112,11 @@ class KDACell(MatrixCell):
         gate: BoundedDecayGate | DecayGate,
         allow_neg_eigval: bool,
     ):
-        super().__init__(head_dims, conv)
+        super().__init__(head_dims, conv, allow_neg_eigval)
         self.gate = gate
-        self.allow_neg_eigval = allow_neg_eigval
 
-    def recurrence_inputs(
-        self, projections: Mapping[str, Float[Array, "B T W"]], positions: Int[Array, "B T"]
-    ) -> RecurrenceInputs:
-        _, num_heads, head_k_dim, _ = self.head_dims
-        q, k, v = (split_heads(projections[name], num_heads) for name in ("q", "k", "v"))
-        beta = beta_gate(projections["beta"], self.allow_neg_eigval)
+    def log_decay(self, projections: Mapping[str, Float[Array, "B T W"]]) -> Float[Array, "B T H K"]:
         decay = projections["decay"]
         if isinstance(self.gate, BoundedDecayGate):
-            log_decay = self.gate(decay)
-        else:
-            log_decay = self.gate(split_heads(self.gate.dt(decay), num_heads))
-        return RecurrenceInputs(l2_normalize(q) * head_k_dim**-0.5, l2_normalize(k), v, log_decay, beta, beta)
+            return self.gate(decay)
+        return self.gate(split_heads(self.gate.dt(decay), self.head_dims.num_v_heads))

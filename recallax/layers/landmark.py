@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from recallax.config import ConfigError, require_at_least
 from recallax.layers.attention_heads import attention_head_dim
 from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer
-from recallax.layers.dense import Linear, residual_std
+from recallax.layers.dense import Linear, residual_linear
 from recallax.layers.rotary import add_position_jumps, rotary, rotate_by_distance
 from recallax.pallas_kernels.landmark_attention import (
     BlockRetrieval,
@@ -72,7 +72,7 @@ class Landmark(MixerConfig):
     """Smallest probability of a landmark among all earlier ones with which its block is read (appendix D: 0.3)."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, block_size=self.block_size, top_k=1 if self.top_k is None else self.top_k)
+        require_at_least(1, block_size=self.block_size, top_k=self.top_k)
         require_at_least(0, max_position_jump=self.max_position_jump)
         if not 0 <= self.min_probability <= 1:
             raise ConfigError(f"min_probability is {self.min_probability}; it must be from 0 to 1")
@@ -140,8 +140,7 @@ class LandmarkMixer(RecurrentMixer):
         self.q = Linear(d_model, q_width, precision=precision, rngs=rngs)
         self.k = Linear(d_model, kv_width, precision=precision, rngs=rngs)
         self.v = Linear(d_model, kv_width, precision=precision, rngs=rngs)
-        std = residual_std(layer.num_layers)
-        self.out = Linear(q_width, d_model, precision=precision, rngs=rngs, std=std, axes=("heads", "embed"))
+        self.out = residual_linear(q_width, d_model, layer.num_layers, in_axis="heads", precision=precision, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
         positions, (q, k, v) = jnp.asarray(seq.positions), self.project_qkv(x)

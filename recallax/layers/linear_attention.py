@@ -76,7 +76,6 @@ class LinearAttention(MemoryConfig):
             d_model,
             layer,
             num_groups=self.num_heads,
-            gate=None,
             order=order,
             norm_eps=self.norm_eps,
             precision=precision,

@@ -12,70 +12,69 @@ With f_e the share of tokens that select expert e (the shares sum to k) and P_e 
 Gradients flow through P only.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def switch_loss(
-    logits: Float[Array, "B T E"], indices: Int[Array, "B T S"], valid: Bool[Array, "B T"]
-) -> Float[Array, ""]:
+class RoutedTokens(NamedTuple):
+    """Decisions of a router for the tokens of a batch, or of L layers."""
+
+    logits: Float[Array, "*L B T E"]
+    """Router logits."""
+    indices: Int[Array, "*L B T S"]
+    """Selected experts of each token."""
+    valid: Bool[Array, "B T"]
+    """False at padding, which does not count."""
+
+
+def switch_loss(tokens: RoutedTokens) -> Float[Array, ""]:
     """Compute the switch loss E sum_e f_e P_e over the batch.
 
     Args:
-        logits: Router logits.
-        indices: Selected experts of each token.
-        valid: False at padding, which does not count.
+        tokens: Decisions of one router.
 
     Returns:
         The loss, k where the load is even.
     """
-    return _load_balance(
-        jax.nn.softmax(logits, axis=-1), _selection_counts(indices, logits.shape[-1]), valid, axis=(0, 1)
-    )
+    return _load_balance(jax.nn.softmax(tokens.logits, axis=-1), _selection_counts(tokens), tokens.valid, axis=(0, 1))
 
 
-def per_sequence_loss(
-    logits: Float[Array, "B T E"], indices: Int[Array, "B T S"], valid: Bool[Array, "B T"]
-) -> Float[Array, ""]:
+def per_sequence_loss(tokens: RoutedTokens) -> Float[Array, ""]:
     """Compute the loss E^2 mean_e f_e P_e of each sequence, with P over the selected logits, and its mean.
 
     Args:
-        logits: Router logits.
-        indices: Selected experts of each token.
-        valid: False at padding, which does not count.
+        tokens: Decisions of one router.
 
     Returns:
         The mean over sequences that have a token, k where the load is even.
     """
-    counts = _selection_counts(indices, logits.shape[-1])
-    probabilities = jax.nn.softmax(jnp.where(counts > 0, logits, -jnp.inf), axis=-1)
-    losses = _load_balance(probabilities, counts, valid, axis=(1,))
-    rows = valid.any(axis=1)
+    counts = _selection_counts(tokens)
+    probabilities = jax.nn.softmax(jnp.where(counts > 0, tokens.logits, -jnp.inf), axis=-1)
+    losses = _load_balance(probabilities, counts, tokens.valid, axis=(1,))
+    rows = tokens.valid.any(axis=1)
     return jnp.sum(jnp.where(rows, losses, 0)) / jnp.maximum(jnp.sum(rows, dtype=jnp.float32), 1)
 
 
-def pooled_loss(
-    logits: Float[Array, "L B T E"], indices: Int[Array, "L B T S"], valid: Bool[Array, "B T"]
-) -> Float[Array, ""]:
+def pooled_loss(tokens: RoutedTokens) -> Float[Array, ""]:
     """Compute the switch loss over L layers at once, as flash-linear-attention does.
 
     Args:
-        logits: Router logits of all layers.
-        indices: Selected experts of each token and layer.
-        valid: False at padding, which does not count.
+        tokens: Decisions of the routers of all layers, with a leading axis L.
 
     Returns:
         The loss, k where the load is even or imbalances of the layers cancel.
     """
-    layers, batch, length, experts = logits.shape
-    flat = (layers * batch, length)
-    flat_valid = jnp.broadcast_to(valid, (layers, batch, length)).reshape(flat)
-    return switch_loss(logits.reshape(*flat, experts), indices.reshape(*flat, -1), flat_valid)
+    layers, batch, length, _ = tokens.logits.shape
+    valid = jnp.broadcast_to(tokens.valid, (layers, batch, length))
+    parts = (tokens.logits, tokens.indices, valid)
+    return switch_loss(RoutedTokens(*(part.reshape(layers * batch, *part.shape[2:]) for part in parts)))
 
 
-def _selection_counts(indices: Int[Array, "B T S"], num_experts: int) -> Float[Array, "B T E"]:
-    return jnp.sum(jax.nn.one_hot(indices, num_experts), axis=2)
+def _selection_counts(tokens: RoutedTokens) -> Float[Array, "B T E"]:
+    return jnp.sum(jax.nn.one_hot(tokens.indices, tokens.logits.shape[-1]), axis=2)
 
 
 def _load_balance(

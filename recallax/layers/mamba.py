@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 
 from recallax.config import require_at_least
 from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer
-from recallax.layers.dense import Linear, parameter, residual_std, torch_linear_std
-from recallax.layers.recurrence_gates import init_dt_bias
+from recallax.layers.dense import Linear, parameter, residual_linear, torch_linear_std
+from recallax.layers.recurrence_gates import decay_rate, init_dt_bias
 from recallax.layers.short_convolution import ShortConvolution
 from recallax.layers.state_reset import reset_for_prefill, reset_for_step
 from recallax.pallas_kernels.selective_scan import selective_scan, selective_scan_step
@@ -75,9 +75,7 @@ class MambaMixer(RecurrentMixer):
         rates = jnp.broadcast_to(jnp.arange(1, self.state_dim + 1, dtype=precision.param), (inner, self.state_dim))
         self.a_log = parameter(jnp.log(rates), ("heads", None), weight_decay=False)
         self.d = parameter(jnp.ones(inner, precision.param), ("heads",), weight_decay=False)
-        self.out = Linear(
-            inner, d_model, precision=precision, rngs=rngs, std=residual_std(layer.num_layers), axes=("heads", "embed")
-        )
+        self.out = residual_linear(inner, d_model, layer.num_layers, in_axis="heads", precision=precision, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
         y, _ = self._run(x, seq, None)
@@ -98,13 +96,13 @@ class MambaMixer(RecurrentMixer):
         u, z = jnp.split(self.input(x), 2, axis=-1)
         u, conv_state = self.conv.step(u, info, conv_state)
         inputs, dt, b, c = self._scan_inputs(u)
-        y, ssm_state = selective_scan_step(inputs, dt, ssm_state, active, a=-jnp.exp(self.a_log[...]), b=b, c=c)
+        y, ssm_state = selective_scan_step(inputs, dt, ssm_state, active, a=-decay_rate(self.a_log[...]), b=b, c=c)
         return jnp.where(active[:, None], self._output(y, u, z), 0), MambaState(ssm_state, conv_state)
 
     def _run(
         self, x: Float[Array, "B T D"], seq: SeqInfo, state: MambaState | None
     ) -> tuple[Float[Array, "B T D"], MambaState]:
-        segment_ids, a = jnp.asarray(seq.segment_ids), -jnp.exp(self.a_log[...])
+        segment_ids, a = jnp.asarray(seq.segment_ids), -decay_rate(self.a_log[...])
         ssm_state, conv_state = (None, None) if state is None else state
         u, z = jnp.split(self.input(x), 2, axis=-1)
         u, conv_state = self.conv(u, segment_ids, conv_state)

@@ -22,7 +22,7 @@ from recallax.layers.dense import Linear, Projections, head_dim_of, parameter, t
 from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
 from recallax.layers.memory import HeadDims, MemoryConfig
 from recallax.layers.output_projection import NormGateOrder, OutputProjection
-from recallax.layers.recurrence_gates import DecayGate, split_heads
+from recallax.layers.recurrence_gates import DecayGate, decay_rate, split_heads
 from recallax.layers.short_convolution import ShortConvolution
 from recallax.layers.step_filter import StepFilteredModule
 from recallax.types import Precision
@@ -122,7 +122,7 @@ class Mamba2Cell(MatrixCell, StepFilteredModule):
         return RecurrenceInputs(q, k, v, log_decay=self.gate(dt))
 
     def decay_rates(self) -> Float[Array, " H"]:
-        return jnp.exp(self.gate.a_log[...].astype(jnp.float32))
+        return decay_rate(self.gate.a_log[...])
 
     def cell_output(
         self, y: Float[Array, "B T H V"], projections: Mapping[str, Float[Array, "B T W"]]

@@ -9,15 +9,15 @@ by all memories of a layer) and the output projection (norm, gate and projection
 
 import abc
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer, State
-from recallax.layers.dense import Linear, Projections
-from recallax.layers.output_projection import OutputProjection
+from recallax.layers.dense import Linear, LowRank, Projections
+from recallax.layers.output_projection import GateActivation, OutputProjection
 from recallax.layers.state_reset import reset_for_prefill, reset_for_step
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
 
@@ -117,10 +117,7 @@ class MemoryConfig(MixerConfig, abc.ABC):
     def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
         """Build the projections of keys, values and gates of one memory.
 
-        Args:
-            d_model: Width of the model.
-            precision: Dtypes of parameters and activations.
-            rngs: Source of the initial parameters.
+        The arguments are those of `q_proj`.
 
         Returns:
             Projections by the names that the cell reads.
@@ -144,11 +141,7 @@ class MemoryConfig(MixerConfig, abc.ABC):
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
         """Build output norm, output gate and output projection.
 
-        Args:
-            d_model: Width of the model.
-            layer: Position of the layer in the model.
-            precision: Dtypes of parameters and activations.
-            rngs: Source of the initial parameters.
+        The arguments are those of `cell`.
 
         Returns:
             The module that maps the cell's output to the residual stream.
@@ -156,6 +149,44 @@ class MemoryConfig(MixerConfig, abc.ABC):
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "MemoryMixer":
         return MemoryMixer(self, d_model, layer, precision=precision, rngs=rngs)
+
+
+class GatedMemoryConfig(MemoryConfig):
+    """Config of a member whose output is normalized per value head and gated: y = W_o [ rms_head(o) * f(g(x)) ]."""
+
+    norm_eps: float
+    """Added to the mean square in the output norm."""
+    gate_activation: ClassVar[GateActivation] = "silu"
+    """Activation f of the output gate."""
+
+    def output_gate(self, d_model: int, width: int, *, precision: Precision, rngs: nnx.Rngs) -> Linear | LowRank:
+        """Build the projection g of the output gate, a linear map unless a subclass overrides it.
+
+        Args:
+            d_model: Width of the model.
+            width: Width of all value heads together.
+            precision: Dtypes of parameters and activations.
+            rngs: Source of the initial parameters.
+
+        Returns:
+            The projection.
+        """
+        return Linear(d_model, width, precision=precision, rngs=rngs)
+
+    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
+        _, num_heads, _, head_v_dim = self.head_dims(d_model)
+        width = num_heads * head_v_dim
+        return OutputProjection(
+            width,
+            d_model,
+            layer,
+            num_groups=num_heads,
+            gate=self.output_gate(d_model, width, precision=precision, rngs=rngs),
+            activation=self.gate_activation,
+            norm_eps=self.norm_eps,
+            precision=precision,
+            rngs=rngs,
+        )
 
 
 class MemoryMixer(RecurrentMixer):

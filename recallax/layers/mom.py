@@ -203,7 +203,8 @@ class MoMMixer(RecurrentMixer):
 
     def _aux(self, routing: MemoryRouting, seq: SeqInfo) -> Aux:
         valid = jnp.asarray(seq.segment_ids) > 0
-        loss = LOAD_BALANCE_LOSSES[self.load_balance_loss](routing.logits, routing.indices[..., : self.top_k], valid)
+        tokens = load_balancing_loss.RoutedTokens(routing.logits, routing.indices[..., : self.top_k], valid)
+        loss = LOAD_BALANCE_LOSSES[self.load_balance_loss](tokens)
         return {"memory_balance": Mean(self.load_balance_loss_weight * loss, jnp.ones(()))}
 
 

@@ -116,7 +116,7 @@ class NeuralMemoryMixer(QueryableMixer):
         self.num_heads, self.inner_optimizer = heads, config.inner_optimizer
         self.head_dim = width = config.head_dim or head_dim_of("neural memory", d_model, heads)
         inner = heads * width
-        layers = len(config.inner_optimizer.trainable_shapes(width))
+        layers = len(config.inner_optimizer.gate_names)
         widths = {"q": inner, "k": inner, "v": inner, "lr": heads * layers}
         widths |= {"momentum": heads * layers} if config.inner_optimizer.momentum else {}
         widths |= {"keep": heads * layers} if config.forget else {}

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from recallax.layers.base import LayerInfo
-from recallax.layers.dense import Linear, LowRank, parameter, residual_std
+from recallax.layers.dense import Linear, LowRank, parameter, residual_linear
 from recallax.layers.norm import rms_norm
 from recallax.types import Precision
 
@@ -29,9 +29,9 @@ class OutputProjection(nnx.Module):
         d_model: Width of the model.
         layer: Position of the layer in the model, for the initial scale of the projection.
         num_groups: Number of groups of channels that are normalized separately.
-        gate: Projection of the gate; None: no gate.
         precision: Dtypes of parameters and activations.
         rngs: Source of the initial parameters.
+        gate: Projection of the gate; None: no gate.
         activation: Activation of the gate.
         order: Order of norm and gate.
         shared_scale: All groups share one scale of the norm; otherwise each has its own.
@@ -45,9 +45,9 @@ class OutputProjection(nnx.Module):
         layer: LayerInfo,
         *,
         num_groups: int,
-        gate: Linear | LowRank | None,
         precision: Precision,
         rngs: nnx.Rngs,
+        gate: Linear | LowRank | None = None,
         activation: GateActivation = "silu",
         order: NormGateOrder = "gate_last",
         shared_scale: bool = True,
@@ -59,13 +59,8 @@ class OutputProjection(nnx.Module):
         width = in_features // num_groups
         ones = jnp.ones((width,) if shared_scale else (num_groups, width), precision.param)
         self.scale = None if order == "no_norm" else parameter(ones, (None,) * ones.ndim, weight_decay=False)
-        self.out = Linear(
-            in_features,
-            d_model,
-            precision=precision,
-            rngs=rngs,
-            std=residual_std(layer.num_layers),
-            axes=("heads", "embed"),
+        self.out = residual_linear(
+            in_features, d_model, layer.num_layers, in_axis="heads", precision=precision, rngs=rngs
         )
 
     def __call__(self, o: Float[Array, "*batch H V"], x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:

@@ -47,8 +47,11 @@ class PrefixLinear(MixerConfig):
     """Largest number of prefix tokens in a row; rows with more are NaN. None: the length of the row."""
 
     def __post_init__(self) -> None:
-        if self.max_prefix_len is not None:
-            require_at_least(1, "PrefixLinear.", max_prefix_len=self.max_prefix_len)
+        require_at_least(1, "PrefixLinear.", max_prefix_len=self.max_prefix_len)
+
+    @property
+    def prefix_limit(self) -> int | None:
+        return self.max_prefix_len
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "PrefixLinearMixer":
         return PrefixLinearMixer(self, d_model, layer, precision=precision, rngs=rngs)

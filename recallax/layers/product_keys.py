@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from recallax.config import ConfigError, require_at_least
 from recallax.layers.base import LayerInfo, MixerConfig
-from recallax.layers.dense import Linear, parameter, residual_std
+from recallax.layers.dense import Linear, parameter, residual_linear
 from recallax.layers.norm import rms_norm
 from recallax.layers.stateless import StatelessMixer
 from recallax.types import DIAGNOSTIC_PREFIX, Aux, Mean, Precision, SeqInfo
@@ -97,8 +97,9 @@ class ProductKeysMixer(StatelessMixer):
             sparse=True,
             active_fraction=min(1.0, self.num_heads * self.top_k / count),
         )
-        std = residual_std(layer.num_layers)
-        self.out = Linear(config.value_dim, d_model, precision=precision, rngs=rngs, std=std, axes=(None, "embed"))
+        self.out = residual_linear(
+            config.value_dim, d_model, layer.num_layers, in_axis=None, precision=precision, rngs=rngs
+        )
         self.gate = Linear(d_model, 1, precision=precision, rngs=rngs, bias=True, axes=("embed", None))
         assert self.gate.bias is not None
         self.gate.bias[...] = jnp.full(1, config.gate_bias_init, precision.param)

@@ -10,6 +10,8 @@ from recallax.types import Precision
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
 """Range of initial step sizes and their lower bound, as in the code of Mamba."""
+MAX_A_LOG = 88.0
+"""Largest log of a decay rate; its exponential is the last one that is finite in float32, to a factor of 2."""
 
 
 class DecayGate(nnx.Module):
@@ -48,7 +50,19 @@ class DecayGate(nnx.Module):
 
     def __call__(self, dt: Float[Array, "B T H ..."]) -> Float[Array, "B T H ..."]:
         """Compute the log-decay -exp(a_log) * dt from step sizes whose third axis is that of the heads."""
-        return -jnp.exp(self.a_log[...]).reshape(1, 1, -1, *[1] * (dt.ndim - 3)) * dt
+        return -decay_rate(self.a_log[...]).reshape(1, 1, -1, *[1] * (dt.ndim - 3)) * dt
+
+
+def decay_rate(a_log: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Compute exp(a_log), which is finite for every log: rate * 0 is 0 and not NaN.
+
+    Args:
+        a_log: Logs of decay rates, float32; those above `MAX_A_LOG` count as `MAX_A_LOG`.
+
+    Returns:
+        Decay rates.
+    """
+    return jnp.exp(jnp.minimum(a_log, MAX_A_LOG))
 
 
 def init_dt_bias(channels: int, precision: Precision, rngs: nnx.Rngs) -> Float[Array, " C"]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from recallax.config import require_at_least
 from recallax.layers.base import LayerInfo, MixerConfig
-from recallax.layers.dense import Linear, residual_std
+from recallax.layers.dense import Linear, residual_linear
 from recallax.layers.stateless import StatelessMixer
 from recallax.types import Precision
 
@@ -27,9 +27,7 @@ class ReLUSquared(MixerConfig):
     """Hidden width in place of `expand`; None: expand * d_model."""
 
     def __post_init__(self) -> None:
-        require_at_least(1, expand=self.expand)
-        if self.intermediate_size is not None:
-            require_at_least(1, intermediate_size=self.intermediate_size)
+        require_at_least(1, expand=self.expand, intermediate_size=self.intermediate_size)
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "ReLUSquaredMixer":
         return ReLUSquaredMixer(self, d_model, layer, precision=precision, rngs=rngs)
@@ -41,9 +39,7 @@ class ReLUSquaredMixer(StatelessMixer):
     def __init__(self, config: ReLUSquared, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs):
         inner = config.intermediate_size or config.expand * d_model
         self.up = Linear(d_model, inner, precision=precision, rngs=rngs, axes=("embed", "mlp"))
-        self.out = Linear(
-            inner, d_model, precision=precision, rngs=rngs, std=residual_std(layer.num_layers), axes=("mlp", "embed")
-        )
+        self.out = residual_linear(inner, d_model, layer.num_layers, in_axis="mlp", precision=precision, rngs=rngs)
 
     def apply(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         return self.out(jnp.square(jax.nn.relu(self.up(x))))

@@ -18,15 +18,14 @@ from recallax.config import added_field
 from recallax.layers.base import LayerInfo
 from recallax.layers.dense import Linear, Projections, head_dim_of
 from recallax.layers.matrix_memory import MatrixCell, RecurrenceInputs
-from recallax.layers.memory import HeadDims, MemoryConfig
-from recallax.layers.output_projection import OutputProjection
+from recallax.layers.memory import GatedMemoryConfig, HeadDims
 from recallax.layers.recurrence_gates import split_heads
-from recallax.layers.rotary import rotary
+from recallax.layers.rotary import check_rope_theta, rotary
 from recallax.types import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetNet(MemoryConfig):
+class RetNet(GatedMemoryConfig):
     """Linear attention with a constant decay per head (RetNet)."""
 
     num_heads: int = 8
@@ -52,27 +51,13 @@ class RetNet(MemoryConfig):
     def cell(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "RetNetCell":
         return RetNetCell(self.head_dims(d_model), self.rope_theta)
 
-    def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
-        _, num_heads, _, head_v_dim = self.head_dims(d_model)
-        gate = Linear(d_model, num_heads * head_v_dim, precision=precision, rngs=rngs)
-        inner_dim = num_heads * head_v_dim
-        return OutputProjection(
-            inner_dim,
-            d_model,
-            layer,
-            num_groups=num_heads,
-            gate=gate,
-            norm_eps=self.norm_eps,
-            precision=precision,
-            rngs=rngs,
-        )
-
 
 class RetNetCell(MatrixCell):
     """Matrix memory with rotary positions and a constant decay per head."""
 
     def __init__(self, head_dims: HeadDims, rope_theta: float):
         super().__init__(head_dims)
+        check_rope_theta(rope_theta)
         self.rope_theta = rope_theta
 
     def recurrence_inputs(

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer
-from recallax.layers.dense import Linear, head_dim_of, parameter, residual_std
+from recallax.layers.dense import Linear, head_dim_of, parameter, residual_linear
 from recallax.layers.short_convolution import ShortConvolution
 from recallax.layers.state_reset import reset_for_prefill, reset_for_step
 from recallax.pallas_kernels.selective_scan import selective_scan, selective_scan_step
@@ -69,14 +69,8 @@ class RGLRUMixer(RecurrentMixer):
         self.gates_bias = parameter(jnp.zeros(shape[::2], precision.param), ("heads", None), weight_decay=False)
         a = jax.random.uniform(rngs.params(), (inner,), precision.param, 0.9, 0.999)  # decay at r = 1
         self.rate = parameter(jnp.log(jnp.expm1(-jnp.log(a) / DECAY_SCALE)), ("heads",), weight_decay=False)
-        self.out = Linear(
-            inner,
-            d_model,
-            precision=precision,
-            rngs=rngs,
-            bias=True,
-            std=residual_std(layer.num_layers),
-            axes=("heads", "embed"),
+        self.out = residual_linear(
+            inner, d_model, layer.num_layers, in_axis="heads", precision=precision, rngs=rngs, bias=True
         )
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:

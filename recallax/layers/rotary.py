@@ -1,10 +1,26 @@
 """Rotary position embedding, and random gaps between positions."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from recallax.config import ConfigError
 from recallax.pallas_kernels.grid import gather_tokens
+
+
+def check_rope_theta(rope_theta: float | None) -> None:
+    """Check the base of a rotary embedding.
+
+    Args:
+        rope_theta: Base of the frequencies; None: no positional embedding.
+
+    Raises:
+        ConfigError: The base is not above 0 and finite.
+    """
+    if rope_theta is not None and not 0 < rope_theta < math.inf:
+        raise ConfigError(f"rope_theta is {rope_theta}; it must be above 0 and finite (usual: 10000)")
 
 
 def rotary(

@@ -36,6 +36,19 @@ from recallax.pallas_kernels.selective_scan import selective_scan
 from recallax.types import Aux, Mean, Precision, SeqInfo
 
 
+class SelectorInputs(NamedTuple):
+    """Tokens of an attention layer that a selector scores."""
+
+    x: Float[Array, "B T D"]
+    """Inputs of the layer."""
+    q: Float[Array, "B T H K"]
+    """Queries before the rotary embedding."""
+    k: Float[Array, "B T G K"]
+    """Keys before the rotary embedding."""
+    seq: SeqInfo
+    """Positions and documents of the tokens."""
+
+
 class SelectionScores(NamedTuple):
     """Factors of the scores by which `sparse_global_attention` selects tokens, float32."""
 
@@ -60,21 +73,11 @@ class Selector(nnx.Module, abc.ABC):
         return ()
 
     @abc.abstractmethod
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        q: Float[Array, "B T H K"],
-        k: Float[Array, "B T G K"],
-        seq: SeqInfo,
-        state: State,
-    ) -> tuple[SelectionScores, State, Aux]:
+    def __call__(self, inputs: SelectorInputs, state: State) -> tuple[SelectionScores, State, Aux]:
         """Score T further tokens.
 
         Args:
-            x: Inputs of the attention layer.
-            q: Queries before the rotary embedding.
-            k: Keys before the rotary embedding.
-            seq: Positions and documents of the tokens.
+            inputs: The tokens.
             state: The selector's state.
 
         Returns:
@@ -117,15 +120,8 @@ class TokenScorer(Selector):
     def __init__(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs):
         self.score = Linear(d_model, 1, precision=_float32_compute(precision), rngs=rngs, axes=("embed", None))
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        q: Float[Array, "B T H K"],
-        k: Float[Array, "B T G K"],
-        seq: SeqInfo,
-        state: State,
-    ) -> tuple[SelectionScores, State, Aux]:
-        return SelectionScores(self.score(x), None), state, {}
+    def __call__(self, inputs: SelectorInputs, state: State) -> tuple[SelectionScores, State, Aux]:
+        return SelectionScores(self.score(inputs.x), None), state, {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,15 +150,8 @@ class QueryDependentScorer(Selector):
             for _ in range(2)
         )
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        q: Float[Array, "B T H K"],
-        k: Float[Array, "B T G K"],
-        seq: SeqInfo,
-        state: State,
-    ) -> tuple[SelectionScores, State, Aux]:
-        return SelectionScores(self.offer(x), self.ask(x) * self.score_dim**-0.5), state, {}
+    def __call__(self, inputs: SelectorInputs, state: State) -> tuple[SelectionScores, State, Aux]:
+        return SelectionScores(self.offer(inputs.x), self.ask(inputs.x) * self.score_dim**-0.5), state, {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,15 +189,9 @@ class KeyScorer(Selector):
     def init_state(self, batch: int) -> State:
         return jnp.zeros((batch, self.query_dim, 1), jnp.float32)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        q: Float[Array, "B T H K"],
-        k: Float[Array, "B T G K"],
-        seq: SeqInfo,
-        state: State,
-    ) -> tuple[SelectionScores, State, Aux]:
-        q, k = (jax.lax.stop_gradient(part.astype(jnp.float32)) for part in (q, k))
+    def __call__(self, inputs: SelectorInputs, state: State) -> tuple[SelectionScores, State, Aux]:
+        seq = inputs.seq
+        q, k = (jax.lax.stop_gradient(part.astype(jnp.float32)) for part in (inputs.q, inputs.k))
         flat_q, flat_k = (part.reshape(*part.shape[:2], -1) for part in (q, k))
         query_sum, state = selective_scan(
             flat_q, jnp.zeros_like(flat_q), state=state, segment_ids=jnp.asarray(seq.segment_ids)

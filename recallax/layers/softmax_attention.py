@@ -1,17 +1,55 @@
-"""Module of full and sliding-window softmax attention: projections, rotary positions, the op and its cache."""
+"""Full and sliding-window softmax attention: their options, projections, rotary positions, the op and its cache."""
+
+import abc
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from recallax.config import require_at_least
+from recallax.config import added_field, require_at_least
 from recallax.layers.attention_heads import attention_head_dim
-from recallax.layers.base import RecurrentMixer
-from recallax.layers.dense import Linear, parameter, residual_std
+from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer
+from recallax.layers.dense import Linear, parameter, residual_linear
 from recallax.layers.rotary import rotary
 from recallax.pallas_kernels.window_attention import KVCache, PersistentKV, window_attention, window_attention_step
 from recallax.types import Aux, Precision, SeqInfo, StepInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftmaxAttentionConfig(MixerConfig, abc.ABC):
+    """Base class of configs of causal softmax attention, which differ in the tokens that a query sees."""
+
+    num_heads: int = 1
+    """Query heads."""
+    num_kv_heads: int | None = None
+    """Key/value heads, each shared by a group of query heads; None: `num_heads`."""
+    head_dim: int | None = added_field(None)
+    """Width of a head; None: d_model / num_heads."""
+    rope_theta: float | None = 10_000.0
+    """Base of the rotary embedding; None: no positional embedding."""
+    num_persistent_tokens: int = added_field(0)
+    """Learned key/value tokens without a position, visible to all tokens (Titans, arXiv 2501.00663, section 3.3)."""
+
+    @property
+    @abc.abstractmethod
+    def visible_tokens(self) -> int | None:
+        """Number of tokens that a query sees, including its own; None: all earlier tokens."""
+
+    def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "SoftmaxAttentionMixer":
+        return SoftmaxAttentionMixer(
+            d_model,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads or self.num_heads,
+            head_dim=self.head_dim,
+            window=self.visible_tokens,
+            rope_theta=self.rope_theta,
+            num_persistent_tokens=self.num_persistent_tokens,
+            num_layers=layer.num_layers,
+            precision=precision,
+            rngs=rngs,
+        )
 
 
 class SoftmaxAttentionMixer(RecurrentMixer):
@@ -65,9 +103,7 @@ class SoftmaxAttentionMixer(RecurrentMixer):
             else None
         )
         self.persistent = None if tokens is None else parameter(tokens, (None, "embed"), weight_decay=False)
-        self.out = Linear(
-            q_width, d_model, precision=precision, rngs=rngs, std=residual_std(num_layers), axes=("heads", "embed")
-        )
+        self.out = residual_linear(q_width, d_model, num_layers, in_axis="heads", precision=precision, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
         q, k, v = self.project_qkv(x, jnp.asarray(seq.positions))

@@ -25,9 +25,9 @@ from jaxtyping import Array, Float
 from recallax.config import ConfigError, require_at_least
 from recallax.layers.attention_heads import attention_head_dim
 from recallax.layers.base import LayerInfo, MixerConfig, RecurrentMixer, State
-from recallax.layers.dense import Linear, residual_std
+from recallax.layers.dense import Linear, residual_linear
 from recallax.layers.rotary import rotary
-from recallax.layers.selection import SelectorConfig, TokenScore
+from recallax.layers.selection import SelectorConfig, SelectorInputs, TokenScore
 from recallax.layers.state_reset import reset_for_prefill, reset_for_step
 from recallax.pallas_kernels.sparse_global_attention import (
     FullCache,
@@ -117,8 +117,7 @@ class SparseGlobalAttentionMixer(RecurrentMixer):
             raise ConfigError(
                 f"cache is 'top_k', but {name} may select a token that the cache has dropped; use cache='full'"
             )
-        std = residual_std(layer.num_layers)
-        self.out = Linear(q_width, d_model, precision=precision, rngs=rngs, std=std, axes=("heads", "embed"))
+        self.out = residual_linear(q_width, d_model, layer.num_layers, in_axis="heads", precision=precision, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], seq: SeqInfo) -> tuple[Float[Array, "B T D"], Aux]:
         y, _, _, aux = self._attend(x, seq, None, self.selector.init_state(x.shape[0]))
@@ -154,7 +153,7 @@ class SparseGlobalAttentionMixer(RecurrentMixer):
     ) -> tuple[Float[Array, "B T D"], SparseGlobalCache | None, State, Aux]:
         positions = jnp.asarray(seq.positions)
         q, k, v = (part(x).reshape(*x.shape[:2], -1, self.head_dim) for part in (self.q, self.k, self.v))
-        scores, selector, aux = self.selector(x, q, k, seq, selector)
+        scores, selector, aux = self.selector(SelectorInputs(x, q, k, seq), selector)
         if self.rope_theta is not None:
             q, k = rotary(q, positions, self.rope_theta), rotary(k, positions, self.rope_theta)
         y, cache = sparse_global_attention(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from recallax.config import added_field, require_at_least
 from recallax.layers.base import LayerInfo, MixerConfig
-from recallax.layers.dense import Linear, residual_std
+from recallax.layers.dense import Linear, residual_linear
 from recallax.layers.stateless import StatelessMixer
 from recallax.types import Precision
 
@@ -29,8 +29,7 @@ class SwiGLU(MixerConfig):
     """Hidden width in place of `expand` and `multiple_of`."""
 
     def __post_init__(self) -> None:
-        if self.intermediate_size is not None:
-            require_at_least(1, intermediate_size=self.intermediate_size)
+        require_at_least(1, intermediate_size=self.intermediate_size)
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "SwiGLUMixer":
         return SwiGLUMixer(self, d_model, layer, precision=precision, rngs=rngs)
@@ -43,9 +42,7 @@ class SwiGLUMixer(StatelessMixer):
         rounded = -int(-config.expand * d_model // config.multiple_of) * config.multiple_of
         inner = config.intermediate_size or rounded
         self.up = Linear(d_model, 2 * inner, precision=precision, rngs=rngs, axes=("embed", "mlp"))
-        self.out = Linear(
-            inner, d_model, precision=precision, rngs=rngs, std=residual_std(layer.num_layers), axes=("mlp", "embed")
-        )
+        self.out = residual_linear(inner, d_model, layer.num_layers, in_axis="mlp", precision=precision, rngs=rngs)
 
     def apply(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         gate, up = jnp.split(self.up(x), 2, axis=-1)

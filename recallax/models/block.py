@@ -17,6 +17,7 @@ from recallax.config import Config
 from recallax.layers import LayerInfo, MixerConfig, NoChannelMixer, RecurrentMixer, SequenceMixer, SwiGLU
 from recallax.layers.base import State
 from recallax.layers.norm import RMSNorm
+from recallax.models.residual_module import ResidualModule
 from recallax.types import Aux, Precision, SeqInfo, StepInfo, add_aux
 
 
@@ -30,7 +31,7 @@ class Block(Config):
     """The channel mixer."""
 
 
-class BlockModule(nnx.Module):
+class BlockModule(ResidualModule):
     """A layer: r <- r + mixer(norm(r)), then r <- r + channel(norm(r)).
 
     Args:
@@ -78,47 +79,15 @@ class BlockModule(nnx.Module):
         return r + self._apply_dropout(y, keys, 3), add_aux(aux, more)
 
     def init_state(self, batch: int, max_len: int) -> State:
-        """Return the states of both mixers before any token.
-
-        Args:
-            batch: The number of rows.
-            max_len: Largest number of tokens per row.
-
-        Returns:
-            The states.
-
-        Raises:
-            TypeError: If a mixer has no state.
-        """
         return tuple(_require_recurrent(m).init_state(batch, max_len) for m in (self.mixer, self.channel))
 
     def prefill(self, r: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
-        """Read further tokens of each row.
-
-        Args:
-            r: The residual stream, float32.
-            seq: The tokens' sequence information.
-            state: The states before the tokens.
-
-        Returns:
-            The residual stream after the layer, the states after the tokens, and auxiliary means.
-        """
         y, mixer, aux = _require_recurrent(self.mixer).prefill(self.mixer_norm(r), seq, state[0])
         r = r + y.astype(r.dtype)
         y, channel, more = _require_recurrent(self.channel).prefill(self.channel_norm(r), seq, state[1])
         return r + y.astype(r.dtype), (mixer, channel), add_aux(aux, more)
 
     def step(self, r: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
-        """Read one token of each active row.
-
-        Args:
-            r: The residual stream, float32.
-            info: Positions, and the rows that are active.
-            state: The states before the token.
-
-        Returns:
-            The residual stream after the layer, and the states after the token.
-        """
         y, mixer = _require_recurrent(self.mixer).step(self.mixer_norm(r), info, state[0])
         r = r + y.astype(r.dtype)
         y, channel = _require_recurrent(self.channel).step(self.channel_norm(r), info, state[1])

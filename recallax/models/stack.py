@@ -7,6 +7,7 @@ The layer with absolute number i initialises its parameters with `fold_in(key, i
 `fold_in(seq.key, i)`, so both are the same for all spellings of a pattern.
 """
 
+import abc
 from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
@@ -19,6 +20,7 @@ from recallax.layers import LayerInfo
 from recallax.layers.base import State, Statistic
 from recallax.models.block import Block, BlockModule
 from recallax.models.pattern import Term
+from recallax.models.residual_module import ResidualModule
 from recallax.types import Aux, Mean, Precision, SeqInfo, StepInfo, add_aux
 
 type Remat = Literal["none", "block"]
@@ -46,7 +48,26 @@ class StackSpec(NamedTuple):
     """The key of all parameters."""
 
 
-class Stack(nnx.Module):
+class LayerSequence(ResidualModule):
+    """Consecutive layers of a model, whose absolute numbers select their keys."""
+
+    @abc.abstractmethod
+    def __call__(
+        self, r: Float[Array, "B T D"], seq: SeqInfo, first_layer: LayerIndex
+    ) -> tuple[Float[Array, "B T D"], Aux]:
+        """Apply the layers to whole sequences.
+
+        Args:
+            r: The residual stream, float32.
+            seq: Positions, document ids, prefixes, and the key of dropout.
+            first_layer: The absolute number of the first layer.
+
+        Returns:
+            The residual stream after the layers, and the auxiliary means of their mixers, summed over layers.
+        """
+
+
+class Stack(LayerSequence):
     """A sequence of terms.
 
     Args:
@@ -68,16 +89,6 @@ class Stack(nnx.Module):
     def __call__(
         self, r: Float[Array, "B T D"], seq: SeqInfo, first_layer: LayerIndex
     ) -> tuple[Float[Array, "B T D"], Aux]:
-        """Apply the layers to whole sequences.
-
-        Args:
-            r: The residual stream, float32.
-            seq: Positions, document ids, prefixes, and the key of dropout.
-            first_layer: The absolute number of the first layer.
-
-        Returns:
-            The residual stream after the layers, and the auxiliary means of their mixers, summed over layers.
-        """
         aux: Aux = {}
         for part, offset in zip(self.parts, self.layer_offsets, strict=True):
             if isinstance(part, Repeat):
@@ -103,28 +114,9 @@ class Stack(nnx.Module):
         return r, aux
 
     def init_state(self, batch: int, max_len: int) -> State:
-        """Return the states of all layers before any token.
-
-        Args:
-            batch: The number of rows.
-            max_len: Largest number of tokens per row.
-
-        Returns:
-            A tuple with one state per part.
-        """
         return tuple(part.init_state(batch, max_len) for part in self.parts)
 
     def prefill(self, r: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
-        """Read further tokens of each row.
-
-        Args:
-            r: The residual stream, float32.
-            seq: The tokens' sequence information.
-            state: The states before the tokens.
-
-        Returns:
-            The residual stream after the layers, the states after the tokens, and auxiliary means.
-        """
         aux: Aux = {}
         states = []
         for part, old in zip(self.parts, state, strict=True):
@@ -134,16 +126,6 @@ class Stack(nnx.Module):
         return r, tuple(states), aux
 
     def step(self, r: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
-        """Read one token of each active row.
-
-        Args:
-            r: The residual stream, float32.
-            info: Positions, and the rows that are active.
-            state: The states before the token.
-
-        Returns:
-            The residual stream after the layers, and the states after the token.
-        """
         states = []
         for part, old in zip(self.parts, state, strict=True):
             r, new = part.step(r, info, old)
@@ -151,7 +133,7 @@ class Stack(nnx.Module):
         return r, tuple(states)
 
 
-class Repeat(nnx.Module):
+class Repeat(LayerSequence):
     """A stack that is applied several times, as a scan over parameters with a leading axis.
 
     Args:
@@ -170,16 +152,6 @@ class Repeat(nnx.Module):
     def __call__(
         self, r: Float[Array, "B T D"], seq: SeqInfo, first_layer: LayerIndex
     ) -> tuple[Float[Array, "B T D"], Aux]:
-        """Apply the layers to whole sequences.
-
-        Args:
-            r: The residual stream, float32.
-            seq: Positions, document ids, prefixes, and the key of dropout.
-            first_layer: The absolute number of the first layer.
-
-        Returns:
-            The residual stream after the layers, and the auxiliary means of their mixers, summed over layers.
-        """
         graph, params, statistics = nnx.split(self.body, nnx.Param, Statistic)
 
         def body(r: Array, part: tuple[nnx.State, nnx.State, Array]) -> tuple[Array, tuple[Aux, nnx.State]]:
@@ -194,28 +166,9 @@ class Repeat(nnx.Module):
         return r, _sum_over_layers(aux)
 
     def init_state(self, batch: int, max_len: int) -> State:
-        """Return the states of all layers before any token.
-
-        Args:
-            batch: The number of rows.
-            max_len: Largest number of tokens per row.
-
-        Returns:
-            A tuple with one state per part.
-        """
         return tuple(stack.init_state(batch, max_len) for stack in self._unstacked())
 
     def prefill(self, r: Float[Array, "B T D"], seq: SeqInfo, state: State) -> tuple[Float[Array, "B T D"], State, Aux]:
-        """Read further tokens of each row.
-
-        Args:
-            r: The residual stream, float32.
-            seq: The tokens' sequence information.
-            state: The states before the tokens.
-
-        Returns:
-            The residual stream after the layers, the states after the tokens, and auxiliary means.
-        """
         graph, weights = nnx.split(self.body)
 
         def body(r: Array, part: tuple[nnx.State, State]) -> tuple[Array, tuple[State, Aux]]:
@@ -227,16 +180,6 @@ class Repeat(nnx.Module):
         return r, tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.count)), _sum_over_layers(aux)
 
     def step(self, r: Float[Array, "B D"], info: StepInfo, state: State) -> tuple[Float[Array, "B D"], State]:
-        """Read one token of each active row.
-
-        Args:
-            r: The residual stream, float32.
-            info: Positions, and the rows that are active.
-            state: The states before the token.
-
-        Returns:
-            The residual stream after the layers, and the states after the token.
-        """
         # A scan would copy every state twice: once into its input and once out of its result.
         states = []
         for stack, old in zip(self._unstacked(), state, strict=True):
