@@ -1,7 +1,6 @@
 """Product-key memory: exact top-k search, the gradient of the table, and the effect of its tags on updates."""
 
 import itertools
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,15 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments.product_key_capacity import measure
+from experiments.product_key_capacity import sweep
+from experiments.results import read_rows
 from recallax.config import ConfigError
 from recallax.layers import Identity, LayerInfo, ProductKeys
 from recallax.layers.norm import rms_norm
 from recallax.layers.product_keys import ProductKeysMixer, embedding_bag
 from recallax.models import Block, LMConfig
 from recallax.tasks import MQAR, MixtureSlice
+from recallax.train.loop import restore_run, train
 from recallax.train.optimizer import make_optimizer
 from recallax.train.program import Program
 from recallax.train.run_config import AdamW, RunConfig, tiny_run
@@ -154,16 +155,44 @@ def test_invalid_configs_are_rejected(changes, message):
 
 def test_recorded_fact_recall_meets_its_thresholds():
     """4,096 facts with k = 8: recall of at least 0.95, with at least half of the slots in use."""
-    rows = [json.loads(x) for x in (Path(measure.__file__).parent / "results.jsonl").read_text().splitlines()]
-    recall = {arm: [row["recall"] for row in rows if row["arm"] == arm] for arm in measure.VARIANTS}
+    rows = read_rows(Path(sweep.__file__).parent)
+    recall = {name: [row["test"]["accuracy"] for row in rows if row["mixer"] == name] for name in sweep.VARIANTS}
     assert len(recall["product keys"]) == 3 and min(recall["product keys"]) >= 0.95
-    assert min(row["slots_used"] for row in rows if row["arm"] == "product keys") >= 0.5
-    assert max(recall["values never learned"]) < 0.5
+    assert min(row["slots_used"] for row in rows if row["mixer"] == "product keys") >= 0.5
+    assert max(recall["values not trained"]) < 0.5
+
+
+def test_random_facts_lists_every_fact_and_solves_them():
+    task = replace(sweep.TASK, num_facts=12, num_answers=5)
+    drawn, listed = task.batch(3, "train", 0, 50), [task.batch(3, "test", index, 4) for index in range(3)]
+    assert np.concatenate([batch.tokens for batch in listed]).ravel().tolist() == list(range(12))
+    assert set(np.unique(drawn.tokens)) <= set(range(12)) and len(np.unique(drawn.tokens)) > 6
+    for batch in (drawn, *listed):
+        np.testing.assert_array_equal(task.solve(np.asarray(batch.tokens)), batch.targets)
+    assert np.bincount(task.answers).max() / 12 == task.chance()
+
+
+def test_variants_of_the_capacity_experiment_update_other_rows():
+    """The share of the table that a late step changes; the vectors of the facts never change."""
+    changed = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for name in ("values not trained", "product keys", "all values updated (plain Adam)"):
+            program = Program(sweep.run_config(name, 0, steps=4))
+            state = program.init_state()
+            vectors = np.array(state.statistics["vectors"])
+            for index in range(4):
+                before = np.array(state.params["layer"]["values"])
+                state, _ = program.step(state, program.batch(index))
+            changed[name] = (np.asarray(state.params["layer"]["values"]) != before).any(axis=1).mean()
+            np.testing.assert_array_equal(state.statistics["vectors"], vectors)
+    none, read, ever_read = changed.values()
+    assert none == 0 < read < ever_read
 
 
 @pytest.mark.full
-def test_fact_recall_reproduces_the_record(monkeypatch):
-    monkeypatch.setattr(measure, "STEPS", 200)
+def test_fact_recall_reproduces_the_record(tmp_path: Path):
+    config = sweep.run_config("product keys", 0, steps=200)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        row = measure.train_variant("product keys", 0)
-    assert row["recall"] >= 0.95 and row["slots_used"] >= 0.5
+        assert train(config, tmp_path)["accuracy"] >= 0.95
+        program, restored = restore_run(tmp_path)
+        assert sweep.slot_use(program, restored.state)["slots_used"] >= 0.5

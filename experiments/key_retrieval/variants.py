@@ -15,12 +15,10 @@ from recallax.layers import Attention, BaseConv, Identity, Landmark, MixerConfig
 from recallax.models import Block, LMConfig
 from recallax.sweep import ResultRow, Trial, result_row
 from recallax.tasks import KeyRetrieval
-from recallax.train.checkpoint import Checkpoints
 from recallax.train.loop import restore_run, train
 from recallax.train.program import Program
 from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
-from recallax.train.run_folder import RunFolder
-from recallax.train.training_run import checkpoint_metadata
+from recallax.train.training_run import initialize_run
 
 RATES = (4e-3, 8e-3, 1.6e-2)
 BLOCK_TOKENS, TOP_K = 15, 4
@@ -83,7 +81,9 @@ def train_variant(variant: str, lr: float, folder: Path, seed: int = 0) -> Resul
     configs = stage_configs(variant, lr, seed)
     for number, config in enumerate(configs, 1):
         if number == 2:
-            _initialize_run(config, folder / "stage_2", source=folder / "stage_1")
+            _, first = restore_run(folder / "stage_1")
+            state = first.state
+            initialize_run(folder / "stage_2", Program(config), state.params, state.statistics, exist_ok=True)
         train(config, folder / f"stage_{number}", name=f"{variant} {lr:g} stage {number}")
         rows.append(result_row(Trial({}, config), folder / f"stage_{number}"))
         metrics[f"stage {number}"] = rows[-1]["valid"]
@@ -97,16 +97,6 @@ def train_variant(variant: str, lr: float, folder: Path, seed: int = 0) -> Resul
         "seconds": round(time.monotonic() - start, 1),
         "cpu_seconds": round(time.process_time() - cpu_start, 1),
     }
-
-
-def _initialize_run(config: RunConfig, folder: Path, source: Path) -> None:
-    """Save a run's checkpoint of step 0 with the parameters that another run ended with."""
-    _, trained = restore_run(source)
-    program = Program(config)
-    state = program.init_state()._replace(params=trained.state.params)
-    with RunFolder(folder, config) as run, Checkpoints(run.checkpoints, config.train.max_to_keep) as checkpoints:
-        if not checkpoints.steps():
-            checkpoints.save(0, state, checkpoint_metadata(config, program.data_digest()))
 
 
 def best_rate(rows: list[ResultRow], variant: str) -> float:

@@ -1,7 +1,8 @@
 """Training, evaluation and checkpoints.
 
-`train` trains a run in a folder or resumes it there, `evaluate_run` evaluates its newest checkpoint, and `restore_run`
-loads it. Names are imported on first use, so that importing this package does not import JAX.
+`train` trains a run in a folder or resumes it there, `initialize_run` makes one that starts from given parameters,
+`evaluate_run` evaluates its newest checkpoint, and `restore_run` loads it. Names are imported on first use, so that
+importing this package does not import JAX.
 """
 
 import importlib
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from recallax.train.run_folder import RunFolder, RunFolderError
     from recallax.train.step import StepMetrics, TrainState
     from recallax.train.stop_signals import Interrupted
+    from recallax.train.training_run import initialize_run
     from recallax.train.vmapped_runs import train_vmapped
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Train",
     "TrainState",
     "evaluate_run",
+    "initialize_run",
     "read_log",
     "restore_run",
     "tiny_run",
@@ -55,6 +58,7 @@ _MODULES = {
     "run_folder": ("RunFolder", "RunFolderError"),
     "step": ("StepMetrics", "TrainState"),
     "stop_signals": ("Interrupted",),
+    "training_run": ("initialize_run",),
     "vmapped_runs": ("train_vmapped",),
 }
 """Module in this package to the names that it defines."""
