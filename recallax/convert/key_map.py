@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from recallax.convert.array_transforms import IDENTITY, TRANSPOSE, ArrayTransform, chain, multiply
+from recallax.convert.safetensors_file import DTYPES
 from recallax.convert.weights_error import WeightsError
 
 type Shapes = Mapping[str, tuple[int, ...]]
@@ -76,8 +77,8 @@ def apply_key_map(
         Parameters by name, in float32.
 
     Raises:
-        WeightsError: If keys are missing or unused, an array has another shape than the model needs, or the key map
-            does not fill every parameter exactly once.
+        WeightsError: If keys are missing or unused, an array has another shape than the model needs or values that are
+            not finite in float32, or the key map does not fill every parameter exactly once.
     """
     _check_entries(entries, shapes)
     _check_keys(entries, weights)
@@ -125,8 +126,23 @@ def _convert_entry(
                 f"{key} has shape {array.shape}; it must be {like.shape}, since it becomes {targets}. "
                 "Give the config.json that belongs to these weights."
             )
-    converted = entry.transform.forward(tuple(array.astype(np.float32) for array in arrays))
-    return list(zip(entry.target, converted, strict=True))
+    numbers = (_as_float32(key, array) for key, array in zip(entry.source, arrays, strict=True))
+    return list(zip(entry.target, entry.transform.forward(tuple(numbers)), strict=True))
+
+
+def _as_float32(key: str, array: np.ndarray) -> np.ndarray:
+    if array.dtype not in DTYPES.values():
+        raise WeightsError(f"{key} has dtype {array.dtype}; weights must be one of {', '.join(DTYPES)}: convert it")
+    with np.errstate(over="ignore"):
+        converted = array.astype(np.float32)
+    finite = np.isfinite(converted)
+    if not finite.all():
+        index = tuple(int(i) for i in np.argwhere(~finite)[0])
+        raise WeightsError(
+            f"{key} has {int((~finite).sum())} values that are not finite in float32, the first {array[index]} at "
+            f"{index}; weights must be finite numbers of float32: give weights that are not damaged"
+        )
+    return converted
 
 
 def _check_keys(entries: Sequence[KeyMapEntry], weights: Mapping[str, np.ndarray]) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from recallax.config import ConfigError
 from recallax.convert.config_fields import ConfigFields
+from recallax.convert.ignored_fields import COMMON_FIXED_FIELDS, COMMON_IGNORED_FIELDS, field_names
 from recallax.convert.key_map import KeyMapEntry, apply_key_map
 from recallax.convert.layouts import CheckpointLayout, get_layout, layout_of
 from recallax.convert.model_variables import model_variables
@@ -34,10 +35,14 @@ def import_config(config: Mapping[str, Any]) -> LMConfig:
         The model config; repeated layers are repeats in its pattern, so they run as one scan.
 
     Raises:
-        ConfigError: If a field is missing or has a value that recallax does not support.
+        ConfigError: If a field is missing, has a value that recallax does not support, or is not known and may change
+            what the model computes.
     """
     layout, fields = parse_source_config(config)
-    return layout.from_config_json(fields)
+    fields.require_values("recallax has only decoders with weights in floating point", **COMMON_FIXED_FIELDS)
+    model = layout.from_config_json(fields)
+    fields.reject_unread(field_names(COMMON_IGNORED_FIELDS) | layout.ignored_fields)
+    return model
 
 
 def import_model(config: Mapping[str, Any], weights: Mapping[str, np.ndarray], pattern: str | None = None) -> LM:

@@ -27,7 +27,7 @@ from recallax.convert.run_weights import (
 )
 from recallax.convert.safetensors_file import DTYPES, WeightDict
 from recallax.convert.weights_folder import CONFIG_FILE, MAX_SHARD_BYTES, write_folder_atomic, write_weights
-from recallax.train.run_folder import write_atomic
+from recallax.files import write_atomic
 
 BYTES_PER_GB = 1e9
 
@@ -123,7 +123,10 @@ def _convert_to_source(run: RunWeights, layout: str | None, import_record: Mappi
     if source not in LAYOUTS or layout not in (None, source):
         return None
     config = import_record["config"]
-    if import_config(config) != run.config.model:
+    try:
+        if import_config(config) != run.config.model:
+            return None
+    except ConfigError:  # an older version has imported a field that recallax does not support
         return None
     weights = export_weights(config, run.variables)
     # The duplicate of a tied head is written only if the source had one.

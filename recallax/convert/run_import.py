@@ -2,14 +2,14 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from recallax.config import fingerprint, from_json, to_json
+from recallax.config import ConfigError, from_json
 from recallax.convert.key_map import apply_key_map, parameter_entry
 from recallax.convert.layouts import layout_of
 from recallax.convert.model_import import import_config, import_parameters
@@ -20,11 +20,10 @@ from recallax.convert.safetensors_file import WeightDict, dtype_name
 from recallax.convert.weights_error import WeightsError
 from recallax.convert.weights_folder import CONFIG_FILE, read_json, read_weights
 from recallax.models.parameter_paths import LeafPath, parameter_shapes, stack_parameters
-from recallax.train.checkpoint import Checkpoints
 from recallax.train.program import Program
 from recallax.train.run_config import RunConfig
-from recallax.train.run_folder import RunFolder, RunFolderError, run_folder_name, write_atomic
-from recallax.train.step import TrainState
+from recallax.train.run_folder import run_folder_name
+from recallax.train.training_run import initialize_run
 
 
 def import_run(source: Path, base_config: RunConfig, folder: Path | None = None) -> Path:
@@ -51,29 +50,27 @@ def import_run(source: Path, base_config: RunConfig, folder: Path | None = None)
     if is_native:
         config = _native_run_config(source, source_config)
     else:
-        config = replace(base_config, model=import_config(source_config))
+        config = replace(base_config, model=_with_path(source / CONFIG_FILE, lambda: import_config(source_config)))
     program = Program(config)  # before anything is written, because the model may not fit the task
     variables = _native_variables(config, weights) if is_native else import_parameters(source_config, weights)
-    state = _initial_state(program, config, variables)
+    params, statistics = _stack_variables(program, variables)
     folder = folder or Path("runs") / run_folder_name(f"imported_{re.sub('[^A-Za-z0-9_]', '_', layout)}", config)
-    with RunFolder(folder, config) as run, Checkpoints(run.checkpoints, config.train.max_to_keep) as checkpoints:
-        if steps := checkpoints.steps():
-            raise RunFolderError(f"{folder} has checkpoints of the steps {steps}; choose another --run")
-        dtypes = {key: dtype_name(array) for key, array in weights.items()}
-        record = {"kind": layout, "config": source_config, "dtypes": dtypes}
-        write_atomic(run.path / IMPORT_RECORD_FILE, json.dumps(record, indent=1) + "\n")
-        checkpoints.save(0, state, {"config": to_json(config), "fingerprint": fingerprint(config)})
+    dtypes = {key: dtype_name(array) for key, array in weights.items()}
+    record = {"kind": layout, "config": source_config, "dtypes": dtypes}
+    files = {IMPORT_RECORD_FILE: json.dumps(record, indent=1) + "\n"}
+    initialize_run(folder, program, params, statistics, files=files)
     return folder
 
 
-def _initial_state(program: Program, config: RunConfig, variables: WeightDict) -> TrainState:
-    """Return the training state at step 0 with the given parameters and statistics."""
+def _stack_variables(program: Program, variables: WeightDict) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the parameters and the statistics of a run from its variables by name."""
+    config = program.config
     parts = [flatten_dict(part) for part in (program.abstract_state.params, program.abstract_state.statistics)]
     abstract: dict[LeafPath, Any] = parts[0] | parts[1]
     _, paths = model_variables(config.model, config.task.vocab_size)
     values = stack_parameters(variables, paths, abstract)
     params, statistics = (unflatten_dict({path: values[path] for path in part}) for part in parts)
-    return program.init_state_from(params, statistics)
+    return params, statistics
 
 
 def _read_source(source: Path) -> tuple[dict[str, Any], WeightDict]:
@@ -90,10 +87,22 @@ def _check_num_layers(config: Mapping[str, Any], weights: WeightDict) -> None:
             raise WeightsError(f"config.json has {name} {num_layers}, but there are only {len(weights)} arrays")
 
 
+def _with_path[T](path: Path, read: Callable[[], T]) -> T:
+    """Return what a function reads from a config, and name the file in its errors."""
+    try:
+        return read()
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
 def _native_run_config(source: Path, config: Mapping[str, Any]) -> RunConfig:
     if not isinstance(run := config.get("run"), dict):
         raise WeightsError(f"{source / CONFIG_FILE} has no 'run', which recallax's layout needs; export it again")
-    return from_json(run, RunConfig)
+    if unknown := sorted(config.keys() - {"model_type", "run"}):
+        raise WeightsError(
+            f"{source / CONFIG_FILE} has the field {unknown[0]!r}, which recallax's layout lacks; remove it"
+        )
+    return _with_path(source / CONFIG_FILE, lambda: from_json(run, RunConfig))
 
 
 def _native_variables(config: RunConfig, weights: WeightDict) -> WeightDict:

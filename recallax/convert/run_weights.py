@@ -6,15 +6,12 @@ from typing import Any, NamedTuple
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from recallax.config import from_json
 from recallax.convert.model_variables import model_variables
-from recallax.convert.safetensors_file import WeightDict
+from recallax.convert.safetensors_file import MAX_HEADER_BYTES, WeightDict
 from recallax.convert.weights_folder import read_json
 from recallax.models.parameter_paths import unstack_parameters
-from recallax.train.checkpoint import Checkpoints
-from recallax.train.program import Program
+from recallax.train.loop import restore_run
 from recallax.train.run_config import RunConfig
-from recallax.train.run_folder import RunFolderError, read_config
 
 RECALLAX_LAYOUT = "recallax"
 """The name and the `model_type` of recallax's own layout."""
@@ -57,13 +54,9 @@ def read_run_state(folder: Path) -> RunState:
         CheckpointError: If the checkpoint cannot be read.
         ConfigError: If the run's config cannot be read.
     """
-    config = from_json(read_config(folder), RunConfig)
-    program = Program(config)
-    with Checkpoints(folder / "checkpoints", max_to_keep=None) as checkpoints:
-        restored = checkpoints.restore(program.abstract_state)
-    if restored is None:
-        raise RunFolderError(f"{folder} has no checkpoint yet; train it first")
-    return RunState(config, program.graphdef, restored.step, restored.state.params, restored.state.statistics)
+    program, restored = restore_run(folder)
+    state = restored.state
+    return RunState(program.config, program.graphdef, restored.step, state.params, state.statistics)
 
 
 def read_run_weights(folder: Path) -> RunWeights:
@@ -96,4 +89,4 @@ def read_import_record(folder: Path) -> dict[str, Any]:
         The content of `IMPORT_RECORD_FILE`: `kind` (the layout), `config` and `dtypes`; empty if the run was trained.
     """
     path = folder / IMPORT_RECORD_FILE
-    return read_json(path) if path.exists() else {}
+    return read_json(path, MAX_HEADER_BYTES) if path.exists() else {}

@@ -25,13 +25,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from recallax.config import ConfigError, to_json
 from recallax.convert.run_weights import RunState, read_run_state
-from recallax.convert.safetensors_file import WeightDict, read_safetensors, write_safetensors
+from recallax.convert.safetensors_file import MAX_HEADER_BYTES, WeightDict, read_safetensors, write_safetensors
 from recallax.convert.weights_folder import read_json, write_folder_atomic
+from recallax.files import write_atomic
 from recallax.models.lm import LM
 from recallax.models.lm_head import Autoencoder
 from recallax.pallas_kernels import dispatch
 from recallax.train.run_config import RunConfig
-from recallax.train.run_folder import write_atomic
 from recallax.types import SeqInfo, StepInfo
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -120,7 +120,7 @@ def load_programs(folder: Path) -> ExportedPrograms:
     Raises:
         WeightsError: If the weights or the metadata are missing or malformed.
     """
-    metadata = read_json(folder / METADATA_FILE)
+    metadata = read_json(folder / METADATA_FILE, MAX_HEADER_BYTES)
     prefill, step = (export.deserialize(bytearray((folder / f"{name}.jax").read_bytes())) for name in PROGRAM_NAMES)
     return ExportedPrograms(read_safetensors(folder / WEIGHTS_FILE), prefill.call, step.call, metadata)
 

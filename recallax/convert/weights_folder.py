@@ -7,16 +7,16 @@ written atomically.
 import json
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recallax.convert.safetensors_file import WeightDict, parse_json_object, read_safetensors, write_safetensors
+from recallax.convert.safetensors_file import MAX_HEADER_BYTES, WeightDict, read_safetensors, write_safetensors
 from recallax.convert.weights_error import WeightsError
+from recallax.external_file import MAX_CONFIG_BYTES, parse_json_object, read_regular_file
+from recallax.files import create_folder_atomic
 
 CONFIG_FILE, SINGLE_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 50_000_000_000
@@ -45,11 +45,12 @@ def read_weights(folder: Path) -> tuple[dict[str, Any], WeightDict]:
     return read_json(folder / CONFIG_FILE), _read_all_weights(folder)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """Read a JSON file that contains an object.
 
     Args:
         path: The file.
+        max_bytes: Largest size of the file.
 
     Returns:
         The object.
@@ -58,11 +59,11 @@ def read_json(path: Path) -> dict[str, Any]:
         WeightsError: If the file cannot be read or contains something else.
     """
     try:
-        return parse_json_object(path.read_bytes())
+        return parse_json_object(read_regular_file(path, max_bytes))
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}; it must be beside the weights") from error
     except ValueError as error:
-        raise WeightsError(f"{path} is malformed: {error}") from error
+        raise WeightsError(f"{path} is malformed: {error}; download or export it again") from error
 
 
 def write_folder_atomic(folder: Path, write_files: Callable[[Path], None]) -> None:
@@ -80,19 +81,10 @@ def write_folder_atomic(folder: Path, write_files: Callable[[Path], None]) -> No
     folder = Path(os.path.abspath(folder))
     if folder.exists() or folder.is_symlink():
         raise WeightsError(f"{folder} already exists; move it away, or choose another --out")
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        write_files(temporary)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _fsync(path)
-        temporary.rename(folder)
-        _fsync(folder.parent)
+        create_folder_atomic(folder, write_files)
     except OSError as error:
         raise WeightsError(f"{folder} cannot be written: {error}; choose another --out, or free some space") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_weights(
@@ -164,7 +156,7 @@ def _read_all_weights(folder: Path) -> WeightDict:
 
 
 def _read_shards(folder: Path) -> WeightDict:
-    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    weight_map = read_json(folder / INDEX_FILE, MAX_HEADER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise WeightsError(f"{folder / INDEX_FILE} has no weight_map from keys to file names; download it again")
     weights: WeightDict = {}
@@ -180,11 +172,3 @@ def _read_shards(folder: Path) -> WeightDict:
             raise WeightsError(f"{folder / name} and {INDEX_FILE} do not agree on {different[:5]}; download both again")
         weights |= shard
     return weights
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,10 +7,19 @@ one scan over stacked parameters; every occurrence of a name owns its weights.
 """
 
 import re
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from recallax.config import ConfigError, suggest_name
+from recallax.external_file import short_repr
+
+MAX_LAYERS = 4_096
+"""Largest number of layers; the deepest published transformer has 1,000 (DeepNet, arXiv 2203.00555)."""
+MAX_PATTERN_DEPTH = 16
+"""Largest number of nested groups."""
+MAX_PATTERN_TOKENS = 4 * MAX_LAYERS
+"""Largest number of names, counts, brackets and signs in a pattern."""
 
 
 class Term(NamedTuple):
@@ -43,12 +52,15 @@ def parse_pattern(pattern: str, block_names: list[str]) -> tuple[Term, ...]:
         The terms.
 
     Raises:
-        ConfigError: If the pattern is empty, has a syntax error, or contains an unknown name.
+        ConfigError: If the pattern is empty, has a syntax error, contains an unknown name, has more than `MAX_LAYERS`
+            layers, or is nested deeper than `MAX_PATTERN_DEPTH`.
     """
-    tokens = re.findall(r"[A-Za-z_]\w*|\d+|\S", pattern)
-    terms, rest = _parse_terms(tokens, block_names, pattern)
-    if rest:
-        raise ConfigError(f"pattern {pattern!r} has an unexpected {rest[0]!r}")
+    tokens = deque(re.findall(r"[A-Za-z_]\w*|[0-9]+|\S", pattern))
+    if len(tokens) > MAX_PATTERN_TOKENS:
+        raise _too_many_layers(pattern)
+    terms = _parse_terms(tokens, block_names, pattern, depth=0)
+    if tokens:
+        raise ConfigError(f"pattern {short_repr(pattern)} has an unexpected {tokens[0]!r}")
     return terms
 
 
@@ -77,8 +89,13 @@ def compress_pattern(block_names: Sequence[str]) -> str:
 
     Returns:
         The pattern. It is short, but not always the shortest.
+
+    Raises:
+        ConfigError: If there are no layers.
     """
     names = list(block_names)
+    if not names:
+        raise ConfigError("there are no layers; a model needs at least one")
     period = next(n for n in range(1, len(names) + 1) if names[:n] * (len(names) // n) == names)
     runs: list[list[str]] = []
     for name in names[:period]:
@@ -93,29 +110,56 @@ def compress_pattern(block_names: Sequence[str]) -> str:
     return f"{body}*{count}" if period == 1 else f"({body})*{count}"
 
 
-def _parse_terms(tokens: list[str], block_names: list[str], pattern: str) -> tuple[tuple[Term, ...], list[str]]:
+def _parse_terms(tokens: deque[str], block_names: list[str], pattern: str, depth: int) -> tuple[Term, ...]:
+    """Remove the terms of one group from the start of the tokens, and return them."""
+    if depth > MAX_PATTERN_DEPTH:
+        raise ConfigError(
+            f"pattern {short_repr(pattern)} is nested too deep; it may have at most {MAX_PATTERN_DEPTH} nested groups"
+        )
     terms: list[Term] = []
     while tokens and tokens[0] != ")":
-        head, tokens = tokens[0], tokens[1:]
-        if head == "(":
-            body, tokens = _parse_terms(tokens, block_names, pattern)
-            if not tokens:
-                raise ConfigError(f"pattern {pattern!r} has a '(' without a ')'")
-            tokens = tokens[1:]
-        elif head in block_names:
-            body = head
-        elif re.fullmatch(r"[A-Za-z_]\w*", head):
-            raise ConfigError(
-                f"pattern {pattern!r} names the block {head!r}, which does not exist{suggest_name(head, block_names)}"
-            )
-        else:
-            raise ConfigError(f"pattern {pattern!r} has an unexpected {head!r}; a term is a name or '(' pattern ')'")
-        repeat = 1
-        if tokens[:1] == ["*"]:
-            if len(tokens) < 2 or not tokens[1].isdigit() or int(tokens[1]) < 1:
-                raise ConfigError(f"pattern {pattern!r} has a '*' without a count of at least 1 after it")
-            repeat, tokens = int(tokens[1]), tokens[2:]
-        terms.append(Term(body, repeat))
+        body = _parse_body(tokens, block_names, pattern, depth)
+        terms.append(Term(body, _parse_repeat(tokens, pattern)))
     if not terms:
-        raise ConfigError(f"pattern {pattern!r} has an empty part; name at least one block of {', '.join(block_names)}")
-    return tuple(terms), tokens
+        names = ", ".join(block_names)
+        raise ConfigError(f"pattern {short_repr(pattern)} has an empty part; name at least one block of {names}")
+    if sum(term.num_layers for term in terms) > MAX_LAYERS:
+        raise _too_many_layers(pattern)
+    return tuple(terms)
+
+
+def _parse_body(tokens: deque[str], block_names: list[str], pattern: str, depth: int) -> "str | tuple[Term, ...]":
+    head = tokens.popleft()
+    if head == "(":
+        body = _parse_terms(tokens, block_names, pattern, depth + 1)
+        if not tokens:
+            raise ConfigError(f"pattern {short_repr(pattern)} has a '(' without a ')'")
+        tokens.popleft()
+        return body
+    if head in block_names:
+        return head
+    if re.fullmatch(r"[A-Za-z_]\w*", head):
+        raise ConfigError(
+            f"pattern {short_repr(pattern)} names the block {short_repr(head)}, which does not exist"
+            f"{suggest_name(head, block_names)}"
+        )
+    raise ConfigError(
+        f"pattern {short_repr(pattern)} has an unexpected {short_repr(head)}; a term is a name or '(' pattern ')'"
+    )
+
+
+def _parse_repeat(tokens: deque[str], pattern: str) -> int:
+    """Remove `* n` from the start of the tokens, and return n; 1 if there is none."""
+    if not tokens or tokens[0] != "*":
+        return 1
+    tokens.popleft()
+    count = tokens.popleft() if tokens else ""
+    if not re.fullmatch("[0-9]+", count) or not (digits := count.lstrip("0")):
+        raise ConfigError(f"pattern {short_repr(pattern)} has a '*' without a count of at least 1 after it")
+    if len(digits) > len(str(MAX_LAYERS)):
+        raise _too_many_layers(pattern)
+    return int(digits)
+
+
+def _too_many_layers(pattern: str) -> ConfigError:
+    return ConfigError(f"pattern {short_repr(pattern)} has too many layers; a model may have at most {MAX_LAYERS}")

@@ -22,6 +22,7 @@ from recallax.convert.layouts.mamba_layout import MambaLayout
 from recallax.convert.layouts.nemotron_h_layout import NemotronHLayout
 from recallax.convert.layouts.qwen3_next_layout import OlmoHybridLayout, Qwen3NextLayout
 from recallax.convert.layouts.state_spaces_layout import StateSpacesLayout
+from recallax.external_file import MAX_REPR_LENGTH, short_repr
 
 __all__ = ["LAYOUTS", "CheckpointLayout", "get_layout", "layout_of"]
 
@@ -75,5 +76,6 @@ def get_layout(name: str) -> CheckpointLayout:
         ConfigError: If there is no such layout; the message suggests a similar name.
     """
     if name not in LAYOUTS:
-        raise ConfigError(f"model_type is {name!r}, which cannot be imported{suggest_name(name, list(LAYOUTS))}")
+        suggestion = suggest_name(name[:MAX_REPR_LENGTH], list(LAYOUTS))
+        raise ConfigError(f"model_type is {short_repr(name)}, which cannot be imported{suggestion}")
     return LAYOUTS[name]

@@ -4,12 +4,21 @@ from typing import Any
 
 from recallax.config import ConfigError
 from recallax.convert.config_fields import ConfigFields
+from recallax.convert.ignored_fields import IgnoredFields
 from recallax.convert.key_map import KeyMapEntry, linear_entry
+from recallax.external_file import short_repr
 from recallax.layers import Attention, SlidingWindow
 from recallax.layers.softmax_attention import SoftmaxAttentionMixer
 
 DEFAULT_ROPE_THETA = 10_000.0
 """The default of transformers."""
+UNUSED_ATTENTION_FIELDS: IgnoredFields = {
+    "it describes attention layers, and the model has none": (
+        "attention_bias", "full_attention_interval", "head_dim", "num_attention_heads", "num_key_value_heads",
+        "partial_rotary_factor", "rope_theta",
+    ),
+}  # fmt: skip
+"""Fields of hybrid models that have only linear layers."""
 
 
 def attention_config(fields: ConfigFields, window: int | None = None, rotary: bool = True) -> Attention | SlidingWindow:
@@ -22,12 +31,19 @@ def attention_config(fields: ConfigFields, window: int | None = None, rotary: bo
 
     Returns:
         The mixer config.
+
+    Raises:
+        ConfigError: If the sizes do not agree, or the positions are rescaled.
     """
-    num_heads = fields.required("num_attention_heads", int)
+    d_model, num_heads = fields.required("hidden_size", int), fields.required("num_attention_heads", int)
+    num_kv_heads = fields.optional("num_key_value_heads", int, num_heads)
+    fields.require_multiple("num_attention_heads", num_heads, "num_key_value_heads", num_kv_heads)
+    if fields.get("head_dim") is None:
+        fields.require_multiple("hidden_size", d_model, "num_attention_heads", num_heads)
     sizes: dict[str, Any] = {
         "num_heads": num_heads,
-        "num_kv_heads": fields.optional("num_key_value_heads", int, num_heads),
-        "head_dim": fields.optional("head_dim", int, fields.required("hidden_size", int) // num_heads),
+        "num_kv_heads": num_kv_heads,
+        "head_dim": fields.optional("head_dim", int, d_model // num_heads),
         "rope_theta": parse_rope_theta(fields) if rotary else None,
     }
     return Attention(**sizes) if window is None else SlidingWindow(window=window, **sizes)
@@ -88,19 +104,45 @@ def parse_rope_theta(fields: ConfigFields) -> float:
         The base.
 
     Raises:
-        ConfigError: If the positions are rescaled, or only a part of each head is rotated.
+        ConfigError: If the positions are rescaled, only a part of each head is rotated, or there are two bases.
+    """
+    parameters = unscaled_rope_parameters(fields)
+    for owner, name in ((fields, ""), (parameters, "rope_parameters ")):
+        if (factor := owner.optional("partial_rotary_factor", float, 1.0)) != 1:
+            raise fields.unsupported(
+                f"{name}partial_rotary_factor is {factor}: it rotates {factor} of a head; recallax rotates whole heads"
+            )
+    bases = [owner.optional("rope_theta", float, None, above=0.0) for owner in (parameters, fields)]
+    stated = {base for base in bases if base is not None}
+    if len(stated) > 1:
+        raise fields.unsupported(f"rope_theta is {bases[1]}, and rope_parameters has rope_theta {bases[0]}; remove one")
+    return stated.pop() if stated else DEFAULT_ROPE_THETA
+
+
+def unscaled_rope_parameters(fields: ConfigFields) -> ConfigFields:
+    """Check that rotary positions are not rescaled.
+
+    A model without rotary positions is checked too, since such a field shows that its config.json is not what it seems.
+
+    Args:
+        fields: The fields of config.json.
+
+    Returns:
+        The fields of `rope_parameters`; none where it is missing.
+
+    Raises:
+        ConfigError: If a field rescales the positions, or is not known.
     """
     fields.require_values("recallax does not rescale rotary positions", rope_scaling=None)
-    parameters = fields.optional("rope_parameters", dict, {})
-    if (rope_type := parameters.get("rope_type", "default")) != "default":
-        raise fields.unsupported(
-            f"rope_parameters has rope_type {rope_type!r}, and recallax does not rescale rotary positions"
-        )
-    if (factor := parameters.get("partial_rotary_factor", 1.0)) != 1:
-        raise fields.unsupported(f"rope_parameters rotates {factor} of a head; recallax rotates whole heads")
-    return ConfigFields({"rope_theta": fields.values.get("rope_theta"), **parameters}).optional(
-        "rope_theta", float, DEFAULT_ROPE_THETA
-    )
+    parameters = ConfigFields(fields.optional("rope_parameters", dict, {}), f"{fields.model_name}: rope_parameters")
+    for name in ("rope_type", "type"):
+        if (rope_type := parameters.get(name)) not in (None, "default"):
+            raise fields.unsupported(
+                f"rope_parameters has {name} {short_repr(rope_type)}, and recallax does not rescale rotary positions; "
+                "only 'default' can be imported"
+            )
+    parameters.reject_unread(("rope_theta", "partial_rotary_factor"))
+    return parameters
 
 
 def rope_fields(rope_theta: float | None) -> dict[str, Any]:

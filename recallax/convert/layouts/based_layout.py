@@ -12,10 +12,12 @@ import numpy as np
 
 from recallax.convert.array_transforms import TRANSPOSE, ArrayTransform, chain, lazy_transform, permute_first_axis
 from recallax.convert.config_fields import ConfigFields
+from recallax.convert.ignored_fields import IgnoredFields, field_names
 from recallax.convert.key_map import KeyMapEntry, linear_entry, parameter_entry
-from recallax.convert.layouts import based_mixers, decoder_parts
+from recallax.convert.layouts import attention_parts, based_mixers, decoder_parts
 from recallax.convert.layouts.based_mixers import BLOCK_NAMES, MIXER_SLOTS
 from recallax.convert.layouts.checkpoint_layout import CheckpointLayout
+from recallax.external_file import short_repr
 from recallax.layers import SwiGLU
 from recallax.layers.softmax_attention import SoftmaxAttentionMixer
 from recallax.layers.swiglu import SwiGLUMixer
@@ -46,35 +48,52 @@ FIXED_FIELDS: dict[str, tuple[Any, Any]] = {
 }
 """Fields of which recallax supports one value: the default where they are missing, and the supported value."""
 
+UNFUSED_FIELDS = dict.fromkeys(("attn_dwconv", "fused_dense_sqrelu_dense", "fused_mlp"), False)
+IGNORED_FIELDS: IgnoredFields = {
+    "it describes a buffer of decays, which no mixer reads": ("decay_const", "decay_denom", "fixed_decay"),
+    "it selects a kernel, and all kernels compute the same function": (
+        "fused_bias_fc", "fused_dropout_add_ln", "mlp_checkpoint_lvl", "reorder_and_upcast_attn", "sequence_parallel",
+        "use_flash_attn",
+    ),
+    "only training uses it": ("attn_pdrop", "embd_pdrop", "resid_pdrop"),
+    "only another MLP or another block uses it": ("ff_mult", "parallel_block_tied_norm"),
+    "it belongs to GPT-2's classifier": (
+        "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    ),
+    "only windows use it, whose import reads it": ("n_head_kv", "rotary_emb_base", "rotary_emb_fraction"),
+}  # fmt: skip
+
 
 class BasedLayout(CheckpointLayout):
     """`GPTLMHeadModel` of gated convolutions, Taylor linear attention and sliding windows."""
 
     architecture = "GPTLMHeadModel"
+    ignored_fields = field_names(IGNORED_FIELDS)
     duplicates_tied_head = True
 
     def from_config_json(self, fields: ConfigFields) -> LMConfig:
         for name, (default, supported) in FIXED_FIELDS.items():
-            if (value := fields.values.get(name, default)) != supported:
-                raise fields.unsupported(f"{name} is {value!r}; only {supported!r} can be imported")
+            if (value := fields.get(name, default)) != supported:
+                raise fields.unsupported(f"{name} is {short_repr(value)}; only {supported!r} can be imported")
         # GPT-2's config stores n_positions as max_position_embeddings.
-        if (positions := fields.values.get("max_position_embeddings", fields.values.get("n_positions"))) != 0:
+        if (positions := fields.get("max_position_embeddings", fields.get("n_positions"))) != 0:
             raise fields.unsupported(
-                f"n_positions is {positions!r}, and recallax has no learned positions; only 0 can be imported"
+                f"n_positions is {short_repr(positions)}, and recallax has no learned positions; only 0 can be imported"
             )
+        fields.require_values("no part of these models is fused into another one", **UNFUSED_FIELDS)
+        attention_parts.unscaled_rope_parameters(fields)
         slots, swiglu = _slots(fields), SwiGLU(intermediate_size=_intermediate_size(fields))
-        blocks = {
-            BLOCK_NAMES[slot]: Block(mixer=based_mixers.mixer_config(fields, slot), channel=swiglu)
-            for slot in MIXER_SLOTS
-            if slot in slots
-        }
+        # A mixer without layers is read too, so that a mistake in it does not hide a mistake in the lists of layers.
+        stated = [slot for slot in MIXER_SLOTS if slot in slots or fields.get(slot) is not None]
+        mixers = {slot: based_mixers.mixer_config(fields, slot) for slot in stated}
+        blocks = {BLOCK_NAMES[slot]: Block(mixer=mixers[slot], channel=swiglu) for slot in stated if slot in slots}
         return LMConfig(
             d_model=fields.required("n_embd", int),
-            vocab_size=decoder_parts.padded_vocab_size(fields),
+            vocab_size=decoder_parts.padded_vocab_size(fields, default_multiple=1),
             pattern=compress_pattern([BLOCK_NAMES[slot] for slot in slots]),
             blocks=blocks,
             lm_head=decoder_parts.lm_head_config(fields, tied_by_default=True),
-            norm_eps=fields.optional("layer_norm_epsilon", float, 1e-5),
+            norm_eps=fields.optional("layer_norm_epsilon", float, 1e-5, above=0.0),
         )
 
     def key_map(self, fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
@@ -135,9 +154,9 @@ def _window_fields(window: SoftmaxAttentionMixer) -> dict[str, Any]:
 
 def _slots(fields: ConfigFields) -> list[str]:
     """Return the mixer slot of each layer."""
-    second, first = (fields.optional(f"{slot}_layers", list, []) for slot in ("alt_mixer_2", "alt_mixer"))
-    layers = range(fields.required("n_layer", int))
-    return ["alt_mixer_2" if n in second else "alt_mixer" if n in first else "mixer" for n in layers]
+    num_layers = fields.num_layers("n_layer")
+    second, first = (fields.layer_numbers(f"{slot}_layers", num_layers) for slot in ("alt_mixer_2", "alt_mixer"))
+    return ["alt_mixer_2" if n in second else "alt_mixer" if n in first else "mixer" for n in range(num_layers)]
 
 
 def _decay_buffer_entry(fields: ConfigFields) -> KeyMapEntry:

@@ -11,6 +11,7 @@ from recallax.convert.array_transforms import DEPTHWISE_CONV, TRANSPOSE, chain, 
 from recallax.convert.config_fields import ConfigFields
 from recallax.convert.key_map import KeyMapEntry, linear_entry, parameter_entry
 from recallax.convert.layouts import decoder_parts
+from recallax.external_file import short_repr
 from recallax.layers import Based, GatedConv, MixerConfig, SequenceMixer, SlidingWindow
 from recallax.layers.based import BasedCell
 from recallax.layers.gated_conv import GatedConvMixer
@@ -34,6 +35,8 @@ GATED_CONV_CLASSES = {
 TAYLOR_CLASS = f"{MIXERS_MODULE}linear_attention.LinearAttention"
 WINDOW_CLASSES = (f"{MIXERS_MODULE}slide_attention.SlidingAttention", f"{MIXERS_MODULE}slide_fa2.SlidingsMHA")
 FEATURE_MAP_CLASS = f"{MIXERS_MODULE}linear_attention.TaylorExp"
+IGNORED_ARGUMENTS = ("l_max", "layer_idx", "parallel_implementation")
+"""Arguments that do not change what a mixer computes: a largest length, the layer's number and the kernel."""
 FIELD_FACTOR = 2
 """`window_size` over the tokens that a window looks back, and `expand_proj` over the expansion of a convolution."""
 
@@ -110,16 +113,19 @@ def mixer_config(fields: ConfigFields, slot: str) -> MixerConfig:
     """
     target, arguments = _class_and_arguments(fields, slot)
     d_model, num_heads = fields.required("n_embd", int), fields.required("n_head", int)
-    if d_model % num_heads:
-        raise fields.unsupported(f"n_head is {num_heads}; n_embd {d_model} must be a multiple of it")
+    fields.require_multiple("n_embd", d_model, "n_head", num_heads)
+    fields.require_derived(head_dim=d_model // num_heads)
     if target in GATED_CONV_CLASSES:
-        return _gated_conv_config(arguments, target)
-    if target == TAYLOR_CLASS:
-        return _taylor_config(arguments)
-    if target in WINDOW_CLASSES:
-        return _window_config(fields, arguments, num_heads, d_model // num_heads)
-    known = ", ".join([*GATED_CONV_CLASSES, TAYLOR_CLASS, *WINDOW_CLASSES])
-    raise arguments.unsupported(f"_target_ is {target!r}; only {known} can be imported")
+        mixer = _gated_conv_config(arguments, target)
+    elif target == TAYLOR_CLASS:
+        mixer = _taylor_config(arguments, d_model)
+    elif target in WINDOW_CLASSES:
+        mixer = _window_config(fields, arguments, num_heads, d_model // num_heads)
+    else:
+        known = ", ".join([*GATED_CONV_CLASSES, TAYLOR_CLASS, *WINDOW_CLASSES])
+        raise arguments.unsupported(f"_target_ is {short_repr(target)}; only {known} can be imported")
+    arguments.reject_unread(IGNORED_ARGUMENTS)
+    return mixer
 
 
 def mixer_entries(fields: ConfigFields, slot: str, source: str, target: str) -> list[KeyMapEntry]:
@@ -159,7 +165,7 @@ def mixer_entries(fields: ConfigFields, slot: str, source: str, target: str) -> 
 
 
 def _class_and_arguments(fields: ConfigFields, slot: str) -> tuple[str, ConfigFields]:
-    if fields.values.get(slot) is None:
+    if fields.get(slot) is None:
         raise fields.unsupported(f"{slot} is missing, which means full attention; recallax cannot import it from BASED")
     arguments = ConfigFields(fields.required(slot, dict), f"{fields.model_name}'s {slot}")
     return arguments.required("_target_", str), arguments
@@ -171,7 +177,10 @@ def _gated_conv_config(arguments: ConfigFields, target: str) -> GatedConv:
     expand = arguments.optional("expand_proj", int, 2)
     if expand % FIELD_FACTOR:
         raise arguments.unsupported(f"expand_proj is {expand}; it must be even, since half of it is the expansion")
-    return GatedConv(conv_size=_kernel_size(arguments, target), expand=expand // FIELD_FACTOR)
+    kernel_size = _kernel_size(arguments, target)
+    if target == GATED_CONV_CLASS:  # it has no such argument, but the released configs state it
+        arguments.require_derived(kernel_sizes=kernel_size)
+    return GatedConv(conv_size=kernel_size, expand=expand // FIELD_FACTOR)
 
 
 def _kernel_size(arguments: ConfigFields, target: str) -> int:
@@ -179,28 +188,35 @@ def _kernel_size(arguments: ConfigFields, target: str) -> int:
     if target != GATED_CONV_SILU_CLASS:
         return arguments.optional("kernel_size", int, 3)
     sizes = arguments.optional("kernel_sizes", list, [3])
-    if len(sizes) != 1 or type(sizes[0]) is not int:
-        raise arguments.unsupported(f"kernel_sizes is {sizes}; it must be a list of one number")
-    return sizes[0]
+    if len(sizes) != 1:
+        raise arguments.unsupported(f"kernel_sizes is {short_repr(sizes)}; it must be a list of one number")
+    return ConfigFields({"kernel_sizes": sizes[0]}, arguments.model_name).required("kernel_sizes", int)
 
 
-def _taylor_config(arguments: ConfigFields) -> Based:
-    mixer = Based(
-        feature_dim=arguments.optional("feature_dim", int, 16), num_heads=arguments.optional("num_heads", int, 16)
-    )
+def _taylor_config(arguments: ConfigFields, d_model: int) -> Based:
+    num_heads = arguments.optional("num_heads", int, 16)
+    mixer = Based(feature_dim=arguments.optional("feature_dim", int, 16), num_heads=num_heads)
+    arguments.require_multiple("n_embd", d_model, "num_heads", num_heads)
     arguments.require_values("values have the model's width", head_dim=None)
+    arguments.require_values("the denominator has no other epsilon", eps=1e-12)
     feature_map = ConfigFields(arguments.required("feature_map", dict), f"{arguments.model_name}'s feature_map")
+    feature_map.required("_target_", str)
     feature_map.require_values("features are Taylor's", _target_=FEATURE_MAP_CLASS, input_dim=mixer.feature_dim)
+    feature_map.reject_unread()
     return mixer
 
 
 def _window_config(fields: ConfigFields, arguments: ConfigFields, num_heads: int, head_dim: int) -> SlidingWindow:
     if (fraction := fields.optional("rotary_emb_fraction", float, 0.0)) not in (0, 1):
         raise fields.unsupported(f"rotary_emb_fraction is {fraction}; recallax rotates whole heads or nothing")
+    num_kv_heads = fields.optional("n_head_kv", int, num_heads)
+    fields.require_multiple("n_head", num_heads, "n_head_kv", num_kv_heads)
+    arguments.require_values("its windows are causal", causal=True)
+    arguments.require_derived(num_heads=num_heads)
     return SlidingWindow(
         window=arguments.optional("window_size", int, 128, minimum=0) // FIELD_FACTOR + 1,
         num_heads=num_heads,
-        num_kv_heads=fields.optional("n_head_kv", int, num_heads),
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rope_theta=fields.optional("rotary_emb_base", float, 10_000.0) if fraction else None,
+        rope_theta=fields.optional("rotary_emb_base", float, 10_000.0, above=0.0) if fraction else None,
     )

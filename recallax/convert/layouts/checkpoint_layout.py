@@ -16,12 +16,17 @@ class CheckpointLayout(abc.ABC):
 
     architecture: str | None = None
     """The class that loads the checkpoint; None if config.json names no class."""
+    ignored_fields: frozenset[str] = frozenset()
+    """Fields of config.json that do not change what the model computes, beside those that every layout ignores."""
     duplicates_tied_head: bool = False
     """A checkpoint with tied embeddings also contains the language model head, because its loader needs it."""
 
     @abc.abstractmethod
     def from_config_json(self, fields: ConfigFields) -> LMConfig:
         """Convert a config.json to a model config.
+
+        It must read every field that changes what the model computes: the caller rejects the fields that were not read
+        and are not in `ignored_fields`.
 
         Args:
             fields: The fields of config.json.

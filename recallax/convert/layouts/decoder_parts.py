@@ -18,9 +18,10 @@ from recallax.layers import SwiGLU
 from recallax.layers.matrix_memory import MatrixCell
 from recallax.layers.memory import MemoryMixer
 from recallax.layers.swiglu import SwiGLUMixer
-from recallax.models.block import BlockModule
+from recallax.models.block import Block, BlockModule
 from recallax.models.lm import LM, LMConfig
 from recallax.models.lm_head import LMHead, Tied, TiedModule, Untied
+from recallax.models.pattern import compress_pattern
 
 
 def lm_head_config(fields: ConfigFields, tied_by_default: bool = False) -> LMHead:
@@ -36,16 +37,49 @@ def lm_head_config(fields: ConfigFields, tied_by_default: bool = False) -> LMHea
     return Tied() if fields.optional("tie_word_embeddings", bool, tied_by_default) else Untied()
 
 
-def padded_vocab_size(fields: ConfigFields) -> int:
+def uniform_model_config(
+    fields: ConfigFields,
+    block: Block,
+    num_layers: int,
+    norm_eps: float,
+    *,
+    name: str = "layer",
+    tied_by_default: bool = False,
+) -> LMConfig:
+    """Read the config of a model whose layers have one block config.
+
+    Args:
+        fields: The fields of config.json.
+        block: The block.
+        num_layers: The number of layers.
+        norm_eps: The epsilon of the norms.
+        name: The name of the block in the pattern.
+        tied_by_default: The layout's default for sharing the embedding with the language model head.
+
+    Returns:
+        The model config.
+    """
+    return LMConfig(
+        d_model=fields.required("hidden_size", int),
+        vocab_size=fields.required("vocab_size", int),
+        pattern=compress_pattern([name] * num_layers),
+        blocks={name: block},
+        lm_head=lm_head_config(fields, tied_by_default),
+        norm_eps=norm_eps,
+    )
+
+
+def padded_vocab_size(fields: ConfigFields, default_multiple: int) -> int:
     """Read the number of rows of the embedding.
 
     Args:
         fields: The fields of config.json.
+        default_multiple: The multiple where `pad_vocab_size_multiple` is missing.
 
     Returns:
         `vocab_size`, rounded up to a multiple of `pad_vocab_size_multiple`.
     """
-    multiple = fields.optional("pad_vocab_size_multiple", int, 1)
+    multiple = fields.optional("pad_vocab_size_multiple", int, default_multiple)
     return -(-fields.required("vocab_size", int) // multiple) * multiple
 
 

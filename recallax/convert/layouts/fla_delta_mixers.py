@@ -38,6 +38,7 @@ class FLADeltaNet(FLAMixer[DeltaNetCell]):
         "use_short_conv": True,
         "qk_norm": "l2",
         "qk_activation": "silu",
+        "use_output_norm": True,
     }
     cell_class = DeltaNetCell
 
@@ -71,7 +72,9 @@ class FLAKDA(FLAMixer[KDACell]):
     cell_class = KDACell
 
     def from_fields(self, fields: ConfigFields) -> KDA:
-        num_heads, lower_bound = fields.required("num_heads", int), fields.values.get("lower_bound")
+        num_heads, lower_bound = fields.required("num_heads", int), fields.get("lower_bound")
+        if fields.optional("safe_gate", bool, False) and lower_bound is None:
+            raise fields.unsupported("safe_gate is True, which needs lower_bound; state it")
         if (num_v_heads := fields.optional("num_v_heads", int, num_heads)) != num_heads:
             raise fields.unsupported(
                 f"num_v_heads is {num_v_heads}, and num_heads {num_heads}; recallax's KDA needs as many of both"
@@ -106,9 +109,11 @@ class FLAGatedDeltaNet(FLAMixer[GatedDeltaNetCell]):
         if (gate := fields.optional("output_gate_activation", str, "swish")) not in ("swish", "silu"):
             raise fields.unsupported(f"output_gate_activation is {gate!r}; recallax supports 'swish' here")
         num_heads = fields.required("num_heads", int)
+        num_v_heads = fields.optional("num_v_heads", int, num_heads)
+        fields.require_multiple("num_v_heads", num_v_heads, "num_heads", num_heads)
         return GatedDeltaNet(
             num_heads=num_heads,
-            num_v_heads=fields.optional("num_v_heads", int, num_heads),
+            num_v_heads=num_v_heads,
             allow_neg_eigval=fields.optional("allow_neg_eigval", bool, False),
             conv_size=fields.optional("conv_size", int, DEFAULT_CONV_SIZE),
             norm_eps=norm_eps(fields),

@@ -11,15 +11,15 @@ import numpy as np
 
 from recallax.convert.array_transforms import DEPTHWISE_CONV, ArrayTransform, chain, concat_first_axis
 from recallax.convert.config_fields import ConfigFields
+from recallax.convert.ignored_fields import field_names
 from recallax.convert.key_map import KeyMapEntry, linear_entry, parameter_entry
 from recallax.convert.layouts import decoder_parts
 from recallax.convert.layouts.checkpoint_layout import CheckpointLayout
-from recallax.convert.layouts.fla_mixer import FLAMixer, norm_eps
+from recallax.convert.layouts.fla_mixer import FUSED_KERNELS, FLAMixer, norm_eps
 from recallax.layers import GLA, HGRN2, KDA, DeltaNet, GatedDeltaNet, GatedDeltaProduct, MixerConfig, SwiGLU
 from recallax.layers.swiglu import SwiGLUMixer
 from recallax.models.block import Block, BlockModule
 from recallax.models.lm import LM, LMConfig
-from recallax.models.pattern import compress_pattern
 
 INTERMEDIATE_MULTIPLE = 256
 """An MLP width that is computed from a ratio is rounded up to a multiple of this."""
@@ -35,18 +35,14 @@ class FLALayout(CheckpointLayout):
     def __init__(self, mixer: FLAMixer):
         self.mixer = mixer
         self.architecture = mixer.architecture
+        self.ignored_fields = field_names(FUSED_KERNELS, mixer.ignored_fields)
 
     def from_config_json(self, fields: ConfigFields) -> LMConfig:
         fields.require_values("recallax supports one value for this layer", **self.mixer.fixed_fields)
         channel = SwiGLU(intermediate_size=self._intermediate_size(fields))
-        return LMConfig(
-            d_model=fields.required("hidden_size", int),
-            vocab_size=fields.required("vocab_size", int),
-            pattern=compress_pattern(["layer"] * fields.required("num_hidden_layers", int)),
-            blocks={"layer": Block(mixer=self.mixer.from_fields(fields), channel=channel)},
-            lm_head=decoder_parts.lm_head_config(fields),
-            norm_eps=norm_eps(fields),
-        )
+        block = Block(mixer=self.mixer.from_fields(fields), channel=channel)
+        num_layers = fields.num_layers("num_hidden_layers")
+        return decoder_parts.uniform_model_config(fields, block, num_layers, norm_eps(fields))
 
     def key_map(self, fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
         entries = decoder_parts.embedding_and_head_entries(model, "model.embeddings", "model.norm")

@@ -3,6 +3,7 @@
 from typing import Any
 
 from recallax.convert.config_fields import ConfigFields
+from recallax.convert.ignored_fields import IgnoredFields
 from recallax.convert.layouts.fla_mixer import (
     COMMON_FIXED_FIELDS,
     GATED_PROJECTIONS,
@@ -27,6 +28,7 @@ UNGROUPED_FIXED_FIELDS = COMMON_FIXED_FIELDS | {
     "elementwise_affine": True,
 }
 """Supported values of GLA and RetNet."""
+UNUSED_CONV_FIELDS: IgnoredFields = {"only a short convolution uses it": ("conv_size",)}
 HGRN2_NORM_EPS = 1e-5
 """The epsilon of HGRN2's output norm, which does not depend on norm_eps."""
 HGRN2_DEFAULT_EXPAND_RATIO = 128
@@ -39,7 +41,8 @@ class FLAGLA(FLAMixer[GLACell]):
     projections = GATED_PROJECTIONS | {"gk_proj.0": "writer.parts.decay.down", "gk_proj.1": "writer.parts.decay.up"}
     other_parameters = {"gk_proj.1.bias": "writer.parts.decay.up.bias"}  # noqa: RUF012
     output_norm = "g_norm_swish_gate"
-    fixed_fields = UNGROUPED_FIXED_FIELDS | {"clamp_min": None}
+    fixed_fields = UNGROUPED_FIXED_FIELDS | {"clamp_min": None, "use_gk": True, "use_gv": False}
+    ignored_fields = UNUSED_CONV_FIELDS
     cell_class = GLACell
 
     def from_fields(self, fields: ConfigFields) -> GLA:
@@ -62,7 +65,8 @@ class FLARetNet(FLAMixer[RetNetCell]):
     architecture = "RetNetForCausalLM"
     projections = GATED_PROJECTIONS
     output_norm = "g_norm_swish_gate"
-    fixed_fields = UNGROUPED_FIXED_FIELDS
+    fixed_fields = UNGROUPED_FIXED_FIELDS | {"use_short_conv": False}
+    ignored_fields = UNUSED_CONV_FIELDS
     hidden_ratio = 2
     cell_class = RetNetCell
 
@@ -90,6 +94,7 @@ class FLALinearAttention(FLAMixer[LinearAttentionCell]):
         "norm_q": False,
         "norm_k": False,
         "norm_feature_map": False,
+        "tie_feature_map_qk": False,
         "elementwise_affine": True,
     }
     cell_class = LinearAttentionCell
@@ -124,11 +129,12 @@ class FLAHGRN2(FLAMixer[HGRN2Cell]):
     }
     output_norm = "g_norm"
     fixed_fields = COMMON_FIXED_FIELDS | {"use_short_conv": False, "use_lower_bound": True, "elementwise_affine": True}
+    ignored_fields = UNUSED_CONV_FIELDS
     cell_class = HGRN2Cell
 
     def from_fields(self, fields: ConfigFields) -> HGRN2:
-        d_model, num_heads = fields.required("hidden_size", int), fields.values.get("num_heads")
-        default = HGRN2_DEFAULT_EXPAND_RATIO if num_heads is None else d_model // num_heads
+        d_model, num_heads = fields.required("hidden_size", int), fields.optional("num_heads", int, None)
+        default = HGRN2_DEFAULT_EXPAND_RATIO if num_heads is None else max(1, d_model // num_heads)
         head_k_dim = fields.optional("expand_ratio", int, default)
         if d_model % head_k_dim or num_heads not in (None, d_model // head_k_dim):
             raise fields.unsupported(

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from recallax.convert.config_fields import ConfigFields
+from recallax.convert.ignored_fields import STEP_SIZE_INITIALIZATION, field_names
 from recallax.convert.key_map import KeyMapEntry
+from recallax.convert.layouts.fla_mixer import FUSED_KERNELS
 from recallax.convert.layouts.mamba2_layout import Mamba2Layout
 from recallax.models.block import BlockModule
 from recallax.models.lm import LM, LMConfig
@@ -23,8 +25,13 @@ FIELD_DEFAULTS = {"n_groups": 1, "conv_kernel": 4, "expand": 2, "head_dim": 64, 
 class FLAMamba2Layout(Mamba2Layout):
     """`Mamba2ForCausalLM` of fla."""
 
+    ignored_fields = field_names(STEP_SIZE_INITIALIZATION, FUSED_KERNELS)
+
     def from_config_json(self, fields: ConfigFields) -> LMConfig:
-        return super().from_config_json(_to_transformers_fields(fields))
+        converted = _to_transformers_fields(fields)
+        model = super().from_config_json(converted)
+        fields.read |= {name for name in fields.values if FIELD_NAMES.get(name, name) in converted.read}
+        return model
 
     def key_map(self, fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
         return super().key_map(_to_transformers_fields(fields), model)

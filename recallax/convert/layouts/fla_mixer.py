@@ -6,12 +6,19 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from recallax.convert.config_fields import ConfigFields
+from recallax.convert.ignored_fields import IgnoredFields
 from recallax.convert.layouts.mamba2_parts import conv_size_of
 from recallax.layers import MixerConfig
 from recallax.layers.matrix_memory import MatrixCell
 
 COMMON_FIXED_FIELDS = {"attn": None, "attnres_block_size": None, "hidden_act": "swish"}
 """Fields of which recallax supports one value in every model."""
+FUSED_KERNELS: IgnoredFields = {
+    "it selects a kernel, and all kernels compute the same function": (
+        "fuse_cross_entropy", "fuse_linear_cross_entropy", "fuse_norm", "fuse_swiglu",
+    ),
+}  # fmt: skip
+"""Fields that every model ignores, unless its layer reads them."""
 QKVO_PROJECTIONS = {
     "q_proj": "query.parts.q",
     "k_proj": "writer.parts.k",
@@ -37,6 +44,8 @@ class FLAMixer[C: MatrixCell](abc.ABC):
     """Its output norm."""
     fixed_fields: ClassVar[Mapping[str, Any]] = COMMON_FIXED_FIELDS
     """Fields of which recallax supports one value, which is also their default."""
+    ignored_fields: ClassVar[IgnoredFields] = {}
+    """Fields that do not change what the layer computes, by the reason."""
     hidden_ratio: ClassVar[int] = 4
     """Default ratio of the MLP's width to the model's, before the factor of two thirds for the gate."""
     cell_class: type[C]
@@ -78,7 +87,7 @@ def norm_eps(fields: ConfigFields) -> float:
     Returns:
         The epsilon.
     """
-    return fields.optional("norm_eps", float, DEFAULT_NORM_EPS)
+    return fields.optional("norm_eps", float, DEFAULT_NORM_EPS, above=0.0)
 
 
 def head_width(fields: ConfigFields, name: str, default: float) -> int:

@@ -5,8 +5,9 @@ from typing import Any
 
 from recallax.convert.array_transforms import DEPTHWISE_CONV, reshape
 from recallax.convert.config_fields import ConfigFields
+from recallax.convert.ignored_fields import EXPERT_FIELDS, IgnoredFields, field_names
 from recallax.convert.key_map import KeyMapEntry, linear_entry, parameter_entry
-from recallax.convert.layouts import decoder_parts
+from recallax.convert.layouts import attention_parts, decoder_parts
 from recallax.convert.layouts.checkpoint_layout import CheckpointLayout
 from recallax.convert.layouts.mamba2_parts import conv_size_of
 from recallax.layers import KDA
@@ -14,35 +15,49 @@ from recallax.layers.kda import KDACell
 from recallax.layers.swiglu import SwiGLUMixer
 from recallax.models.block import Block, BlockModule
 from recallax.models.lm import LM, LMConfig
-from recallax.models.pattern import compress_pattern
+
+LATENT_ATTENTION_FIELDS: IgnoredFields = {
+    "it describes latent attention, and the model has none": (
+        "kv_lora_rank", "mla_use_nope", "mla_use_output_gate", "q_lora_rank", "qk_head_dim", "qk_nope_head_dim",
+        "qk_rope_head_dim", "v_head_dim",
+    ),
+}  # fmt: skip
+SITU_FIELDS: IgnoredFields = {
+    "only the activation 'situ' uses it": ("activation_situ_beta", "activation_situ_linear_beta"),
+}
 
 
 class KimiLinearLayout(CheckpointLayout):
     """`KimiLinearForCausalLM` of transformers, if all layers are linear and have dense MLPs."""
 
     architecture = "KimiLinearForCausalLM"
+    ignored_fields = field_names(
+        EXPERT_FIELDS, attention_parts.UNUSED_ATTENTION_FIELDS, LATENT_ATTENTION_FIELDS, SITU_FIELDS
+    )
 
     def from_config_json(self, fields: ConfigFields) -> LMConfig:
-        layer_types = fields.required("layer_types", list)
-        if "full_attention" in layer_types:
-            raise fields.unsupported("layer_types contains 'full_attention', and recallax has no latent attention")
-        if "sparse" in fields.required("mlp_layer_types", list):
-            raise fields.unsupported("mlp_layer_types contains 'sparse', and recallax has no mixture of experts")
+        layer_types = fields.layer_types(
+            "layer_types", ["linear_attention"], {"full_attention": "and recallax has no latent attention"}
+        )
+        mlps = fields.layer_types("mlp_layer_types", ["dense"], {"sparse": "and recallax has no mixture of experts"})
+        fields.require_derived(
+            num_hidden_layers=len(layer_types), dense_ffn_hidden=fields.required("intermediate_size", int)
+        )
+        if len(mlps) != len(layer_types):
+            raise fields.unsupported(
+                f"mlp_layer_types has {len(mlps)} layers, and layer_types {len(layer_types)}; they must have as many"
+            )
+        fields.require_values("layers add their output to the residual stream", attn_res_block_size=0)
+        attention_parts.unscaled_rope_parameters(fields)
         mixer = KDA(
             num_heads=fields.required("linear_num_heads", int),
             head_k_dim=fields.required("linear_head_dim", int),
             decay_gate="softplus",
             conv_size=fields.required("linear_conv_kernel_dim", int),
-            norm_eps=fields.required("rms_norm_eps", float),
+            norm_eps=fields.required("rms_norm_eps", float, above=0.0),
         )
-        return LMConfig(
-            d_model=fields.required("hidden_size", int),
-            vocab_size=fields.required("vocab_size", int),
-            pattern=compress_pattern(["layer"] * len(layer_types)),
-            blocks={"layer": Block(mixer=mixer, channel=decoder_parts.swiglu_config(fields))},
-            lm_head=decoder_parts.lm_head_config(fields),
-            norm_eps=fields.required("rms_norm_eps", float),
-        )
+        block = Block(mixer=mixer, channel=decoder_parts.swiglu_config(fields))
+        return decoder_parts.uniform_model_config(fields, block, len(layer_types), mixer.norm_eps)
 
     def key_map(self, fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
         entries = decoder_parts.embedding_and_head_entries(model, "model.embed_tokens", "model.norm")

@@ -12,7 +12,6 @@ from recallax.layers.softmax_attention import SoftmaxAttentionMixer
 from recallax.layers.swiglu import SwiGLUMixer
 from recallax.models.block import Block, BlockModule
 from recallax.models.lm import LM, LMConfig
-from recallax.models.pattern import compress_pattern
 
 
 class LlamaLayout(CheckpointLayout):
@@ -45,7 +44,7 @@ class MistralLayout(LlamaLayout):
     def from_config_json(self, fields: ConfigFields) -> LMConfig:
         fields.require_values("all layers must have the same window", layer_types=None)
         fields.require_present("num_key_value_heads", "sliding_window")
-        window = fields.required("sliding_window", int) if fields.values["sliding_window"] is not None else None
+        window = None if fields.get("sliding_window") is None else fields.required("sliding_window", int)
         return _model_config(fields, attention_parts.attention_config(fields, window))
 
     def to_config_json(self, model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:
@@ -55,14 +54,9 @@ class MistralLayout(LlamaLayout):
 
 def _model_config(fields: ConfigFields, mixer: Attention | SlidingWindow) -> LMConfig:
     fields.require_values("projections have no biases", attention_bias=False, mlp_bias=False)
-    return LMConfig(
-        d_model=fields.required("hidden_size", int),
-        vocab_size=fields.required("vocab_size", int),
-        pattern=compress_pattern(["layer"] * fields.required("num_hidden_layers", int)),
-        blocks={"layer": Block(mixer=mixer, channel=decoder_parts.swiglu_config(fields))},
-        lm_head=decoder_parts.lm_head_config(fields),
-        norm_eps=fields.required("rms_norm_eps", float),
-    )
+    block = Block(mixer=mixer, channel=decoder_parts.swiglu_config(fields))
+    num_layers, norm_eps = fields.num_layers("num_hidden_layers"), fields.required("rms_norm_eps", float, above=0.0)
+    return decoder_parts.uniform_model_config(fields, block, num_layers, norm_eps)
 
 
 def _shared_fields(model: LM, layers: Sequence[BlockModule]) -> dict[str, Any]:

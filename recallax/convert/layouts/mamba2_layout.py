@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from recallax.convert.config_fields import ConfigFields
+from recallax.convert.ignored_fields import STEP_SIZE_INITIALIZATION, field_names
 from recallax.convert.key_map import KeyMapEntry
 from recallax.convert.layouts import decoder_parts, mamba2_parts
 from recallax.convert.layouts.checkpoint_layout import CheckpointLayout
@@ -11,37 +12,40 @@ from recallax.layers import Mamba2, NoChannelMixer
 from recallax.layers.mamba2 import Mamba2Cell
 from recallax.models.block import Block, BlockModule
 from recallax.models.lm import LM, LMConfig
-from recallax.models.pattern import compress_pattern
 
 
 class Mamba2Layout(CheckpointLayout):
     """`Mamba2ForCausalLM` of transformers."""
 
     architecture = "Mamba2ForCausalLM"
+    ignored_fields = field_names(STEP_SIZE_INITIALIZATION, mamba2_parts.ORIGINAL_FIELDS)
 
     def from_config_json(self, fields: ConfigFields) -> LMConfig:
         fields.require_values("projections have no biases", use_bias=False)
         fields.require_values("the convolution has a bias", use_conv_bias=True)
         fields.require_values("convolution and gate are followed by silu", hidden_act="silu")
-        norm_eps = fields.required("layer_norm_epsilon", float)
-        head_dim = fields.required("head_dim", int)
+        fields.require_values("its norm is applied to the gated output", rms_norm=True, norm_before_gate=False)
+        norm_eps = fields.required("layer_norm_epsilon", float, above=0.0)
+        num_heads, num_groups = fields.required("num_heads", int), fields.required("n_groups", int)
+        fields.require_multiple("num_heads", num_heads, "n_groups", num_groups)
+        head_dim, expand = fields.required("head_dim", int), fields.optional("expand", int, 2)
+        mamba2_parts.check_original_fields(fields, num_heads * head_dim)
+        if expand * fields.required("hidden_size", int) != num_heads * head_dim:
+            raise fields.unsupported(
+                f"num_heads is {num_heads} and head_dim {head_dim}; their product must be that of expand {expand} and "
+                "hidden_size"
+            )
         mixer = Mamba2(
             state_dim=fields.required("state_size", int),
             head_dim=head_dim,
-            num_groups=fields.required("n_groups", int),
-            intermediate_size=fields.required("num_heads", int) * head_dim,
+            num_groups=num_groups,
+            intermediate_size=num_heads * head_dim,
             conv_size=fields.required("conv_kernel", int),
             dt_limit=mamba2_parts.parse_dt_limit(fields),
             norm_eps=norm_eps,
         )
-        return LMConfig(
-            d_model=fields.required("hidden_size", int),
-            vocab_size=fields.required("vocab_size", int),
-            pattern=compress_pattern(["mamba"] * fields.required("num_hidden_layers", int)),
-            blocks={"mamba": Block(mixer=mixer, channel=NoChannelMixer())},
-            lm_head=decoder_parts.lm_head_config(fields),
-            norm_eps=norm_eps,
-        )
+        block, num_layers = Block(mixer=mixer, channel=NoChannelMixer()), fields.num_layers("num_hidden_layers")
+        return decoder_parts.uniform_model_config(fields, block, num_layers, norm_eps, name="mamba")
 
     def key_map(self, fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
         entries = decoder_parts.embedding_and_head_entries(model, "backbone.embeddings", "backbone.norm_f")

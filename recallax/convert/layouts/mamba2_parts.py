@@ -18,9 +18,35 @@ from recallax.convert.array_transforms import (
     split_first_axis,
 )
 from recallax.convert.config_fields import ConfigFields
+from recallax.convert.ignored_fields import IgnoredFields
 from recallax.convert.key_map import KeyMapEntry, linear_entry, parameter_entry
+from recallax.external_file import short_repr
 from recallax.layers import Mamba2
 from recallax.layers.matrix_memory import MatrixCell
+
+ORIGINAL_FIELDS: IgnoredFields = {
+    "transformers does not read it": ("fused_add_norm", "pad_vocab_size_multiple", "time_step_rank"),
+}
+"""Fields of the authors' config that published checkpoints in the format of transformers still have."""
+
+
+def check_original_fields(fields: ConfigFields, intermediate_size: int) -> None:
+    """Check the fields that repeat others under the names of the authors' config.
+
+    Args:
+        fields: The fields of config.json.
+        intermediate_size: The inner width of the mixer.
+
+    Raises:
+        ConfigError: If a field contradicts the others.
+    """
+    fields.require_values("all layers are alike, with norms that have no mean and no bias", rms_norm=True, ssm_cfg={})
+    fields.require_derived(
+        d_inner=intermediate_size,
+        intermediate_size=intermediate_size,
+        d_model=fields.required("hidden_size", int),
+        n_layer=fields.num_layers("num_hidden_layers"),
+    )
 
 
 def conv_size_of(cell: MatrixCell) -> int:
@@ -52,13 +78,19 @@ def parse_dt_limit(fields: ConfigFields) -> tuple[float, float | None]:
     Raises:
         ConfigError: If the field is not such a range.
     """
-    limit = fields.values.get("time_step_limit") or (0.0, math.inf)
+    limit = fields.get("time_step_limit") or (0.0, math.inf)
     if not isinstance(limit, list | tuple) or len(limit) != 2 or not all(type(x) in (int, float) for x in limit):
-        raise fields.unsupported(f"time_step_limit is {limit!r}; it must be two numbers, the second may be Infinity")
+        raise fields.unsupported(
+            f"time_step_limit is {short_repr(limit)}; it must be two numbers, the second may be Infinity"
+        )
     low, high = limit
     if not 0 <= low < high:
-        raise fields.unsupported(f"time_step_limit is {limit!r}; the first must be at least 0 and below the second")
-    return float(low), None if high == math.inf else float(high)
+        raise fields.unsupported(
+            f"time_step_limit is {short_repr(limit)}; the first must be at least 0 and below the second"
+        )
+    limits = [ConfigFields({"time_step_limit": x}, fields.model_name) for x in limit]
+    lower = limits[0].required("time_step_limit", float)
+    return lower, None if high == math.inf else limits[1].required("time_step_limit", float)
 
 
 def mamba2_mixer_entries(

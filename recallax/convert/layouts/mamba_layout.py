@@ -5,39 +5,39 @@ from typing import Any
 
 from recallax.convert.array_transforms import DEPTHWISE_CONV
 from recallax.convert.config_fields import ConfigFields
+from recallax.convert.ignored_fields import STEP_SIZE_INITIALIZATION, field_names
 from recallax.convert.key_map import KeyMapEntry, linear_entry, parameter_entry
-from recallax.convert.layouts import decoder_parts
+from recallax.convert.layouts import decoder_parts, mamba2_parts
 from recallax.convert.layouts.checkpoint_layout import CheckpointLayout
 from recallax.layers import Mamba, NoChannelMixer
 from recallax.layers.mamba import MambaMixer
 from recallax.models.block import Block, BlockModule
 from recallax.models.lm import LM, LMConfig
-from recallax.models.pattern import compress_pattern
 
 
 class MambaLayout(CheckpointLayout):
     """`MambaForCausalLM` of transformers."""
 
     architecture = "MambaForCausalLM"
+    ignored_fields = field_names(STEP_SIZE_INITIALIZATION, mamba2_parts.ORIGINAL_FIELDS)
 
     def from_config_json(self, fields: ConfigFields) -> LMConfig:
         fields.require_values("projections have no biases", use_bias=False)
         fields.require_values("the convolution has a bias", use_conv_bias=True)
         fields.require_values("convolution and gate are followed by silu", hidden_act="silu")
-        dt_rank = fields.values.get("time_step_rank")
+        dt_rank, expand = fields.get("time_step_rank"), fields.required("expand", int)
+        mamba2_parts.check_original_fields(fields, expand * fields.required("hidden_size", int))
         mixer = Mamba(
             state_dim=fields.required("state_size", int),
-            expand=fields.required("expand", int),
+            expand=expand,
             conv_size=fields.required("conv_kernel", int),
             dt_rank=None if dt_rank in (None, "auto") else fields.required("time_step_rank", int),
         )
-        return LMConfig(
-            d_model=fields.required("hidden_size", int),
-            vocab_size=fields.required("vocab_size", int),
-            pattern=compress_pattern(["mamba"] * fields.required("num_hidden_layers", int)),
-            blocks={"mamba": Block(mixer=mixer, channel=NoChannelMixer())},
-            lm_head=decoder_parts.lm_head_config(fields, tied_by_default=True),
-            norm_eps=fields.required("layer_norm_epsilon", float),
+        block = Block(mixer=mixer, channel=NoChannelMixer())
+        num_layers = fields.num_layers("num_hidden_layers")
+        norm_eps = fields.required("layer_norm_epsilon", float, above=0.0)
+        return decoder_parts.uniform_model_config(
+            fields, block, num_layers, norm_eps, name="mamba", tied_by_default=True
         )
 
     def key_map(self, fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from recallax.config import ConfigError, suggest_name
+from recallax.config import ConfigError
 from recallax.convert.config_fields import ConfigFields
+from recallax.convert.ignored_fields import EXPERT_FIELDS, STEP_SIZE_INITIALIZATION, IgnoredFields, field_names
 from recallax.convert.key_map import KeyMapEntry, linear_entry
 from recallax.convert.layouts import attention_parts, decoder_parts, mamba2_parts
 from recallax.convert.layouts.checkpoint_layout import CheckpointLayout
@@ -22,11 +23,17 @@ BLOCK_NAMES = {"linear_attention": "mamba", "full_attention": "attention", "mlp"
 LAYER_TYPES = {MemoryMixer: "linear_attention", SoftmaxAttentionMixer: "full_attention", ReLUSquaredMixer: "mlp"}
 """Layer types of config.json by mixer."""
 
+UNUSED_FIELDS: IgnoredFields = {
+    "transformers does not read it": ("expand", "time_step_limit"),
+    "it describes layers for the prediction of further tokens, of which there are none": ("mtp_layers_block_type",),
+}
+
 
 class NemotronHLayout(CheckpointLayout):
     """`NemotronHForCausalLM` of transformers without experts."""
 
     architecture = "NemotronHForCausalLM"
+    ignored_fields = field_names(EXPERT_FIELDS, STEP_SIZE_INITIALIZATION, UNUSED_FIELDS)
 
     def from_config_json(self, fields: ConfigFields) -> LMConfig:
         fields.require_values("projections have no biases", use_bias=False, attention_bias=False, mlp_bias=False)
@@ -34,6 +41,9 @@ class NemotronHLayout(CheckpointLayout):
         fields.require_values("convolution and gate are followed by silu", mamba_hidden_act="silu")
         fields.require_values("the MLP squares its ReLU", mlp_hidden_act="relu2")
         fields.require_values("its attention has no window", sliding_window=None)
+        fields.require_values("projections have no biases", mamba_proj_bias=False)
+        fields.require_values("recallax predicts one token", num_nextn_predict_layers=0)
+        attention_parts.unscaled_rope_parameters(fields)
         fields.require_present("num_key_value_heads", "head_dim")
         mixers: dict[str, MixerConfig] = {
             "mamba": _mamba2_config(fields),
@@ -49,7 +59,7 @@ class NemotronHLayout(CheckpointLayout):
                 name: Block(mixer=mixer, channel=NoChannelMixer()) for name, mixer in mixers.items() if name in layers
             },
             lm_head=decoder_parts.lm_head_config(fields),
-            norm_eps=fields.required("layer_norm_epsilon", float),
+            norm_eps=fields.required("layer_norm_epsilon", float, above=0.0),
         )
 
     def key_map(self, fields: ConfigFields, model: LMConfig) -> list[KeyMapEntry]:
@@ -104,27 +114,22 @@ def _mixer_fields(by_type: dict[str, list[BlockModule]]) -> dict[str, Any]:
 
 
 def _block_names(fields: ConfigFields) -> list[str]:
-    layer_types = fields.required("layers_block_type", list)
-    for layer_type in layer_types:
-        if layer_type not in BLOCK_NAMES:
-            raise fields.unsupported(
-                f"layers_block_type contains {layer_type!r}, which recallax does not support"
-                f"{suggest_name(layer_type, [*BLOCK_NAMES])}"
-            )
-    return [BLOCK_NAMES[layer_type] for layer_type in layer_types]
+    return [BLOCK_NAMES[layer_type] for layer_type in fields.layer_types("layers_block_type", BLOCK_NAMES)]
 
 
 def _mamba2_config(fields: ConfigFields) -> Mamba2:
-    head_dim = fields.required("mamba_head_dim", int)
+    head_dim, num_heads = fields.required("mamba_head_dim", int), fields.required("mamba_num_heads", int)
+    num_groups = fields.required("n_groups", int)
+    fields.require_multiple("mamba_num_heads", num_heads, "n_groups", num_groups)
     return Mamba2(
         state_dim=fields.required("ssm_state_size", int),
         head_dim=head_dim,
-        num_groups=fields.required("n_groups", int),
-        intermediate_size=fields.required("mamba_num_heads", int) * head_dim,
+        num_groups=num_groups,
+        intermediate_size=num_heads * head_dim,
         conv_size=fields.required("conv_kernel", int),
         # transformers clips at the smallest initial step size and ignores time_step_limit.
         dt_limit=(fields.required("time_step_min", float), None),
-        norm_eps=fields.required("layer_norm_epsilon", float),
+        norm_eps=fields.required("layer_norm_epsilon", float, above=0.0),
     )
 
 

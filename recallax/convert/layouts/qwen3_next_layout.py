@@ -18,8 +18,9 @@ from recallax.convert.array_transforms import (
     split_first_axis,
 )
 from recallax.convert.config_fields import ConfigFields
+from recallax.convert.ignored_fields import EXPERT_FIELDS, field_names
 from recallax.convert.key_map import KeyMapEntry, linear_entry, parameter_entry
-from recallax.convert.layouts import decoder_parts
+from recallax.convert.layouts import attention_parts, decoder_parts
 from recallax.convert.layouts.checkpoint_layout import CheckpointLayout
 from recallax.convert.layouts.mamba2_parts import conv_size_of
 from recallax.layers import GatedDeltaNet
@@ -27,23 +28,26 @@ from recallax.layers.gated_delta_net import GatedDeltaNetCell
 from recallax.layers.swiglu import SwiGLUMixer
 from recallax.models.block import Block, BlockModule
 from recallax.models.lm import LM, LMConfig
-from recallax.models.pattern import compress_pattern
+from recallax.models.pattern import MAX_LAYERS
 
 OLMO_HYBRID_NORM_EPS = 1e-5
 """The epsilon of Olmo-Hybrid's output norm, which does not depend on rms_norm_eps."""
 QWEN3_NEXT_NORM_OFFSET = 1.0
 """Qwen3-Next's norms multiply by 1 + weight, except for the norm inside the mixer."""
 
+OLMO_INITIALIZATION = ("a_log_max", "a_log_min", "dt_init_floor", "dt_max", "dt_min")
+
 
 class Qwen3NextLayout(CheckpointLayout):
     """`Qwen3NextForCausalLM` of transformers, if all layers are linear and have dense MLPs."""
 
     architecture = "Qwen3NextForCausalLM"
+    ignored_fields = field_names(EXPERT_FIELDS, attention_parts.UNUSED_ATTENTION_FIELDS)
 
     def from_config_json(self, fields: ConfigFields) -> LMConfig:
-        num_layers = fields.required("num_hidden_layers", int)
-        dense = fields.optional("mlp_only_layers", list, [])
-        if fields.values.get("num_experts") != 0 and (sparse := sorted(set(range(num_layers)) - set(dense))):
+        num_layers = fields.num_layers("num_hidden_layers")
+        dense = fields.layer_numbers("mlp_only_layers", MAX_LAYERS)  # transformers accepts layers after the last one
+        if fields.get("num_experts") != 0 and (sparse := sorted(set(range(num_layers)) - set(dense))):
             raise fields.unsupported(
                 f"layers {sparse} are not in mlp_only_layers, and recallax has no mixture of experts"
             )
@@ -87,6 +91,10 @@ class OlmoHybridLayout(CheckpointLayout):
     """
 
     architecture = "OlmoHybridForCausalLM"
+    ignored_fields = field_names(
+        attention_parts.UNUSED_ATTENTION_FIELDS,
+        {"it is a range for initialization": tuple(f"linear_{name}" for name in OLMO_INITIALIZATION)},
+    )
 
     def from_config_json(self, fields: ConfigFields) -> LMConfig:
         allow_neg_eigval = fields.optional("linear_allow_neg_eigval", bool, True)
@@ -104,29 +112,27 @@ class OlmoHybridLayout(CheckpointLayout):
 
 
 def _model_config(fields: ConfigFields, mixer: GatedDeltaNet, attention_features: str) -> LMConfig:
-    layer_types = fields.required("layer_types", list)
-    if "full_attention" in layer_types:
-        raise fields.unsupported(
-            f"layer_types contains 'full_attention', which recallax does not support: {attention_features}"
-        )
-    return LMConfig(
-        d_model=fields.required("hidden_size", int),
-        vocab_size=fields.required("vocab_size", int),
-        pattern=compress_pattern(["layer"] * len(layer_types)),
-        blocks={"layer": Block(mixer=mixer, channel=decoder_parts.swiglu_config(fields))},
-        lm_head=decoder_parts.lm_head_config(fields),
-        norm_eps=fields.required("rms_norm_eps", float),
+    layer_types = fields.layer_types(
+        "layer_types",
+        ["linear_attention"],
+        {"full_attention": f"which recallax does not support: {attention_features}"},
     )
+    attention_parts.unscaled_rope_parameters(fields)
+    block = Block(mixer=mixer, channel=decoder_parts.swiglu_config(fields))
+    norm_eps = fields.required("rms_norm_eps", float, above=0.0)
+    return decoder_parts.uniform_model_config(fields, block, len(layer_types), norm_eps)
 
 
 def _qwen3_next_mixer(fields: ConfigFields) -> GatedDeltaNet:
-    return _mixer_config(fields, fields.required("rms_norm_eps", float), allow_neg_eigval=False)
+    return _mixer_config(fields, fields.required("rms_norm_eps", float, above=0.0), allow_neg_eigval=False)
 
 
 def _mixer_config(fields: ConfigFields, norm_eps: float, *, allow_neg_eigval: bool) -> GatedDeltaNet:
+    num_heads, num_v_heads = (fields.required(f"linear_num_{part}_heads", int) for part in ("key", "value"))
+    fields.require_multiple("linear_num_value_heads", num_v_heads, "linear_num_key_heads", num_heads)
     return GatedDeltaNet(
-        num_heads=fields.required("linear_num_key_heads", int),
-        num_v_heads=fields.required("linear_num_value_heads", int),
+        num_heads=num_heads,
+        num_v_heads=num_v_heads,
         head_k_dim=fields.required("linear_key_head_dim", int),
         head_v_dim=fields.required("linear_value_head_dim", int),
         allow_neg_eigval=allow_neg_eigval,

@@ -9,11 +9,13 @@ from typing import Any
 
 from recallax.config import ConfigError
 from recallax.convert.config_fields import ConfigFields
+from recallax.convert.ignored_fields import IgnoredFields, field_names
 from recallax.convert.key_map import KeyMapEntry
 from recallax.convert.layouts import decoder_parts
 from recallax.convert.layouts.checkpoint_layout import CheckpointLayout
 from recallax.convert.layouts.mamba2_layout import Mamba2Layout
 from recallax.convert.layouts.mamba_layout import MambaLayout
+from recallax.external_file import short_repr
 from recallax.layers.mamba import MambaMixer
 from recallax.models.block import BlockModule
 from recallax.models.lm import LM, LMConfig
@@ -23,18 +25,12 @@ NORM_EPS = 1e-5
 """The epsilon of all norms, which their config does not contain."""
 CHANNELS_PER_DT_RANK = 16
 """The rank of the step sizes is the width divided by this, rounded up, if `dt_rank` is "auto"."""
-IGNORED_CONFIG_FIELDS = {"residual_in_fp32", "fused_add_norm", "initializer_cfg", "pad_vocab_size_multiple"}
-MODEL_FIELDS = {
-    "d_model",
-    "n_layer",
-    "vocab_size",
-    "ssm_cfg",
-    "rms_norm",
-    "norm_epsilon",
-    "tie_embeddings",
-    "d_intermediate",
-    "attn_layer_idx",
-    "attn_cfg",
+DEFAULT_VOCAB_SIZE_MULTIPLE = 8
+"""The number of rows of the embedding is a multiple of this, if `pad_vocab_size_multiple` is missing."""
+IGNORED_FIELDS: IgnoredFields = {
+    "it selects a kernel, and all kernels compute the same function": ("fused_add_norm",),
+    "only initialization uses it": ("initializer_cfg",),
+    "it describes attention layers, and the model has none": ("attn_cfg",),
 }
 LAYER_NAMES = {"mamba": "Mamba1", "mamba2": "Mamba2"}
 """Their layer names by the model_type of transformers."""
@@ -55,12 +51,32 @@ MIXER_DEFAULTS = {
     "Mamba2": {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "chunk_size": 256},
 }
 """Defaults of omitted fields."""
+FIXED_SSM_FIELDS: dict[str, dict[str, Any]] = {
+    "Mamba1": {"bias": False, "conv_bias": True},
+    "Mamba2": {"bias": False, "conv_bias": True, "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False},
+}
+"""Fields of a layer of which recallax supports one value, which is also their default."""
+IGNORED_SSM_FIELDS = field_names(
+    {
+        "it is a range or a scheme for initialization": (
+            "A_init_range",
+            "conv_init",
+            "dt_init",
+            "dt_init_floor",
+            "dt_max",
+            "dt_min",
+            "dt_scale",
+        ),
+        "it selects a kernel": ("use_fast_path", "use_mem_eff_path", "chunk_size"),
+    }
+)
 TRANSFORMERS_LAYOUTS: dict[str, CheckpointLayout] = {"mamba": MambaLayout(), "mamba2": Mamba2Layout()}
 
 
 class StateSpacesLayout(CheckpointLayout):
     """`MambaLMHeadModel` of mamba_ssm, with Mamba or Mamba-2 layers."""
 
+    ignored_fields = field_names(IGNORED_FIELDS)
     duplicates_tied_head = True
 
     def from_config_json(self, fields: ConfigFields) -> LMConfig:
@@ -108,31 +124,31 @@ def _to_transformers_fields(fields: ConfigFields) -> ConfigFields:
     }
     values |= {
         "hidden_size": d_model,
-        "num_hidden_layers": fields.required("n_layer", int),
-        "vocab_size": decoder_parts.padded_vocab_size(fields),
+        "num_hidden_layers": fields.num_layers("n_layer"),
+        "vocab_size": decoder_parts.padded_vocab_size(fields, DEFAULT_VOCAB_SIZE_MULTIPLE),
         "use_bias": False,
         "use_conv_bias": True,
         "hidden_act": "silu",
-        "layer_norm_epsilon": fields.optional("norm_epsilon", float, NORM_EPS),
+        "layer_norm_epsilon": fields.optional("norm_epsilon", float, NORM_EPS, above=0.0),
         "tie_word_embeddings": fields.optional("tie_embeddings", bool, True),
     }
     if layer == "Mamba2":
+        mixer.require_multiple("expand times d_model", values["expand"] * d_model, "headdim", values["head_dim"])
         values["num_heads"] = values["expand"] * d_model // values["head_dim"]
-    elif mixer.values.get("dt_rank", "auto") == "auto":
+    elif mixer.get("dt_rank", "auto") == "auto":
         values["time_step_rank"] = -(-d_model // CHANNELS_PER_DT_RANK)
     else:
         values["time_step_rank"] = mixer.required("dt_rank", int)
+    mixer.require_values("recallax supports one value for this layer", **FIXED_SSM_FIELDS[layer])
+    mixer.reject_unread(IGNORED_SSM_FIELDS)
     return ConfigFields(values, next(model_type for model_type, name in LAYER_NAMES.items() if name == layer))
 
 
 def _layer_name(fields: ConfigFields, mixer: ConfigFields) -> str:
-    """Return the name of the layers, after a check for unsupported fields and values."""
+    """Return the name of the layers, after a check for unsupported values."""
     layer = mixer.optional("layer", str, "Mamba1")
     if layer not in MIXER_FIELD_NAMES:
-        raise mixer.unsupported(f"layer is {layer!r}; only {', '.join(MIXER_FIELD_NAMES)} can be imported")
-    for part, known in ((fields, MODEL_FIELDS | IGNORED_CONFIG_FIELDS), (mixer, {"layer", *MIXER_FIELD_NAMES[layer]})):
-        if unknown := sorted(part.values.keys() - known):
-            raise part.unsupported(f"recallax does not know the field {unknown[0]!r}")
+        raise mixer.unsupported(f"layer is {short_repr(layer)}; only {', '.join(MIXER_FIELD_NAMES)} can be imported")
     fields.require_values("all its layers must be Mamba", attn_layer_idx=[], d_intermediate=0)
     fields.require_values("its norms must have no mean and no bias", rms_norm=True)
     return layer
