@@ -13,9 +13,11 @@ import inspect
 import json
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, TypeAliasType, Union, cast, get_args, get_origin, get_type_hints
 
+from recallax.config_errors import ConfigError, collect_config_errors, delay_error, raise_config_errors
+from recallax.external_file import MAX_JSON_DEPTH, MAX_REPR_LENGTH, short_repr
 from recallax.schema_upgrade import downgrade, is_json_list, is_json_object, upgrade
 
 SCHEMA_VERSION = 2
@@ -27,9 +29,10 @@ class Config:
 
     __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
-
-class ConfigError(ValueError):
-    """A config, or the file it was read from, is not valid."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__post_init__" in vars(cls):
+            cls.__post_init__ = delay_error(vars(cls)["__post_init__"])
 
 
 def added_field[T](default: T) -> T:
@@ -61,20 +64,23 @@ def suggest_name(name: str, known: list[str]) -> str:
     return f"{hint} Known: {', '.join(sorted(known)) or 'none'}"
 
 
-def require_at_least(minimum: int | float, owner: str = "", **values: int | float) -> None:
-    """Check lower bounds of config fields.
+def require_at_least(
+    minimum: int | float, owner: str = "", alternative: str = "", /, **values: int | float | None
+) -> None:
+    """Check lower bounds of config fields and arguments; the message names all values that are too small.
 
     Args:
         minimum: The smallest value that is accepted.
         owner: Put before each name in the message, such as `train.`.
-        **values: Field values by field name.
+        alternative: Put after the rule in the message, such as `or None for all ids`.
+        **values: Values by name. None, the value of an optional field that is not set, is accepted.
 
     Raises:
         ConfigError: A value is below the minimum, or NaN.
     """
-    for name, value in values.items():
-        if not value >= minimum:
-            raise ConfigError(f"{owner}{name} is {value}; it must be at least {minimum:g}")
+    rule = f"at least {minimum:g}" + (f", {alternative}" if alternative else "")
+    too_small = {name: value for name, value in values.items() if value is not None and not value >= minimum}
+    raise_config_errors(f"{owner}{name} is {value}; it must be {rule}" for name, value in too_small.items())
 
 
 def to_json(config: Config, *, schema: int = SCHEMA_VERSION) -> dict[str, Any]:
@@ -107,18 +113,24 @@ def from_json[C: Config](data: Mapping[str, Any], expected: type[C]) -> C:
         The config.
 
     Raises:
-        ConfigError: The schema is unknown, or a class, field or value does not fit; names its path.
+        ConfigError: The schema is unknown, or classes, fields or values do not fit; names the path of each.
     """
+    if _depth_exceeds(data, MAX_JSON_DEPTH):
+        raise ConfigError(f"config is nested too deep; it may have at most {MAX_JSON_DEPTH} levels")
     version = data.get("schema")
     if version not in (1, SCHEMA_VERSION):
-        raise ConfigError(f"schema is {version!r}; this version of recallax reads schemas 1 and {SCHEMA_VERSION}")
+        raise ConfigError(
+            f"schema is {short_repr(version)}; this version of recallax reads schemas 1 and {SCHEMA_VERSION}"
+        )
     content: Any = {k: v for k, v in data.items() if k != "schema"}
     if version == 1:
         try:
             content = upgrade(content, _ancestry)
         except ValueError as error:
             raise ConfigError(f"config of schema 1: {error}") from error
-    return _decode(content, expected, "config")
+    with collect_config_errors() as add_error:
+        config = _Decoder(add_error).decode(content, expected, "config")
+    return config
 
 
 def diff(old: Config, new: Config) -> list[str]:
@@ -131,13 +143,27 @@ def diff(old: Config, new: Config) -> list[str]:
     Returns:
         A line `path: old -> new` for every leaf that differs; empty if the configs are equal.
     """
-    a, b = dict(_leaves(to_json(old), "")), dict(_leaves(to_json(new), ""))
-    missing = "(absent)"
-    return [
-        f"{path}: {a.get(path, missing)} -> {b.get(path, missing)}"
-        for path in sorted(a.keys() | b.keys())
-        if a.get(path, missing) != b.get(path, missing)
-    ]
+    return _diff_leaves(to_json(old), to_json(new))
+
+
+def diff_json(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return the differences of two encoded configs, which may have different schemas.
+
+    Configs of another version of recallax, or of classes that are not imported, are compared as they are encoded.
+
+    Args:
+        old: What `to_json` returned for a config.
+        new: The same for another config.
+
+    Returns:
+        A line `path: old -> new` for every leaf that differs; empty if the configs are equal.
+    """
+    if old == new:
+        return []
+    try:
+        return diff(from_json(old, Config), from_json(new, Config))
+    except ConfigError:
+        return _diff_leaves(old, new)
 
 
 def fingerprint(config: Config, *, schema: int = SCHEMA_VERSION) -> str:
@@ -194,51 +220,88 @@ def _encode(value: Any) -> Any:
     raise ConfigError(f"a config contains {value!r} of type {type(value).__name__}; it must be plain data")
 
 
-def _decode(value: Any, hint: Any, path: str) -> Any:
-    if isinstance(hint, TypeAliasType):
-        return _decode(value, hint.__value__, path)
-    origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _decode(value, next(a for a in args if a is not type(None)), path)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"{path} is {value!r}{suggest_name(str(value), [str(a) for a in args])}")
-        return value
-    if isinstance(hint, type) and issubclass(hint, Config):
-        return _decode_class(value, hint, path)
-    if origin is tuple and is_json_list(value):
-        items = [args[0]] * len(value) if args[-1] is ... else list(args)
-        if len(items) != len(value):
-            raise ConfigError(f"{path} has {len(value)} items; it must have {len(items)}")
-        return tuple(_decode(v, h, f"{path}[{i}]") for i, (v, h) in enumerate(zip(value, items, strict=True)))
-    if origin in (dict, Mapping) and is_json_object(value):
-        return {k: _decode(v, args[1], f"{path}.{k}") for k, v in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
-        return float(value)
-    if not isinstance(hint, type) or type(value) is not hint:
-        raise ConfigError(f"{path} is {value!r}; it must be of type {getattr(hint, '__name__', hint)}")
-    return value
+def _depth_exceeds(value: Any, limit: int) -> bool:
+    """Return whether JSON values are nested deeper than a limit, without a recursion of that depth."""
+    level = [value]
+    for _ in range(limit):
+        children = (v.values() if is_json_object(v) else v for v in level if is_json_object(v) or is_json_list(v))
+        level = [child for group in children for child in group]
+    return bool(level)
 
 
-def _decode_class(value: Any, expected: type[Config], path: str) -> Any:
-    if not is_json_object(value) or "class" not in value:
-        raise ConfigError(f"{path} is {value!r}; it must be an object with a 'class'")
-    known = {name: cls for name, cls in config_classes().items() if issubclass(cls, expected) and _is_concrete(cls)}
-    cls = known.get(str(value["class"]))
-    if cls is None:
-        raise ConfigError(f"{path} has class {value['class']!r}{suggest_name(str(value['class']), list(known))}")
-    hints, data = get_type_hints(cls), {k: v for k, v in value.items() if k != "class"}
-    fields = {f.name for f in dataclasses.fields(cls) if f.init}
-    for key in data.keys() - fields:
-        raise ConfigError(f"{path} has no field {key!r}{suggest_name(key, sorted(fields))}")
-    required = {f.name for f in dataclasses.fields(cls) if f.init and _is_required(f)}
-    for key in sorted(required - data.keys()):
-        raise ConfigError(f"{path} lacks the field {key!r}, which {cls.__name__} must have")
-    return cls(**{k: _decode(v, hints[k], f"{path}.{k}") for k, v in data.items()})
+class _Decoder:
+    """Decoding of JSON values by the types of config fields; what does not fit is reported and becomes `_INVALID`."""
+
+    def __init__(self, add_error: Callable[[str], None]):
+        self._add_error = add_error
+
+    def decode(self, value: Any, hint: Any, path: str) -> Any:
+        """Decode a value of the type `hint`."""
+        if isinstance(hint, TypeAliasType):
+            return self.decode(value, hint.__value__, path)
+        origin, args = get_origin(hint), get_args(hint)
+        if hint is Any:
+            return value
+        if origin in (Union, types.UnionType):
+            if value is None and type(None) in args:
+                return None
+            return self.decode(value, next(a for a in args if a is not type(None)), path)
+        if origin is Literal:
+            if value in args:
+                return value
+            return self._reject(f"{path} is {short_repr(value)}{_suggest(value, [str(a) for a in args])}")
+        if isinstance(hint, type) and issubclass(hint, Config):
+            return self._decode_class(value, hint, path)
+        if origin is tuple and is_json_list(value):
+            items = [args[0]] * len(value) if args[-1] is ... else list(args)
+            if len(items) != len(value):
+                return self._reject(f"{path} has {len(value)} items; it must have {len(items)}")
+            pairs = enumerate(zip(value, items, strict=True))
+            return _whole(tuple(self.decode(v, h, f"{path}[{i}]") for i, (v, h) in pairs))
+        if origin in (dict, Mapping) and is_json_object(value):
+            return _whole({k: self.decode(v, args[1], f"{path}.{k}") for k, v in value.items()})
+        if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
+            return float(value)
+        if isinstance(hint, type) and type(value) is hint:
+            return value
+        return self._reject(f"{path} is {short_repr(value)}; it must be of type {getattr(hint, '__name__', hint)}")
+
+    def _decode_class(self, value: Any, expected: type[Config], path: str) -> Any:
+        if not is_json_object(value) or "class" not in value:
+            return self._reject(f"{path} is {short_repr(value)}; it must be an object with a 'class'")
+        known = {name: cls for name, cls in config_classes().items() if issubclass(cls, expected) and _is_concrete(cls)}
+        cls = known.get(str(value["class"]))
+        if cls is None:
+            name = value["class"]
+            return self._reject(f"{path} has class {short_repr(name)}{_suggest(name, list(known))}")
+        hints, data = get_type_hints(cls), {k: v for k, v in value.items() if k != "class"}
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+        unknown = [key for key in data if key not in fields]
+        missing = [key for key, field in fields.items() if key not in data and _is_required(field)]
+        for key in unknown:
+            self._add_error(f"{path} has no field {short_repr(key)}{_suggest(key, sorted(fields))}")
+        for key in missing:
+            self._add_error(f"{path} lacks the field {key!r}, which {cls.__name__} must have")
+        values = _whole({k: self.decode(v, hints[k], f"{path}.{k}") for k, v in data.items() if k in fields})
+        return _INVALID if unknown or missing or values is _INVALID else cls(**values)
+
+    def _reject(self, message: str) -> Any:
+        self._add_error(message)
+        return _INVALID
+
+
+_INVALID = object()
+"""Stands for a value that could not be decoded."""
+
+
+def _whole(values: dict[str, Any] | tuple[Any, ...]) -> Any:
+    """Return decoded values, a tuple or a dict; `_INVALID` if any of them could not be decoded."""
+    items = values.values() if isinstance(values, dict) else values
+    return _INVALID if any(item is _INVALID for item in items) else values
+
+
+def _suggest(value: Any, known: list[str]) -> str:
+    return suggest_name(str(value)[:MAX_REPR_LENGTH], known)
 
 
 def _ancestry(name: str) -> list[str]:
@@ -259,6 +322,16 @@ def _is_omitted(field: dataclasses.Field[Any], config: Config) -> bool:
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _diff_leaves(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    a, b = dict(_leaves(old, "")), dict(_leaves(new, ""))
+    missing = "(absent)"
+    return [
+        f"{path}: {a.get(path, missing)} -> {b.get(path, missing)}"
+        for path in sorted(a.keys() | b.keys())
+        if a.get(path, missing) != b.get(path, missing)
+    ]
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, str]]:

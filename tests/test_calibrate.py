@@ -81,9 +81,9 @@ def test_calibrated_run_equals_the_run_with_filters(run: Path, capsys: pytest.Ca
     expected = leaves(
         nnx.to_pure_dict(nnx.state(calibrate_step_filters(model, built, tokens, min_retention=1e-6), Statistic))
     )
-    found = leaves(new.state.statistics)
-    assert found.keys() == expected.keys() and len(found) == 2 and all(np.any(leaf) for leaf in found.values())
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    filters = leaves(new.state.statistics)
+    assert filters.keys() == expected.keys() and len(filters) == 2 and all(np.any(leaf) for leaf in filters.values())
+    jax.tree.map(np.testing.assert_array_equal, filters, expected)
     plain, longer = (evaluate_run(folder, "test") for folder in (run, out))
     assert plain.keys() == longer.keys() and plain["loss"] != longer["loss"]
     again = main(["calibrate", str(run), "--context-length", str(4 * LENGTH), *OPTIONS])
@@ -91,14 +91,16 @@ def test_calibrated_run_equals_the_run_with_filters(run: Path, capsys: pytest.Ca
 
 
 @pytest.mark.full
-def test_a_calibrated_run_generates(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_calibrated_run_can_generate(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "long"
     assert main(["calibrate", str(run), "--context-length", str(4 * LENGTH), *OPTIONS, "--out", str(out)]) == 0
     assert main(["generate", str(out), "--task-rows", "2"]) == 0
     assert "of 2 correct" in capsys.readouterr().out
 
 
-def test_at_the_training_length_nothing_changes(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_calibration_at_the_training_length_has_no_effect(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     out = tmp_path / "same"
     assert main(["calibrate", str(run), "--context-length", str(LENGTH), "--out", str(out)]) == 0
     assert "not above the 12 tokens trained on: no filters" in capsys.readouterr().out
@@ -128,7 +130,7 @@ def test_uncalibratable_models_are_rejected(run: Path, capsys: pytest.CaptureFix
         with_long_mamba(replace(MODEL, pattern="a"), 12, 48)
 
 
-def test_rows_come_from_train_where_valid_has_none_of_that_length(run: Path):
+def test_train_rows_are_used_if_valid_has_none_of_that_length(run: Path):
     _, restored = restore_run(run)
     other = Program(replace(CONFIG, task=InductionHeads(num_symbols=6, length=LENGTH, test_lengths=(20,))))
     *_, output = calibrate(other, restored.state, CalibrationOptions(context_length=48, num_rows=4))

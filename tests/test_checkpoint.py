@@ -1,4 +1,4 @@
-"""What a checkpoint and a run folder promise when files are damaged, disks are full and jobs collide."""
+"""Checkpoints and run folders with damaged files, full disks and concurrent jobs."""
 
 import gc
 import json
@@ -20,16 +20,17 @@ import numpy as np
 import pytest
 
 from recallax.config import Config
+from recallax.files import create_folder_atomic, replace_path, write_atomic
 from recallax.train.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
-from recallax.train.run_folder import RunFolder, RunFolderError, RunFolderWarning, run_folder_name, write_atomic
+from recallax.train.run_folder import RunFolder, RunFolderError, RunFolderWarning, run_folder_name
 
-# Where one array of several cannot be read, orbax closes its event loop under the reads that are still going on.
+# If one of several arrays cannot be read, orbax closes its event loop while other reads are pending.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def abandoned_reads_end_here() -> Iterator[None]:
-    """Their complaints come when they are collected, which must not happen in another file's test."""
+def collect_pending_reads() -> Iterator[None]:
+    """Collect pending reads of orbax here, because their errors appear at collection and would hit another module."""
     yield
     gc.collect()
 
@@ -60,7 +61,7 @@ def bits(tree: Any) -> list[tuple[str, bytes]]:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with steps 10 and 20; tests damage copies of it."""
+    """Return a folder with the steps 10 and 20; tests damage copies of it."""
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     with Checkpoints(folder) as checkpoints:
         for step in (10, 20):
@@ -121,35 +122,35 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize("pattern", FILES)
 def test_damaged_checkpoint_never_restores_a_wrong_state(copy: Path, pattern: str, fault: Any) -> None:
     paths = sorted((copy / "20").glob(pattern))
-    assert paths, "orbax has changed its layout: look at what a step consists of"
+    assert paths, "orbax has changed the files of a step; update FILES"
     for path in paths:
         fault(path)
     with Checkpoints(copy) as checkpoints, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")  # whether a fault matters is orbax's affair: some are harmless
+        warnings.simplefilter("always")  # orbax ignores some faults, which are harmless
         restored = checkpoints.restore(abstract(state(0)))
         assert restored is not None and bits(restored.state) == bits(state(restored.step))
         assert restored.step == restored.metadata["skipped"] == restored.state.step
-        passed_over = [str(w.message) for w in caught if w.category is CheckpointWarning]
-        assert len(passed_over) == (restored.step == 10)
+        skipped = [str(w.message) for w in caught if w.category is CheckpointWarning]
+        assert len(skipped) == (restored.step == 10)
         assert (copy / "quarantine/20").is_dir() == (restored.step == 10)
         checkpoints.save(restored.step + 10, state(30), {})
         assert checkpoints.steps() == [restored.step, restored.step + 10]
 
 
 def test_flipped_bits_in_arrays_are_detected(copy: Path) -> None:
-    """Every array file at many places: orbax alone restores all of these without complaint."""
+    """Bits are flipped at many positions of an array file; without checksums, orbax would restore all of them."""
     with Checkpoints(copy) as checkpoints:
         target = max((copy / "20/state").glob("**/d/*"), key=lambda path: path.stat().st_size)
-        sound = target.read_bytes()
-        for place in np.linspace(len(sound) // 4, len(sound) * 3 // 4, 12, dtype=int):
-            target.write_bytes(sound[:place] + bytes([sound[place] ^ 4]) + sound[place + 1 :])
+        data = target.read_bytes()
+        for position in np.linspace(len(data) // 4, len(data) * 3 // 4, 12, dtype=int):
+            target.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
             with pytest.warns(CheckpointWarning, match=r"20 is damaged.*(checksum|DATA_LOSS|rror)"):
                 restored = checkpoints.restore(abstract(state(0)))
             assert restored is not None and bits(restored.state) == bits(state(10))
             (copy / "quarantine/20").rename(copy / "20")
 
 
-def test_altered_description_is_detected(copy: Path) -> None:
+def test_altered_metadata_is_detected(copy: Path) -> None:
     path = copy / "20/meta/metadata"
     path.write_text(path.read_text().replace('"skipped": 20', '"skipped": 21').replace('"skipped":20', '"skipped":21'))
     with Checkpoints(copy) as checkpoints, pytest.warns(CheckpointWarning, match="description"):
@@ -163,7 +164,7 @@ def test_error_if_all_checkpoints_are_damaged(copy: Path) -> None:
             empty(path)
     with Checkpoints(copy) as checkpoints:
         for _ in range(2):
-            with pytest.raises(CheckpointError, match=r"(?s)checkpoints/20: .*checkpoints/10: .*from the start"):
+            with pytest.raises(CheckpointError, match=r"(?s)checkpoints/20: .*checkpoints/10: .*in a new folder"):
                 checkpoints.restore(abstract(state(0)))
         assert checkpoints.steps() == [10, 20]
 
@@ -179,7 +180,7 @@ def test_error_if_all_checkpoints_are_damaged(copy: Path) -> None:
     ],
     ids=["dtype", "shape", "less", "more", "key"],
 )
-def test_another_state_is_rejected(saved: Path, change: Any, message: str) -> None:
+def test_state_with_another_structure_is_rejected(saved: Path, change: Any, message: str) -> None:
     with Checkpoints(saved) as checkpoints:
         with pytest.raises(CheckpointError, match=message):
             checkpoints.restore(abstract(change(state(0))))
@@ -197,8 +198,8 @@ def test_newest_checkpoints_are_kept(tmp_path: Path) -> None:
         assert not (tmp_path / "trash").exists()
 
 
-def test_a_step_leaves_the_list_before_it_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the job were killed before it could delete anything."""
+def test_old_step_is_unlisted_before_its_deletion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job is killed before it can delete the old step."""
     with Checkpoints(tmp_path, max_to_keep=1) as checkpoints:
         checkpoints.save(1, state(1), {})
         with monkeypatch.context() as patch:
@@ -209,8 +210,8 @@ def test_a_step_leaves_the_list_before_it_is_deleted(tmp_path: Path, monkeypatch
         assert sorted(p.name for p in tmp_path.iterdir()) == ["3"]
 
 
-def test_a_reader_changes_nothing(copy: Path) -> None:
-    """Someone evaluates a run while its job is in the middle of a save, and the newest step is damaged."""
+def test_reading_does_not_modify_the_folder(copy: Path) -> None:
+    """A run is evaluated while its job saves a step; the newest complete step is damaged."""
     (copy / "30.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     truncate(copy / "20/meta/metadata")
     before = sorted(copy.rglob("*"))
@@ -248,7 +249,7 @@ def test_error_if_the_folder_was_removed(copy: Path) -> None:
 
 
 def test_full_disk_fails_the_save(copy: Path) -> None:
-    """A limit on the size of files stands in for a full disk."""
+    """A limit on the size of files simulates a full disk."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     with Checkpoints(copy) as checkpoints:
         try:
@@ -270,7 +271,7 @@ def test_changed_environment_warns(copy: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_restores_onto_other_devices(tmp_path: Path) -> None:
-    """Saved sharded over four devices, restored onto two and onto one (a process of its own: this one has one)."""
+    """A state sharded over four devices is restored onto two and onto one, in a child process with four devices."""
     script = """
 import sys, jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
@@ -301,7 +302,7 @@ def test_folder_is_created_and_opened_again(tmp_path: Path) -> None:
         with RunFolder(path, FolderProbe()) as folder:
             assert folder.checkpoints.is_dir() and json.loads(folder.config_file.read_text())["width"] == 1
     assert sorted(p.name for p in path.iterdir()) == ["checkpoints", "config.json", "lock"]
-    assert (path / "lock").read_text() == "", "a job that ended properly leaves no name behind"
+    assert (path / "lock").read_text() == "", "a job that exits normally removes its name from the lock"
     RunFolder(tmp_path / "untouched", FolderProbe(), process_index=1).close()
     assert not (tmp_path / "untouched").exists()
 
@@ -329,7 +330,7 @@ def test_folders_without_a_run_are_rejected(tmp_path: Path) -> None:
 
 
 def test_lock_rejects_a_second_job_and_survives_a_dead_one(tmp_path: Path) -> None:
-    """The holder is another process, killed without a chance to clean up."""
+    """The owner of the lock is another process, which is killed and cannot remove it."""
     script = f"import fcntl, os, time; f = open({str(tmp_path / 'lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX);"
     script += "f.write('process 7 on elsewhere'); f.flush(); print(flush=True); time.sleep(60)"
     RunFolder(tmp_path, FolderProbe()).close()
@@ -366,3 +367,68 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_atomic(tmp_path / "a", "new \ud800")
     assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+class DiskCalls:
+    """Records the order of `os.fsync` and `os.replace`; files and folders are known by their inodes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.synced: list[int] = []
+        self.synced_before_rename: list[int] = []
+        fsync, rename = os.fsync, os.replace
+
+        def record_fsync(descriptor: int) -> None:
+            self.synced.append(os.fstat(descriptor).st_ino)
+            fsync(descriptor)
+
+        def record_rename(source: Path, target: Path) -> None:
+            self.synced_before_rename = list(self.synced)
+            rename(source, target)
+
+        monkeypatch.setattr(os, "fsync", record_fsync)
+        monkeypatch.setattr(os, "replace", record_rename)
+
+    def assert_survives(self, path: Path) -> None:
+        """Content before the rename, and the folder with the new name after it."""
+        content = [path, *path.rglob("*")] if path.is_dir() else [path]
+        assert {p.stat().st_ino for p in content} <= set(self.synced_before_rename)
+        assert path.parent.stat().st_ino in self.synced[len(self.synced_before_rename) :]
+
+
+def write_nested(folder: Path) -> None:
+    (folder / "a").mkdir()
+    (folder / "a" / "b").write_text("text")
+    (folder / "c").write_text("text")
+
+
+def test_replaced_files_and_folders_survive_a_power_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = DiskCalls(monkeypatch)
+    write_atomic(tmp_path / "file", "text")
+    calls.assert_survives(tmp_path / "file")
+    create_folder_atomic(tmp_path / "folder", write_nested)
+    calls.assert_survives(tmp_path / "folder")
+    calls.synced.clear()
+    (tmp_path / "other").mkdir()
+    replace_path(tmp_path / "folder", tmp_path / "other" / "folder")
+    assert {tmp_path.stat().st_ino, (tmp_path / "other").stat().st_ino} <= set(calls.synced)
+
+
+def test_a_saved_checkpoint_survives_a_power_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = DiskCalls(monkeypatch)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state(1), {})
+        assert {p.stat().st_ino for p in (tmp_path, *tmp_path.rglob("*"))} <= set(calls.synced)
+
+
+def test_a_folder_is_created_with_all_files_or_not_at_all(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        write_nested(folder)
+        raise KeyError("b")
+
+    with pytest.raises(KeyError):
+        create_folder_atomic(tmp_path / "new", fail)
+    assert not list(tmp_path.iterdir())
+    create_folder_atomic(tmp_path / "new", write_nested)
+    with pytest.raises(OSError):
+        create_folder_atomic(tmp_path / "new", lambda folder: (folder / "d").touch())
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["a", "c"] and len(list(tmp_path.iterdir())) == 1

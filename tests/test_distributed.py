@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from recallax.cli.main import main
@@ -50,11 +53,12 @@ import numpy as np
 
 from recallax.configs import mqar_attention
 from recallax.train.checkpoint import Checkpoints
+from recallax.train.mesh import make_reader_mesh
 from recallax.train.program import Program
 
 folder, steps, meshes = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 config = mqar_attention.get_tiny()
-found = {}
+results = {}
 for name, (data, fsdp) in meshes.items():
     train = replace(config.train, data_parallel=data, fsdp=fsdp)
     program = Program(replace(config, train=train, evaluate=replace(config.evaluate, batch_size=8)))
@@ -64,7 +68,7 @@ for name, (data, fsdp) in meshes.items():
         losses.append(float(report.loss))
     arrays = (state.params, state.optimizer)
     leaves = [leaf for leaf in jax.tree.leaves(arrays) if leaf.ndim]
-    found[name] = {
+    results[name] = {
         "losses": losses,
         "valid": program.evaluate(state, "valid"),
         "bytes": max(
@@ -72,7 +76,7 @@ for name, (data, fsdp) in meshes.items():
             for device in program.mesh.devices.flat
         ),
         "total": sum(leaf.nbytes for leaf in leaves),
-        "kept": jax.tree.map(lambda leaf: leaf.sharding, state)
+        "same_sharding": jax.tree.map(lambda leaf: leaf.sharding, state)
         == jax.tree.map(lambda leaf: leaf.sharding, program.abstract_state),
     }
     if name == "both":
@@ -81,12 +85,17 @@ for name, (data, fsdp) in meshes.items():
             other = Program(replace(config, train=replace(config.train, data_parallel=1, fsdp=8),
                                     evaluate=replace(config.evaluate, batch_size=8)))
             there = checkpoints.restore(other.abstract_state).state
-        found["restored"] = all(
+        results["restored"] = all(
             bool(np.array_equal(a, b)) and b.sharding == c.sharding
             for a, b, c in zip(*map(jax.tree.leaves, (arrays, (there.params, there.optimizer),
                                                       (other.abstract_state.params, other.abstract_state.optimizer))))
         )
-print(json.dumps(found))
+for fsdp, rows in ((8, 8), (16, 12), (6, 8), (1, 7)):
+    train, evaluate = replace(config.train, fsdp=fsdp), replace(config.evaluate, batch_size=rows)
+    results[f"reader {fsdp} {rows}"] = list(
+        make_reader_mesh(replace(config, train=train, evaluate=evaluate)).shape.values()
+    )
+print(json.dumps(results))
 """
 
 
@@ -101,14 +110,14 @@ def meshes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
 
 @pytest.mark.parametrize("name", ["data", "both", "fsdp"])
 def test_every_mesh_equals_one_device(meshes: tuple[Path, dict[str, Any]], name: str) -> None:
-    expected, found = meshes[1]["one"], meshes[1][name]
-    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    assert found["valid"] == pytest.approx(expected["valid"], rel=1e-5)
-    assert found["kept"], "a step must leave the state key it found it"
+    expected, results = meshes[1]["one"], meshes[1][name]
+    assert results["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert results["valid"] == pytest.approx(expected["valid"], rel=1e-5)
+    assert results["same_sharding"], "a step must not change the sharding of the state"
 
 
 def test_memory_per_device_falls_with_fsdp(meshes: tuple[Path, dict[str, Any]]) -> None:
-    """Parameters and moments; what has no divisible axis (norm scales) stays whole."""
+    """This holds for parameters and moments; arrays without a divisible axis (norm scales) are replicated."""
     num_bytes = {name: meshes[1][name]["bytes"] for name in MESHES}
     total = meshes[1]["one"]["total"]
     assert num_bytes["one"] == num_bytes["data"] == total
@@ -117,14 +126,22 @@ def test_memory_per_device_falls_with_fsdp(meshes: tuple[Path, dict[str, Any]]) 
 
 
 def test_a_checkpoint_is_restored_on_another_mesh(meshes: tuple[Path, dict[str, Any]]) -> None:
-    folder, found = meshes
-    assert found["restored"], "from 4 x 2 devices on 1 x 8"
+    folder, results = meshes
+    assert results["restored"], "from 4 x 2 devices on 1 x 8"
     config = mqar_attention.get_tiny()
-    program = Program(replace(config, evaluate=replace(config.evaluate, batch_size=8)))  # and on the one device here
+    program = Program(
+        replace(config, evaluate=replace(config.evaluate, batch_size=8))
+    )  # on the single device of this process
     with Checkpoints(folder, max_to_keep=None) as checkpoints, pytest.warns(CheckpointWarning, match="not bit for bit"):
         restored = checkpoints.restore(program.abstract_state)
     assert restored is not None and restored.step == STEPS
-    assert program.evaluate(restored.state, "valid") == pytest.approx(found["both"]["valid"], rel=1e-5)
+    assert program.evaluate(restored.state, "valid") == pytest.approx(results["both"]["valid"], rel=1e-5)
+
+
+def test_readers_use_the_devices_that_can_share_a_batch(meshes: tuple[Path, dict[str, Any]]) -> None:
+    """The mesh of the run where it fits, then the largest number of eight devices that divides the rows."""
+    found = {name: shape for name, shape in meshes[1].items() if name.startswith("reader")}
+    assert found == {"reader 8 8": [1, 8], "reader 16 12": [3, 2], "reader 6 8": [4, 2], "reader 1 7": [7, 1]}
 
 
 # Meshes that are rejected
@@ -168,7 +185,7 @@ ARGUMENTS = ["mqar_micro", *TRAIN, "--evaluate.batches=2", "--evaluate.batch-siz
 
 
 class Job:
-    """The processes of one run, each with two devices."""
+    """Processes of one run, with two devices each."""
 
     def __init__(self, folder: Path, *more: str):
         with socket.socket() as free:
@@ -204,7 +221,7 @@ def steps(folder: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run of two processes of which one gets SIGTERM, continued to its end."""
+    """Run two processes, send SIGTERM to one of them, and resume the run to its end."""
     folder = tmp_path_factory.mktemp("pair") / "run"
     job = Job(folder)
     deadline = time.monotonic() + 180
@@ -229,14 +246,14 @@ def test_two_processes_equal_one(pair: dict[str, Any], tmp_path: Path) -> None:
     statuses, errors = pair["finished"]
     assert statuses == [0, 0], errors
     assert main(["train", *ARGUMENTS, "--run", str(tmp_path / "run")]) == 0
-    found, expected = (
+    results, expected = (
         {(r["step"], r["split"]): (r["loss"], r["accuracy"]) for r in read(folder) if r["kind"] == "eval"}
         for folder in (pair["folder"], tmp_path / "run")
     )
     assert expected.keys() == {(30, "valid"), (60, "valid"), (60, "test")}
-    assert found.keys() == expected.keys()
+    assert results.keys() == expected.keys()
     for key, values in expected.items():
-        assert found[key] == pytest.approx(values, rel=1e-5)
+        assert results[key] == pytest.approx(values, rel=1e-5)
 
 
 def test_only_the_first_process_writes(pair: dict[str, Any]) -> None:
@@ -245,16 +262,124 @@ def test_only_the_first_process_writes(pair: dict[str, Any]) -> None:
     trained = [row["step"] for row in rows if row["kind"] == "train"]
     assert trained == list(range(5, 61, 5))
     assert (pair["folder"] / "lock").read_bytes() == b""
-    assert len(list((pair["folder"] / "tensorboard").iterdir())) <= 2  # one file per life
+    assert len(list((pair["folder"] / "tensorboard").iterdir())) <= 2  # one file per start of process 0
 
 
 def test_all_processes_reject_a_folder_together(pair: dict[str, Any]) -> None:
-    """Process 0 sees that the folder is another run's; the other must not wait for it."""
+    """Process 0 detects that the folder contains another run; the other process must not wait for it."""
     start = time.monotonic()
     statuses, errors = Job(pair["folder"], "--optim.lr=0.5").wait()
     assert statuses == [2, 2]
     assert "optim.lr: 0.01 -> 0.5" in errors[0] and "process 0 could not open the folder" in errors[1]
     assert time.monotonic() - start < 60 and "Traceback" not in "".join(errors)
+
+
+# Checkpoints whose arrays are sharded between processes
+
+
+SHARDED = """
+import json, sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+from recallax.train.checkpoint import Checkpoints
+from tests.test_distributed import flip_bit, sharded_values
+
+folder, index = Path(sys.argv[1]), int(sys.argv[3])
+jax.distributed.initialize(sys.argv[2], 2, index)
+
+def state(step, shape):
+    mesh = Mesh(np.array(jax.devices()).reshape(shape), ("data", "fsdp"))
+    values = sharded_values(step)
+    shardings = {"w": NamedSharding(mesh, P(None, "fsdp")), "b": NamedSharding(mesh, P())}
+    return {k: jax.make_array_from_callback(v.shape, shardings[k], lambda i, v=v: v[i]) for k, v in values.items()}
+
+results = []
+with Checkpoints(folder) as checkpoints:
+    for step in (1, 2):
+        checkpoints.save(step, state(step, (1, 4)), {})
+    for shape in [(1, 4), (2, 2), (4, 1)]:
+        for owner in (None, 0, 1):
+            if index == 0 and owner is not None:
+                flip_bit(max((folder / f"2/state/ocdbt.process_{owner}/d").iterdir(), key=lambda p: p.stat().st_size))
+            multihost_utils.sync_global_devices("flipped")
+            restored = checkpoints.restore(state(0, shape))
+            expected = jax.tree.leaves(state(restored.step, shape))
+            equal = [(s.data == e.data).all() for x, y in zip(jax.tree.leaves(restored.state), expected)
+                     for s, e in zip(x.addressable_shards, y.addressable_shards)]
+            results.append([shape, owner, restored.step, bool(np.all(equal))])
+            multihost_utils.sync_global_devices("restored")
+            if index == 0 and owner is not None:
+                (folder / "quarantine/2").rename(folder / "2")
+                flip_bit(max((folder / f"2/state/ocdbt.process_{owner}/d").iterdir(), key=lambda p: p.stat().st_size))
+print(json.dumps(results))
+"""
+
+
+def sharded_values(step: int) -> dict[str, np.ndarray]:
+    """A state of noise, in which an orbax file has few bytes besides values."""
+    rng = np.random.default_rng(step)
+    return {"w": rng.normal(size=(64, 256)).astype(np.float32), "b": rng.normal(size=64).astype(np.float32)}
+
+
+def flip_bit(path: Path, position: float = 0.5) -> None:
+    """Flip a bit of a file; flipping it again restores the file."""
+    data = bytearray(path.read_bytes())
+    data[int(position * len(data))] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[Any]]]:
+    """Checkpoints of two processes, and the steps that both restored after a bit of the newest had been flipped."""
+    folder = tmp_path_factory.mktemp("sharded") / "checkpoints"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    commands = [[sys.executable, "-c", SHARDED, str(folder), address, str(index)] for index in range(PROCESSES)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment(2)}
+    processes = [subprocess.Popen(command, **pipes) for command in commands]
+    try:
+        outputs = [process.communicate(timeout=180) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode == 0 for process in processes), outputs
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    assert first == second
+    return folder, first
+
+
+def test_processes_verify_shards_on_any_mesh(sharded: tuple[Path, list[list[Any]]]) -> None:
+    for shape, owner, step, equal in sharded[1]:
+        assert equal and step == (2 if owner is None else 1), (shape, owner)
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full)])
+def test_flipped_bits_in_shards_are_detected_on_one_device(
+    sharded: tuple[Path, list[list[Any]]], tmp_path: Path, seed: int
+) -> None:
+    folder, rng = Path(shutil.copytree(sharded[0], tmp_path / "checkpoints")), np.random.default_rng(seed)
+    abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in sharded_values(0).items()}
+    files = [path for path in (folder / "2/state").rglob("*") if path.is_file() and path.stat().st_size]
+    sizes = np.array([path.stat().st_size for path in files])
+    steps = []
+    with Checkpoints(folder, max_to_keep=None) as checkpoints, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(34):
+            path, position = files[rng.choice(len(files), p=sizes / sizes.sum())], rng.random()
+            flip_bit(path, position)
+            restored = checkpoints.restore(abstract)
+            flip_bit(path, position)
+            assert restored is not None
+            steps.append(restored.step)
+            for name, values in sharded_values(restored.step).items():
+                assert np.array_equal(restored.state[name], values), (path, position)
+    assert steps.count(1) > 10, "the flips are in values"
 
 
 def test_one_process_needs_no_coordinator() -> None:

@@ -1,4 +1,4 @@
-"""What a log promises: strict JSON, no torn line, no step twice."""
+"""The log: strict JSON, no truncated lines, and no step twice."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def test_reserved_keys_are_rejected(tmp_path: Path) -> None:
 
 
 def test_truncated_last_line_is_skipped_and_removed(tmp_path: Path) -> None:
-    """A kill may cut the last row at any byte."""
+    """A killed process may truncate the last row at any byte."""
     path = tmp_path / "log.jsonl"
     with RunLog(path, "f") as log:
         log.write("train", 1, {"loss": 1.0})
@@ -113,7 +113,7 @@ def test_tensorboard_purges_later_steps(tmp_path: Path) -> None:
 
 
 def test_partial_write_of_a_row_is_an_error(tmp_path: Path) -> None:
-    """A limit on the size of files stands in for a disk that fills up in the middle of a row."""
+    """A limit on the size of files simulates a disk that becomes full in the middle of a row."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     with RunLog(tmp_path / "log.jsonl", "f") as log:
         log.write("train", 1, {})
@@ -164,6 +164,19 @@ def test_git_commit_ignores_changed_results(tmp_path: Path, monkeypatch: pytest.
     assert git_commit() == f"{clean}+dirty"
 
 
+def test_git_commit_does_not_write_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refresh of the index takes its lock, and a git command of the user at that moment fails."""
+    source = tmp_path / "log.py"
+    source.write_text("")
+    for arguments in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -q -m first"):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments.split()], check=True)
+    monkeypatch.setattr("recallax.train.log.__file__", str(source))
+    os.utime(source, (1, 1))  # the index has another time, which `git status` would update
+    index = (tmp_path / ".git/index").read_bytes()
+    assert git_commit() is not None
+    assert (tmp_path / ".git/index").read_bytes() == index
+
+
 def test_git_commit_without_git_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert git_commit() is None
@@ -197,7 +210,7 @@ def test_live_progress_shows_the_same() -> None:
 
 
 def test_import_is_fast() -> None:
-    """The heavy packages are imported where they are used."""
+    """Large packages are imported only where they are used."""
     modules = "recallax.train, recallax.train.log, recallax.train.progress, recallax.report, recallax.train.run_folder"
     script = f"import sys, {modules}; print(*{{'jax', 'rich', 'matplotlib', 'tensorboardX'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)

@@ -4,11 +4,12 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from recallax.files import write_atomic
 from recallax.report.figures import draw_curves, draw_group_accuracies, render_svg
 from recallax.report.grouping import Setting, group_by_model, group_by_setting
 from recallax.report.heatmaps import draw_heatmap, find_heatmaps, heatmap_height
 from recallax.report.pareto import draw_pareto, models_with_state_bytes, pareto_caption, pareto_height
-from recallax.report.runs import RunSummary, find_run_folders, read_run, with_unique_labels
+from recallax.report.runs import ReportError, RunSummary, find_run_folders, read_run, with_unique_labels
 from recallax.report.tables import (
     Table,
     as_csv,
@@ -19,7 +20,6 @@ from recallax.report.tables import (
     summary_table,
     values_table,
 )
-from recallax.train.run_folder import write_atomic
 
 MAX_INDIVIDUAL_RUNS = 12
 """Number of runs up to which every run has its own curves, bars and table columns."""
@@ -27,6 +27,8 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 )
 """Policy of the page: browsers load nothing and run no script."""
+TABLE_SUFFIXES = (".csv", ".md")
+"""Suffixes of the tables beside the page."""
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 68rem; margin: 2rem auto;
   padding: 0 1rem }
@@ -46,16 +48,19 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
 
     Args:
         runs: Folders of runs or of sweeps.
-        out: HTML file to write.
+        out: HTML file to write; its folder is created.
 
     Raises:
-        ReportError: There is no run.
+        ReportError: There is no run, or `out` has the suffix of a table.
         RunFolderError: A folder is not a run's.
         LogError: A log is damaged.
         OSError: A file cannot be written.
     """
+    if out.suffix in TABLE_SUFFIXES:
+        raise ReportError(f"{out} has the suffix of a table beside the page; choose another one, such as .html")
     summaries = with_unique_labels([read_run(folder) for folder in find_run_folders(runs)])
     settings = group_by_setting(summaries)
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, _render_page(summaries, settings))
     tables = zip(
         summary_table(summaries),

@@ -1,5 +1,6 @@
 """Reading of runs for a report."""
 
+import importlib
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -7,9 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recallax.train.log import LogRow, read_log
+from recallax.config import diff_json
+from recallax.train.checkpoint_description import newest_metadata
+from recallax.train.log import LogRow, parse_number, read_log
 from recallax.train.progress import printable
-from recallax.train.run_folder import read_config
+from recallax.train.run_folder import RunFolderError, read_config
 
 type Curve = list[tuple[int, int | float]]
 """(step, value) pairs."""
@@ -95,10 +98,11 @@ def read_run(folder: Path) -> RunSummary:
         The data of the run.
 
     Raises:
-        RunFolderError: The folder is not a run's.
+        RunFolderError: The folder is not a run's, or its newest checkpoint was written with another config.
         LogError: The log is damaged.
     """
     config = read_config(folder)
+    _check_same_config(folder, config)
     rows = read_log(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
     info = _last_row(row for row in rows if row["kind"] == "run") or {}
     evals = [row for row in rows if row["kind"] == "eval"]
@@ -129,18 +133,16 @@ def with_unique_labels(runs: list[RunSummary]) -> list[RunSummary]:
     return [replace(run, label=label) for run, label in zip(runs, unique, strict=True)]
 
 
-def parse_number(value: Any) -> int | float | None:
-    """Convert a value of a log row to a number.
-
-    Args:
-        value: A JSON value. Numbers that JSON cannot express are the strings "nan", "inf" and "-inf".
-
-    Returns:
-        The number, or None if the value is not a number.
-    """
-    if value in ("nan", "inf", "-inf"):
-        return float(value)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+def _check_same_config(folder: Path, config: dict[str, Any]) -> None:
+    recorded = newest_metadata(folder / "checkpoints").get("config", config)
+    if recorded == config:
+        return
+    importlib.import_module("recallax.train.run_config")  # defines the classes that decode an earlier schema
+    if differences := diff_json(recorded, config):
+        raise RunFolderError(
+            f"the newest checkpoint in {folder} was written with another config than its config.json (checkpoint -> "
+            "config.json):\n  " + "\n  ".join(differences) + "\nrestore the config.json of the run"
+        )
 
 
 def _finite_number(value: Any) -> float | None:

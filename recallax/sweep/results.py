@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from recallax.config import Config, fingerprint
+from recallax.files import write_atomic
 from recallax.sweep.trial import ResultRow, Trial
 from recallax.train.log import read_log
-from recallax.train.run_folder import write_atomic
 
 _LOG_KEYS = ("kind", "step", "fingerprint", "seconds", "split")
 """Keys of an "eval" row of a log that are not metrics."""

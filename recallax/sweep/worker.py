@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 
 from recallax.config import ConfigError, fingerprint
+from recallax.files import write_atomic
 from recallax.sweep.results import read_results, result_row
 from recallax.sweep.trial import ResultRow, Trial, load_stages
-from recallax.train.checkpoint import Checkpoints
-from recallax.train.loop import train
+from recallax.train.loop import restore_run, train
 from recallax.train.metrics_logger import NonFiniteError
-from recallax.train.program import Program
-from recallax.train.run_folder import write_atomic
 from recallax.train.stop_signals import Interrupted
 from recallax.train.vmapped_runs import train_vmapped
 
@@ -75,10 +73,7 @@ def _write_result_row(trial: Trial, folder: Path) -> None:
     """Compute the extra metrics of a trained run, and write its row, which marks the run as finished."""
     row = result_row(trial, folder)
     if trial.extra_metrics is not None:
-        program = Program(trial.config)
-        with Checkpoints(folder / "checkpoints", max_to_keep=None) as checkpoints:
-            restored = checkpoints.restore(program.abstract_state)
-        assert restored is not None
+        program, restored = restore_run(folder)
         row |= trial.extra_metrics(program, restored.state)
     write_atomic(folder / "row.json", json.dumps(row))
 

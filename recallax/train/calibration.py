@@ -107,7 +107,8 @@ def calibrate(
     options.validate()
     config = program.config
     length = max(config.task.lengths("train")) if options.train_length is None else options.train_length
-    long = Program(replace(config, model=with_long_mamba(config.model, length, options.context_length)))
+    model_config = with_long_mamba(config.model, length, options.context_length)
+    long = Program(replace(config, model=model_config), program.mesh)
     old, new = _flatten(state.statistics), _flatten(long.abstract_state.statistics)
     initial = {path: old.get(path, jnp.zeros(leaf.shape, leaf.dtype)) for path, leaf in new.items()}
     state = state._replace(statistics=unflatten_dict(initial))

@@ -1,23 +1,20 @@
 """Checkpoints with checksums, which are verified when they are restored.
 
 orbax stores the arrays (its v0 `CheckpointManager`, which is wrapped so that nothing else depends on it). This module
-adds what orbax does not guarantee: a checksum per leaf, because orbax restores an array with a flipped bit without an
-error; the saved dtypes, because orbax casts to another dtype without an error; a fallback to the step before a damaged
-one; and one type of error, raised by the call that failed. Nothing is pickled. A folder of checkpoints contains
+adds what orbax does not guarantee: checksums of all leaves, because orbax restores an array with a flipped bit without
+an error; the saved dtypes, because orbax casts to another dtype without an error; a comparison with the config of the
+run; a fallback to the step before a damaged one; files that survive a power loss; and one type of error, raised by the
+call that failed. Nothing is pickled. A folder of checkpoints contains
 
     <step>/        a checkpoint
     trash/         checkpoints that are being deleted
     quarantine/    damaged checkpoints, for inspection
 """
 
-import hashlib
-import json
-import logging
-import os
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -26,18 +23,25 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from recallax.train.leaf_checksums import describe_leaves, leaf_differences
+from recallax.config import Config
+from recallax.files import replace_path, sync_tree
+from recallax.train.checkpoint_description import (
+    DESCRIPTION_ITEM,
+    Metadata,
+    list_steps,
+    make_description,
+    read_description,
+    recorded_differences,
+)
+from recallax.train.leaf_checksums import damaged_leaves, describe_leaves, leaf_differences, leaf_forms
 from recallax.train.log import environment
+from recallax.train.process_agreement import OTHER_PROCESS, all_processes_agree, one_line, try_in_all_processes
 
 type PyTree = Any
 """Any pytree of jax arrays, typed PRNG keys included."""
-type Metadata = dict[str, Any]
-
 
 REMOVE_ATTEMPTS, REMOVE_INTERVAL_SECONDS = 40, 0.05
 """Attempts to remove the files of a failed save while orbax may still write them: two seconds in all."""
-MAX_ERROR_LENGTH = 300
-"""Characters of an error of orbax that are shown."""
 
 
 class CheckpointError(RuntimeError):
@@ -60,12 +64,11 @@ class RestoredCheckpoint(NamedTuple):
 class Checkpoints:
     """The checkpoints of a run; a context manager that closes them.
 
-    A reader (`max_to_keep=None`) changes nothing in the folder, and may read while a job writes. A writer must have
-    locked the run, because it removes the files of interrupted saves.
+    A reader (`max_to_keep=None`) changes nothing in the folder, and may read while a job saves and deletes
+    checkpoints. A writer must have locked the run, because it removes the files of interrupted saves.
 
-    Saving is synchronous: when `save` returns, the checkpoint is on disk, and a full disk is an error of that save and
-    not of a later one. All processes of a run must make every call, on a shared folder. Checksums then cover the leaves
-    that a process can read completely, not arrays that are sharded between processes.
+    Saving is synchronous: when `save` returns, the checkpoint is on disk and survives a power loss, and a full disk is
+    an error of that save and not of a later one. All processes of a run must make every call, on a shared folder.
 
     Args:
         directory: The folder.
@@ -77,8 +80,9 @@ class Checkpoints:
 
     def __init__(self, directory: Path | str, max_to_keep: int | None = 2) -> None:
         self.directory = Path(directory).absolute()
-        self._writable = max_to_keep is not None
-        self._manager = _make_manager(self.directory, max_to_keep)
+        if max_to_keep is None and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} does not exist, so there is no checkpoint to read")
+        self._manager = None if max_to_keep is None else _make_manager(self.directory, max_to_keep)
 
     def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
         """Write a checkpoint.
@@ -96,66 +100,71 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         body = {"meta": {**metadata, "environment": environment()}, "leaves": describe_leaves(state)}
-        body = json.loads(json.dumps(body, allow_nan=False))  # as restore reads it
-        record = ocp.args.JsonSave({"body": body, "sha256": _json_sha256(body)})
+        description = ocp.args.JsonSave(make_description(body))
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), **{DESCRIPTION_ITEM: description})
+        if self._manager is None:
+            raise CheckpointError(f"step {step} was not saved: {self.directory} is open for reading only")
         if not self.directory.is_dir():  # orbax would create a new folder, without the older steps
             raise CheckpointError(f"step {step} was not saved: {self.directory} does not exist any more; restore it")
         try:
             self._manager.reload()  # its cached list of steps is wrong after a failed save or a quarantine
-            saved = self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=record))
+            saved = self._manager.save(step, args=items)
+            if saved and jax.process_index() == 0:
+                sync_tree(self.directory / str(step))  # orbax does not
         except Exception as error:  # orbax and tensorstore raise nearly every type
             self._remove_temporary(step)
-            raise CheckpointError(f"step {step} was not saved in {self.directory}: {_one_line(error)}") from error
+            raise CheckpointError(f"step {step} was not saved in {self.directory}: {one_line(error)}") from error
         if not saved:
             raise CheckpointError(f"step {step} was not saved in {self.directory}, which has steps {self.steps()}")
         shutil.rmtree(self.directory / "trash", ignore_errors=True)  # if this fails, the next save removes it
 
-    def restore(self, abstract_state: PyTree) -> RestoredCheckpoint | None:
+    def restore(self, abstract_state: PyTree, config: Config | None = None) -> RestoredCheckpoint | None:
         """Restore the newest checkpoint that is not damaged.
 
-        Damaged checkpoints are skipped with a CheckpointWarning, and moved to quarantine if an older one is restored.
+        Damaged checkpoints are skipped with a CheckpointWarning, and a writer moves them to quarantine if an older one
+        is restored. A checkpoint that was deleted while a reader opened it does not count: the folder is listed again.
 
         Args:
             abstract_state: A tree of `jax.ShapeDtypeStruct` or arrays; a leaf without sharding is restored to the first
                 local device.
+            config: Config of the run. None: do not check which run wrote the checkpoint.
 
         Returns:
             The checkpoint, with the shardings of `abstract_state`, or None if the folder has no checkpoint.
 
         Raises:
             CheckpointError: All checkpoints are damaged; they remain in place. Or the newest one that is not damaged
-                has other leaves, shapes or dtypes than `abstract_state`.
+                was written with another config, or has other leaves, shapes or dtypes than `abstract_state`.
         """
-        target, expected = _with_shardings(abstract_state), describe_leaves(abstract_state)
-        damaged: dict[int, str] = {}
-        for step in reversed(self.steps()):
-            restored, cause = self._try_restore(step, target, expected)
+        target = _with_shardings(abstract_state)
+        failed: dict[int, str] = {}
+        while (step := self._newest_step(failed)) is not None:
+            restored, cause = self._try_restore(step, target, config)
             if restored is not None:
-                self._quarantine(damaged)
+                self._quarantine(failed)
                 _warn_of_changed_environment(restored)
                 return restored
-            damaged[step] = cause
-        if damaged:
+            failed[step] = cause
+        if damaged := self._still_there(failed):
             causes = "\n".join(f"  {self.directory / str(step)}: {cause}" for step, cause in damaged.items())
             raise CheckpointError(
-                f"no checkpoint can be restored:\n{causes}\nrepair one, or move all away to train from the start"
+                f"no checkpoint can be restored:\n{causes}\nrepair one, or start the run in a new folder"
             )
         return None
 
     def steps(self) -> list[int]:
         """Return the steps on disk in ascending order; reads the folder at every call, and ignores symbolic links."""
-        if not self.directory.is_dir():
-            return []
-        entries = [e for e in os.scandir(self.directory) if e.is_dir(follow_symlinks=False)]
-        return sorted(int(e.name) for e in entries if e.name.isascii() and e.name.isdecimal())
+        return list_steps(self.directory)
 
     def wait(self) -> None:
         """Block until no checkpoint is being written."""
-        self._manager.wait_until_finished()
+        if self._manager is not None:
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Stop the threads of orbax."""
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -165,50 +174,44 @@ class Checkpoints:
     ) -> None:
         self.close()
 
-    def _try_restore(
-        self, step: int, target: PyTree, expected: dict[str, Metadata]
-    ) -> tuple[RestoredCheckpoint | None, str]:
+    def _newest_step(self, failed: Container[int]) -> int | None:
+        """Return the newest step on disk that has not failed, which process 0 selects; None if there is none."""
+        newest = max((step for step in self.steps() if step not in failed), default=-1)
+        if jax.process_count() > 1:
+            newest = int(multihost_utils.broadcast_one_to_all(np.int64(newest)))
+        return None if newest < 0 else newest
+
+    def _try_restore(self, step: int, target: PyTree, config: Config | None) -> tuple[RestoredCheckpoint | None, str]:
         """Return the checkpoint, or None and the cause of the damage; the same in all processes."""
-        restored, cause = None, "another process found it damaged"
-        try:
-            restored = self._restore_step(step, target, expected)
-        except CheckpointError:
-            raise
-        except Exception as error:  # a damaged file makes orbax raise nearly every type
-            cause = _one_line(error)
-        return (restored, "") if _all_processes_agree(restored is not None) else (None, cause)
+        folder = self.directory / str(step)
+        body, cause = try_in_all_processes(lambda: read_description(folder))
+        if body is None:
+            return None, cause
+        _check_fit(folder, body, target, config)
+        state, cause = try_in_all_processes(lambda: _read_state(folder / "state", target))
+        if state is None:
+            return None, cause
+        damaged = damaged_leaves(state, body["leaves"])
+        if not all_processes_agree(not damaged):
+            return None, f"state{damaged[0]} does not match its checksum" if damaged else OTHER_PROCESS
+        return RestoredCheckpoint(step, state, body["meta"]), ""
 
-    def _restore_step(self, step: int, target: PyTree, expected: dict[str, Metadata]) -> RestoredCheckpoint:
-        import orbax.checkpoint as ocp
+    def _still_there(self, failed: Mapping[int, str]) -> dict[int, str]:
+        """Return the checkpoints that could not be restored, without those that were deleted meanwhile."""
+        steps = self.steps()
+        return {step: cause for step, cause in failed.items() if step in steps}
 
-        record = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-        body = record["body"]
-        if _json_sha256(body) != record["sha256"]:
-            raise ValueError("its description does not match its checksum")
-        if problems := leaf_differences(body["leaves"], expected):
-            raise CheckpointError(
-                f"{self.directory / str(step)} does not fit this state:\n  "
-                + "\n  ".join(problems)
-                + "\nrun the code and config that wrote it, or start in a new folder"
-            )
-        state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))).state
-        for name, leaf in describe_leaves(state).items():
-            saved = body["leaves"][name]["sha256"]
-            if None not in (saved, leaf["sha256"]) and saved != leaf["sha256"]:
-                raise ValueError(f"state{name} does not match its checksum")
-        return RestoredCheckpoint(step, state, body["meta"])
-
-    def _quarantine(self, damaged: Mapping[int, str]) -> None:
-        for step, cause in damaged.items():
+    def _quarantine(self, failed: Mapping[int, str]) -> None:
+        for step, cause in self._still_there(failed).items():
             source, target = self.directory / str(step), self.directory / "quarantine" / str(step)
-            action = f"moved to {target}" if self._writable else "skipped"
+            action = "skipped" if self._manager is None else f"moved to {target}"
             warnings.warn(f"{source} is damaged and was {action}: {cause}", CheckpointWarning, stacklevel=3)
-            if self._writable and jax.process_index() == 0:
+            if self._manager is not None and jax.process_index() == 0:
                 target.parent.mkdir(exist_ok=True)
                 shutil.rmtree(target, ignore_errors=True)  # the same step, damaged before the run was resumed
-                source.rename(target)
-        if damaged:
-            _all_processes_agree(True)  # other processes must not list the folder before process 0 is done
+                replace_path(source, target)
+        if failed:
+            all_processes_agree(True)  # other processes must not list the folder before process 0 is done
 
     def _remove_temporary(self, step: int) -> None:
         """Remove the files of a failed save, which orbax may still be writing, since the disk may be full."""
@@ -220,36 +223,47 @@ class Checkpoints:
                 return
 
 
-def _make_manager(directory: Path, keep: int | None) -> Any:
+def _make_manager(directory: Path, max_to_keep: int) -> Any:
     import orbax.checkpoint as ocp
 
-    if keep is None and not directory.is_dir():
-        raise CheckpointError(f"{directory} does not exist, so there is no checkpoint to read")
-    writing: dict[str, Any] = {
-        "max_to_keep": keep,
-        "todelete_subdir": "trash",  # a kill while deleting in place would leave a part of a step
-        "cleanup_tmp_directories": True,
-    }
-    reading: dict[str, Any] = {"read_only": True, "create": False, "save_interval_steps": 0}
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **(reading if keep is None else writing))
-    logger = logging.getLogger("absl")
-    logger.addFilter(_is_not_read_only_warning)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=max_to_keep,
+        todelete_subdir="trash",  # a kill while deleting in place would leave a part of a step
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=False,
+    )
     try:
         return ocp.CheckpointManager(directory, options=options)
     except Exception as error:  # orbax raises nearly every type
-        raise CheckpointError(f"{directory} cannot be opened for checkpoints: {_one_line(error)}") from error
+        raise CheckpointError(f"{directory} cannot be opened for checkpoints: {one_line(error)}") from error
+
+
+def _read_state(folder: Path, target: PyTree) -> PyTree:
+    """Read arrays in this process, without a barrier: processes may meet different damage."""
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        return handler.restore(epath.Path(folder), args=ocp.args.StandardRestore(target))
     finally:
-        logger.removeFilter(_is_not_read_only_warning)
+        handler.close()
 
 
-def _is_not_read_only_warning(record: logging.LogRecord) -> bool:
-    """Return False for orbax's warning that a read-only manager is read only."""
-    return "read only" not in record.getMessage()
-
-
-def _json_sha256(body: Metadata) -> str:
-    """Return the SHA-256 of the canonical JSON. Raises ValueError or TypeError for values that are not JSON."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
+def _check_fit(checkpoint: Path, body: Metadata, target: PyTree, config: Config | None) -> None:
+    """Raise CheckpointError if another config or another state wrote the checkpoint; the same in all processes."""
+    if config is not None and (differences := recorded_differences(body["meta"], config)):
+        raise CheckpointError(
+            f"{checkpoint} was written by a run of another config (checkpoint -> run):\n  "
+            + "\n  ".join(differences)
+            + "\nrestore the config.json of the run, or move this checkpoint to the run that wrote it"
+        )
+    if problems := leaf_differences(body["leaves"], leaf_forms(target)):
+        raise CheckpointError(
+            f"{checkpoint} does not fit this state:\n  "
+            + "\n  ".join(problems)
+            + "\nrun the code and config that wrote it, or start in a new folder"
+        )
 
 
 def _with_shardings(abstract_state: PyTree) -> PyTree:
@@ -269,15 +283,3 @@ def _warn_of_changed_environment(restored: RestoredCheckpoint) -> None:
             CheckpointWarning,
             stacklevel=3,
         )
-
-
-def _all_processes_agree(verdict: bool) -> bool:
-    """Return True if `verdict` is True in every process; also a barrier between them."""
-    if jax.process_count() == 1:
-        return verdict
-    return bool(multihost_utils.process_allgather(np.asarray(verdict)).all())
-
-
-def _one_line(error: Exception) -> str:
-    """Return the type and the start of the text of an error on one line; tensorstore's texts have kilobytes."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:MAX_ERROR_LENGTH]

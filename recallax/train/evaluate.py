@@ -59,10 +59,9 @@ def evaluate(
     statistics: dict,
     task: Task,
     split: Split,
+    make_batch: Callable[[int], Batch],
     *,
-    seed: int,
     batches: int,
-    batch_size: int,
     sharding: NamedSharding,
 ) -> dict[str, float]:
     """Compute metrics over the first batches of a split, summed in float64.
@@ -73,9 +72,8 @@ def evaluate(
         statistics: Statistics of the model.
         task: The task.
         split: The split.
-        seed: Seed of the data.
+        make_batch: Function that returns batch number i of the split.
         batches: Number of batches.
-        batch_size: Rows per batch.
         sharding: Sharding of the rows.
 
     Returns:
@@ -85,7 +83,7 @@ def evaluate(
     total = np.zeros((3, len(task.groups)))
     pending: list[GroupSums] = []
     for index in range(batches):
-        batch = shard_batch(task.batch(seed, split, index, batch_size), sharding)
+        batch = shard_batch(make_batch(index), sharding)
         pending.append(evaluator(params, statistics, batch))
     for sums in jax.device_get(pending):
         total += np.array(sums, np.float64)

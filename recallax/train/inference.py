@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from recallax.config import ConfigError, from_json
+from recallax.config import ConfigError, from_json, require_at_least
 from recallax.models.generation import Generator
 from recallax.models.lm import LM
 from recallax.models.prompts import PromptError, TokenIds, pad_prompts
@@ -110,7 +110,9 @@ def continue_prompts(
         prefilled = generator.prefill(padded, chunk_size=chunk_size)
         batch_size = min(len(prompt_ids), MAX_PROMPTS_PER_BATCH)
         rows = generator.answer(prefilled, prompt_ids, num_new, batch_size=batch_size, seed=seed)
-    return [_format_ids(row) if encoder is None else _decode_text(encoder, row) for row in rows]
+    if encoder is None:
+        return [_format_ids(row) for row in rows]
+    return [_decode_text(encoder, prompt, row) for prompt, row in zip(prompt_ids, rows, strict=True)]
 
 
 def answer_task(
@@ -134,8 +136,7 @@ def answer_task(
         ConfigError: `num_rows` is below 1, or `rereading` does not fit the task.
         PromptError: A batch has rows without a target.
     """
-    if num_rows < 1:
-        raise ConfigError(f"--task-rows is {num_rows}; it must be at least 1")
+    require_at_least(1, "--", **{"task-rows": num_rows})
     task, model = load_trained_model(run)
     task = rereading.apply_to_task(task)
     questions = [first_question(task, split, index) for index in range(num_rows)]
@@ -260,9 +261,10 @@ def _encode_prompt(text: str, what: str, encoder: Encoder | None, *, first: bool
     return np.concatenate([[encoder.bos_id], ids]).astype(np.int32) if first else ids
 
 
-def _decode_text(encoder: Encoder, ids: TokenIds) -> str:
-    """Decode token ids to text without control characters, with its line breaks."""
-    return "\n".join(map(printable, encoder.decode([int(i) for i in ids]).split("\n")))
+def _decode_text(encoder: Encoder, prompt: TokenIds, ids: TokenIds) -> str:
+    """Decode token ids after a prompt to text without control characters, with its line breaks."""
+    text = encoder.decode_continuation([int(i) for i in prompt], [int(i) for i in ids])
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _format_ids(ids: TokenIds) -> str:

@@ -14,17 +14,21 @@ import platform
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from recallax import __version__
-from recallax.train.run_folder import write_atomic
+from recallax.external_file import JsonTypes, open_regular_file, parse_json_row, read_json_lines
+from recallax.files import write_atomic
 
 type RowKind = Literal["run", "train", "eval", "event"]
 type LogRow = dict[str, Any]
-RESERVED_KEYS = ("kind", "step", "fingerprint", "seconds")
-"""Keys that every row has; values must have other names."""
+RESERVED_KEYS: dict[str, JsonTypes] = {"kind": str, "step": int, "fingerprint": str, "seconds": (int, float)}
+"""Keys that every row has, and their types; values must have other names."""
+TAIL_BYTES = 2**16
+"""Bytes at the end of a log in which `read_last_row` searches."""
 GIT_TIMEOUT_SECONDS = 10
 
 
@@ -92,7 +96,7 @@ class RunLog:
             raise ValueError(f"{', '.join(reserved)} is a reserved key of log rows; rename the value")
         seconds = round(time.monotonic() - self._start, 3)
         row = {"kind": kind, "step": step, "fingerprint": self._fingerprint, "seconds": seconds}
-        row |= {name: _to_json_scalar(value) for name, value in values.items()}
+        row |= {name: to_json_scalar(value) for name, value in values.items()}
         self._append((json.dumps(row, allow_nan=False) + "\n").encode())
         if self._tensorboard is not None and kind in ("train", "eval"):
             self._write_tensorboard(str(values.get("split", kind)), step, row)
@@ -164,22 +168,58 @@ def read_log(path: Path) -> list[LogRow]:
         Its rows, oldest first, without a truncated last line, which a kill may leave.
 
     Raises:
-        LogError: The file cannot be read, or a line other than the last is not a row.
+        LogError: The file cannot be read, or a complete line is not a row.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        return read_json_lines(path, RESERVED_KEYS)
     except OSError as error:
         raise LogError(f"{path} cannot be read: {error}") from error
-    while lines and not lines[-1]:
-        lines.pop()
-    rows: list[LogRow] = []
-    for number, line in enumerate(lines, 1):
-        row = _parse_row(line)
-        if row is not None:
-            rows.append(row)
-        elif number < len(lines):
-            raise LogError(f"{path} line {number} is not a row of a log: {line[:80]!r}; restore or remove the line")
-    return rows
+    except ValueError as error:
+        raise LogError(f"{error}") from error
+
+
+def read_last_row(path: Path, kind: RowKind) -> LogRow | None:
+    """Read the last row of a kind from the end of a log, which another process may be writing.
+
+    Args:
+        path: The log file.
+        kind: Kind of the row.
+
+    Returns:
+        The row; None if the file cannot be read, or its last `TAIL_BYTES` have no such row.
+    """
+    try:
+        with open_regular_file(path) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return None
+    for line in reversed(lines):
+        with suppress(ValueError):  # not a complete row
+            row = parse_json_row(line, RESERVED_KEYS)
+            if row["kind"] == kind:
+                return row
+    return None
+
+
+def parse_number(value: Any) -> int | float | None:
+    """Convert a value of a row to a number.
+
+    Args:
+        value: A JSON value. Numbers that JSON cannot express are the strings "nan", "inf" and "-inf".
+
+    Returns:
+        The number; None if the value is not a number, or an integer beyond the range of floats.
+    """
+    if value in ("nan", "inf", "-inf"):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        float(value)
+    except OverflowError:
+        return None
+    return value
 
 
 def environment() -> dict[str, str | int]:
@@ -216,7 +256,8 @@ def git_commit() -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
+    """Run git without the lock of the index, which would make a command of the user in the same repository fail."""
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     return subprocess.run(
         command, check=True, capture_output=True, text=True, timeout=GIT_TIMEOUT_SECONDS
     ).stdout.strip()
@@ -230,7 +271,15 @@ def available_cores() -> int:
         return os.cpu_count() or 1
 
 
-def _to_json_scalar(value: Any) -> str | int | float | bool | None:
+def to_json_scalar(value: Any) -> str | int | float | bool | None:
+    """Convert a value to one that JSON has; NaN and infinity to the strings "nan", "inf" and "-inf".
+
+    Args:
+        value: A number (0-d arrays too), string, boolean or None.
+
+    Raises:
+        TypeError: The value is something else.
+    """
     if value is None or isinstance(value, str | bool):
         return value
     try:
@@ -238,13 +287,3 @@ def _to_json_scalar(value: Any) -> str | int | float | bool | None:
     except TypeError:
         number = float(value)
     return number if math.isfinite(number) else str(number)
-
-
-def _parse_row(line: bytes) -> LogRow | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or any(name not in row for name in RESERVED_KEYS):
-        return None
-    return row if type(row["step"]) is int and isinstance(row["seconds"], int | float) else None

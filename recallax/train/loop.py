@@ -6,9 +6,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from recallax.config import ConfigError, from_json
+from recallax.config import from_json, require_at_least
 from recallax.tasks.base import Split, Task
 from recallax.train.checkpoint import Checkpoints, RestoredCheckpoint
+from recallax.train.mesh import make_reader_mesh
 from recallax.train.program import Program
 from recallax.train.progress import make_progress
 from recallax.train.run_config import RunConfig
@@ -34,7 +35,8 @@ def train(config: RunConfig, folder: Path, *, name: str | None = None, profile: 
     Raises:
         ConfigError: The config does not fit the devices, the data or the model.
         RunFolderError: The folder cannot be used, or contains another run.
-        CheckpointError: No checkpoint can be restored or written, or the data has changed.
+        CheckpointError: No checkpoint can be restored or written, the checkpoints were removed or are those of another
+            config, or the data has changed.
         NonFiniteError: Too many steps in a row were not finite.
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written first.
     """
@@ -93,7 +95,7 @@ def run_steps(executor: StepExecutor, signals: StopSignals) -> None:
             _restart_clocks(executor)
         if signals.stop_requested(step):
             _save(executor)
-            for run in runs:
+            for run in executor.active_runs:
                 run.log_interruption()
             raise Interrupted(f"stopped at step {step}; run the same command again to resume")
 
@@ -140,8 +142,7 @@ def evaluate_run(
         CheckpointError: No checkpoint can be restored.
         ConfigError: `batches` is below 1, or the config does not fit this version.
     """
-    if batches is not None and batches < 1:
-        raise ConfigError(f"batches is {batches}; it must be at least 1")
+    require_at_least(1, batches=batches)
     program, restored = restore_run(folder, transform_task)
     return {"step": float(restored.step), **program.evaluate(restored.state, split, batches)}
 
@@ -149,7 +150,7 @@ def evaluate_run(
 def restore_run(
     folder: Path, transform_task: Callable[[Task], Task] = lambda task: task
 ) -> tuple[Program, RestoredCheckpoint]:
-    """Restore the newest checkpoint of a run; the folder is not changed.
+    """Restore the newest checkpoint of a run on the devices that are available; the folder is not changed.
 
     Args:
         folder: Folder of the run.
@@ -160,13 +161,13 @@ def restore_run(
 
     Raises:
         RunFolderError: The folder is not that of a run, or has no checkpoint.
-        CheckpointError: No checkpoint can be restored.
+        CheckpointError: No checkpoint can be restored, or the newest one was written with another config.
         ConfigError: The config does not fit this version.
     """
     config = from_json(read_config(folder), RunConfig)
-    program = Program(replace(config, task=transform_task(config.task)))
+    program = Program(replace(config, task=transform_task(config.task)), make_reader_mesh(config))
     with Checkpoints(folder / "checkpoints", max_to_keep=None) as checkpoints:
-        restored = checkpoints.restore(program.abstract_state)
+        restored = checkpoints.restore(program.abstract_state, config)
     if restored is None:
         raise RunFolderError(f"{folder} has no checkpoint yet; train it first")
     return program, restored

@@ -4,6 +4,7 @@ Rows of a batch are sharded over both axes. Parameters and their optimizer state
 of their named logical axes that divides evenly, and replicated otherwise. XLA's partitioner adds the communication.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -47,8 +48,31 @@ def make_mesh(config: RunConfig) -> Mesh:
             raise ConfigError(
                 f"{name} is {count} rows, which {used} devices cannot share; make it a multiple of {used}"
             )
-    devices = np.array(jax.devices()[:used]).reshape(data, train.fsdp)
-    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return _mesh_of(data, train.fsdp)
+
+
+def make_reader_mesh(config: RunConfig) -> Mesh:
+    """Return a device mesh to evaluate or export a run, which need not have been trained on these devices.
+
+    Args:
+        config: Config of the run.
+
+    Returns:
+        The mesh of the run if it fits. Otherwise a mesh of as many local devices as can share a batch of an evaluation,
+        with an fsdp axis that divides that of the run.
+
+    Raises:
+        ConfigError: The mesh does not fit the devices of several processes.
+    """
+    try:
+        return make_mesh(config)
+    except ConfigError:
+        if jax.process_count() > 1:
+            raise
+    rows, available = config.evaluate.batch_size, jax.device_count()
+    used = max(count for count in range(1, available + 1) if rows % count == 0)
+    fsdp = math.gcd(used, config.train.fsdp)
+    return _mesh_of(used // fsdp, fsdp)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -109,3 +133,9 @@ def state_shardings(mesh: Mesh, state: TrainState, axes: dict, optimizer: optax.
     )
     rest = jax.tree.map(lambda _: replicated, state._replace(params=(), optimizer=()))
     return rest._replace(params=params, optimizer=moments)
+
+
+def _mesh_of(data: int, fsdp: int) -> Mesh:
+    """Return the mesh of the first `data * fsdp` devices."""
+    devices = np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp)
+    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))

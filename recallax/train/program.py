@@ -2,18 +2,20 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recallax.layers.base import Statistic
-from recallax.models import accounting
-from recallax.tasks.base import Split
+from recallax.models import DocumentLayoutError, accounting
+from recallax.tasks.base import Split, Task
 from recallax.train.evaluate import Evaluator, evaluate, make_evaluator
+from recallax.train.leaf_checksums import leaf_forms
 from recallax.train.mesh import batch_sharding, make_mesh, shard_batch, state_shardings
 from recallax.train.optimizer import learning_rate_schedule, logical_axes
 from recallax.train.phase_factory import make_phases
@@ -30,14 +32,15 @@ class Program:
 
     Args:
         config: Config of the run.
+        mesh: The device mesh. None: the one that the config requires.
 
     Raises:
         ConfigError: The config does not fit the devices, or a stage of its curriculum does not fit the model.
     """
 
-    def __init__(self, config: RunConfig):
+    def __init__(self, config: RunConfig, mesh: Mesh | None = None):
         self.config = config
-        self.mesh = make_mesh(config)
+        self.mesh = make_mesh(config) if mesh is None else mesh
         self.batch_sharding = batch_sharding(self.mesh)
         self._replicated = NamedSharding(self.mesh, PartitionSpec())
         self.learning_rate = learning_rate_schedule(config)
@@ -59,6 +62,7 @@ class Program:
         """Paths of the parameters, in `jax.tree` order."""
         pairs = zip(self.phases, optimizers, strict=True)
         self._step_fns = [self._compile_step(phase, optimizer) for phase, optimizer in pairs]
+        self._document_limits = config.model.document_limits
         self._evaluators: dict[tuple[int | None, Split], Evaluator] = {}
 
     def init_state(self) -> TrainState:
@@ -74,13 +78,32 @@ class Program:
 
         Returns:
             The state, with fresh optimizer moments.
+
+        Raises:
+            ValueError: Leaves are missing or unknown, or have other shapes or dtypes than those of the model.
         """
+        variables = {"params": params, "statistics": statistics}
+        given = leaf_forms(jax.eval_shape(lambda tree: tree, variables))
+        expected = leaf_forms({name: getattr(self.abstract_state, name) for name in variables})
+        if names := sorted(name for name in given | expected if given.get(name) != expected.get(name)):
+            lines = [f"{n}: found {given.get(n, 'nothing')}, expected {expected.get(n, 'nothing')}" for n in names]
+            raise ValueError(
+                "\n  ".join(["the variables do not fit the model of the run; pass those of its config:", *lines])
+            )
         return jax.jit(self._state_from_params, out_shardings=self._shardings)(params, statistics)
 
     def batch(self, index: int, phase: int = 0) -> Batch:
-        """Return training batch number `index` of the task of a phase, as numpy arrays."""
-        train = self.config.train
-        return self.phases[phase].config.task.batch(train.data_seed, "train", index, train.batch_size)
+        """Return training batch number `index` of the task of a phase, as numpy arrays.
+
+        Args:
+            index: Number of the batch.
+            phase: Index of the phase.
+
+        Raises:
+            DocumentLayoutError: The documents of the batch do not fit the model.
+        """
+        task, size = self.phases[phase].config.task, self.config.train.batch_size
+        return self._make_batch(task, "train", index, size)
 
     def step(
         self, state: TrainState, batch: Batch, position: PhasePosition = FIRST_PHASE
@@ -131,9 +154,8 @@ class Program:
             state.statistics,
             task,
             split,
-            seed=self.config.train.data_seed,
+            partial(self._make_batch, task, split, size=self.config.evaluate.batch_size),
             batches=batches or self.config.evaluate.batches,
-            batch_size=self.config.evaluate.batch_size,
             sharding=self.batch_sharding,
         )
 
@@ -147,6 +169,15 @@ class Program:
         """Return a step of several runs on one device; all leaves have a leading axis with one entry per run."""
         step = make_step(self.phases[0], self.graphdef, self._optimizer)
         return jax.jit(jax.vmap(lambda state, batch: step(state, batch, jnp.zeros((), jnp.int32))), donate_argnums=0)
+
+    def _make_batch(self, task: Task, split: Split, index: int, size: int) -> Batch:
+        batch = task.batch(self.config.train.data_seed, split, index, size)
+        try:
+            self._document_limits.check_batch(batch.seq)
+        except DocumentLayoutError as error:
+            name = type(task).__name__
+            raise DocumentLayoutError(f"batch {index} of {split} of the task {name}: {error}") from error
+        return batch
 
     def _compile_step(self, phase: Phase, optimizer: optax.GradientTransformation) -> StepFn:
         return jax.jit(

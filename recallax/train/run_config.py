@@ -6,17 +6,17 @@ from dataclasses import dataclass, field, replace
 
 import recallax.layers
 import recallax.tasks  # noqa: F401  from_json finds config classes among the imported ones
-from recallax.config import Config, ConfigError, added_field
+from recallax.config import Config, ConfigError, added_field, require_at_least
+from recallax.config_errors import raise_config_errors, run_checks
 from recallax.models.lm import LMConfig
-from recallax.tasks.base import Task
+from recallax.tasks.base import SPLITS, Task
 from recallax.train.curriculum.stages import Curriculum
 
 
-def _validate_fields(owner: str, config: Config, names: str, is_valid: Callable[[float], bool], rule: str) -> None:
-    """Raise ConfigError for the fields in `names` (separated by spaces) that are not valid."""
-    for name in names.split():
-        if not is_valid(getattr(config, name)):
-            raise ConfigError(f"{owner}.{name} is {getattr(config, name)}; it must be {rule}")
+def _invalid(owner: str, config: Config, names: str, is_valid: Callable[[float], bool], rule: str) -> list[str]:
+    """Return messages about the fields in `names` (separated by spaces) that are not valid."""
+    values = {name: getattr(config, name) for name in names.split()}
+    return [f"{owner}.{name} is {value}; it must be {rule}" for name, value in values.items() if not is_valid(value)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,12 @@ class AdamW(Config):
     """Global norm to which larger gradients are clipped."""
 
     def __post_init__(self) -> None:
-        _validate_fields("optim", self, "lr weight_decay", lambda x: 0 <= x < math.inf, "at least 0 and finite")
-        _validate_fields("optim", self, "eps max_grad_norm", lambda x: 0 < x < math.inf, "above 0 and finite")
-        _validate_fields("optim", self, "b1 b2", lambda x: 0 <= x < 1, "at least 0 and below 1")
-        _validate_fields("optim", self, "warmup_ratio min_lr_ratio", lambda x: 0 <= x <= 1, "a fraction from 0 to 1")
+        raise_config_errors(
+            _invalid("optim", self, "lr weight_decay", lambda x: 0 <= x < math.inf, "at least 0 and finite")
+            + _invalid("optim", self, "eps max_grad_norm", lambda x: 0 < x < math.inf, "above 0 and finite")
+            + _invalid("optim", self, "b1 b2", lambda x: 0 <= x < 1, "at least 0 and below 1")
+            + _invalid("optim", self, "warmup_ratio min_lr_ratio", lambda x: 0 <= x <= 1, "a fraction from 0 to 1")
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +80,11 @@ class Train(Config):
 
     def __post_init__(self) -> None:
         positive = "steps batch_size gradient_accumulation_steps log_every save_every max_to_keep fsdp"
-        _validate_fields("train", self, positive, lambda x: x >= 1, "at least 1")
-        _validate_fields("train", self, "data_parallel z_loss", lambda x: 0 <= x < math.inf, "at least 0 and finite")
-        _validate_fields("train", self, "seed data_seed", lambda x: 0 <= x < 2**32, "at least 0 and below 2**32")
+        raise_config_errors(
+            _invalid("train", self, positive, lambda x: x >= 1, "at least 1")
+            + _invalid("train", self, "data_parallel z_loss", lambda x: 0 <= x < math.inf, "at least 0 and finite")
+            + _invalid("train", self, "seed data_seed", lambda x: 0 <= x < 2**32, "at least 0 and below 2**32")
+        )
         if self.batch_size % self.gradient_accumulation_steps:
             raise ConfigError(
                 f"train.batch_size {self.batch_size} is not a multiple of train.gradient_accumulation_steps "
@@ -100,7 +104,7 @@ class Evaluate(Config):
     """Rows per batch."""
 
     def __post_init__(self) -> None:
-        _validate_fields("evaluate", self, "every batches batch_size", lambda x: x >= 1, "at least 1")
+        require_at_least(1, "evaluate.", every=self.every, batches=self.batches, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +120,26 @@ class RunConfig(Config):
     """Stages of the training; None: train all parameters on the task in all steps."""
 
     def __post_init__(self) -> None:
+        run_checks(self._check_curriculum, self._check_documents)
+
+    def _check_curriculum(self) -> None:
         if self.curriculum is not None:
             self.curriculum.validate(self.task, self.train.steps, self.evaluate.every)
+
+    def _check_documents(self) -> None:
+        """Raise DocumentLayoutError if a task states that its documents do not fit the model."""
+        limits = self.model.document_limits
+        if not limits.layers:
+            return
+        stages = () if self.curriculum is None else self.curriculum.stages
+        for task in (self.task, *(stage.task for stage in stages if stage.task is not None)):
+            prefix_lengths = (
+                prefix_length
+                for split in SPLITS
+                for length in task.lengths(split)
+                for prefix_length in task.prefix_lengths(split, length)
+            )
+            limits.check_task(type(task).__name__, task.document_grid, max(prefix_lengths, default=0))
 
 
 def tiny_run(config: RunConfig, *, task: Task | None = None, model: LMConfig | None = None) -> RunConfig:

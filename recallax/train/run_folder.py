@@ -10,14 +10,15 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import socket
 import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from recallax.config import Config, ConfigError, diff, fingerprint, from_json, to_json
+from recallax.config import Config, diff_json, fingerprint, to_json
+from recallax.external_file import MAX_CONFIG_BYTES, parse_json_object, read_regular_file
+from recallax.files import write_atomic
 
 EARLIER_SCHEMAS = (1,)
 """Schemas of configs whose fingerprints may name folders."""
@@ -25,6 +26,10 @@ EARLIER_SCHEMAS = (1,)
 
 class RunFolderError(RuntimeError):
     """A run cannot use its folder; the message has the path, the problem and the remedy."""
+
+
+class RunFolderInUseError(RunFolderError):
+    """Another job uses the folder."""
 
 
 class RunFolderWarning(UserWarning):
@@ -87,27 +92,6 @@ def recorded_fingerprint(parent: Path, config: Config, *, prefix: str = "") -> s
     return current
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file atomically, so that a reader sees the old text or the new one, also after a kill.
-
-    Args:
-        path: The file; a symbolic link is replaced, not followed.
-        text: Its new content.
-
-    Raises:
-        OSError: The file cannot be written; the temporary file is removed.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "x", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class RunFolder:
     """An open run folder, created if it does not exist; a context manager that releases its lock.
 
@@ -120,7 +104,7 @@ class RunFolder:
 
     Raises:
         RunFolderError: The folder cannot be written, contains something that is not a run or a run of another config
-            (the message shows how the configs differ), or is in use by another job.
+            (the message shows how the configs differ), or is in use by another job (`RunFolderInUseError`).
     """
 
     def __init__(self, path: Path | str, config: Config, *, process_index: int = 0) -> None:
@@ -187,14 +171,35 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json_object(read_regular_file(path, MAX_CONFIG_BYTES))
     except OSError as error:
         raise RunFolderError(f"{folder} is not a run folder: {error}") from error
     except ValueError as error:
-        raise RunFolderError(f"{path} is not JSON ({error}); restore it, or choose a new folder") from error
-    if not isinstance(data, dict):
-        raise RunFolderError(f"{path} does not contain an object; restore it, or choose a new folder")
-    return data
+        raise RunFolderError(f"{path} is not a config: {error}; restore it, or choose a new folder") from error
+
+
+def find_folder_user(folder: Path) -> str | None:
+    """Find the process that uses a run folder.
+
+    Args:
+        folder: Folder of a run, which may not exist.
+
+    Returns:
+        The process as printable text; None if the folder has no lock, or no process holds it.
+    """
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _lock_holder(descriptor) or "another job"
+    except OSError:  # the file system has no locks
+        return None
+    finally:
+        os.close(descriptor)
+    return None
 
 
 def _is_run_file(name: str) -> bool:
@@ -203,22 +208,12 @@ def _is_run_file(name: str) -> bool:
 
 
 def _check_same_config(path: Path, config: Config) -> None:
-    data = read_config(path.parent)
-    expected = json.loads(json.dumps(to_json(config)))
-    if data == expected:
-        return
-    try:
-        recorded = from_json(data, Config)
-        if to_json(recorded) == expected:  # written in an earlier schema
-            return
-        differences = diff(recorded, config)
-    except ConfigError as error:  # written by another version of recallax, or with classes that are not imported
-        differences = [str(error)]
-    raise RunFolderError(
-        f"{path.parent} belongs to a run of another config:\n  "
-        + "\n  ".join(differences)
-        + "\nchoose a new folder for this config, or train the config of that folder"
-    )
+    if differences := diff_json(read_config(path.parent), to_json(config)):
+        raise RunFolderError(
+            f"{path.parent} belongs to a run of another config:\n  "
+            + "\n  ".join(differences)
+            + "\nchoose a new folder for this config, or train the config of that folder"
+        )
 
 
 def _validate_name(name: str) -> str:
@@ -242,7 +237,7 @@ def _acquire_lock(path: Path) -> int:
     except BlockingIOError as error:
         holder = _lock_holder(descriptor)
         os.close(descriptor)
-        raise RunFolderError(
+        raise RunFolderInUseError(
             f"{path.parent} is in use by {holder or 'another job'}; wait for it, stop it, or choose another folder"
         ) from error
     except OSError:

@@ -1,24 +1,25 @@
 """A run that is open for training: its folder, log, checkpoints, position in the schedule, and state."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from recallax.config import fingerprint, to_json
+from recallax.files import write_atomic
 from recallax.models import LMConfig, accounting
 from recallax.tasks.base import Split
 from recallax.train.checkpoint import CheckpointError, Checkpoints, RestoredCheckpoint
-from recallax.train.log import RunLog, read_log
+from recallax.train.log import LogRow, RunLog, read_log
 from recallax.train.metrics_logger import MetricsLogger, NonFiniteError
 from recallax.train.phase_factory import make_schedule
+from recallax.train.process_agreement import all_processes_agree
 from recallax.train.profiler import Profiler
 from recallax.train.program import Program
 from recallax.train.progress import Progress
-from recallax.train.run_config import RunConfig
+from recallax.train.run_config import RunConfig, Train
 from recallax.train.run_folder import RunFolder, RunFolderError
 from recallax.train.step import TrainState
 
@@ -67,14 +68,17 @@ class TrainingRun:
         profile: Write a profiler trace of a few steps.
 
     Raises:
-        CheckpointError: No checkpoint can be restored, or the data has changed since.
+        CheckpointError: No checkpoint can be restored, the newest one was written with another config, the log records
+            checkpoints that are not there any more, or the data has changed since.
     """
 
     def __init__(self, program: Program, files: RunFiles, name: str, display: Progress, *, profile: bool = False):
         config = program.config
         self.program = program
         self._files, self._display = files, display
-        restored = files.checkpoints.restore(program.abstract_state)
+        restored = files.checkpoints.restore(program.abstract_state, config)
+        if restored is None:
+            _check_nothing_is_lost(files, config.train)
         self.state: TrainState = restored.state if restored else program.init_state()
         self.start_step = int(self.state.step)
         self.schedule = make_schedule(config)
@@ -83,12 +87,12 @@ class TrainingRun:
         if restored:
             _check_same_data(restored, files.data_digest)
             self.schedule.restore(restored.metadata, restored.step)
-        files.log.truncate(self.start_step if restored else -1)
-        files.log.write_run_row(self.start_step, _run_info(config, name))
+        files.log.truncate(self.start_step or -1)  # a run that begins, also from given parameters, has no rows yet
+        files.log.write_run_row(self.start_step, {**_run_info(config, name), "restored": restored is not None})
         self._logged_evaluations = _logged_evaluations(files.folder.log_file) if jax.process_index() == 0 else set()
         trace = Profiler(files.folder.path / "profile", config.train.steps - self.start_step) if profile else None
         self.metrics = MetricsLogger(program, self.schedule, files.log, display, trace)
-        if restored:
+        if self.start_step:
             display.note(f"resuming at step {self.start_step} of {config.train.steps}")
         else:
             self._log_phase_start(0, "the run begins")
@@ -119,7 +123,7 @@ class TrainingRun:
         step = int(self.state.step)
         if step not in self._files.checkpoints.steps():
             config, digest = self.program.config, self._files.data_digest
-            metadata = checkpoint_metadata(config, digest) | self.schedule.checkpoint_metadata()
+            metadata = _config_metadata(config) | {"data": digest} | self.schedule.checkpoint_metadata()
             self._files.checkpoints.save(step, self.state, metadata)
 
     def log_interruption(self) -> None:
@@ -133,17 +137,75 @@ class TrainingRun:
             self._display.note(start.note)
 
 
-def checkpoint_metadata(config: RunConfig, data_digest: str) -> dict[str, Any]:
-    """Return the metadata of a checkpoint.
+def initialize_run(
+    folder: Path,
+    program: Program,
+    params: dict,
+    statistics: dict,
+    *,
+    files: Mapping[str, str] | None = None,
+    exist_ok: bool = False,
+) -> None:
+    """Create the folder of a run that starts from given parameters; `recallax.train.train` then trains it.
+
+    It writes a checkpoint of step 0, with fresh optimizer moments. The checkpoint does not record the data of the run,
+    because no step has used it.
 
     Args:
-        config: Config of the run.
-        data_digest: Digest of the data that the run trains on.
+        folder: Folder of the run, which is created if it does not exist.
+        program: The program of the run.
+        params: Parameters, with the structure of `TrainState.params`.
+        statistics: Variables that are not trained by gradient, with the structure of `TrainState.statistics`.
+        files: Further text files of the folder by name, written before the checkpoint.
+        exist_ok: Change nothing if the run has checkpoints, instead of raising an error.
 
-    Returns:
-        JSON values: the config, its fingerprint and the digest.
+    Raises:
+        ValueError: `params` or `statistics` do not fit the model.
+        RunFolderError: The folder cannot be used, or contains another run; or the run has checkpoints.
+        CheckpointError: The checkpoint cannot be written.
     """
-    return {"config": to_json(config), "fingerprint": fingerprint(config), "data": data_digest}
+    config, process_index = program.config, jax.process_index()
+    state = program.init_state_from(params, statistics)  # before the folder is created
+    with (
+        _open_run_folder(folder, config, process_index) as run,
+        Checkpoints(run.checkpoints, config.train.max_to_keep) as checkpoints,
+    ):
+        if steps := checkpoints.steps():
+            if exist_ok:
+                return
+            raise RunFolderError(f"{folder} has checkpoints of the steps {steps}; choose another folder")
+        for name, text in (files or {}).items() if process_index == 0 else ():
+            write_atomic(run.path / name, text)
+        checkpoints.save(0, state, _config_metadata(config))
+
+
+def _config_metadata(config: RunConfig) -> dict[str, Any]:
+    """The entries of a checkpoint's metadata that identify the run."""
+    return {"config": to_json(config), "fingerprint": fingerprint(config)}
+
+
+def _check_nothing_is_lost(files: RunFiles, train: Train) -> None:
+    """Refuse to start a run from step 0, which truncates its log, if it had checkpoints."""
+    log_file = files.folder.log_file
+    rows = read_log(log_file) if log_file.exists() else []
+    if any(_follows_checkpoint(row, train) for row in rows):
+        raise CheckpointError(
+            f"{files.folder.checkpoints} has no checkpoint, but the log of the run has {max(r['step'] for r in rows)} "
+            f"steps; restore the checkpoints, or move {log_file} away to train from the start"
+        )
+
+
+def _follows_checkpoint(row: LogRow, train: Train) -> bool:
+    """Return True for a row that is only written after a checkpoint has been saved or restored."""
+    match row["kind"]:
+        case "run":
+            return row["step"] > 0 or bool(row.get("restored"))
+        case "event" if row.get("event") == "interrupted":
+            return True
+        case "eval" if row["step"] == train.steps:
+            return True
+        case _:
+            return row["step"] > train.save_every
 
 
 def _check_same_data(restored: RestoredCheckpoint, data_digest: str) -> None:
@@ -184,10 +246,7 @@ def _open_run_folder(folder: Path, config: RunConfig, process_index: int) -> Run
         run = RunFolder(folder, config, process_index=process_index)
     except RunFolderError as own_error:
         error = own_error
-    failed = run is None
-    if jax.process_count() > 1:
-        failed = bool(multihost_utils.process_allgather(np.asarray(failed)).any())
-    if run is None or failed:
+    if not all_processes_agree(run is not None) or run is None:
         raise error
     return run
 
