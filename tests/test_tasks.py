@@ -1,4 +1,4 @@
-"""Tests of the recall tasks: a battery that runs for every task, then tests of single tasks.
+"""Recall tasks: tests that run for every task, then tests of single tasks.
 
 `RECALLAX_WRITE_GOLDEN=1 pytest tests/test_tasks.py -k golden` rewrites the golden rows.
 """
@@ -90,7 +90,7 @@ CASES |= {
     "masked_mqar": tasks.MaskedPrefix(task=CASES["mqar"]),
     "masked_recall": tasks.MaskedPrefix(task=CASES["in_context_recall"], prefix_length=12, mask_token_id=1),
 }
-ALL = pytest.mark.parametrize("task", [pytest.param(task, id=name) for name, task in CASES.items()])
+each_task = pytest.mark.parametrize("task", [pytest.param(task, id=name) for name, task in CASES.items()])
 
 
 def batches(task: Task, split: Split, count: int = 8, size: int = 6, seed: int = 0) -> list[Batch]:
@@ -111,7 +111,7 @@ def test_cases_cover_every_exported_task():
     assert {type(task) for task in CASES.values()} == exported
 
 
-@ALL
+@each_task
 def test_batch_is_a_pure_function_of_its_arguments(task):
     def leaves(*arguments) -> list[np.ndarray]:
         batch = task.batch(*arguments)
@@ -124,14 +124,14 @@ def test_batch_is_a_pure_function_of_its_arguments(task):
         assert not np.array_equal(first[0], leaves(*other)[0]), other
 
 
-@ALL
+@each_task
 def test_no_array_of_a_batch_aliases_another(task):
     batch = task.batch(0, "test", 0, 2)
     assert not any(np.shares_memory(a, b) for a, b in itertools.combinations(batch[:-1], 2))
     assert all(a.flags.writeable for a in batch[:-1])
 
 
-@ALL
+@each_task
 @pytest.mark.parametrize("split", SPLITS)
 def test_shapes_dtypes_and_ranges(task, split):
     for batch in batches(task, split):
@@ -147,7 +147,7 @@ def test_shapes_dtypes_and_ranges(task, split):
         assert batch.weights.min() >= 0 and np.all(batch.weights.sum(axis=1) > 0)
 
 
-@ALL
+@each_task
 @pytest.mark.parametrize("split", SPLITS)
 def test_padding_is_on_the_right_with_weight_0(task, split):
     for batch in batches(task, split):
@@ -157,29 +157,29 @@ def test_padding_is_on_the_right_with_weight_0(task, split):
         assert not np.any(batch.weights[~real])
         packed = isinstance(task, tasks.Text)
         assert packed or (segments.max() == 1 and np.array_equal(positions[0], np.arange(batch.tokens.shape[1])))
-        begins = real & (np.diff(segments, axis=1, prepend=0) != 0)
-        assert np.array_equal(begins[real], positions[real] == 0)
-        assert np.all(np.diff(segments, axis=1)[begins[:, 1:]] == 1)
-        assert np.all(np.diff(positions, axis=1)[real[:, 1:] & ~begins[:, 1:]] == 1)
+        starts = real & (np.diff(segments, axis=1, prepend=0) != 0)
+        assert np.array_equal(starts[real], positions[real] == 0)
+        assert np.all(np.diff(segments, axis=1)[starts[:, 1:]] == 1)
+        assert np.all(np.diff(positions, axis=1)[real[:, 1:] & ~starts[:, 1:]] == 1)
 
 
-@ALL
+@each_task
 @pytest.mark.parametrize("split", SPLITS)
 def test_prefix_is_the_context_before_all_targets(task, split):
     """Masked tokens, which only train batches have, are targets within the prefix."""
     sizes: dict[int, set[int]] = {}
     for batch in batches(task, split, count=40):
         length, prefix = batch.tokens.shape[1], batch.seq.prefix
-        found = prefix.sum(axis=1)
-        assert np.array_equal(prefix, np.arange(length) < found[:, None])
+        prefix_lengths = prefix.sum(axis=1)
+        assert np.array_equal(prefix, np.arange(length) < prefix_lengths[:, None])
         assert not np.any(prefix & (batch.seq.segment_ids == 0))
         assert not np.any(batch.weights[prefix & (batch.term == 0)])
-        sizes.setdefault(length, set()).update(found.tolist())
-    for length, found in sizes.items():
-        assert sorted(found) == list(task.prefix_lengths(split, length))
+        sizes.setdefault(length, set()).update(prefix_lengths.tolist())
+    for length, observed in sizes.items():
+        assert sorted(observed) == list(task.prefix_lengths(split, length))
 
 
-@ALL
+@each_task
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_oracle_is_correct(task, split):
     for batch in batches(task, split, count=12, size=16):
@@ -188,7 +188,7 @@ def test_oracle_is_correct(task, split):
         assert np.array_equal(before, batch.tokens)
 
 
-@ALL
+@each_task
 @pytest.mark.parametrize("split", SPLITS)
 def test_lengths_groups_and_max_targets(task, split):
     most: Counter[int] = Counter()
@@ -202,9 +202,9 @@ def test_lengths_groups_and_max_targets(task, split):
     recall = isinstance(task.task if isinstance(task, TaskTransform) else task, recalls)
     for length, count in most.items():
         bound = task.max_targets(split, length)
-        # A recall row with every answer labelled repeats one key throughout: legal, and too rare to be seen.
-        # Of transformed rows, those that come out equally long may have had different lengths.
-        # Text has one label less than its bound: logits at every place cost less than picking all but one.
+        # Recall rows reach the bound only if they repeat a single key, which is too rare to occur here.
+        # Transformed rows of equal length may come from rows of different lengths.
+        # Text has one label less than its bound, because computing all logits is cheaper than gathering all but one.
         assert count <= bound if recall or isinstance(task, TaskTransform | tasks.Text) else count == bound
     if split == "test" and not recall:
         trained = {int(g) for b in batches(task, "train", count=40) for g in np.unique(b.group[b.weights > 0])}
@@ -213,7 +213,7 @@ def test_lengths_groups_and_max_targets(task, split):
         assert groups == {task.groups.index("recall")}
 
 
-@ALL
+@each_task
 def test_train_and_test_rows_are_disjoint(task):
     if isinstance(task, tasks.Memorization):
         pytest.skip("the same keys are queries in every split by definition")
@@ -222,23 +222,23 @@ def test_train_and_test_rows_are_disjoint(task):
     assert len(rows["train"]) == 40 * 16
 
 
-@ALL
+@each_task
 def test_shortcuts_do_not_exceed_chance(task):
-    """Answers that ignore the query: a constant, the token before, the row's most frequent token."""
+    """Shortcuts ignore the query: a constant, the previous token, and the most frequent token of the row."""
     trained = [b.targets[(b.weights > 0) & (b.group == b.group.max())] for b in batches(task, "train", 24)]
     constant = np.bincount(np.concatenate(trained)).argmax()
-    scores = {"constant": [], "token before": [], "commonest token": []}
-    size = 32 if isinstance(task, tasks.Text) else 48  # one reading of a text has no more rows, and asks nothing twice
+    scores = {"constant": [], "token before": [], "most frequent token": []}
+    size = 32 if isinstance(task, tasks.Text) else 48  # an epoch of the text has no more rows
     for batch in batches(task, "test", count=24, size=size):
-        commonest = np.array([np.bincount(row).argmax() for row in batch.tokens])[:, None]
+        most_frequent = np.array([np.bincount(row).argmax() for row in batch.tokens])[:, None]
         scores["constant"].append(accuracy(np.full_like(batch.targets, constant), batch))
         scores["token before"].append(accuracy(np.roll(batch.tokens, 1, axis=1), batch))
-        scores["commonest token"].append(accuracy(np.broadcast_to(commonest, batch.targets.shape), batch))
+        scores["most frequent token"].append(accuracy(np.broadcast_to(most_frequent, batch.targets.shape), batch))
     if isinstance(task.task if isinstance(task, TaskTransform) else task, tasks.SetDisjointness):
-        assert np.mean(scores.pop("commonest token")) == 1.0  # the shared token is the one that stands twice
+        assert np.mean(scores.pop("most frequent token")) == 1.0  # only the shared token occurs twice
     assert 0 < task.chance() < 1
-    for name, found in scores.items():
-        assert np.mean(found) < task.chance() + 0.03, name
+    for name, accuracies in scores.items():
+        assert np.mean(accuracies) < task.chance() + 0.03, name
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_most_frequent_token_accuracy(task, answers, values):
     draws = np.random.default_rng(0).integers(values, size=(4000, answers))
     share = np.mean([np.bincount(row).max() for row in draws]) / answers
     if isinstance(task, tasks.Copying):
-        share *= 12 / 13  # the closing "." is no letter
+        share *= 12 / 13  # the final "." is not a letter
     assert task.chance() == pytest.approx(share, rel=0.03)
 
 
@@ -260,12 +260,12 @@ def test_chance_of_mqar_and_set_disjointness():
     assert most_frequent_token_accuracy(task, task.vocab_size // 2, task.vocab_size - 1) == pytest.approx(task.chance())
 
 
-@ALL
+@each_task
 def test_config_json_round_trip(task):
     assert from_json(to_json(task), Task) == task
 
 
-@ALL
+@each_task
 def test_batches_have_random_access(task):
     assert task.batch(2**40, "train", 2**50, 2).tokens.shape[0] == 2
 
@@ -277,7 +277,7 @@ def test_negative_batch_indices_are_rejected(seed, index):
 
 
 def test_golden_rows():
-    found = {
+    rows = {
         f"{name}.{split}": {k: getattr(batch, k)[0].tolist() for k in ("tokens", "targets", "group")}
         | {"labelled": np.flatnonzero(batch.weights[0]).tolist()}
         for name, task in CASES.items()
@@ -287,16 +287,16 @@ def test_golden_rows():
     }
     if os.environ.get("RECALLAX_WRITE_GOLDEN"):
         GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text("{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in found.items()) + "\n}\n")
+        GOLDEN.write_text("{\n" + ",\n".join(f'"{k}": {json.dumps(v)}' for k, v in rows.items()) + "\n}\n")
     expected = json.loads(GOLDEN.read_text())
-    assert found.keys() == expected.keys()
-    for name, row in found.items():
+    assert rows.keys() == expected.keys()
+    for name, row in rows.items():
         assert row == expected[name], name
 
 
 # ---- errors
 
-REFUSED = [
+INVALID_CONFIGS = [
     (lambda: MQAR.single(length=32, num_kv_pairs=9), r"length 32 is too short for 9 pairs in 1 passes.*36"),
     (lambda: MQAR(mixture=(MixtureSlice(length=64, num_kv_pairs=16),), num_passes=2), r"in 2 passes.*96"),
     (lambda: MQAR.single(length=33, num_kv_pairs=4), "even length"),
@@ -347,7 +347,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("make", "message"), REFUSED)
+@pytest.mark.parametrize(("make", "message"), INVALID_CONFIGS)
 def test_invalid_task_configs_are_rejected(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -369,15 +369,15 @@ def test_invalid_configs_raise_config_error():
     assert issubclass(Task, Config)
 
 
-# ---- draws
+# ---- sampling
 
 
-@pytest.mark.parametrize(("count", "pool"), [(2, 3), (2, 9), (3, 16)])  # by permutation, and by redrawing
+@pytest.mark.parametrize(("count", "pool"), [(2, 3), (2, 9), (3, 16)])  # by permutation, and by rejection
 def test_sample_without_replacement_is_uniform(count, pool):
     rows = 40_000
-    drawn = sample_without_replacement(np.random.default_rng(0), rows, count, pool)
+    samples = sample_without_replacement(np.random.default_rng(0), rows, count, pool)
     tuples = list(itertools.permutations(range(pool), count))
-    seen = Counter(map(tuple, drawn.tolist()))
+    seen = Counter(map(tuple, samples.tolist()))
     assert set(seen) == set(tuples)
     expected = rows / len(tuples)
     chi2 = sum((n - expected) ** 2 / expected for n in seen.values())
@@ -394,25 +394,25 @@ def test_first_occurrence():
 
 @pytest.mark.parametrize("power", [0.01, 0.5, 1.0])
 def test_query_slots_follow_the_power_law(power):
-    """The first two draws against their analytic distribution: p(i) p(j) / (1 - p(i))."""
+    """The first two samples have the distribution p(i) p(j) / (1 - p(i))."""
     slots, rows = 6, 60_000
-    drawn = sample_query_slots(np.random.default_rng(0), rows, 2, slots, power)
+    samples = sample_query_slots(np.random.default_rng(0), rows, 2, slots, power)
     p = np.arange(1, slots + 1) ** (power - 1)
     p /= p.sum()
     analytic = np.outer(p, p) / (1 - p)[:, None]
     np.fill_diagonal(analytic, 0)
     assert analytic.sum() == pytest.approx(1)
-    found = np.zeros((slots, slots))
-    np.add.at(found, (drawn[:, 0], drawn[:, 1]), 1 / rows)
-    deviation = np.abs(found - analytic) / np.sqrt(np.maximum(analytic, 1e-9) / rows)
-    assert np.all(found[analytic == 0] == 0) and deviation[analytic > 0].max() < 4.5
+    frequency = np.zeros((slots, slots))
+    np.add.at(frequency, (samples[:, 0], samples[:, 1]), 1 / rows)
+    deviation = np.abs(frequency - analytic) / np.sqrt(np.maximum(analytic, 1e-9) / rows)
+    assert np.all(frequency[analytic == 0] == 0) and deviation[analytic > 0].max() < 4.5
 
 
 def test_query_slots_of_full_rows():
     batch = MQAR.single(length=16, num_kv_pairs=4, vocab_size=32).batch(0, "train", 0, 4000)
     keys, queries = batch.tokens[:, 0:8:2], batch.tokens[:, 8::2]
     assert np.array_equal(np.sort(keys, axis=1), np.sort(queries, axis=1))
-    # Order is aligned with the context: the first key takes the first slot with p(1) = 1 / (1 + 1/2 + 1/3 + 1/4).
+    # Slots follow the order of the context: the first key has the first slot with p(1) = 1 / (1 + 1/2 + 1/3 + 1/4).
     assert np.mean(queries[:, 0] == keys[:, 0]) == pytest.approx(0.48, abs=0.03)
     assert np.mean(queries[:, 0] == keys[:, 3]) < 0.1
 
@@ -480,20 +480,20 @@ def test_only_zoology_filler_has_false_pairs():
         if filler == "zoology":
             collided = np.mean([any(np.isin(r[8:][w[8:] == 0], r[0:8:2])) for r, w in zip(*batch[0:3:2], strict=True)])
     assert score["disjoint"] == score["zero"] == 1.0
-    # Rows of 52 filler ids hold one of 4 keys among 64 ids at a rate of 1 - (60/64)^52; a query is misled if its key
-    # stands in front of it.
+    # Rows of 52 filler ids contain one of 4 keys among 64 ids with probability 1 - (60/64)^52; the answer to a query is
+    # wrong if its key occurs in the filler before it.
     assert collided == pytest.approx(1 - (1 - pairs / vocab) ** (length - 4 * pairs + pairs), abs=0.03)
     assert 1 - (length - 2 * pairs) / vocab < score["zoology"] < 0.95
 
 
 def test_slice_frequencies():
     task = CASES["mqar"]
-    drawn = Counter(task.groups[task.batch(0, "train", i, 1).group[0, 0]] for i in range(1000))
-    assert set(drawn) == {"L32_K2", "L32_K6", "L48_K4"}
-    assert drawn["L32_K2"] == pytest.approx(600, abs=60) and drawn["L32_K6"] == pytest.approx(200, abs=50)
+    samples = Counter(task.groups[task.batch(0, "train", i, 1).group[0, 0]] for i in range(1000))
+    assert set(samples) == {"L32_K2", "L32_K6", "L48_K4"}
+    assert samples["L32_K2"] == pytest.approx(600, abs=60) and samples["L32_K6"] == pytest.approx(200, abs=50)
     for split in ("valid", "test"):
-        turns = [task.groups[task.batch(0, split, i, 1).group[0, 0]] for i in range(6)]
-        assert turns == ["L32_K6", "L48_K4", "L64_K16"] * 2
+        groups = [task.groups[task.batch(0, split, i, 1).group[0, 0]] for i in range(6)]
+        assert groups == ["L32_K6", "L48_K4", "L64_K16"] * 2
 
 
 def test_window_reach_matches_published_sliding_window_curve():
@@ -504,8 +504,10 @@ def test_window_reach_matches_published_sliding_window_curve():
         batch = task.batch(0, "test", index, 24)
         for tokens, weights in zip(batch.tokens, batch.weights, strict=True):
             queries = np.flatnonzero(weights)
-            place = {key: t for t, key in enumerate(tokens[: 2 * len(queries)].tolist())}
-            distance = np.array([t - place[k] - 1 for t, k in zip(queries, tokens[queries].tolist(), strict=True)])
+            key_positions = {key: t for t, key in enumerate(tokens[: 2 * len(queries)].tolist())}
+            distance = np.array(
+                [t - key_positions[k] - 1 for t, k in zip(queries, tokens[queries].tolist(), strict=True)]
+            )
             for window, hits in reach.items():
                 hits.append(np.mean(distance < window))
     assert {w: np.mean(hits) for w, hits in reach.items()} == pytest.approx(published, abs=0.02)
@@ -552,12 +554,12 @@ def test_overwrites_are_uniform():
     assert np.allclose(np.bincount(tokens[is_key], minlength=8) / 32_000, 1 / 8, atol=0.01)
     assert np.allclose(np.bincount(tokens[is_value] - 8, minlength=8) / 32_000, 1 / 8, atol=0.01)
     assert np.allclose(np.bincount(tokens[tokens >= 16] - 16, minlength=8) / 64_000, 1 / 8, atol=0.01)
-    # Eight writes and sixteen noise tokens in random order: each place of the row holds a key a quarter of the time.
+    # Rows contain eight writes of two tokens and sixteen noise tokens: a position has a key with probability 1/4.
     assert np.allclose(is_key[:, 2:-2].mean(axis=0), 1 / 4, atol=0.03)
-    # A key that is written n times is that of the first two writes with n (n - 1) / 56, and n - 1 is one of B(4, 1/4).
+    # A key with n writes has the first two of eight writes with probability n (n - 1) / 56; n - 1 is from B(4, 1/4).
     keys = tokens[is_key].reshape(4000, 8)
     assert np.mean(keys[:, 0] == keys[:, 1]) == pytest.approx(11 / 56, abs=0.02)
-    # The other four writes fall on keys at random: a key is written once with (3/4)^4.
+    # The other four writes have random keys: a key is written once with probability (3/4)^4.
     batch = task.batch(0, "train", 0, 4000)
     share = np.bincount(batch.group[batch.weights > 0], minlength=9)[:3] / 16_000
     assert share == pytest.approx([81 / 256, 108 / 256, 67 / 256], abs=0.015)
@@ -571,7 +573,7 @@ def test_overwritten_values_are_not_targets():
             for t in np.flatnonzero(weights):
                 first = tokens.tolist().index(tokens[t])
                 score[task.groups[group[t]].split("_")[3]].append(bool(tokens[first + 1] == targets[t]))
-    # A value that is written twice differs; after that it may come back, once in fifteen.
+    # The second value of a key differs from the first; a later value equals the first with probability near 1/16.
     assert np.mean(score["once"]) == 1 and not any(score["twice"])
     assert np.mean(score["more"]) == pytest.approx(1 / 16, abs=0.03)
 
@@ -588,7 +590,7 @@ def test_mad_recall_labels_next_tokens_in_train_and_answers_in_test(name):
     assert np.array_equal(train.targets[:, :-1][real[:, 1:]], train.tokens[:, 1:][real[:, 1:]])
     test = task.batch(0, "test", 0, 16)
     assert 0 < (test.weights > 0).sum() < 0.6 * (train.weights > 0).sum()
-    # The last answer is the last real token of the row.
+    # The last answer is the last token of the row that is not padding.
     last = test.seq.segment_ids.sum(axis=1) - 2
     assert np.all(test.weights[np.arange(16), last] == 1)
 
@@ -653,12 +655,12 @@ def test_memorization_table_is_one_to_one_and_fixed():
     assert not np.array_equal(task.table, tasks.Memorization(table_seed=1).table)
 
 
-# ---- the others
+# ---- other tasks
 
 
 def test_key_retrieval_facts_and_queries():
     task = tasks.KeyRetrieval(train_slices=((30, 2),), queries_per_fact=1)
-    places, orders = Counter(), Counter()
+    fact_positions, orders = Counter(), Counter()
     for row, targets, weights in zip(*task.batch(0, "train", 0, 4000)[:3], strict=True):
         facts = np.flatnonzero(row == task.num_words + task.num_names)
         known = {row[i + 1]: row[i + 2] for i in facts}
@@ -666,15 +668,15 @@ def test_key_retrieval_facts_and_queries():
         assert len(known) == 2 and facts[1] - facts[0] >= 3 and queries.tolist() == [27, 29]
         assert np.flatnonzero(weights).tolist() == queries.tolist() and row[queries].tolist() != [row[queries[0]]] * 2
         assert [known[name] for name in row[queries]] == targets[queries].tolist()
-        places.update(facts.tolist())
+        fact_positions.update(facts.tolist())
         orders[bool(row[facts[0] + 1] == row[27])] += 1
-    assert min(places) == 0 and max(places) == 23 and orders[True] == pytest.approx(2000, abs=130)
-    assert max(places.values()) < 3 * min(places.values())
+    assert min(fact_positions) == 0 and max(fact_positions) == 23 and orders[True] == pytest.approx(2000, abs=130)
+    assert max(fact_positions.values()) < 3 * min(fact_positions.values())
 
 
 def test_set_disjointness_shares_one_token_and_balances_orders():
     task = tasks.SetDisjointness(vocab_size=64, set_sizes=((3, 9),), test_set_sizes=((3, 9), (4, 4)))
-    place, orders = Counter(), Counter()
+    shared_positions, orders = Counter(), Counter()
     for batch in batches(task, "test", count=8, size=101):
         for row, target, group in zip(batch.tokens.tolist(), batch.targets[:, -1], batch.group[:, -1], strict=True):
             cut = row.index(2)
@@ -688,9 +690,9 @@ def test_set_disjointness_shares_one_token_and_balances_orders():
             assert short == long or name.startswith("short_first" if len(first) < len(second) else "long_first")
             orders[name] += 1
             if name == "short_first_3_9":
-                place[first.index(target), second.index(target)] += 1
+                shared_positions[first.index(target), second.index(target)] += 1
     assert orders["short_first_3_9"] == orders["long_first_3_9"] == 202
-    assert len(place) == 27 and max(place.values()) < 25
+    assert len(shared_positions) == 27 and max(shared_positions.values()) < 25
 
 
 def test_copying_mixes_lengths_in_train_only():
@@ -726,7 +728,7 @@ def test_state_tracking_groups_are_ranges_of_positions():
 
 
 def test_state_tracking_products():
-    """S3 in lexicographic order: 1 swaps points 1 and 2, 2 swaps 0 and 1. First 1, then 2, sends 0 to 1 to 2 to 0."""
+    """In S3 in lexicographic order, 1 swaps the points 1 and 2, and 2 swaps 0 and 1, and both are a cycle."""
     assert cayley_table("S3")[1, 2] == 3 and cayley_table("S3")[2, 1] == 4
     parity = tasks.StateTracking(group="parity").batch(0, "train", 0, 8)
     assert np.array_equal(parity.targets, np.cumsum(parity.tokens, axis=1) % 2)

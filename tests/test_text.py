@@ -13,7 +13,7 @@ import threading
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from recallax.tasks.text import (
     tokenized_corpus,
 )
 from recallax.tasks.text import cache_folder as cache_module
+from recallax.tasks.text.bpe_encoder import BPEEncoder
 from recallax.tasks.text.cache_folder import cache_root, cached_folder
 from recallax.tasks.text.files import DocumentUnit
 from recallax.tasks.text.packing import pack_rows
@@ -49,6 +50,7 @@ from recallax.tasks.text.source import (
     DocumentSequence,
     HeldOutFractions,
     InMemoryDocuments,
+    content_digests,
     document_digest,
     split_by_content,
 )
@@ -120,7 +122,7 @@ def test_permute_index_is_a_permutation(count: int) -> None:
 def test_permutations_of_different_keys_are_independent() -> None:
     count, keys = 7, 60_000
     every = [permute_index(np.full(keys, i), count, np.arange(keys, dtype=np.uint64)) for i in range(count)]
-    for a, b in itertools.combinations(range(count), 2):  # each place alone, and each pair of places
+    for a, b in itertools.combinations(range(count), 2):  # each position alone, and each pair of positions
         pairs = Counter(zip(every[a].tolist(), every[b].tolist(), strict=True))
         expected = keys / (count * (count - 1))
         chi2 = sum((n - expected) ** 2 / expected for n in pairs.values())
@@ -239,21 +241,23 @@ import numpy as np
 from recallax.configs import text_based
 
 task, (count, steps, size) = text_based.get_config().task, json.loads(sys.argv[1])
-found = {}
+digests = {}
 for step in steps:
     batch = task.batch(0, "train", step, size)
     leaves = [*batch[:-1], *batch.seq[:-1]]
     for process in range(count):
-        mine = slice(process * size // count, (process + 1) * size // count)
-        found[f"{step} {process}"] = hashlib.sha256(b"".join(leaf[mine].tobytes() for leaf in leaves)).hexdigest()
+        part = slice(process * size // count, (process + 1) * size // count)
+        digests[f"{step} {process}"] = hashlib.sha256(b"".join(leaf[part].tobytes() for leaf in leaves)).hexdigest()
 foreign = [m for m in ("tensorflow", "tensorflow_datasets", "grain", "tokenizers", "sentencepiece") if m in sys.modules]
-print(json.dumps({"rows": found, "data": task.data_digest(), "foreign": foreign}))
+print(json.dumps({"rows": digests, "data": task.data_digest(), "foreign": foreign}))
 """
 
 
 def test_rows_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    """A process with an empty cache makes the same tokens and the same rows of each of 1, 2 or 4 processes at any step;
-    the included corpus needs no optional library."""
+    """A process with an empty cache computes the same rows for each of 1, 2 or 4 processes, at any step.
+
+    The included corpus needs no optional library.
+    """
     task, size, steps = (
         text_based.get_config().task,
         8,
@@ -263,15 +267,15 @@ def test_rows_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-c", DIGEST, json.dumps([4, steps, size])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["foreign"] == [] and found["data"] == task.data_digest()
+    output = json.loads(done.stdout)
+    assert output["foreign"] == [] and output["data"] == task.data_digest()
     for step in steps:
         batch = task.batch(0, "train", step, size)
         leaves = [*batch[:-1], *batch.seq[:-1]]
         for process in range(4):
-            mine = slice(process * size // 4, (process + 1) * size // 4)
-            digest = hashlib.sha256(b"".join(leaf[mine].tobytes() for leaf in leaves)).hexdigest()
-            assert found["rows"][f"{step} {process}"] == digest
+            part = slice(process * size // 4, (process + 1) * size // 4)
+            digest = hashlib.sha256(b"".join(leaf[part].tobytes() for leaf in leaves)).hexdigest()
+            assert output["rows"][f"{step} {process}"] == digest
 
 
 # Recall tokens
@@ -279,14 +283,14 @@ def test_rows_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
 
 def reference_recall_mask(tokens: list[int], segments: list[int], n: int, frequent: set[tuple]) -> list[bool]:
     """Apply Zoology's definition token by token."""
-    found = []
+    mask = []
     for t in range(len(tokens)):
         first = next(i for i in range(len(tokens)) if segments[i] == segments[t])
         gram = tuple(tokens[t - n + 1 : t + 1])
         inside = t - n + 1 >= first
         before = [tuple(tokens[s - n + 1 : s + 1]) for s in range(first + n - 1, t)] if inside else []
-        found.append(inside and gram in before and gram not in frequent)
-    return found
+        mask.append(inside and gram in before and gram not in frequent)
+    return mask
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -309,20 +313,20 @@ def test_recall_tokens_match_definition(n: int, above: int, monkeypatch: pytest.
         sum(x * vocab ** (n - 1 - i) for i, x in enumerate(gram)) for gram in frequent_set
     )
     batch = pack_rows(stream, np.arange(20), 16, 1)
-    found = recall_mask(np.asarray(batch.tokens), np.asarray(batch.seq.segment_ids), n, vocab, numbers)
-    for row, segments, marks in zip(batch.tokens.tolist(), batch.seq.segment_ids.tolist(), found, strict=True):
+    mask = recall_mask(np.asarray(batch.tokens), np.asarray(batch.seq.segment_ids), n, vocab, numbers)
+    for row, segments, marks in zip(batch.tokens.tolist(), batch.seq.segment_ids.tolist(), mask, strict=True):
         real = [i for i, s in enumerate(segments) if s]
         expected = reference_recall_mask([row[i] for i in real], [segments[i] for i in real], n, frequent_set)
         assert marks[real].tolist() == expected
-    assert found.any() == (above == 1000 or (above == 8 and n > 1)) and (len(frequent_set) > 0) == (above < 1000)
+    assert mask.any() == (above == 1000 or (above == 8 and n > 1)) and (len(frequent_set) > 0) == (above < 1000)
 
 
 def test_recall_tokens_do_not_cross_documents() -> None:
     rng = np.random.default_rng(0)
     tokens, segments = rng.integers(0, 3, size=(50, 24)), np.sort(rng.integers(1, 6, size=(50, 24)), axis=1)
     for n in (1, 2, 3):
-        found = recall_mask(tokens, segments, n, 3, np.zeros(0, np.int64))
-        for row, own, marks in zip(tokens.tolist(), segments.tolist(), found, strict=True):
+        mask = recall_mask(tokens, segments, n, 3, np.zeros(0, np.int64))
+        for row, own, marks in zip(tokens.tolist(), segments.tolist(), mask, strict=True):
             assert marks.tolist() == reference_recall_mask(row, own, n, set())
 
 
@@ -364,7 +368,7 @@ def test_splits_are_disjoint_by_content() -> None:
     digests = np.array([document_digest(text) for text in texts])
     split = split_by_content(digests, HeldOutFractions(0.1, 0.2))
     by_text = {text: {s for t, s in zip(texts, split, strict=True) if t == text} for text in set(texts)}
-    assert all(len(found) == 1 for found in by_text.values())
+    assert all(len(splits) == 1 for splits in by_text.values())
     assert Counter(next(iter(s)) for s in by_text.values()) == {0: 140, 1: 20, 2: 40}
     order = np.random.default_rng(0).permutation(len(texts))
     assert np.array_equal(split_by_content(digests[order], HeldOutFractions(0.1, 0.2)), split[order])
@@ -402,9 +406,9 @@ def test_document_units_of_files(folder: Path) -> None:
         "line": texts,
     }
     for cut, documents in expected.items():
-        found = documents_by_split(TextFiles(paths=paths, document_unit=cut))
-        assert sorted(itertools.chain(*found.values())) == sorted(text.strip("\n") for text in documents)
-        assert all(found.values())
+        by_split = documents_by_split(TextFiles(paths=paths, document_unit=cut))
+        assert sorted(itertools.chain(*by_split.values())) == sorted(text.strip("\n") for text in documents)
+        assert all(by_split.values())
     source = TextFiles(paths=paths, document_unit="line")
     before, made_before = source.open().digest, sorted((folder / "cache/corpora").iterdir())
     assert source.open().digest == before and sorted((folder / "cache/corpora").iterdir()) == made_before
@@ -446,17 +450,17 @@ def test_tfds_corpus_by_name(tfds_data: Path, folder: Path) -> None:
     source = Tfds(
         name="some_books", feature="body", train_split="train[:80%]", valid_split="train[80%:]", data_dir=str(tfds_data)
     )
-    found = documents_by_split(source)
-    assert {split: len(texts) for split, texts in found.items()} == {"train": 24, "valid": 6, "test": 6}
-    assert sorted(found["train"] + found["valid"]) == sorted(sentences(30))
-    assert sorted(found["test"]) == sorted(sentences(6, 1))
+    documents = documents_by_split(source)
+    assert {split: len(texts) for split, texts in documents.items()} == {"train": 24, "valid": 6, "test": 6}
+    assert sorted(documents["train"] + documents["valid"]) == sorted(sentences(30))
+    assert sorted(documents["test"]) == sorted(sentences(6, 1))
     assert (
-        documents_by_split(source) == found
+        documents_by_split(source) == documents
         and source.open().digest == replace(source, name="some_books:2.0.1").open().digest
     )
     task = Text(source=source, length=16)
     batch = task.batch(0, "valid", 0, task.num_rows("valid"))
-    assert batch.weights.sum() == sum(len(text.encode()) + 1 for text in found["valid"])
+    assert batch.weights.sum() == sum(len(text.encode()) + 1 for text in documents["valid"])
     assert from_json(to_json(task), Text) == task
     assert "tensorflow" not in sys.modules
 
@@ -513,11 +517,43 @@ def test_missing_tfds_corpus_is_prepared(tfds_data: Path, folder: Path, capsys: 
     with pytest.raises(ConfigError, match=r"some_books is not in .*/new/some_books/2.0.1"):
         source.open()
     source.prepare()
-    found = documents_by_split(source)
-    assert sorted(found["train"] + found["valid"]) == sorted(sentences(30))
+    documents = documents_by_split(source)
+    assert sorted(documents["train"] + documents["valid"]) == sorted(sentences(30))
     before = sorted((folder / "new").rglob("*"))
     source.prepare()
     assert sorted((folder / "new").rglob("*")) == before
+
+
+def test_byte_order_mark_and_brackets_of_file_names(folder: Path) -> None:
+    for i, text in enumerate(sentences(5)):
+        write(folder / f"notes[{i}].txt", ("\ufeff" if i % 2 else "") + text)
+    found = documents_by_split(TextFiles(paths=tuple(f"notes[{i}].txt" for i in range(5))))
+    assert sorted(itertools.chain(*found.values())) == sorted(sentences(5))
+    write(folder / "notes4.txt", "of a pattern")
+    (folder / "notes[4].txt").unlink()
+    found = documents_by_split(TextFiles(paths=("notes?0].txt", "notes?1].txt", "notes[4].txt")))
+    assert "of a pattern" in itertools.chain(*found.values())
+
+
+def test_documents_that_differ_in_white_space_are_in_one_split(folder: Path) -> None:
+    texts = sentences(30)
+    variants = [text.replace(" ", end) for text in texts for end in (" ", "  ", "\t", "\u00a0")]
+    variants += ["\ufeff" + text for text in texts]
+    write(folder / "file.txt", "\n".join(["first", *variants]))
+    found = documents_by_split(TextFiles(paths=("file.txt",), document_unit="line"))
+    contents = {split: {"".join(text.replace("\ufeff", "").split()) for text in found[split]} for split in SPLITS}
+    assert all(not contents[a] & contents[b] for a, b in itertools.combinations(SPLITS, 2))
+    assert sum(map(len, found.values())) == 151
+    # Without such variants the splits are those of the digests of the documents.
+    assert content_digests(texts).tolist() == [document_digest(text) for text in texts]
+
+
+def test_changed_files_of_equal_size_are_another_corpus(folder: Path) -> None:
+    write(folder / "file.txt", "\n".join(sentences(9)))
+    source = TextFiles(paths=("file.txt",), document_unit="line")
+    before = source.open().digest
+    write(folder / "file.txt", "\n".join(text.replace("a", "o") for text in sentences(9)))
+    assert source.open().digest != before
 
 
 def check_files_are_rejected(
@@ -605,6 +641,112 @@ def test_tokenizer_round_trip(kind: str, request: pytest.FixtureRequest) -> None
     assert corpus.vocab_size == task.vocab_size == tokenizer.vocab_size
     stream = corpus.streams["valid"]
     assert [encoder.decode(stream.tokens[a:b].tolist()) for a, b in zip(*stream[1:3], strict=True)] == valid
+
+
+def bpe_encoder(model: dict, *, eos: str = "</s>", added: Sequence[dict] = (), **parts: dict) -> BPEEncoder:
+    """Return the encoder of a `tokenizer.json` that is written out, so that it may have any ids."""
+    pytest.importorskip("tokenizers")
+    defaults = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": None,
+    }
+    data = {**defaults, "added_tokens": list(added), "model": model, **parts}
+    return BPEEncoder("tokenizer.json", json.dumps(data).encode(), eos)
+
+
+LETTERS = {letter: i for i, letter in enumerate("ab</s>")}
+NOT_SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+WORDS_SPLIT = {"type": "WhitespaceSplit"}
+
+
+def bpe_model(**options: object) -> dict:
+    return {"type": "BPE", "vocab": {**LETTERS, "</": 6, "s>": 7, "</s>": 9}, "merges": [], **options}
+
+
+@pytest.mark.parametrize(
+    ("encoder", "expected"),
+    [
+        (lambda: bpe_encoder(bpe_model(), added=[{"id": 9, "content": "</s>", **NOT_SPECIAL}]), [0, 2, 3, 4, 5, 1]),
+        (lambda: bpe_encoder(bpe_model(merges=["< /", "s >", "</ s>"])), [0, 2, 3, 7, 1]),
+    ],
+    ids=["added token that is not special", "result of merges"],
+)
+def test_spelled_boundary_is_text(encoder: Callable[[], BPEEncoder], expected: list[int]) -> None:
+    loaded = encoder()
+    assert [ids.tolist() for ids in loaded.encode(["ab", "a</s>b"])] == [[0, 1], expected]
+    assert loaded.decode([0, *expected, 9]).replace(" ", "") == "aa</s>b"
+
+
+def test_spelled_boundary_of_words_is_text() -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 0, "</s>": 1, "<unk>": 2}, "unk_token": "<unk>"}
+    assert bpe_encoder(model, pre_tokenizer=WORDS_SPLIT).encode(["a </s> a"])[0].tolist() == [0, 2, 2, 0]
+    model["unk_token"] = "</s>"
+    with pytest.raises(ConfigError, match=r"document 'a b' as '</s>', which ends documents; set .*eos_token"):
+        bpe_encoder(model, pre_tokenizer=WORDS_SPLIT).encode(["a", "a b"])
+
+
+@pytest.mark.parametrize(
+    ("model", "parts", "message"),
+    [
+        (bpe_model(), {}, r"no id for 'é', and no unknown token, in the document 'abé'"),
+        (bpe_model(unk_token="</s>"), {}, r"no id for 'é'"),
+        (
+            {"type": "WordLevel", "vocab": {"ab": 0, "</s>": 1}, "unk_token": "?"},
+            {"pre_tokenizer": WORDS_SPLIT},
+            "'abé'",
+        ),
+        (
+            {"type": "Unigram", "vocab": [["a", -1.0], ["b", -1.0], ["</s>", -1.0]], "unk_id": None},
+            {},
+            r"no id for 'é'",
+        ),
+    ],
+    ids=["bpe", "boundary as unknown token", "words", "unigram"],
+)
+def test_text_without_ids_is_rejected(model: dict, parts: dict, message: str) -> None:
+    encoder = bpe_encoder(model, **parts)
+    assert len(encoder.encode(["ab"])[0])
+    with pytest.raises(ConfigError, match=message):
+        encoder.encode(["ab", "abé"])
+
+
+def test_vocabulary_with_unused_ids(tmp_path: Path) -> None:
+    encoder = bpe_encoder(bpe_model())
+    assert encoder.num_ids == 10 and encoder.decode([-1, 0, 8, 1, 10, 2**40]).replace(" ", "") == "ab"
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(encoder._data)
+    with pytest.raises(ConfigError, match="has 10 ids"):
+        BPE(file=str(file), vocab_size=9, eos_token="</s>").load()
+
+    @dataclass(frozen=True, kw_only=True)
+    class Letters(TextSource):
+        def open(self) -> Corpus:
+            return Corpus("letters", {split: InMemoryDocuments(["abba", "aab"]) for split in SPLITS})
+
+    task = Text(source=Letters(), tokenizer=BPE(file=str(file), vocab_size=10, eos_token="</s>"), length=4)
+    metrics = task.metrics("test", np.array([9.0, 0.0]), np.array([9.0, 0.0]))
+    assert metrics["bits_per_byte"] == pytest.approx(9 / 7 / np.log(2)) and task.chance() == pytest.approx(4 / 9)
+
+
+def test_continuation_keeps_its_leading_space(sentencepiece_file: Path) -> None:
+    model = {"type": "BPE", "vocab": {"\u2581": 0, "a": 1, "\u2581a": 2, "</s>": 3}, "merges": ["\u2581 a"]}
+    space = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
+    cases = [
+        (bpe_encoder(model, pre_tokenizer=space, decoder=space), "a", "a a"),
+        (SentencePiece(file=str(sentencepiece_file), vocab_size=300).load(), "the quick", "the quick fox"),
+        (Bytes().load(), "a", "a \u00e9"),
+    ]
+    for encoder, prompt, whole in cases:
+        prompt_ids, ids = (x.tolist() for x in encoder.encode([prompt, whole]))
+        assert ids[: len(prompt_ids)] == prompt_ids
+        rest = encoder.decode_continuation([encoder.bos_id, *prompt_ids], ids[len(prompt_ids) :])
+        assert rest == whole.removeprefix(prompt) and rest[0] == " "
+    assert Bytes().load().decode_continuation([97, 0xC3], [0xA9, 98]) == "\u00e9b"
 
 
 def test_large_vocabularies_use_uint32() -> None:
@@ -715,15 +857,36 @@ def test_failed_cache_write_leaves_no_folder(folder: Path) -> None:
     assert [path.name for path in cache_root().iterdir()] == [".thing.lock"]
 
 
-def test_unwritable_or_damaged_cache_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("change", [lambda data: data[:-2], lambda data: bytes([data[0] ^ 1]) + data[1:]])
+def test_damaged_cache_is_reported(
+    change: Callable[[bytes], bytes], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     task = replace(SMALL, source=Sentences(seed=1))
     damaged = task.tokenized_corpus().folder / "valid.tokens"
-    damaged.write_bytes(damaged.read_bytes()[:-2])
+    damaged.write_bytes(change(damaged.read_bytes()))
     other = folder / "elsewhere"
     other.symlink_to(folder / "cache")  # the same files for a process that has not opened them yet
     monkeypatch.setenv("RECALLAX_CACHE", str(other))
-    with pytest.raises(ConfigError, match=r"is damaged \(sizes of valid .*; delete it"):
+    with pytest.raises(ConfigError, match=r"is damaged \(the checksum of valid.tokens .*; delete it"):
         task.tokenized_corpus()
+
+
+def test_cache_without_checksums_is_created_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = replace(SMALL, source=Sentences(seed=2))
+    corpus = task.tokenized_corpus()
+    tokens = corpus.folder / "train.tokens"
+    expected = tokens.read_bytes()
+    tokens.write_bytes(b"\0" * len(expected))
+    (corpus.folder / cache_module.CHECKSUM_FILE).unlink()
+    other = folder / "elsewhere"
+    other.symlink_to(folder / "cache")
+    monkeypatch.setenv("RECALLAX_CACHE", str(other))
+    again = task.tokenized_corpus()
+    assert again.digest == corpus.digest and tokens.read_bytes() == expected
+
+
+def test_unwritable_cache_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = replace(SMALL, source=Sentences(seed=1))
     write(folder / "file", "")
     monkeypatch.setenv("RECALLAX_CACHE", str(folder / "file/cache"))
     with pytest.raises(ConfigError, match=r"cannot be written: .*RECALLAX_CACHE"):
@@ -744,7 +907,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, Path]
 def test_text_metrics_match_losses(tiny_run: tuple[RunConfig, Path]) -> None:
     """The metrics are recomputed from the logits of every target."""
     config, folder = tiny_run
-    found = evaluate_run(folder, "test")
+    metrics = evaluate_run(folder, "test")
     from recallax.train.inference import load_trained_model
 
     task, model = load_trained_model(folder)
@@ -768,7 +931,7 @@ def test_text_metrics_match_losses(tiny_run: tuple[RunConfig, Path]) -> None:
         "bits_per_byte": loss.mean() / np.log(2) * (stream.text_bytes + 21) / stream.text_bytes,
     }
     assert 0.01 < group.mean() < 0.5
-    assert {k.removeprefix("measure/"): v for k, v in found.items() if k.startswith("measure/")} == pytest.approx(
+    assert {k.removeprefix("measure/"): v for k, v in metrics.items() if k.startswith("measure/")} == pytest.approx(
         expected, rel=1e-4
     )
 
@@ -791,9 +954,9 @@ def test_generate_command_returns_text(
     labelled = []
     original = Generator.prefill
 
-    def prefill(self, prompts, *arguments, **more):
+    def prefill(self, prompts, *arguments, **options):
         labelled.append([row[ok].tolist() for row, ok in zip(prompts.tokens, prompts.valid, strict=True)])
-        return original(self, prompts, *arguments, **more)
+        return original(self, prompts, *arguments, **options)
 
     def written(*options: str) -> str:
         assert main(["generate", str(tiny_run[1]), "--max-new-tokens", "5", *options]) == 0
@@ -811,7 +974,7 @@ def test_generate_command_returns_text(
         )
     encoder = Bytes().load()
     ids = [*b"\x1b[2Jno\ntricks", 256, 255]
-    assert inference._decode_text(encoder, ids) == " [2Jno\ntricks\ufffd"
+    assert inference._decode_text(encoder, [256], ids) == " [2Jno\ntricks\ufffd"
 
 
 def test_generation_stops_at_end_of_document(tiny_run: tuple[RunConfig, Path], monkeypatch) -> None:
@@ -823,7 +986,7 @@ def test_generation_stops_at_end_of_document(tiny_run: tuple[RunConfig, Path], m
     monkeypatch.setattr(
         Generator,
         "__init__",
-        lambda self, *a, **more: (stops.append(more["stop_token_ids"]), original(self, *a, **more))[1],
+        lambda self, *a, **options: (stops.append(options["stop_token_ids"]), original(self, *a, **options))[1],
     )
     inference.continue_prompts(
         tiny_run[1],
@@ -902,10 +1065,10 @@ def test_run_resumes_with_another_number_of_processes(tmp_path: Path) -> None:
     assert 0 < reached < 60, "it was stopped on the way"
     assert finish(processes(changing, 4)) == [0] * 4
     assert finish(processes(one, 1)) == [0]
-    expected, found = losses(one), losses(changing)
-    assert found.keys() == expected.keys() and len(found) == 60 + 3
+    expected, actual = losses(one), losses(changing)
+    assert actual.keys() == expected.keys() and len(actual) == 60 + 3
     for where, loss in expected.items():
-        assert found[where] == pytest.approx(loss, rel=1e-4), where
+        assert actual[where] == pytest.approx(loss, rel=1e-4), where
 
 
 def test_masked_prefix_on_text() -> None:

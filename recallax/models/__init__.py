@@ -13,7 +13,8 @@ from recallax.models.accounting import (
     state_bytes,
 )
 from recallax.models.block import Block
-from recallax.models.decoding import NO_TOKEN, DecodingState, GenerationOutput
+from recallax.models.decoding import NO_TOKEN, DecodingState, GenerationOutput, NonFiniteLogitsError
+from recallax.models.document_limits import DocumentLayoutError, DocumentLimits, raise_in_compiled_programs
 from recallax.models.generation import Generator
 from recallax.models.lm import LM, LMConfig
 from recallax.models.lm_head import Autoencoder, LMHead, LogitProjection, Tied, Untied
@@ -27,6 +28,8 @@ __all__ = [
     "Autoencoder",
     "Block",
     "DecodingState",
+    "DocumentLayoutError",
+    "DocumentLimits",
     "GenerationOutput",
     "Generator",
     "Greedy",
@@ -34,6 +37,7 @@ __all__ = [
     "LMHead",
     "LogitProjection",
     "MultinomialSampling",
+    "NonFiniteLogitsError",
     "PromptError",
     "Prompts",
     "Sampling",
@@ -48,6 +52,7 @@ __all__ = [
     "pad_prompts",
     "parameter_table",
     "parse_pattern",
+    "raise_in_compiled_programs",
     "state_bytes",
     "unpack_documents",
 ]

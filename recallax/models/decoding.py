@@ -18,6 +18,10 @@ NO_TOKEN = -1
 """Fills `GenerationOutput.tokens` after the end of a row that has stopped."""
 
 
+class NonFiniteLogitsError(FloatingPointError):
+    """Raised when logits are infinite or NaN, from which no token can be selected; the message names the row."""
+
+
 class DecodingState(NamedTuple):
     """The state of a batch of documents after some tokens. It is a value: functions do not modify it."""
 
@@ -89,7 +93,7 @@ def decode_loop(
     key: PRNGKeyArray,
     row_ids: Int[Array, " B"],
     max_new_tokens: int,
-) -> tuple[Int[Array, "B N"], DecodingState]:
+) -> tuple[Int[Array, "B N"], DecodingState, Bool[Array, " B"]]:
     """Generate tokens until all rows have stopped.
 
     Args:
@@ -103,16 +107,17 @@ def decode_loop(
         max_new_tokens: The largest number of tokens per row.
 
     Returns:
-        Token ids, with `NO_TOKEN` after stop tokens, and the state after them.
+        Token ids, with `NO_TOKEN` after stop tokens, the state after them, and True for each row whose logits were all
+        finite.
     """
     stop = jnp.array(stop_token_ids, jnp.int32)
 
     def condition(carry: tuple) -> Bool[Array, ""]:
-        step, _, state = carry
+        step, _, state, _ = carry
         return (step < max_new_tokens) & state.active.any()
 
     def body(carry: tuple) -> tuple:
-        step, tokens, state = carry
+        step, tokens, state, finite = carry
         sampled = sampling.sample(state.logits, row_keys(key, row_ids, state.position))
         tokens = tokens.at[:, step].set(jnp.where(state.active, sampled, NO_TOKEN))
         active = state.active & ~(sampled[:, None] == stop[None]).any(axis=1)
@@ -120,11 +125,13 @@ def decode_loop(
         model = nnx.merge(graphdef, weights)
         logits, model_state = model.step(sampled, StepInfo(state.position, active), state.model_state)
         logits = jnp.where(active[:, None], logits, state.logits)
-        return step + 1, tokens, DecodingState(model_state, logits, state.position + active.astype(jnp.int32), active)
+        new = DecodingState(model_state, logits, state.position + active.astype(jnp.int32), active)
+        return step + 1, tokens, new, finite & jnp.isfinite(logits).all(axis=1)
 
     tokens = jnp.full((len(row_ids), max_new_tokens), NO_TOKEN, jnp.int32)
-    _, tokens, state = jax.lax.while_loop(condition, body, (jnp.zeros((), jnp.int32), tokens, state))
-    return tokens, state
+    first = (jnp.zeros((), jnp.int32), tokens, state, jnp.isfinite(state.logits).all(axis=1))
+    _, tokens, state, finite = jax.lax.while_loop(condition, body, first)
+    return tokens, state, finite
 
 
 def find_batch_axes(model: LM, max_len: int) -> State:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from recallax.config import Config, ConfigError
+from recallax.config import Config, ConfigError, require_at_least
 
 
 class Sampling(Config, abc.ABC):
@@ -43,6 +43,9 @@ class Greedy(Sampling):
 class MultinomialSampling(Sampling):
     """A sample from softmax(logits / temperature), restricted by `top_k` and then by `top_p`.
 
+    The largest logit is subtracted before the division, so that no temperature overflows. A temperature below the
+    smallest normal float32, which an accelerator rounds to 0, selects the most likely id.
+
     `top_k` keeps the most likely ids; of equal logits the lower id counts as more likely, so exactly min(top_k, V) ids
     remain. `top_p` keeps the smallest set of the most likely remaining ids whose probabilities sum to at least `top_p`,
     and never fewer than one id: the nucleus of Holtzman et al. 2020 (arXiv 1904.09751), section 3.1.
@@ -60,13 +63,15 @@ class MultinomialSampling(Sampling):
             raise ConfigError(
                 f"temperature is {self.temperature}; it must be above 0 and finite (Greedy is the limit at 0)"
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k is {self.top_k}; it must be at least 1, or None for all ids")
+        require_at_least(1, "", "or None for all ids", top_k=self.top_k)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1, or None for all ids")
 
     def sample(self, logits: Float[Array, "B V"], keys: Key[Array, " B"]) -> Int[Array, " B"]:
-        scores = logits.astype(jnp.float32) / self.temperature
+        if self.temperature < jnp.finfo(jnp.float32).tiny:
+            return Greedy().sample(logits, keys)
+        logits = logits.astype(jnp.float32)
+        scores = (logits - logits.max(axis=-1, keepdims=True)) / self.temperature
         if self.top_k is None and self.top_p is None:
             return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
         size = scores.shape[-1]

@@ -76,6 +76,11 @@ class Task(Config, abc.ABC):
         """
         return (0,)
 
+    @property
+    def document_grid(self) -> int | None:
+        """Documents start at multiples of it; None: rows have one document, or it is not known before the batch."""
+        return None
+
     @abc.abstractmethod
     def batch(self, seed: int, split: Split, index: int, size: int) -> Batch:
         """Make one batch, a pure function of the arguments.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, require_at_least
 from recallax.tasks.base import Split, Task, batch_rng, most_frequent_token_accuracy
 from recallax.types import Batch, unpacked_seq_info
 
@@ -36,8 +36,7 @@ class Copying(Task):
                 f"Copying.train_lengths is {self.train_lengths} and test_lengths {self.test_lengths}; they must be "
                 "(shortest, longest) and a list, with lengths of at least 1"
             )
-        if self.alphabet_size < 2:
-            raise ConfigError(f"Copying.alphabet_size is {self.alphabet_size}; it must be at least 2")
+        require_at_least(2, "Copying.", alphabet_size=self.alphabet_size)
 
     @property
     def vocab_size(self) -> int:

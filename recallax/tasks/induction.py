@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, require_at_least
 from recallax.tasks.base import Split, Task, batch_rng
 from recallax.types import Batch, unpacked_seq_info
 
@@ -32,8 +32,7 @@ class InductionHeads(Task):
                 f"InductionHeads.length is {self.length} and test_lengths {self.test_lengths}; there must be a test "
                 "length and each must be at least 3 (cue, token, cue)"
             )
-        if self.num_symbols < 2:
-            raise ConfigError(f"InductionHeads.num_symbols is {self.num_symbols}; it must be at least 2")
+        require_at_least(2, "InductionHeads.", num_symbols=self.num_symbols)
 
     @property
     def vocab_size(self) -> int:

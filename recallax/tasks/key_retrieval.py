@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, require_at_least
 from recallax.tasks.base import Split, Task, batch_rng
 from recallax.tasks.random_ids import sample_without_replacement
 from recallax.types import Batch, unpacked_seq_info
@@ -41,10 +41,8 @@ class KeyRetrieval(Task):
             raise ConfigError(
                 "KeyRetrieval.train_slices and KeyRetrieval.test_slices must each have at least one (length, facts)"
             )
-        if self.num_words < 2:
-            raise ConfigError(f"KeyRetrieval.num_words is {self.num_words}; it must be at least 2")
-        if self.queries_per_fact < 1:
-            raise ConfigError(f"KeyRetrieval.queries_per_fact is {self.queries_per_fact}; it must be at least 1")
+        require_at_least(2, "KeyRetrieval.", num_words=self.num_words)
+        require_at_least(1, "KeyRetrieval.", queries_per_fact=self.queries_per_fact)
         rows = [
             *((*slice, self.queries_per_fact) for slice in self.train_slices),
             *((*slice, 1) for slice in self.test_slices),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, require_at_least
 from recallax.tasks.base import Split, Task, batch_rng, most_frequent_token_accuracy
 from recallax.types import Batch, unpacked_seq_info
 
@@ -105,10 +105,7 @@ class Compression(Task):
     length: int = 32
 
     def __post_init__(self) -> None:
-        if self.length < 2 or self.vocab_size < 2:
-            raise ConfigError(
-                f"Compression.length is {self.length} and vocab_size {self.vocab_size}; both must be at least 2"
-            )
+        require_at_least(2, "Compression.", length=self.length, vocab_size=self.vocab_size)
 
     @property
     def terms(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, require_at_least
 from recallax.tasks.base import Split, Task, batch_rng, most_frequent_token_accuracy
 from recallax.tasks.random_ids import first_occurrence, sample_without_replacement
 from recallax.types import Batch, unpacked_seq_info
@@ -144,11 +144,9 @@ class NoisyRecall(_MADRecall):
     """Probability that a pair is replaced by two noise tokens."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.frac_noise < 1 or self.noise_vocab_size < 1:
-            raise ConfigError(
-                f"NoisyRecall.frac_noise is {self.frac_noise} and noise_vocab_size {self.noise_vocab_size}; "
-                "frac_noise must be in [0, 1) and noise_vocab_size at least 1"
-            )
+        if not 0 <= self.frac_noise < 1:
+            raise ConfigError(f"NoisyRecall.frac_noise is {self.frac_noise}; it must be in [0, 1)")
+        require_at_least(1, "NoisyRecall.", noise_vocab_size=self.noise_vocab_size)
         _check_pairs(type(self).__name__, self.length, self.vocab_size - self.noise_vocab_size)
 
     def max_targets(self, split: Split, length: int) -> int:
@@ -190,12 +188,12 @@ class FuzzyRecall(_MADRecall):
     """Largest number of tokens of a value; values have from 1 to this many."""
 
     def __post_init__(self) -> None:
+        require_at_least(1, "FuzzyRecall.", k_motif_size=self.k_motif_size, v_motif_size=self.v_motif_size)
         two_pairs = 2 * (self.k_motif_size + self.v_motif_size)
-        if min(self.k_motif_size, self.v_motif_size) < 1 or self.length < two_pairs:
+        if self.length < two_pairs:
             raise ConfigError(
                 f"FuzzyRecall.length is {self.length} with k_motif_size {self.k_motif_size} and v_motif_size "
-                f"{self.v_motif_size}; sizes must be at least 1 and length at least 2 (k_motif_size + v_motif_size) = "
-                f"{two_pairs}"
+                f"{self.v_motif_size}; it must be at least 2 (k_motif_size + v_motif_size) = {two_pairs}"
             )
         if self._num_keys < self.k_motif_size or self.vocab_size - 1 - self._num_keys < self.v_motif_size:
             raise ConfigError(

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, require_at_least
 from recallax.tasks.base import Split, batch_rng
 from recallax.tasks.task_transform import TaskTransform
 from recallax.types import Batch
@@ -37,14 +37,8 @@ class MaskedPrefix(TaskTransform):
     def __post_init__(self) -> None:
         if not 0 < self.mlm_probability < 1:
             raise ConfigError(f"MaskedPrefix.mlm_probability is {self.mlm_probability}; it must be above 0 and below 1")
-        if self.prefix_length is not None and self.prefix_length < 1:
-            raise ConfigError(
-                f"MaskedPrefix.prefix_length is {self.prefix_length}; it must be at least 1, or None for the task's own"
-            )
-        if self.mask_token_id is not None and self.mask_token_id < 0:
-            raise ConfigError(
-                f"MaskedPrefix.mask_token_id is {self.mask_token_id}; it must be at least 0, or None for a new id"
-            )
+        require_at_least(1, "MaskedPrefix.", "or None for the task's own", prefix_length=self.prefix_length)
+        require_at_least(0, "MaskedPrefix.", "or None for a new id", mask_token_id=self.mask_token_id)
 
     @property
     def vocab_size(self) -> int:

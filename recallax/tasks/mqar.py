@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Int
 
-from recallax.config import Config, ConfigError, suggest_name
+from recallax.config import Config, ConfigError, require_at_least, suggest_name
 from recallax.tasks.base import Split, Task, batch_rng
 from recallax.tasks.random_ids import sample_without_replacement
 from recallax.types import Batch, unpacked_seq_info
@@ -84,8 +84,7 @@ class MQAR(Task):
             raise ConfigError(f"MQAR.filler is {self.filler!r}{suggest_name(self.filler, list(get_args(Filler)))}")
         if self.power_a <= 0:
             raise ConfigError(f"MQAR.power_a is {self.power_a}; it must be above 0 (1 is uniform)")
-        if self.num_passes < 1:
-            raise ConfigError(f"MQAR.num_passes is {self.num_passes}; it must be at least 1")
+        require_at_least(1, "MQAR.", num_passes=self.num_passes)
         for mixture_slice in (*self.mixture, *self.test_mixture):
             self._check_slice(mixture_slice)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from recallax.config import Config, ConfigError
+from recallax.config import Config, ConfigError, require_at_least
 from recallax.tasks.base import Split, Task, batch_rng
 from recallax.tasks.random_ids import sample_without_replacement
 from recallax.types import Batch, unpacked_seq_info
@@ -68,8 +68,7 @@ class OverwriteRecall(Task):
             raise ConfigError(
                 "OverwriteRecall.mixture and OverwriteRecall.test_mixture must each have at least one slice"
             )
-        if self.noise_vocab_size < 1:
-            raise ConfigError(f"OverwriteRecall.noise_vocab_size is {self.noise_vocab_size}; it must be at least 1")
+        require_at_least(1, "OverwriteRecall.", noise_vocab_size=self.noise_vocab_size)
         for part in (*self.mixture, *self.test_mixture):
             self._check_slice(part)
 

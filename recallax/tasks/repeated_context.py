@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from jaxtyping import Int
 
-from recallax.config import ConfigError, suggest_name
+from recallax.config import ConfigError, require_at_least, suggest_name
 from recallax.tasks.base import Split, Task
 from recallax.tasks.task_transform import TaskTransform
 from recallax.types import AnyArray, Batch, SeqInfo
@@ -87,8 +87,7 @@ class JRTPrompt(RepeatedContext):
     """Number of copies of the context."""
 
     def __post_init__(self) -> None:
-        if self.num_repeats < 1:
-            raise ConfigError(f"JRTPrompt.num_repeats is {self.num_repeats}; it must be at least 1")
+        require_at_least(1, "JRTPrompt.", num_repeats=self.num_repeats)
 
     def repeated_length(self, size: int) -> int:
         return self.num_repeats * size
@@ -117,8 +116,7 @@ class PrefixFill(RepeatedContext):
             raise ConfigError(
                 f"PrefixFill.strategy is {self.strategy!r}{suggest_name(self.strategy, list(get_args(FillStrategy)))}"
             )
-        if self.prefix_length < 1:
-            raise ConfigError(f"PrefixFill.prefix_length is {self.prefix_length}; it must be at least 1")
+        require_at_least(1, "PrefixFill.", prefix_length=self.prefix_length)
 
     def repeated_length(self, size: int) -> int:
         lengths = {"left_pad": size, "twice": 2 * size, "iterate": self.prefix_length if size else 0}

@@ -40,6 +40,10 @@ class TaskTransform(Task, abc.ABC):
         return self.task.prefix_lengths(split, length)
 
     @property
+    def document_grid(self) -> int | None:
+        return self.task.document_grid
+
+    @property
     def encoder(self) -> Encoder | None:
         return self.task.encoder
 

@@ -113,7 +113,7 @@ def neural_memory(
     Args:
         inner_optimizer: Network, loss and update rule.
         tokens: q, k and v [B, T, H, D]; lr >= 0, log_momentum <= 0 and log_decay <= 0 [B, T, H, L] for the L trainable
-            matrices, in the order of `InnerOptimizer.trainable_shapes`.
+            matrices, in the order of `InnerOptimizer.gate_names`.
         outer_params: Initial weights [H, I, O] of all matrices, and scale and bias [H, D] of the network's norm.
         state: State before the row, which belongs to its first document; None: no tokens.
         segment_ids: Document ids; 0 is padding, between documents and on the right. None: one document per row.
@@ -163,7 +163,7 @@ def _check_shapes(inner_optimizer: InnerOptimizer, tokens: MemoryInputs, outer_p
     require(op, t >= 1, f"q has {t} tokens; it needs at least 1")
     for name, part in zip(("k", "v"), tokens[1:3], strict=True):
         require(op, part.shape == tokens.q.shape, f"{name} has shape {part.shape}; it must be q's {tokens.q.shape}")
-    gate_shape = (b, t, h, len(inner_optimizer.trainable_shapes(width)))
+    gate_shape = (b, t, h, len(inner_optimizer.gate_names))
     for name, part in zip(("lr", "log_momentum", "log_decay"), tokens[3:], strict=True):
         require(op, part.shape == gate_shape, f"{name} has shape {part.shape}; it must be {gate_shape}")
     for name, shape in inner_optimizer.network.shapes(width).items():

@@ -201,6 +201,14 @@ class InnerOptimizer(Config):
                 f"it must name some of {', '.join(self.network.shapes(1))}"
             )
 
+    @property
+    def gate_names(self) -> tuple[str, ...]:
+        """Trainable matrices in the order of the gates, which is the ascending order of their names.
+
+        It is not the order of application: `SwiGLUNet` applies w1, w3 and w2, and its gates belong to w1, w2 and w3.
+        """
+        return tuple(sorted(self.trainable_shapes(1)))
+
     def trainable_shapes(self, head_dim: int) -> dict[str, tuple[int, int]]:
         """Return name and shape of the trainable matrices.
 

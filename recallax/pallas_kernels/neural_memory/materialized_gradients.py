@@ -60,7 +60,7 @@ def _chunk(
     tokens: MemoryInputs,
     valid: Bool[Array, " C"],
 ) -> tuple[FastWeights, Float[Array, "C D"]]:
-    loss, names = LOSSES[inner_optimizer.loss], list(fast_weights.delta)
+    loss, names = LOSSES[inner_optimizer.loss], inner_optimizer.gate_names
     origin = {name: outer_params.initial_weights[name] for name in names}
 
     def net(weights, x):

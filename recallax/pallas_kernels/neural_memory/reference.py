@@ -64,6 +64,7 @@ def map_heads[Out](one_head: Callable[[NeuralMemoryArgs], Out], args: NeuralMemo
 def _one_head(args: NeuralMemoryArgs) -> tuple[Float[Array, "M D"], FastWeights]:
     inner_optimizer, outer_params, tokens, document_ids, fast_weights = args
     loss, network = LOSSES[inner_optimizer.loss], inner_optimizer.network
+    gates = list(enumerate(inner_optimizer.gate_names))
     origin = {name: outer_params.initial_weights[name] for name in fast_weights.delta}
     initial, zeros = initial_memory(outer_params, fast_weights), jax.tree.map(jnp.zeros_like, fast_weights.delta)
 
@@ -75,8 +76,8 @@ def _one_head(args: NeuralMemoryArgs) -> tuple[Float[Array, "M D"], FastWeights]
 
     def step(carry, token):
         memory, chunk, total, written, document = carry
-        (q, k, v, *gates), index, valid, place = token
-        lr, momentum, keep = gates[0], jnp.exp(gates[1]), jnp.exp(gates[2])
+        (q, k, v, lr, log_momentum, log_decay), index, valid, place = token
+        momentum, keep = jnp.exp(log_momentum), jnp.exp(log_decay)
         # The boundary rule applies after a chunk if all of its tokens were valid.
         after = apply_boundary(inner_optimizer, outer_params, chunk, memory)
         memory = _select(place == 0, _select(written == inner_optimizer.chunk_size, after, chunk), memory)
@@ -88,16 +89,16 @@ def _one_head(args: NeuralMemoryArgs) -> tuple[Float[Array, "M D"], FastWeights]
         def decayed(change):
             # Decay acts on the difference from its target: W itself, or W minus the initial weights.
             offset = {n: origin[n] if inner_optimizer.decay_to == "zero" else 0 for n in change}
-            return {n: keep[i] * (x + offset[n]) - offset[n] for i, (n, x) in enumerate(change.items())}
+            return {n: keep[i] * (change[n] + offset[n]) - offset[n] for i, n in gates}
 
         at = {"chunk_start": chunk.delta, "token": memory.delta, "token_decayed": decayed(memory.delta)}
         grads = jax.grad(lambda w: loss(net(w, k), v))(at[inner_optimizer.gradient])
-        carried = {n: momentum[i] * s for i, (n, s) in enumerate(memory.momentum.items())}
-        surprise = {n: carried.get(n, 0) - lr[i] * grads[n] for i, n in enumerate(memory.delta)}
+        carried = {n: momentum[i] * memory.momentum[n] for i, n in gates if n in memory.momentum}
+        surprise = {n: carried.get(n, 0) - lr[i] * grads[n] for i, n in gates}
         change = {n: x + surprise[n] for n, x in decayed(memory.delta).items()}
         # The decayed delta of the start of the chunk, and the decayed sum of the steps of the chunk.
         initial_part = decayed(total[0])
-        sums = {n: keep[i] * x + surprise[n] for i, (n, x) in enumerate(total[1].items())}
+        sums = {n: keep[i] * total[1][n] + surprise[n] for i, n in gates}
         total = _select(valid, (initial_part, sums), total)
         if inner_optimizer.gradient_reduction == "mean":
             change = {n: initial_part[n] + sums[n] / (written + 1).astype(sums[n].dtype) for n in change}

@@ -18,7 +18,7 @@ from recallax.pallas_kernels.neural_memory.inner_optimizer import InnerOptimizer
 
 
 class MemoryInputs(NamedTuple):
-    """Inputs of a neural memory per head, for L trainable matrices."""
+    """Inputs of a neural memory per head, for L trainable matrices in the order of `InnerOptimizer.gate_names`."""
 
     q: Float[Array, "*batch H D"]
     k: Float[Array, "*batch H D"]

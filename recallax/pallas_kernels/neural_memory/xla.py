@@ -97,7 +97,7 @@ def _update_one_head(
     norm_scale, norm_bias = outer_params.norm_scale.astype(jnp.float32), outer_params.norm_bias.astype(jnp.float32)
     origin = {name: x.astype(jnp.float32) for name, x in outer_params.initial_weights.items()}
     start = origin | {name: origin[name] + x for name, x in fast_weights.delta.items()}
-    index = {name: i for i, name in enumerate(fast_weights.delta)}
+    index = {name: i for i, name in enumerate(inner_optimizer.gate_names)}
 
     def times(x: Array, weight: Array) -> Array:
         return einsum_f32("ci,io->co", x.astype(dtype), weight.astype(dtype))

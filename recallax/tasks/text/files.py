@@ -12,14 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from recallax.config import ConfigError, suggest_name
 from recallax.tasks.base import SPLITS, Split
 from recallax.tasks.text.cache_folder import cached_folder
-from recallax.tasks.text.source import Corpus, HeldOutFractions, TextSource, document_digest, split_by_content
+from recallax.tasks.text.source import Corpus, HeldOutFractions, TextSource, content_digests, split_by_content
 from recallax.tasks.text.tfds import FILE_FORMAT, corpus_from_builder, import_tensorflow_datasets
 
+FORMAT_VERSION = 2
+"""Version of the rules that make documents and splits of files, part of the digest."""
 DocumentUnit = Literal["file", "paragraph", "line"]
 TFDS_SPLIT_NAMES: dict[Split, str] = {"train": "train", "valid": "validation", "test": "test"}
 
@@ -28,11 +28,13 @@ TFDS_SPLIT_NAMES: dict[Split, str] = {"train": "train", "valid": "validation", "
 class TextFiles(TextSource):
     """Documents of UTF-8 files, split by their content and not by their position.
 
-    The files are copied to the cache as a TFDS corpus (array_record), again whenever their contents change.
+    Documents that differ only in white space or byte-order marks are in one split. A byte-order mark at the start of a
+    file is not text. The files are copied to the cache as a TFDS corpus (array_record), again whenever their contents
+    change.
     """
 
     paths: tuple[str, ...]
-    """Files or glob patterns (`notes/**/*.md`)."""
+    """Files or glob patterns (`notes/**/*.md`). The path of an existing file is not a pattern."""
     document_unit: DocumentUnit = "file"
     """Extent of one document: a file, a paragraph (between blank lines) or a line."""
     valid_fraction: float = 0.05
@@ -53,18 +55,18 @@ class TextFiles(TextSource):
         tfds = import_tensorflow_datasets()
         files = self._matching_files()
         contents = [_file_digest(file) for file in files]
-        key = hashlib.sha256(
-            repr((contents, self.document_unit, self.valid_fraction, self.test_fraction)).encode()
-        ).hexdigest()[:32]
+        options = (FORMAT_VERSION, self.document_unit, self.valid_fraction, self.test_fraction)
+        key = hashlib.sha256(repr((contents, *options)).encode()).hexdigest()[:32]
         folder = cached_folder(f"corpora/files-{key}", partial(self._write_tfds, tfds, files))
-        return corpus_from_builder(
-            tfds.builder_from_directory(folder / "recallax_text" / "1.0.0"), TFDS_SPLIT_NAMES, "text"
-        )
+        builder = tfds.builder_from_directory(folder / "recallax_text" / "1.0.0")
+        # The digest of a TFDS corpus contains sizes, which other files can have too.
+        return corpus_from_builder(builder, TFDS_SPLIT_NAMES, "text")._replace(digest=f"files {key}")
 
     def _matching_files(self) -> list[Path]:
         files: list[Path] = []
         for pattern in self.paths:
-            matches = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+            path = os.path.expanduser(pattern)
+            matches = [path] if os.path.isfile(path) else sorted(glob.glob(path, recursive=True))
             matching_files = [path for path in map(Path, matches) if path.is_file()]
             if not matching_files:
                 raise ConfigError(
@@ -75,8 +77,8 @@ class TextFiles(TextSource):
         return list(dict.fromkeys(files))
 
     def _write_tfds(self, tfds: Any, files: list[Path], folder: Path) -> None:
-        digests = np.array([document_digest(text) for text in self._read_documents(files)], np.int64)
-        splits = split_by_content(digests, HeldOutFractions(self.valid_fraction, self.test_fraction))
+        held_out = HeldOutFractions(self.valid_fraction, self.test_fraction)
+        splits = split_by_content(content_digests(self._read_documents(files)), held_out)
 
         def examples(split: int) -> Iterator[tuple[int, dict[str, str]]]:
             for index, text in enumerate(self._read_documents(files)):
@@ -117,7 +119,7 @@ class TextFiles(TextSource):
 
 def _read_utf8(file: Path) -> str:
     try:
-        return file.read_bytes().decode().replace("\r\n", "\n")
+        return file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{file} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; convert it "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int, UInt64
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, require_at_least
 from recallax.tasks.base import SPLITS, Split, Task
 from recallax.tasks.encoder import Encoder
 from recallax.tasks.text.packing import num_rows, pack_rows
@@ -60,8 +60,7 @@ class Text(Task):
                 f"Text.ngram_size is {self.ngram_size} with {self.tokenizer.vocab_size} token ids; it must be from 1 "
                 f"to {math.floor(63 / math.log2(self.tokenizer.vocab_size))}, so that an n-gram fits in 63 bits"
             )
-        if self.max_ngram_count < 0:
-            raise ConfigError(f"Text.max_ngram_count is {self.max_ngram_count}; it must be at least 0")
+        require_at_least(0, "Text.", max_ngram_count=self.max_ngram_count)
 
     @property
     def vocab_size(self) -> int:
@@ -70,6 +69,10 @@ class Text(Task):
     @property
     def groups(self) -> tuple[str, ...]:
         return GROUPS
+
+    @property
+    def document_grid(self) -> int:
+        return self.grid
 
     @property
     def encoder(self) -> Encoder:

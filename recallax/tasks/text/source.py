@@ -61,6 +61,10 @@ class HeldOutFractions(NamedTuple):
     test: float
 
 
+BYTE_ORDER_MARK = "\ufeff"
+"""U+FEFF, which some programs write at the start of a file."""
+
+
 def split_by_content(digests: Int[np.ndarray, " D"], held_out: HeldOutFractions) -> Int[np.ndarray, " D"]:
     """Assign documents to splits by their content, so that copies of a document are in one split.
 
@@ -68,7 +72,7 @@ def split_by_content(digests: Int[np.ndarray, " D"], held_out: HeldOutFractions)
     each.
 
     Args:
-        digests: Digest of each document.
+        digests: Digest of each document; see `content_digests`.
         held_out: Fractions of the different documents in valid and test.
 
     Returns:
@@ -107,6 +111,28 @@ def document_digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def content_digests(texts: Iterable[str]) -> Int[np.ndarray, " D"]:
+    """Hash documents so that those which differ only in white space or byte-order marks have one digest.
+
+    Args:
+        texts: The documents; they are read once.
+
+    Returns:
+        The smallest `document_digest` of the documents that are equal to each without white space and marks. So it is
+        that of the document itself unless another document is equal in this sense.
+    """
+    pairs = [(document_digest(text), document_digest(_without_space(text))) for text in texts]
+    own, content = np.array(pairs, np.int64).reshape(-1, 2).T
+    different, group = np.unique(content, return_inverse=True)
+    smallest = np.full(len(different), np.iinfo(np.int64).max)
+    np.minimum.at(smallest, group, own)
+    return smallest[group]
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.replace(BYTE_ORDER_MARK, " ").split())
+
+
 @dataclass(frozen=True)
 class InMemoryDocuments:
     """The texts of one split, in memory."""
@@ -134,7 +160,7 @@ def in_memory_corpus(texts: Iterable[str], held_out: HeldOutFractions) -> Corpus
         ConfigError: There are too few different documents; see `split_by_content`.
     """
     texts = list(texts)
-    split = split_by_content(np.array([document_digest(text) for text in texts], np.int64), held_out)
+    split = split_by_content(content_digests(texts), held_out)
     documents: dict[Split, DocumentSequence] = {
         name: InMemoryDocuments([text for text, s in zip(texts, split, strict=True) if s == i])
         for i, name in enumerate(SPLITS)

@@ -1,9 +1,9 @@
 """A tokenized corpus: one memory-mapped stream of token ids per split, which gives rows with random access.
 
-It is created once per corpus, tokenizer and grid, in a cache folder named by their digests. File sizes are checked when
-it is opened:
+It is created once per corpus, tokenizer and grid, in a cache folder named by their digests. Checksums of the files
+are verified when it is opened:
 
-    meta.json  <split>.tokens (uint16 or uint32)  <split>.starts.npy  <split>.ends.npy  <split>.counts.npy
+    meta.json  <split>.tokens (uint16 or uint32)  <split>.starts.npy  <split>.ends.npy  <split>.counts.npy  sha256.json
 
 A document is `bos_id`, its ids and `eos_id`. It starts at a multiple of the grid, and more `eos_id` fill the space to
 the next document.
@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Integer
 
-from recallax.config import ConfigError
 from recallax.tasks.base import SPLITS, Split
 from recallax.tasks.encoder import Encoder
 from recallax.tasks.text.cache_folder import cache_root, cached_folder
@@ -146,17 +145,10 @@ def _batched_documents(documents: Iterable[str]) -> Iterable[list[str]]:
 
 
 def _read_stream(folder: Path, split: Split) -> TokenStream:
-    try:
-        meta = json.loads((folder / "meta.json").read_text())[split]
-        starts, ends, counts = (
-            np.load(folder / f"{split}.{name}.npy", mmap_mode="r") for name in ("starts", "ends", "counts")
-        )
-        path, dtype = folder / f"{split}.tokens", _token_dtype(meta["vocab"])
-        sizes = (path.stat().st_size, len(starts), len(ends), len(counts))
-        expected = (meta["slots"] * dtype.itemsize, meta["documents"], meta["documents"], meta["vocab"])
-        if sizes != expected:
-            raise ValueError(f"sizes of {split} are {sizes}, expected {expected}")
-        tokens = np.memmap(path, dtype, mode="r") if meta["slots"] else np.zeros(0, dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{folder} is damaged ({error}); delete it, and it is created again") from error
+    meta = json.loads((folder / "meta.json").read_text())[split]
+    starts, ends, counts = (
+        np.load(folder / f"{split}.{name}.npy", mmap_mode="r") for name in ("starts", "ends", "counts")
+    )
+    dtype = _token_dtype(meta["vocab"])
+    tokens = np.memmap(folder / f"{split}.tokens", dtype, mode="r") if meta["slots"] else np.zeros(0, dtype)
     return TokenStream(tokens, starts, ends, counts, meta["text_bytes"])

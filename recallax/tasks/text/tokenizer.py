@@ -2,7 +2,7 @@
 
 import abc
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,11 +12,16 @@ import numpy as np
 from jaxtyping import Int
 
 from recallax.config import Config, ConfigError
+from recallax.external_file import read_regular_file
+from recallax.files import write_atomic
 from recallax.tasks.encoder import Encoder
+from recallax.tasks.text.bpe_encoder import BPEEncoder
 from recallax.tasks.text.optional_imports import import_optional
 
 END_OF_TEXT = "<|endoftext|>"
 """GPT-2's token between documents."""
+MAX_FILE_BYTES = 2**30
+"""Size of a tokenizer's file; the largest published ones have some tens of megabytes."""
 
 
 class Tokenizer(Config, abc.ABC):
@@ -56,12 +61,12 @@ class BPE(Tokenizer):
     file: str
     """Path of the file."""
     vocab_size: int
-    """Number of ids that the file must have, so that the model's size does not depend on the file."""
+    """The largest id of the file + 1, which is given so that the model's size does not depend on the file."""
     eos_token: str = END_OF_TEXT
     """The token of the file that begins and ends documents."""
 
     def load(self) -> Encoder:
-        return _load_cached(_BPEEncoder, self, _file_stamp(self.file))
+        return _load_cached(_load_bpe, self, _file_stamp(self.file))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,39 +93,10 @@ class _ByteEncoder(Encoder):
         return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
-class _BPEEncoder(Encoder):
-    def __init__(self, config: BPE):
-        tokenizers = import_optional("tokenizers", "text", "a BPE tokenizer")
-        data = Path(config.file).read_bytes()
-        try:
-            self._model = tokenizers.Tokenizer.from_str(data.decode())
-        except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"{config.file} is not a file of the tokenizers library: {error}") from error
-        _check_vocab_size(config, self._model.get_vocab_size(with_added_tokens=True))
-        eos_id = self._model.token_to_id(config.eos_token)
-        if eos_id is None:
-            raise ConfigError(
-                f"{config.file} has no token {config.eos_token!r} to begin and end documents; "
-                "set task.tokenizer.eos_token to a token of the file"
-            )
-        self._model.no_padding()
-        self._model.no_truncation()
-        self._model.encode_special_tokens = True  # encode the spelling of a special token as text
-        self.bos_id = self.eos_id = eos_id
-        self.digest = f"bpe {hashlib.sha256(data).hexdigest()} {config.eos_token}"
-
-    def encode(self, texts: Sequence[str]) -> list[Int[np.ndarray, " _"]]:
-        encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, np.int64) for encoding in encodings]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._model.decode([i for i in ids if i < self._model.get_vocab_size()], skip_special_tokens=True)
-
-
 class _SentencePieceEncoder(Encoder):
     def __init__(self, config: SentencePiece):
         sentencepiece = import_optional("sentencepiece", "text", "a SentencePiece tokenizer")
-        data = Path(config.file).read_bytes()
+        data = _read_file(config.file)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
         except Exception as error:  # RuntimeError, OSError and others
@@ -141,6 +117,12 @@ class _SentencePieceEncoder(Encoder):
         return self._model.decode(known)
 
 
+def _load_bpe(config: BPE) -> Encoder:
+    encoder = BPEEncoder(config.file, _read_file(config.file), config.eos_token)
+    _check_vocab_size(config, encoder.num_ids)
+    return encoder
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> int:
     """Train a byte-level BPE tokenizer and write it to a file for `BPE`.
 
@@ -156,6 +138,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> int:
 
     Raises:
         ConfigError: `vocab_size` is below 257, or the `tokenizers` library is missing.
+        OSError: The file cannot be written.
     """
     if vocab_size < 257:
         raise ConfigError(f"vocab_size is {vocab_size}; it must be at least 257, for the 256 bytes and {END_OF_TEXT}")
@@ -171,7 +154,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, file: Path) -> int:
     )
     model.train_from_iterator(texts, trainer)
     file.parent.mkdir(parents=True, exist_ok=True)
-    model.save(str(file))
+    write_atomic(file, model.to_str(pretty=True))
     return model.get_vocab_size()
 
 
@@ -179,15 +162,28 @@ def _file_stamp(file: str) -> tuple[int, int]:
     try:
         status = Path(file).stat()
     except OSError as error:
-        raise ConfigError(
-            f"task.tokenizer.file is {file!r}, which cannot be read ({error.strerror}); use an existing file"
-        ) from error
+        raise _unreadable(file, error) from error
     return status.st_size, status.st_mtime_ns
 
 
+def _read_file(file: str) -> bytes:
+    try:
+        return read_regular_file(Path(file), MAX_FILE_BYTES)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    except ValueError as error:
+        raise ConfigError(f"task.tokenizer.file is {file!r}, but {error}; use the file of a tokenizer") from error
+
+
+def _unreadable(file: str, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"task.tokenizer.file is {file!r}, which cannot be read ({error.strerror}); use an existing file"
+    )
+
+
 @lru_cache(maxsize=4)
-def _load_cached(kind: Any, config: Tokenizer, stamp: tuple[int, int]) -> Encoder:
-    return kind(config)
+def _load_cached(load: Callable[[Any], Encoder], config: Tokenizer, stamp: tuple[int, int]) -> Encoder:
+    return load(config)
 
 
 def _check_vocab_size(config: BPE | SentencePiece, actual: int) -> None:
