@@ -103,6 +103,13 @@ def state_bytes(config: LMConfig, context_length: int, vocab_size: int | None = 
 
     Returns:
         The number of bytes.
+
+    Examples:
+        >>> from recallax.configs import mqar_window
+        >>> config = mqar_window.get_tiny()
+        >>> short, long = (state_bytes(config.model, length, config.task.vocab_size) for length in (64, 4096))
+        >>> short == long  # a window of constant size
+        True
     """
     state = jax.eval_shape(lambda: config.build(nnx.Rngs(0), vocab_size).init_state(1, context_length))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

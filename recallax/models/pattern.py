@@ -54,6 +54,10 @@ def parse_pattern(pattern: str, block_names: list[str]) -> tuple[Term, ...]:
     Raises:
         ConfigError: If the pattern is empty, has a syntax error, contains an unknown name, has more than `MAX_LAYERS`
             layers, or is nested deeper than `MAX_PATTERN_DEPTH`.
+
+    Examples:
+        >>> parse_pattern("(mixer mlp)*2", ["mixer", "mlp"])[0].repeat
+        2
     """
     tokens = deque(re.findall(r"[A-Za-z_]\w*|[0-9]+|\S", pattern))
     if len(tokens) > MAX_PATTERN_TOKENS:
@@ -72,6 +76,10 @@ def flatten_pattern(terms: tuple[Term, ...]) -> list[str]:
 
     Returns:
         One name per layer.
+
+    Examples:
+        >>> flatten_pattern(parse_pattern("conv (based*2 window)*2", ["conv", "based", "window"]))
+        ['conv', 'based', 'based', 'window', 'based', 'based', 'window']
     """
     return [
         name
@@ -92,6 +100,10 @@ def compress_pattern(block_names: Sequence[str]) -> str:
 
     Raises:
         ConfigError: If there are no layers.
+
+    Examples:
+        >>> compress_pattern(["based", "based", "window", "based", "based", "window"])
+        '(based*2 window)*2'
     """
     names = list(block_names)
     if not names:

@@ -112,6 +112,12 @@ class MQAR(Task):
 
         Returns:
             The task.
+
+        Examples:
+            >>> task = MQAR.single(length=16, num_kv_pairs=2, vocab_size=32)
+            >>> batch = task.batch(seed=0, split="test", index=0, size=1)
+            >>> int((batch.weights > 0).sum())  # one query per pair
+            2
         """
         slices = tuple(MixtureSlice(length=n, num_kv_pairs=k) for n, k in test_slices or ((length, num_kv_pairs),))
         mixture = (MixtureSlice(length=length, num_kv_pairs=num_kv_pairs),)

@@ -60,6 +60,13 @@ def delta_rule(
 
     Raises:
         ValueError: Shapes do not match.
+
+    Examples:
+        >>> key = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)  # one key, written twice
+        >>> k, v = jnp.concatenate([key, key], axis=1), jnp.array([3.0, 5.0]).reshape(1, 2, 1, 1)
+        >>> out, _ = delta_rule(k, k, v, erase=jnp.ones((1, 2, 1)), write=jnp.ones((1, 2, 1)), scale=1.0)
+        >>> out.ravel().tolist()  # the second value replaces the first
+        [3.0, 5.0]
     """
     op = "delta_rule"
     b, t, groups, width = q.shape

@@ -53,6 +53,15 @@ def linear_attention(
 
     Raises:
         ValueError: Shapes do not match.
+
+    Examples:
+        >>> import jax
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (2, 16, 4, 8)) for i in range(3))
+        >>> whole, state = linear_attention(q, k, v, log_decay=jnp.full(4, -0.1))
+        >>> first, state = linear_attention(q[:, :10], k[:, :10], v[:, :10], log_decay=jnp.full(4, -0.1))
+        >>> second, _ = linear_attention(q[:, 10:], k[:, 10:], v[:, 10:], log_decay=jnp.full(4, -0.1), state=state)
+        >>> bool(jnp.allclose(whole[:, 10:], second, atol=1e-5))
+        True
     """
     b, t, groups, width = q.shape
     h = v.shape[2]

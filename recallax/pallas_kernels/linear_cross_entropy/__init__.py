@@ -62,6 +62,13 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: Shapes do not match, or the soft cap is not positive.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> hidden, weight = jnp.eye(2), jnp.array([[8.0, 0.0], [0.0, 8.0]])
+        >>> result = linear_cross_entropy(hidden, weight, jnp.array([0, 0]), jnp.ones(2))
+        >>> result.correct.tolist()
+        [True, False]
     """
     op = "linear_cross_entropy"
     rows, width = hidden.shape

@@ -52,6 +52,12 @@ def selective_scan(
 
     Raises:
         ValueError: Shapes do not match, or only some of a, b and c are given.
+
+    Examples:
+        >>> x = jnp.ones((1, 3, 1))
+        >>> out, state = selective_scan(x, jnp.log(jnp.full((1, 3, 1), 0.5)))
+        >>> out.ravel().tolist()
+        [1.0, 1.5, 1.75]
     """
     op = "selective_scan"
     rows, t, d = x.shape

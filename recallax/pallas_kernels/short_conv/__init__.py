@@ -42,6 +42,12 @@ def short_conv(
 
     Raises:
         ValueError: Shapes do not match.
+
+    Examples:
+        >>> x = jnp.arange(1.0, 5.0).reshape(1, 4, 1)
+        >>> out, last = short_conv(x, jnp.array([[10.0], [1.0]]))
+        >>> out.ravel().tolist(), last.ravel().tolist()
+        ([1.0, 12.0, 23.0, 34.0], [4.0])
     """
     op = "short_conv"
     b, t, d = x.shape

@@ -60,6 +60,10 @@ def num_features(head_dim: int, features: TaylorFeatures) -> int:
     Args:
         head_dim: Width K of queries and keys.
         features: The expansion.
+
+    Examples:
+        >>> num_features(16, "symmetric"), num_features(16, "full")
+        (153, 273)
     """
     return 1 + head_dim + (head_dim * (head_dim + 1) // 2 if features == "symmetric" else head_dim * head_dim)
 

@@ -72,6 +72,13 @@ def window_attention(
 
     Raises:
         ValueError: Shapes do not match, or a state is given without positions.
+
+    Examples:
+        >>> import jax
+        >>> q, k, v = (jax.random.normal(jax.random.key(i), (1, 6, 2, 4)) for i in range(3))
+        >>> out, _ = window_attention(q, k, v, window=1)  # each token sees itself only
+        >>> bool(jnp.allclose(out, v, atol=1e-6))
+        True
     """
     op = "window_attention"
     check_grouped_queries(op, q, k, v)
