@@ -58,6 +58,10 @@ def suggest_name(name: str, known: list[str]) -> str:
 
     Returns:
         Text that starts with `;` or `.`.
+
+    Examples:
+        >>> suggest_name("widow", ["window", "based"])
+        "; did you mean 'window'? Known: based, window"
     """
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     hint = f"; did you mean {close[0]!r}?" if close else "."
@@ -142,6 +146,11 @@ def diff(old: Config, new: Config) -> list[str]:
 
     Returns:
         A line `path: old -> new` for every leaf that differs; empty if the configs are equal.
+
+    Examples:
+        >>> from recallax.layers import SlidingWindow
+        >>> diff(SlidingWindow(window=64), SlidingWindow(window=128))
+        ['window: 64 -> 128']
     """
     return _diff_leaves(to_json(old), to_json(new))
 
@@ -175,6 +184,11 @@ def fingerprint(config: Config, *, schema: int = SCHEMA_VERSION) -> str:
 
     Returns:
         The first ten hex digits of the SHA-256 of the canonical JSON.
+
+    Examples:
+        >>> from recallax.layers import SlidingWindow
+        >>> fingerprint(SlidingWindow(window=64)) == fingerprint(SlidingWindow(window=64, num_heads=1))
+        True
     """
     text = json.dumps(to_json(config, schema=schema), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:10]

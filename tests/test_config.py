@@ -1,4 +1,4 @@
-"""Configs as values: they survive JSON, differ when they differ, and a file that is wrong says where."""
+"""Configs: JSON round trip, fingerprints, differences, and errors that name the path of a wrong field."""
 
 import copy
 import gc
@@ -20,8 +20,10 @@ from recallax.config import (
     diff,
     fingerprint,
     from_json,
+    require_at_least,
     to_json,
 )
+from recallax.config_errors import collect_config_errors
 from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
 
 NAMES = list(config_names())
@@ -52,7 +54,7 @@ def test_fingerprint_is_stable_and_independent_of_order() -> None:
     data = to_json(config())
     data["model"]["blocks"] = dict(reversed(data["model"]["blocks"].items()))
     assert fingerprint(from_json(data, RunConfig)) == fingerprint(config())
-    # These change only with the schema or a field of AdamW.
+    # These values change only with the schema or a field of AdamW.
     assert fingerprint(AdamW(lr=0.5)) == "e3665daba1" and fingerprint(AdamW(lr=0.5), schema=1) == "4dba6872fa"
 
 
@@ -65,7 +67,7 @@ def leaves(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def changed(data: dict, path: tuple) -> RunConfig | None:
-    """The config with another value at one leaf: the first of some that is valid."""
+    """Return the config with the first valid other value at one leaf, or None."""
     old = data
     for key in path:
         old = old[key]
@@ -89,7 +91,7 @@ def test_every_changed_leaf_changes_the_fingerprint() -> None:
     data = to_json(config())
     changes = {path: changed(data, path) for path in leaves(data) if path[-1] not in ("schema", "class")}
     valid = {path: value for path, value in changes.items() if value is not None}
-    assert len(valid) > 30  # not: the pattern, the vocabulary that may be None
+    assert len(valid) > 30  # without leaves that may be None, and the pattern
     assert len({fingerprint(value) for value in (config(), *valid.values())}) == len(valid) + 1
     for path, value in valid.items():
         (line,) = diff(config(), value)
@@ -98,7 +100,7 @@ def test_every_changed_leaf_changes_the_fingerprint() -> None:
 
 
 def test_equal_numbers_have_equal_fingerprints() -> None:
-    # As a config file may write it; set behind the constructor, whose types are checked in tests.
+    # A config file may contain an integer. The constructor rejects it in tests, which check types.
     whole, fraction = AdamW(lr=2.0), AdamW(lr=1.0)
     object.__setattr__(whole, "lr", 1)
     assert whole == fraction and fingerprint(whole) == fingerprint(fraction) and diff(whole, fraction) == []
@@ -124,7 +126,7 @@ def edit(*path: Any, to: Any) -> dict:
 
 
 MIXER = ("model", "blocks", "mixer", "mixer")
-WRONG = {
+INVALID_CONFIGS = {
     "unknown field": (edit("optim", "lrr", to=1.0), ["config.optim", "'lrr'", "did you mean 'lr'"]),
     "unknown class": (edit(*MIXER, "class", to="Basd"), ["config.model.blocks.mixer.mixer", "did you mean 'Based'"]),
     "class of another kind": (edit(*MIXER, "class", to="AdamW"), ["'AdamW'", "Based"]),
@@ -150,13 +152,98 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.fault("S5")
+@pytest.mark.parametrize("case", INVALID_CONFIGS)
 def test_errors_name_the_path(case: str) -> None:
-    data, parts = WRONG[case]
+    data, parts = INVALID_CONFIGS[case]
     with pytest.raises(ConfigError) as error:
         from_json(data, RunConfig)
     for part in parts:
         assert part in str(error.value)
+
+
+def test_independent_mistakes_are_reported_together() -> None:
+    data = edit(*MIXER, "class", to="Basd")
+    data["optim"] |= {"lrr": 1.0, "b1": 2.0, "momentum": 0.5}
+    data["train"] |= {"steps": 0, "batch_size": "8", "seed": -1}
+    data["evaluate"] |= {"every": 0, "batches": -1}
+    data["model"] |= {"d_model": None, "soft_cap": "high"}
+    del data["model"]["pattern"]
+    with pytest.raises(ConfigError) as error:
+        from_json(data, RunConfig)
+    lines = str(error.value).split("\n")
+    starts = [
+        "config.model lacks the field 'pattern'",
+        "config.model.d_model is None; it must be of type int",
+        "config.model.blocks.mixer.mixer has class 'Basd'; did you mean 'Based'",
+        "config.model.soft_cap is 'high'; it must be of type float",
+        "config.optim has no field 'lrr'; did you mean 'lr'",
+        "config.optim has no field 'momentum'",
+        "config.train.batch_size is '8'; it must be of type int",
+        "evaluate.every is 0; it must be at least 1",
+        "evaluate.batches is -1; it must be at least 1",
+    ]
+    for start in starts:
+        assert any(line.startswith(start) for line in lines), start
+    assert len(lines) == len(starts)  # values of a class with a wrong field are not checked
+
+
+def test_values_out_of_range_are_reported_together_without_consequences() -> None:
+    """Checks of a config are skipped if a config inside it is invalid: their result would be a consequence."""
+    data = to_json(config())
+    data["optim"] |= {"lr": -1.0, "b1": 2.0, "warmup_ratio": 5.0}
+    data["train"] |= {"steps": 0, "seed": -1}
+    data["model"] |= {"pattern": "mixr", "dropout": 1.0, "d_model": 0}
+    with pytest.raises(ConfigError) as error:
+        from_json(data, RunConfig)
+    names = [line.split(" ")[0] for line in str(error.value).split("\n")]
+    assert sorted(names) == sorted(
+        ["optim.lr", "optim.b1", "optim.warmup_ratio", "train.steps", "train.seed", "pattern", "d_model", "dropout"]
+    )
+    with pytest.raises(ConfigError, match=r"^optim\.lr is -1\.0; it must be at least 0 and finite$"):
+        AdamW(lr=-1.0)  # outside of the context, the class itself raises
+
+
+def test_collected_errors_do_not_hide_other_errors() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class InnerOfTest(Config):
+        size: int
+
+        def __post_init__(self) -> None:
+            require_at_least(1, size=self.size)
+
+    @dataclass(frozen=True, kw_only=True)
+    class DerivedOfTest(InnerOfTest):
+        total: int = 6
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.total % self.size:  # not reached for an invalid size
+                raise ConfigError(f"total is {self.total}; it must be a multiple of size {self.size}")
+
+    @dataclass(frozen=True, kw_only=True)
+    class OuterOfTest(Config):
+        inner: tuple[InnerOfTest, ...]
+        divisor: int = 1
+
+        def __post_init__(self) -> None:
+            if any(self.divisor % inner.size for inner in self.inner):
+                raise ConfigError(f"divisor is {self.divisor}; it must be a multiple of each size")
+
+    with pytest.raises(ConfigError) as error, collect_config_errors() as add_error:
+        OuterOfTest(inner=(DerivedOfTest(size=0), DerivedOfTest(size=4)))
+        OuterOfTest(inner=(InnerOfTest(size=2),))
+        add_error("another mistake")
+    expected = [
+        "size is 0; it must be at least 1",
+        "total is 6; it must be a multiple of size 4",
+        "divisor is 1; it must be a multiple of each size",
+        "another mistake",
+    ]
+    assert str(error.value).split("\n") == expected
+    with pytest.raises(KeyError), collect_config_errors() as add_error:
+        add_error("a mistake before a defect")
+        raise KeyError
 
 
 HOSTILE = [
@@ -175,6 +262,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.fault("S5")
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("expected", [RunConfig, Config])
 def test_only_concrete_configs_are_decoded(name: Any, expected: type[Config]) -> None:
@@ -206,6 +294,14 @@ def test_empty_evaluation_is_rejected(name: str) -> None:
         replace(Evaluate(), **{name: 0})
 
 
+def test_require_at_least_names_the_value_the_rule_and_the_alternative() -> None:
+    require_at_least(1, "X.", top_k=1, window=None)
+    with pytest.raises(ConfigError, match=r"^X\.top_k is 0; it must be at least 1$"):
+        require_at_least(1, "X.", window=None, top_k=0)
+    with pytest.raises(ConfigError, match=r"^top_k is nan; it must be at least 0\.5, or None for all ids$"):
+        require_at_least(0.5, "", "or None for all ids", top_k=float("nan"))
+
+
 def test_names_of_config_classes_are_unique() -> None:
     @dataclass(frozen=True, kw_only=True)
     class AdamW(Config):
@@ -221,7 +317,7 @@ def test_names_of_config_classes_are_unique() -> None:
 def test_added_field_with_its_default_changes_no_fingerprint():
     @dataclass(frozen=True, kw_only=True)
     class Grown(Config):
-        """As saved before `late` existed."""
+        """Config whose field `late` was added later."""
 
         early: int = 1
         late: float = added_field(0.5)

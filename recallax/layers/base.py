@@ -2,6 +2,8 @@
 """Base classes of mixers: a module over time, the recurrent kind with an explicit state, and its config."""
 
 import abc
+import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -118,9 +120,21 @@ class MixerConfig(Config, abc.ABC):
     """A config that builds its mixer. Subclasses are frozen, keyword-only dataclasses."""
 
     @property
+    def inner_mixers(self) -> "tuple[MixerConfig, ...]":
+        """The fields that are configs of mixers; this mixer has at least their limits on documents."""
+        fields = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return tuple(field for field in fields if isinstance(field, MixerConfig))
+
+    @property
     def grid(self) -> int:
         """Packed documents must start at multiples of this, counted from the start of the row's first document."""
-        return 1
+        return math.lcm(*(mixer.grid for mixer in self.inner_mixers))
+
+    @property
+    def prefix_limit(self) -> int | None:
+        """Largest number of prefix tokens in a row; None: no limit."""
+        limits = (mixer.prefix_limit for mixer in self.inner_mixers)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def landmark_interval(self) -> int | None:

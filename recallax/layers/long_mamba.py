@@ -39,10 +39,6 @@ class LongMamba(MixerConfig):
         require_at_least(1, training_length=self.training_length, context_length=self.context_length)
         require_at_least(0, threshold=self.threshold)
 
-    @property
-    def grid(self) -> int:
-        return self.mixer.grid
-
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> SequenceMixer:
         mixer = self.mixer.build(d_model, layer, precision=precision, rngs=rngs)
         modules = [node for _, node in nnx.iter_graph(mixer) if isinstance(node, StepFilteredModule)]

@@ -7,7 +7,6 @@ Source: Titans (Behrouz et al. 2025, arXiv 2501.00663), section 4.2, equations 2
 reading of "normalized with learnable vector weights, then a non-linearity".
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,10 +29,6 @@ class MemoryAsGate(MixerConfig):
     """Mixer of the attention branch, usually a sliding window."""
     memory: MixerConfig
     """Mixer of the gate's branch, usually a neural memory."""
-
-    @property
-    def grid(self) -> int:
-        return math.lcm(self.attention.grid, self.memory.grid)
 
     def build(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> "MemoryAsGateMixer":
         return MemoryAsGateMixer(self, d_model, layer, precision=precision, rngs=rngs)

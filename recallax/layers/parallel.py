@@ -7,7 +7,6 @@ the paths. Diagnostics: the relative norm |g path(x)| / |x| of each path.
 Source: Hydra (arXiv 2508.15099); scalar gates similar to LayerScale, initialised at (0.8, 0.2, 0.5).
 """
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -50,10 +49,6 @@ class Parallel(MixerConfig):
         """Configs of the paths that are not `NoChannelMixer`, by name."""
         paths = {name: getattr(self, name) for name in PATHS}
         return {name: path for name, path in paths.items() if not isinstance(path, NoChannelMixer)}
-
-    @property
-    def grid(self) -> int:
-        return math.lcm(*(path.grid for path in self.active_paths.values()))
 
     @property
     def landmark_interval(self) -> int | None:

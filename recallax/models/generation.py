@@ -30,16 +30,18 @@ from recallax.models.decoding import (
     NO_TOKEN,
     DecodingState,
     GenerationOutput,
+    NonFiniteLogitsError,
     decode_loop,
     find_batch_axes,
     prefill_chunk,
 )
+from recallax.models.document_limits import DocumentLayoutError
 from recallax.models.lm import LM
 from recallax.models.lm_head import AutoencoderModule
 from recallax.models.prompts import PromptError, Prompts, TokenIds, pad_prompts, validate_prompts
 from recallax.models.sampling import Greedy, Sampling
 
-__all__ = ["NO_TOKEN", "DecodingState", "GenerationOutput", "Generator"]
+__all__ = ["NO_TOKEN", "DecodingState", "GenerationOutput", "Generator", "NonFiniteLogitsError"]
 
 
 class Generator:
@@ -69,9 +71,8 @@ class Generator:
                     f"stop_token_ids has the token {token}; ids of this model are 0 to {self.vocab_size - 1}"
                 )
         self.max_len, self.sampling, self.stop_token_ids = max_len, sampling or Greedy(), tuple(stop_token_ids)
-        readers = [module for _, module in nnx.iter_modules(model) if isinstance(module, PrefixLinearMixer)]
-        self.has_prefix_layers = bool(readers)
-        self.max_prefix = min((r.max_prefix_len for r in readers if r.max_prefix_len is not None), default=max_len)
+        self.has_prefix_layers = any(isinstance(module, PrefixLinearMixer) for _, module in nnx.iter_modules(model))
+        self.document_limits = model.document_limits
         graphdef, self._weights = nnx.split(model)
         self._batch_axes = find_batch_axes(model, max_len)
         self._init_state_jit = jax.jit(
@@ -98,7 +99,7 @@ class Generator:
 
         Raises:
             PromptError: If the prompts are invalid, do not match the state, or exceed `max_len`.
-            FloatingPointError: If logits are not finite.
+            NonFiniteLogitsError: If logits are not finite.
         """
         validate_prompts(prompts, self.vocab_size)
         if state is not None and len(state.position) != len(prompts.tokens):
@@ -118,15 +119,17 @@ class Generator:
         Args:
             state: The state after the prompts; it is not modified.
             max_new_tokens: Largest number of tokens per row.
-            seed: Seed of the samples.
-            row_ids: Ids that key the samples of each row, so that a row keeps its samples in another batch. None: 0, 1,
-                and so on.
+            seed: Seed of the samples, from 0 to 2^32 - 1.
+            row_ids: Ids that key the samples of each row, from 0 to 2^31 - 1, so that a row keeps its samples in
+                another batch. None: 0, 1, and so on.
 
         Returns:
             The tokens, and the state after them.
 
         Raises:
-            PromptError: If a row would exceed `max_len`, or the arguments do not match the state.
+            PromptError: If a row would exceed `max_len`, an argument is out of range, or the arguments do not match the
+                state.
+            NonFiniteLogitsError: If logits are not finite.
         """
         if max_new_tokens < 1:
             raise PromptError(f"max_new_tokens is {max_new_tokens}; it must be at least 1 token")
@@ -134,8 +137,16 @@ class Generator:
         ids = np.arange(len(state.position)) if row_ids is None else np.asarray(row_ids)
         if ids.shape != state.position.shape:
             raise PromptError(f"row_ids has {ids.size} ids for {len(state.position)} rows; give one per row")
-        key = jax.random.key(seed)
-        tokens, state = self._decode_loop_jit(self._weights, state, key, jnp.asarray(ids, jnp.int32), max_new_tokens)
+        _check_range("seed", seed, 2**32)
+        for row_id in ids.tolist():
+            _check_range("a row id", row_id, 2**31)
+        key, ids = jax.random.key(seed), jnp.asarray(ids, jnp.int32)
+        tokens, state, finite = self._decode_loop_jit(self._weights, state, key, ids, max_new_tokens)
+        if not finite.all():
+            raise NonFiniteLogitsError(
+                f"logits of row {int(jnp.argmin(finite))} are not finite after generated tokens; check the model's "
+                "weights"
+            )
         tokens = np.asarray(tokens)
         return GenerationOutput(tokens, (tokens != NO_TOKEN).sum(axis=1), state)
 
@@ -228,7 +239,7 @@ class Generator:
             current = self._prefill_chunk_jit(self._weights, current, *chunk)
         if not bool(jnp.isfinite(current.logits).all()):
             row = int(jnp.argmin(jnp.isfinite(current.logits).all(axis=1)))
-            raise FloatingPointError(f"the logits after prompt {row} are not finite; check the model's weights")
+            raise NonFiniteLogitsError(f"the logits after prompt {row} are not finite; check the model's weights")
         return current
 
     def _empty_state(self, num_rows: int) -> DecodingState:
@@ -253,15 +264,21 @@ class Generator:
         size = int(prompts.prefix_lengths[row])
         if state is not None and size and bool((np.asarray(state.position) > 0)[prompts.prefix_lengths > 0].any()):
             raise PromptError(f"prompt {row} has a prefix of {size} tokens; a continued document cannot have a prefix")
-        if size > self.max_prefix:
-            raise PromptError(
-                f"the prefix of prompt {row} is {size} tokens; this model reads at most {self.max_prefix} as a prefix"
-            )
+        try:
+            self.document_limits.check_batch(prompts.seq)
+        except DocumentLayoutError as error:
+            raise PromptError(f"the prompts do not fit the model: {error}") from error
         if chunk_size is not None and size > chunk_size and self.has_prefix_layers:
             raise PromptError(
                 f"the prefix of prompt {row} is {size} tokens, which must be read at once, and chunk_size is "
                 f"{chunk_size}: increase it, or shorten the prefix"
             )
+
+
+def _check_range(name: str, value: int, end: int) -> None:
+    """Check a number that keys samples: jax wraps larger ones, so that two of them would give equal samples."""
+    if not 0 <= value < end:
+        raise PromptError(f"{name} is {value}; it must be from 0 to {end - 1}")
 
 
 def _pad_rows(x: np.ndarray, num_rows: int) -> np.ndarray:

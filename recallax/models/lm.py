@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from recallax.config import Config, ConfigError, added_field
+from recallax.config import Config, ConfigError, added_field, require_at_least
+from recallax.config_errors import raise_config_errors, run_checks
 from recallax.layers.base import State
 from recallax.layers.dense import parameter
 from recallax.layers.norm import RMSNorm
 from recallax.models.block import Block, dropout
+from recallax.models.document_limits import DocumentLimits, LayerLimits
 from recallax.models.hgrn2_lower_bounds import HGRN2LowerBounds, hgrn2_cells_at
 from recallax.models.landmark_tokens import LandmarkTokens, drop_landmarks
 from recallax.models.lm_head import LMHead, LogitProjection, Tied
@@ -55,18 +57,22 @@ class LMConfig(Config):
     """`block`: recompute each layer in the backward pass instead of storing its activations."""
 
     def __post_init__(self) -> None:
-        parse_pattern(self.pattern, list(self.blocks))
-        if self.d_model < 1:
-            raise ConfigError(f"d_model is {self.d_model}; it must be at least 1")
-        for name, value in (("dropout", self.dropout), ("embed_dropout", self.embed_dropout)):
-            if not 0 <= value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 0 and below 1")
-        if self.soft_cap is not None and self.soft_cap <= 0:
-            raise ConfigError(f"soft_cap is {self.soft_cap}; it must be above 0, or None for no cap")
-        if self.norm_eps <= 0:
-            raise ConfigError(f"norm_eps is {self.norm_eps}; it must be above 0")
+        run_checks(
+            lambda: parse_pattern(self.pattern, list(self.blocks)),
+            lambda: require_at_least(1, d_model=self.d_model),
+            self._check_numbers,
+        )
         if len(sizes := self._landmark_block_sizes) > 1:
             raise ConfigError(f"layers have the landmark block sizes {sorted(sizes)}; a model's layers must agree")
+
+    def _check_numbers(self) -> None:
+        rates = {"dropout": self.dropout, "embed_dropout": self.embed_dropout}
+        messages = [f"{n} is {x}; it must be at least 0 and below 1" for n, x in rates.items() if not 0 <= x < 1]
+        if self.soft_cap is not None and self.soft_cap <= 0:
+            messages.append(f"soft_cap is {self.soft_cap}; it must be above 0, or None for no cap")
+        if self.norm_eps <= 0:
+            messages.append(f"norm_eps is {self.norm_eps}; it must be above 0")
+        raise_config_errors(messages)
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -82,6 +88,15 @@ class LMConfig(Config):
     def landmark_block_size(self) -> int | None:
         """Tokens before each landmark that the model inserts; None: no landmarks."""
         return next(iter(self._landmark_block_sizes), None)
+
+    @property
+    def document_limits(self) -> DocumentLimits:
+        """Limits of the layers on the documents of a row."""
+        blocks = {name: self.blocks[name] for name in self.layer_names}
+        mixers = [(name, mixer) for name, block in blocks.items() for mixer in (block.mixer, block.channel)]
+        limits = [LayerLimits(f"{type(m).__name__} of block {n!r}", m.grid, m.prefix_limit) for n, m in mixers]
+        layers = tuple(layer for layer in limits if layer.grid > 1 or layer.prefix_limit is not None)
+        return DocumentLimits(layers=layers, landmark_block_size=self.landmark_block_size)
 
     @property
     def _landmark_block_sizes(self) -> set[int]:
@@ -140,6 +155,7 @@ class LM(nnx.Module):
         self.landmarks = (
             None if block_size is None else LandmarkTokens(block_size, width, precision=precision, rngs=rngs)
         )
+        self.document_limits = config.document_limits
         self.embed_dropout = config.embed_dropout
         self.soft_cap = config.soft_cap
 
@@ -155,6 +171,9 @@ class LM(nnx.Module):
 
         Returns:
             Float32 logits, and the auxiliary means of the modules by name.
+
+        Raises:
+            DocumentLayoutError: If the documents of concrete rows exceed the limits of a layer.
         """
         projection, aux = self.logit_projection(tokens, seq, logit_indices)
         return projection.logits(), aux
@@ -171,8 +190,12 @@ class LM(nnx.Module):
 
         Returns:
             The projection, and the auxiliary means of the modules by name.
+
+        Raises:
+            DocumentLayoutError: If the documents of concrete rows exceed the limits of a layer.
         """
         self.apply_lower_bounds()
+        self.document_limits.check_call(seq)
         tokens, seq, shift = rotate_to_right_padding(tokens, seq)
         x = self._embed(tokens, seq)
         if self.landmarks is None:
@@ -210,8 +233,12 @@ class LM(nnx.Module):
 
         Returns:
             Float32 logits, the state after the tokens, and the auxiliary means of the modules by name.
+
+        Raises:
+            DocumentLayoutError: If the documents of concrete rows exceed the limits of a layer.
         """
         self.apply_lower_bounds()
+        self.document_limits.check_call(seq, continued=True)
         tokens, seq, shift = rotate_to_right_padding(tokens, seq._replace(key=None))
         x = self._embed(tokens, seq)
         if self.landmarks is None:

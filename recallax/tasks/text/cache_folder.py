@@ -13,6 +13,7 @@ from pathlib import Path
 from recallax.config import ConfigError
 from recallax.external_file import parse_json_object
 from recallax.files import create_folder_atomic
+from recallax.paths import expand_user, reject_link
 
 CACHE_VARIABLE = "RECALLAX_CACHE"
 """Environment variable that sets the cache folder."""
@@ -25,10 +26,13 @@ def cache_root() -> Path:
 
     Returns:
         `$RECALLAX_CACHE`; if it is not set, `recallax` in `$XDG_CACHE_HOME` or else in `~/.cache`.
+
+    Raises:
+        ConfigError: The path starts with `~`, and that home folder is not known.
     """
     if given := os.environ.get(CACHE_VARIABLE):
-        return Path(given).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "recallax"
+        return expand_user(given)
+    return expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "recallax"
 
 
 def cached_folder(name: str, populate: Callable[[Path], None]) -> Path:
@@ -53,7 +57,9 @@ def cached_folder(name: str, populate: Callable[[Path], None]) -> Path:
     try:
         if not _is_complete(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
+            lock_file = folder.with_name(f".{folder.name}.lock")
+            reject_link(lock_file)
+            with open(lock_file, "w") as lock:
                 with suppress(OSError):
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 if not _is_complete(folder):

@@ -71,8 +71,9 @@ class Text(Task):
         return GROUPS
 
     @property
-    def document_grid(self) -> int:
-        return self.grid
+    def document_grid(self) -> int | None:
+        """None with a grid of 1: a corpus of one document per split suits mixers that work in blocks."""
+        return self.grid if self.grid > 1 else None
 
     @property
     def encoder(self) -> Encoder:
