@@ -1,7 +1,7 @@
-"""The benchmarks start, and both sides of every comparison exchange exactly what is declared.
+"""The benchmarks start, and both sides of every comparison exchange exactly the declared messages and arrays.
 
-Without PyTorch a NumPy opponent takes its place: it reads the same files and runs the same steps. Where the environment
-variable TORCH_PYTHON names a Python with torch (with transformers, with fla-core), the real opponents run as well.
+A NumPy opponent replaces PyTorch: it reads the same files and runs the same steps. If the environment variable
+TORCH_PYTHON names a Python with torch (and transformers or fla-core), the real opponents run as well.
 """
 
 import ast
@@ -69,7 +69,7 @@ FOLDER = Path(train_speed.__file__).parent
 FILES = sorted(FOLDER.glob("*.py"))
 SCRIPTS = [path.stem for path in FILES if "\ndef main(argv" in path.read_text()]
 OPPONENTS = ("torch_mqar", "torch_ops")
-"""Modules that import torch at their head."""
+"""Modules that import torch when they are imported."""
 NUMPY_OPPONENT = (sys.executable, "-m")
 FLA_FUNCTIONS = {
     "linear_attention": ("fla.ops.linear_attn", "chunk_linear_attn"),
@@ -99,27 +99,27 @@ def op_message(op: str) -> OpMessage:
     return OpMessage(op=op, batch=2, length=5, heads=2, keys=3, values=4, threads=1)
 
 
-# Every benchmark starts.
+# Start of every benchmark
 
 
-def test_the_scripts_are_found():
-    """A script that is neither a command line nor one side of a comparison would be tested by nothing."""
+def test_every_script_is_tested():
+    """Every script has a command line, which these tests start, or is one side of a comparison."""
     mains = {path.stem for path in FILES if '__name__ == "__main__"' in path.read_text()}
     sides = {f"{side}_{what}" for side in ("recallax", "numpy", "torch") for what in ("mqar", "ops")}
     assert mains == set(SCRIPTS) | sides
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_command_line_of_a_benchmark_starts(name, capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_command_lines_of_benchmarks_start(name, capsys):
+    with pytest.raises(SystemExit) as error:
         importlib.import_module(f"benchmarks.{name}").main(["--help"])
-    assert ended.value.code == 0
+    assert error.value.code == 0
     assert "usage:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_what_a_benchmark_imports_from_the_others_exists(path):
-    """Also for the modules that cannot be imported without torch."""
+def test_imports_between_benchmarks_exist(path):
+    """The test reads the source, because some modules cannot be imported without torch."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "benchmarks":
             module = importlib.import_module(node.module or "")
@@ -129,15 +129,15 @@ def test_what_a_benchmark_imports_from_the_others_exists(path):
 
 
 @pytest.mark.parametrize("name", ["train_speed", "op_speed", "static_gpu", "static_tpu"])
-def test_the_recorded_rows_are_reported(name, capsys):
+def test_recorded_rows_are_reported(name, capsys):
     importlib.import_module(f"benchmarks.{name}").main(["--report"])
     assert len(capsys.readouterr().out.splitlines()) > 3
 
 
-# The hand-over.
+# Messages and arrays
 
 
-def test_a_message_is_read_as_it_was_written(tmp_path):
+def test_message_round_trip(tmp_path):
     message = training()
     message.write(tmp_path)
     assert TrainingMessage.read(tmp_path) == message
@@ -146,7 +146,7 @@ def test_a_message_is_read_as_it_was_written(tmp_path):
     assert StepReply.decode(reply.encode()) == reply
 
 
-def test_a_message_with_other_fields_is_rejected():
+def test_message_with_other_fields_is_rejected():
     with pytest.raises(HandoverError, match=r"StepRequest.*missing: steps; unexpected: count; wrong: part is 3"):
         StepRequest.decode('{"count": 1, "part": 3}')
     with pytest.raises(HandoverError, match="expected a JSON object"):
@@ -155,7 +155,7 @@ def test_a_message_with_other_fields_is_rejected():
         StepReply.decode('{"seconds": [true], "cpu_seconds": [], "readings": []}')
 
 
-def test_arrays_that_differ_from_those_declared_are_listed(tmp_path):
+def test_mismatched_arrays_are_listed(tmp_path):
     specs = {"a": ArraySpec((2,)), "b": ArraySpec((2, 3)), "c": ArraySpec((1,), "int32"), "d": ArraySpec(())}
     arrays = {"a": np.zeros(2, np.float32), "b": np.zeros((3, 2), np.float32), "c": np.zeros(1), "e": np.zeros(1)}
     with pytest.raises(HandoverError) as error:
@@ -173,30 +173,30 @@ def test_arrays_that_differ_from_those_declared_are_listed(tmp_path):
         read_arrays(tmp_path / "x.npz", {"a": ArraySpec((2,), "float64")})
 
 
-# Training against PyTorch.
+# Training against PyTorch
 
 
 @pytest.mark.parametrize("mixer", PROJECTION_PATHS)
-def test_the_opponent_trains_the_same_model_from_what_it_is_given(mixer, tmp_path):
-    """Losses, gradient norms and all parameters after three steps, with weight decay and clipping that matter."""
+def test_opponent_trains_the_same_model(mixer, tmp_path):
+    """Losses, gradient norms and all parameters agree after three steps with strong weight decay and clipping."""
     message = training(mixer)
     message.write(tmp_path)
     optim = AdamW(lr=0.01, weight_decay=5.0, warmup_ratio=0.0, max_grad_norm=0.5)
-    ours = RecallaxTraining(message, optim)
-    ours.write(tmp_path)
-    theirs = NumpyTraining(tmp_path)
-    before = ours.parameters()
+    recallax = RecallaxTraining(message, optim)
+    recallax.write(tmp_path)
+    opponent = NumpyTraining(tmp_path)
+    before = recallax.parameters()
     for index in range(message.steps):
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax needs both
-            x = ours.read(ours.step("", index))
-        np.testing.assert_allclose(x, theirs.read(theirs.step("", index)), rtol=1e-4)
-    found = ours.parameters()
-    for name, parameter in theirs.parameters.items():
-        np.testing.assert_allclose(found[name], parameter, atol=2e-4, err_msg=name)
-        assert np.abs(found[name] - before[name]).max() > 5e-3, name
+            metrics = recallax.read(recallax.step("", index))
+        np.testing.assert_allclose(metrics, opponent.read(opponent.step("", index)), rtol=1e-4)
+    after = recallax.parameters()
+    for name, parameter in opponent.parameters.items():
+        np.testing.assert_allclose(after[name], parameter, atol=2e-4, err_msg=name)
+        assert np.abs(after[name] - before[name]).max() > 5e-3, name
 
 
-def test_a_parameter_of_another_name_or_shape_is_named():
+def test_mismatched_parameters_are_listed():
     message = training("based")
     arrays = {parameter.path: np.zeros(parameter.shape, np.float32) for parameter in message.parameters()}
     assert set(message.to_opponent(arrays)) == set(message.parameter_specs())
@@ -212,18 +212,16 @@ def test_a_parameter_of_another_name_or_shape_is_named():
     assert {line.strip() for line in str(error.value).splitlines()[1:]} == expected
 
 
-def test_the_opponent_rejects_other_arrays_and_settings(tmp_path):
+def test_opponent_rejects_other_arrays_and_options(tmp_path):
     message = training()
     message.write(tmp_path)
     for file, specs in ((PARAMETERS, message.parameter_specs()), (BATCHES, message.batch_specs())):
         write_arrays(tmp_path / file, {n: np.zeros(spec.shape, spec.dtype) for n, spec in specs.items()}, specs)
-    settings = OptimizerMessage(
-        learning_rates=[0.0] * 3, weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-8, max_grad_norm=1.0
-    )
-    settings.write(tmp_path)
+    options = OptimizerMessage(learning_rates=[0.0] * 3, weight_decay=0.1, b1=0.9, b2=0.95, eps=1e-8, max_grad_norm=1.0)
+    options.write(tmp_path)
     NumpyTraining(tmp_path)
-    file = tmp_path / settings.FILE
-    file.write_text(json.dumps(dataclasses.asdict(settings) | {"clip": 1.0}))
+    file = tmp_path / options.FILE
+    file.write_text(json.dumps(dataclasses.asdict(options) | {"clip": 1.0}))
     with pytest.raises(HandoverError, match=r"OptimizerMessage.*unexpected: clip"):
         NumpyTraining(tmp_path)
     training(d_model=6).write(tmp_path)
@@ -234,7 +232,7 @@ def test_the_opponent_rejects_other_arrays_and_settings(tmp_path):
 
 
 def test_train_speed_measures_an_opponent():
-    """Both processes, from the messages to the row."""
+    """The test runs both processes and checks the resulting rows."""
     message = training(steps=4)
     rows = train_speed.measure((*NUMPY_OPPONENT, "benchmarks.numpy_mqar"), message, rounds=1, checked=2)
     assert [row["mode"] for row in rows] == list(train_speed.MODES)
@@ -245,30 +243,30 @@ def test_train_speed_measures_an_opponent():
     assert len(report.splitlines()) == 2 + len(rows)
 
 
-def test_sides_that_train_different_models_are_not_timed():
-    ours = StepReply(seconds=[], cpu_seconds=[], readings=[[1.0, 2.0], [1.0, 2.0]])
-    theirs = dataclasses.replace(ours, readings=[[1.0, 2.0], [1.0, 2.003]])
+def test_different_models_are_not_timed():
+    reply = StepReply(seconds=[], cpu_seconds=[], readings=[[1.0, 2.0], [1.0, 2.0]])
+    other = dataclasses.replace(reply, readings=[[1.0, 2.0], [1.0, 2.003]])
     with pytest.raises(train_speed.Disagreement, match="gradient norm at step 1"):
-        train_speed.check_agreement("eager", ours, theirs)
+        train_speed.check_agreement("eager", reply, other)
 
 
-# Ops against PyTorch.
+# Ops against PyTorch
 
 
 @pytest.mark.parametrize("op", COMPARED)
-def test_the_opponent_computes_the_same_op_from_what_it_is_given(op, tmp_path):
+def test_opponent_computes_the_same_op(op, tmp_path):
     message = op_message(op)
     message.write(tmp_path)
-    ours = RecallaxOp(message)
-    ours.write(tmp_path)
+    recallax = RecallaxOp(message)
+    recallax.write(tmp_path)
     NumpyOp(tmp_path).write(tmp_path / "numpy.npz")
     assert op_speed.check_agreement(tmp_path, "numpy", message) < op_speed.TOLERANCE
-    assert ours.step("forward", 0).shape == message.output_spec().shape
+    assert recallax.step("forward", 0).shape == message.output_spec().shape
 
 
 @pytest.mark.parametrize("op", OP_BENCHMARKS)
-def test_the_inputs_of_an_op_are_those_declared(op):
-    """Those of ops without an opponent are declared nowhere, and the op takes what is drawn."""
+def test_inputs_of_ops_match_their_declaration(op):
+    """Ops without an opponent declare no inputs; every op accepts its random inputs."""
     message, case = op_message(op), OP_BENCHMARKS[op]
     arrays = case.inputs(message)
     if case.opponent:
@@ -280,7 +278,7 @@ def test_the_inputs_of_an_op_are_those_declared(op):
     assert out.shape[:2] == (2, 5) and out.dtype == jnp.float32 and CONV_SIZE < 5
 
 
-def test_an_opponent_of_another_op_is_found(tmp_path):
+def test_opponent_with_another_op_is_detected(tmp_path):
     message = op_message("mamba2")
     message.write(tmp_path)
     arrays = {name: np.ones(spec.shape, np.float32) for name, spec in message.file_specs().items()}
@@ -301,18 +299,18 @@ def test_op_speed_measures_an_opponent(monkeypatch):
     assert len(op_speed.report(json.loads(json.dumps(rows))).splitlines()) == 2 + len(rows)
 
 
-def test_an_opponent_that_does_not_start_is_an_error(capsys):
+def test_error_if_the_opponent_does_not_start(capsys):
     opponent = (sys.executable, "-c", "raise SystemExit('no such module')")
     with pytest.raises(WorkerError, match="no opponent started"):
         list(op_speed.compare(opponent, op_message("mamba2"), rounds=1, steps=1))
     assert "no such module" in capsys.readouterr().err
 
 
-# Kernels against flash-linear-attention.
+# Kernels against flash-linear-attention
 
 
 def fla_stub(name: str) -> Callable[..., Any]:
-    """The function of fla that an op's opponent calls, in NumPy, with fla's parameters."""
+    """Return a NumPy implementation of a function of fla, with the parameters of fla."""
     op = numpy_ops.gated_delta_rule
 
     def chunk_linear_attn(q, k, v, scale=None, initial_state=None, output_final_state=False, normalize=True):
@@ -344,25 +342,25 @@ def fla_stub(name: str) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("name", gpu_compare.COMPARISONS)
-def test_fla_computes_the_same_op_from_what_it_is_given(name, monkeypatch):
-    """The output and all gradients, in the order in which `kernel_speed` compares them."""
+def test_fla_computes_the_same_op(name, monkeypatch):
+    """The output and all gradients agree, in the order in which `kernel_speed` compares them."""
     module, function = FLA_FUNCTIONS[name]
     for path in ("fla", "fla.ops", module):
         monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
     setattr(sys.modules[module], function, fla_stub(function))
     comparison, shape = gpu_compare.COMPARISONS[name], gpu_compare.Shape(1, 4, 2, 3, 4)
     assert comparison.seconds(shape, True, 1.0, 1.0) > comparison.seconds(shape, False, 1.0, 1.0) > 0
-    drawn, d_out = kernel_speed.hand_over(comparison, shape)
-    inputs = {n: x.astype(jnp.float32) for n, x in drawn.items()}
-    ours = kernel_speed._jax_call(comparison, "xla", inputs, d_out.astype(jnp.float32))[0]()
+    random_inputs, d_out = kernel_speed.hand_over(comparison, shape)
+    inputs = {n: x.astype(jnp.float32) for n, x in random_inputs.items()}
+    outputs = kernel_speed._jax_call(comparison, "xla", inputs, d_out.astype(jnp.float32))[0]()
     arrays = {n: np.asarray(x, np.float64) for n, x in inputs.items()}
     weight = np.asarray(d_out, np.float64)
-    slopes = central_differences(lambda **x: float((fla_ops.OPS[name](**x) * weight).sum()), arrays)
-    theirs = [fla_ops.OPS[name](**arrays), *(slopes[n] for n in sorted(slopes))]
-    assert kernel_speed.relative_error([jnp.asarray(x, jnp.float32) for x in theirs], ours) < 1e-4
+    gradients = central_differences(lambda **x: float((fla_ops.OPS[name](**x) * weight).sum()), arrays)
+    expected = [fla_ops.OPS[name](**arrays), *(gradients[n] for n in sorted(gradients))]
+    assert kernel_speed.relative_error([jnp.asarray(x, jnp.float32) for x in expected], outputs) < 1e-4
 
 
-def test_both_sides_of_the_kernels_have_the_same_names():
+def test_kernel_comparisons_have_the_same_arguments_on_both_sides():
     assert set(gpu_compare.COMPARISONS) == set(fla_ops.OPS) == set(FLA_FUNCTIONS)
     for name, comparison in gpu_compare.COMPARISONS.items():
         inputs = comparison.inputs(gpu_compare.Shape(1, 4, 2, 3, 4))
@@ -373,13 +371,13 @@ def test_both_sides_of_the_kernels_have_the_same_names():
 @pytest.mark.parametrize(
     "case", {case.op: case for case in reversed(static_gpu.GPU_KERNEL_CASES)}.values(), ids=lambda case: case.op
 )
-def test_what_static_gpu_compiles_is_traced(case):
+def test_static_gpu_cases_can_be_traced(case):
     function, arguments = static_gpu.op_with_gradients(case)
     with interpret_kernels():
         jax.eval_shape(function, *(jax.ShapeDtypeStruct(*argument) for argument in arguments))
 
 
-# Comparisons within recallax.
+# Comparisons within recallax
 
 
 def test_hydra_is_compared_with_attention_of_equal_size():
@@ -401,14 +399,16 @@ def test_generation_is_compared_with_attention(monkeypatch):
         monkeypatch.setattr(generation_speed, name, value)
     for name in generation_speed.MIXERS:
         assert accounting.state_bytes(generation_speed.lm_config(name), 16) > 0
-    kept = {name: mixer for name, mixer in generation_speed.MIXERS.items() if name in ("attention", "gated_delta_net")}
-    monkeypatch.setattr(generation_speed, "MIXERS", kept)
+    selected = {
+        name: mixer for name, mixer in generation_speed.MIXERS.items() if name in ("attention", "gated_delta_net")
+    }
+    monkeypatch.setattr(generation_speed, "MIXERS", selected)
     rows = generation_speed.measure(16)
-    assert [row["model"] for row in rows] == list(kept)
+    assert [row["model"] for row in rows] == list(selected)
     assert rows[0]["times_attention"] == 1.0 and rows[1]["tokens_per_second"] > 0
 
 
-def test_a_prefix_is_compared_with_reading_once_and_with_a_repeated_prompt(monkeypatch):
+def test_prefix_is_compared_with_causal_and_repeated_prompts(monkeypatch):
     monkeypatch.setattr(prefix_prefill, "LENGTH", 16)
     for pattern in prefix_prefill.PATTERNS:
         variants = prefix_prefill.prefills(pattern, 8)
@@ -418,13 +418,13 @@ def test_a_prefix_is_compared_with_reading_once_and_with_a_repeated_prompt(monke
         prefix_prefill.compile_prefill(dataclasses.replace(config, d_model=64), length, prefix)()
 
 
-def test_the_chunked_neural_memory_agrees_with_the_materialized_one(monkeypatch):
+def test_chunked_neural_memory_agrees_with_materialized_gradients(monkeypatch):
     for name, value in {"LENGTH": 8, "WIDTH": 4, "CHUNK": 4, "ROUNDS": 1}.items():
         monkeypatch.setattr(neural_memory_speed, name, value)
     assert neural_memory_speed.measure()["error"] < neural_memory_speed.ALLOWED
 
 
-def test_the_loop_generates_rows_of_mqar(monkeypatch):
+def test_loop_generates_mqar_rows(monkeypatch):
     for name, value in {"TOKENS": 2**11, "LOOP_ROWS": 4, "REPEATS": 1}.items():
         monkeypatch.setattr(task_speed, name, value)
     least, median, *ratios = task_speed.measure(64, 4)
@@ -440,12 +440,12 @@ def test_the_loop_generates_rows_of_mqar(monkeypatch):
         assert all(np.isin(k, row[8:]).all() for k, row in zip(keys, tokens, strict=True))
 
 
-# With PyTorch.
+# With PyTorch
 
 
 @pytest.fixture
 def torch_python(request: pytest.FixtureRequest) -> str:
-    """A Python with torch and the modules of the test's parameter."""
+    """Return a Python that can import torch, or the modules in the parameter of the test; skip the test without one."""
     modules = getattr(request, "param", "torch")
     python = os.environ.get("TORCH_PYTHON") or sys.executable
     if subprocess.run([python, "-c", f"import {modules}"], capture_output=True).returncode:
@@ -473,8 +473,8 @@ def test_transformers_computes_the_same_op(op, torch_python, monkeypatch):
 
 
 @pytest.mark.parametrize("torch_python", ["torch, fla.ops"], indirect=True)
-def test_fla_has_the_functions_that_are_called_and_their_parameters(torch_python):
-    """Nothing is computed, which needs a GPU."""
+def test_fla_functions_accept_the_arguments(torch_python):
+    """The functions are replaced by mocks with their signatures, because computing needs a GPU."""
     names = {name: list(inspect.signature(op).parameters) for name, op in fla_ops.OPS.items()}
     program = f"""
 import importlib

@@ -4,15 +4,17 @@ Ray runs as a cluster on this machine. SLURM is replaced by submitit's executor 
 submission by scripts named sbatch, sacct and scancel that record their arguments.
 """
 
+import ipaddress
 import os
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
 import pytest
 
 from recallax.cli.main import main
@@ -125,6 +127,17 @@ def write_sweep(folder: Path, stages: str) -> Path:
     return folder / "sweep.py"
 
 
+def listening_addresses() -> set[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Return the addresses at which this process and its children accept connections."""
+    addresses = set()
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            connections = process.net_connections(kind="inet")
+            addresses |= {ipaddress.ip_address(c.laddr.ip) for c in connections if c.status == psutil.CONN_LISTEN}
+    mapped = {address.ipv4_mapped for address in addresses if isinstance(address, ipaddress.IPv6Address)}
+    return {a for a in addresses | mapped if a is not None and getattr(a, "ipv4_mapped", None) is None}
+
+
 def test_two_workers_of_a_ray_cluster(
     tmp_path: Path, compiled: None, local_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +145,8 @@ def test_two_workers_of_a_ray_cluster(
     file, out = write_sweep(tmp_path, ON_RAY), tmp_path / "runs"
     with closing(RayBackend(cpus=1, workers=2)) as backend:
         assert run_sweep(file, out, backend) == 0
+        addresses = listening_addresses()
+        assert addresses and all(address.is_loopback for address in addresses), addresses
         out_text = capsys.readouterr().out
         assert out_text.count("failed") == 1 and out_text.count("valid accuracy") == 2, out_text
         rows = read_results(out)
@@ -158,6 +173,7 @@ def test_two_workers_of_a_ray_cluster(
         assert backend.run(arguments, log) == os.EX_TEMPFAIL, "nothing starts after stop()"
 
 
+@pytest.mark.fault("R21")
 def test_killed_or_preempted_job_resumes(
     tmp_path: Path, compiled: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,7 +229,7 @@ def test_slurm_submission_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "too many jobs" in (tmp_path / "log").read_text()
 
 
-def test_wrong_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_resource_options_are_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refusal(*options: str) -> str:
         assert main(["sweep", str(tmp_path / "sweep.py"), *options]) == 2
         return capsys.readouterr().err
@@ -223,8 +239,11 @@ def test_wrong_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     )
     assert "use --backend ray or slurm" in refusal("--cpus", "2")
     assert "workers is 0" in refusal("--backend", "slurm", "--workers", "0")
-    assert "they must be at least 1 and 0" in refusal("--backend", "ray", "--cpus", "0")
-    assert "gpus a whole number" in refusal("--backend", "slurm", "--gpus", "0.5")
+    assert "cpus is 0; it must be at least 1" in refusal("--backend", "ray", "--cpus", "0")
+    assert "gpus is -1.0; it must be at least 0" in refusal("--backend", "ray", "--gpus", "-1")
+    assert "gpus is 0.5; it must be a whole number" in refusal("--backend", "slurm", "--gpus", "0.5")
+    assert "minutes is 0; it must be at least 1" in refusal("--backend", "slurm", "--minutes", "0")
+    assert "memory is 0.0 GiB; it must be above 0" in refusal("--backend", "slurm", "--memory", "0")
     assert "'account' is not an option of sbatch; write name=value" in refusal(
         "--backend", "slurm", "--extra", "account"
     )
@@ -233,7 +252,7 @@ def test_wrong_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(("name", "package"), [("ray", "ray"), ("slurm", "submitit")])
-def test_a_missing_package_is_an_error(
+def test_missing_package_is_an_error(
     name: BackendName, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)

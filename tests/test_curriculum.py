@@ -1,9 +1,10 @@
-"""Curricula: which parameters a stage changes, when it ends, and that runs resume inside it."""
+"""Curricula: the parameters that a stage changes, the end of a stage, and runs that resume in it."""
 
 import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ from recallax.train.loop import train
 from recallax.train.metrics_logger import MetricsLogger
 from recallax.train.phases import PhasePosition
 from recallax.train.program import Program
+from recallax.train.progress import make_progress
 from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train
 from recallax.train.step import TrainState
+from recallax.train.training_run import TrainingRun, initialize_run, open_run_files
 
 pytestmark = pytest.mark.xdist_group("curriculum")  # one process: the tests share runs
 
@@ -114,7 +117,7 @@ def copy_state(state: TrainState) -> TrainState:
 
 
 def run_steps(program: Program, positions: list[PhasePosition]) -> list[TrainState]:
-    """The states before and after each step."""
+    """Return the initial state and the state after each step."""
     state = program.init_state()
     result = [copy_state(state)]
     for index, position in enumerate(positions):
@@ -142,7 +145,7 @@ def adam(state: TrainState) -> Any:
 
 @pytest.mark.full
 def test_one_stage_of_all_parameters_equals_no_curriculum():
-    """To rounding, as XLA fuses Adam in other ways; so the control of a curriculum may be written either way."""
+    """They are equal up to rounding, because XLA fuses Adam differently."""
     plain = compiled(replace(CONFIG, curriculum=None))
     state = plain.init_state()
     for index in range(4):
@@ -172,15 +175,15 @@ def test_frozen_parameters_are_unchanged_and_unfreeze_with_fresh_moments():
         assert counts[path] == (0 if is_frozen else 2), name
         assert all(not np.any(m) for m in moments) == is_frozen, name
     assert not np.any(leaves(after.params)[next(iter(gates))])
-    # The first update of what wakes in step 3: as large as the rate, whatever the other parameters' counts.
+    # The first update of the parameters that unfreeze in step 3 is as large as the learning rate, for any step count.
     (out,) = [path for path, name in by_name.items() if ".paths.ssm.out." in name]
     first, second = (leaves(states[i].params)[out] for i in (3, 4))
     rate = float(np.asarray(program.learning_rate(3)))
     decayed = first * (1 - rate * CONFIG.optim.weight_decay)
-    moved = np.abs(second - decayed)
+    update = np.abs(second - decayed)
     grad = np.abs(leaves(adam(states[4]).mu)[out])
     assert (grad > 1e-8).mean() > 0.5
-    np.testing.assert_allclose(moved[grad > 1e-8], rate, rtol=0.02)
+    np.testing.assert_allclose(update[grad > 1e-8], rate, rtol=0.02)
     assert dict(zip(paths, adam(unfrozen).counts.tolist(), strict=True))[out] == 2
 
 
@@ -254,8 +257,20 @@ def test_log_records_curriculum_stages(finished: Path):
     assert all("group/L12_K2" in row for row in valid) and [row["step"] for row in valid] == [4, 8, 12, 16, 20]
 
 
+def test_run_from_given_parameters_logs_the_first_stage(tmp_path: Path):
+    program = compiled(CONFIG)
+    state = program.init_state()
+    initialize_run(tmp_path, program, state.params, state.statistics)
+    with ExitStack() as stack:
+        files = open_run_files(program, tmp_path, stack)
+        display = stack.enter_context(make_progress(CONFIG.train.steps))
+        for _ in range(2):  # also after a stop before the next checkpoint
+            TrainingRun(program, files, "given", display)
+            assert [row.get("name") for row in read(tmp_path) if row.get("event") == "stage"] == ["alone"]
+
+
 def test_every_step_trains_on_its_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Also the first of a stage, whose batch was being made ahead for the stage before."""
+    """This includes the first step of a stage, whose batch was prefetched for the previous stage."""
     lengths: list[int] = []
     add = MetricsLogger.add
 
@@ -272,7 +287,7 @@ def test_every_step_trains_on_its_stage(tmp_path: Path, monkeypatch: pytest.Monk
 def test_killed_run_resumes_in_the_middle_of_a_stage(
     kills: tuple[int, ...], tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Before any checkpoint, across a stage's end, and where a rule has to remember an evaluation."""
+    """Kills occur before any checkpoint, around the end of a stage, and while a rule stores an evaluation."""
     add, folder = MetricsLogger.add, tmp_path / "run"
 
     for kill in kills:
@@ -388,7 +403,7 @@ def test_curriculum_state_json_round_trip():
 
 STAGE = Stage(name="s", until=AfterSteps(steps=2))
 LAST = Stage(name="last")
-WRONG = {
+INVALID_CURRICULA = {
     "no stage": (lambda: Curriculum(stages=()), ["[]", "at least one"]),
     "one name twice": (lambda: Curriculum(stages=(STAGE, replace(LAST, name="s"))), ["names must be unique"]),
     "no end": (lambda: Curriculum(stages=(STAGE,)), ["stage 1 of 1, 's'", "AfterSteps", "EndOfRun"]),
@@ -405,7 +420,7 @@ WRONG = {
         lambda: staged(replace(STAGE, until=AfterSteps(steps=20)), LAST),
         ["train.steps is 20", "{'s': 20}"],
     ),
-    "never asked": (
+    "not evaluated": (
         lambda: staged(replace(STAGE, until=MetricReached(threshold=1.0, max_steps=3)), LAST),
         ["'s' ends after at most 3 steps", "evaluate.every is 4"],
     ),
@@ -443,9 +458,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("case", INVALID_CURRICULA)
 def test_invalid_curricula_are_rejected(case: str):
-    make, parts = WRONG[case]
+    make, parts = INVALID_CURRICULA[case]
     with pytest.raises(ConfigError) as error:
         make()
     for part in parts:

@@ -84,16 +84,16 @@ def test_xla_agrees_with_reference_in_values_and_gradients(case, monkeypatch):
     if case.dtype == "float32":
         np.testing.assert_array_equal(correct, correct_)
     assert grads["hidden"].dtype == case.dtype and grads["weight"].dtype == jnp.float32
-    for name, want in grads_.items():
-        got = np.asarray(grads[name], np.float64)
+    for name, desired in grads_.items():
+        actual = np.asarray(grads[name], np.float64)
         if name == "loss_weights":
-            got, want = got[weighted], want[weighted]
-        assert np.abs(got - want).max() <= tolerance * np.abs(want).max(), name
+            actual, desired = actual[weighted], desired[weighted]
+        assert np.abs(actual - desired).max() <= tolerance * np.abs(desired).max(), name
     plain, _ = run("xla", jnp.asarray(targets, jnp.int32), narrow)  # the path without gradients
     np.testing.assert_allclose(plain, total, rtol=1e-6)
 
 
-def test_a_tie_is_not_correct():
+def test_tied_logits_do_not_count_as_correct():
     scores = linear_cross_entropy(jnp.zeros((2, 3)), jnp.zeros((5, 3)), jnp.zeros(2, jnp.int32), jnp.ones(2))
     assert not scores.correct.any()
 
@@ -120,7 +120,7 @@ def test_gradient_needs_less_than_a_twentieth_of_the_memory_of_the_logits():
         ({"soft_cap": 0.0}, "soft_cap is 0.0"),
     ],
 )
-def test_invalid_input_is_named(change, message):
+def test_invalid_arguments_are_rejected(change, message):
     good = {
         "hidden": jnp.zeros((2, 3)),
         "weight": jnp.zeros((5, 3)),

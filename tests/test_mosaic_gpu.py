@@ -1,4 +1,4 @@
-"""The GPU kernels: against the definition in Pallas' interpreter, and lowered for an H100 without a GPU."""
+"""The GPU kernels of linear and Taylor attention equal the definitions in Pallas' interpreter and lower for an H100."""
 
 import dataclasses
 import os
@@ -11,30 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from recallax.pallas_kernels import dispatch
-from recallax.pallas_kernels.arg_specs import ArgSpec, random_inputs, segment_ids
+from recallax.pallas_kernels.arg_specs import ArgSpec, random_inputs
 from recallax.pallas_kernels.linear_attention import linear_attention
-from recallax.pallas_kernels.mosaic_gpu import kernel_launch, sequence_splits
+from recallax.pallas_kernels.mosaic_gpu import sequence_splits
 from recallax.pallas_kernels.taylor_attention import TaylorState, taylor_attention, taylor_attention_step
 from recallax.pallas_kernels.taylor_attention import arg_specs as taylor_cases
-from tests.gpu_kernel_testing import (
-    MIN_THREADS,
-    THREAD_COUNT_VARIABLES,
-    abstract_h100,
-    count_kernels,
-    enough_threads,
-    interpreted,
-    mark_slow_cases,
-)
-from tests.test_ops import compare
+from tests import gpu_kernel_testing as gpu_testing
 
 
-@pytest.mark.skipif(enough_threads(), reason="this process has enough threads to run them")
+@pytest.mark.skipif(gpu_testing.enough_threads(), reason="this process has enough threads to run them")
 def test_interpreted_kernels_in_a_process_with_enough_threads(request):
     markers = request.config.getoption("markexpr")
-    environment = os.environ | dict.fromkeys(THREAD_COUNT_VARIABLES, str(MIN_THREADS))
+    environment = os.environ | dict.fromkeys(gpu_testing.THREAD_COUNT_VARIABLES, str(gpu_testing.MIN_THREADS))
     interpreted_only = "not lowers and not rejected"
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:xdist", "-m", markers, "-k", interpreted_only]
     command += map(str, sorted(Path(__file__).parent.glob("test_mosaic_gpu*.py")))
@@ -66,44 +56,31 @@ def check(case: ArgSpec, heads: int | None = None, *, state: bool = True) -> Non
         inputs["log_decay"] = -np.abs(rng.normal(size=(2, case.length, heads)))
     shape = (2, heads or case.num_heads, case.head_k_dim, case.head_v_dim)
     initial_state = np.random.default_rng(5).normal(size=shape) if state else None
-    ids = segment_ids(case) if case.document_lengths else None
-
-    def op(inputs, state, implementation):
-        with dispatch.interpret_kernels():
-            return linear_attention(**inputs, state=state, segment_ids=ids, implementation=implementation)
-
-    compare(op, case, inputs, initial_state, "bfloat16", "mosaic_gpu")
+    gpu_testing.compare_interpreted(linear_attention, case, inputs, initial_state)
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", mark_slow_cases(CASES, "extreme decay", "packed, decay, padding"))
+@gpu_testing.interpreted
+@pytest.mark.parametrize("name", gpu_testing.mark_slow_cases(CASES, "extreme decay", "packed, decay, padding"))
 def test_linear_attention(name):
     check(CASES[name])
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
+@gpu_testing.interpreted
 def test_shared_query_heads_and_default_state():
     check(ArgSpec(67, 64, 64, num_heads=1), heads=2, state=False)
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
+@gpu_testing.interpreted
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 70, 5)], ids=["one", "four"])
 def test_row_splits(documents, monkeypatch):
     """Rows of four chunks as four blocks, each with its own initial state."""
     monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 1)
-    check(
-        ArgSpec(200, 64, 64, num_heads=1, decay="token", document_lengths=documents, num_padding=200 - sum(documents))
-    )
+    check(gpu_testing.pad_to_length(ArgSpec(200, 64, 64, num_heads=1, decay="token", document_lengths=documents)))
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.full
-@pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("values", [64, 128])
-@pytest.mark.parametrize("width", [64, 128])
+@gpu_testing.each_width
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_linear_attention_at_every_width(case, width, values):
     check(dataclasses.replace(case, head_k_dim=width, head_v_dim=values, num_heads=2))
@@ -117,34 +94,27 @@ TAYLOR_CASES = {
 }
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", mark_slow_cases(TAYLOR_CASES, "packed, padding"))
+@gpu_testing.interpreted
+@pytest.mark.parametrize("name", gpu_testing.mark_slow_cases(TAYLOR_CASES, "packed, padding"))
 def test_taylor_attention(name):
     check_taylor(TAYLOR_CASES[name])
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
+@gpu_testing.interpreted
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 40)], ids=["one", "three"])
 def test_taylor_attention_row_splits(documents, monkeypatch):
     monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 1)
-    check_taylor(ArgSpec(120, 16, 64, num_heads=1, document_lengths=documents, num_padding=120 - sum(documents)))
+    check_taylor(gpu_testing.pad_to_length(ArgSpec(120, 16, 64, num_heads=1, document_lengths=documents)))
 
 
 def check_taylor(case: ArgSpec) -> None:
     """Compare values, final state and every gradient."""
-    ids = segment_ids(case) if case.document_lengths else None
-
-    def op(inputs, state, implementation):
-        with dispatch.interpret_kernels():
-            return taylor_attention(**inputs, state=state, segment_ids=ids, implementation=implementation)
-
-    compare(op, case, taylor_cases.inputs(case), taylor_cases.state(case, "symmetric"), "bfloat16", "mosaic_gpu")
+    gpu_testing.compare_interpreted(
+        taylor_attention, case, taylor_cases.inputs(case), taylor_cases.state(case, "symmetric")
+    )
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
+@gpu_testing.interpreted
 def test_taylor_attention_step_equals_xla():
     case = ArgSpec(1, 16, 64, num_heads=1)
     token: dict[str, Any] = {name: jnp.asarray(x[:, 0], jnp.bfloat16) for name, x in taylor_cases.inputs(case).items()}
@@ -158,21 +128,13 @@ def test_taylor_attention_step_equals_xla():
     assert (after.kv[1] == state.kv[1]).all() and (out[1] == 0).all()
 
 
-@interpreted
+@gpu_testing.interpreted
 def test_no_data_races(monkeypatch):
     """Two warpgroups share the state's operand, and the row has more chunks than the pipeline holds at once."""
-    params = plgpu.InterpretGPUParams(detect_races=True)
-    monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", params)
     case = ArgSpec(300, 128, 128, num_heads=1, decay="token")
-    inputs = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in random_inputs(case).items()}
-
-    def total(inputs):
-        with dispatch.interpret_kernels():
-            out, state = linear_attention(**inputs, implementation="mosaic_gpu")
-        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
-
-    grads = jax.jit(jax.grad(total))(inputs)
-    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(grads))
+    gpu_testing.assert_no_data_races(
+        linear_attention, gpu_testing.first_row_in_bfloat16(random_inputs(case)), monkeypatch
+    )
 
 
 @pytest.mark.parametrize("width", [64, pytest.param(128, marks=pytest.mark.full)])
@@ -186,12 +148,7 @@ def test_lowers_for_an_h100(width, decay, docs):
     def op(q, k, v, gate, ids):
         return linear_attention(q, k, v, log_decay=gate, segment_ids=ids, implementation="mosaic_gpu")
 
-    def grads(q, k, v, gate, ids):
-        out, pull = jax.vjp(lambda q, k, v, gate: op(q, k, v, gate, ids), q, k, v, gate)
-        return pull(out)
-
-    for function, kernels in ((op, 1), (grads, 3)):
-        assert count_kernels(function, tokens, tokens, tokens, gate, ids) == kernels
+    assert gpu_testing.count_kernels_with_gradients(op, 4, tokens, tokens, tokens, gate, ids) == (1, 3)
 
 
 def test_row_split_lowering_fills_an_h100():
@@ -200,7 +157,7 @@ def test_row_split_lowering_fills_an_h100():
     def op(q, k, v):
         return linear_attention(q, k, v, implementation="mosaic_gpu")
 
-    with abstract_h100():
+    with gpu_testing.abstract_h100():
         lowered = jax.jit(op).trace(tokens, tokens, tokens).lower(lowering_platforms=("cuda",)).as_text()
     assert sequence_splits.choose_num_splits(4, 128) == 16
     assert lowered.count("custom_call @mosaic_gpu") == 2 and "tensor<16x512x4x128xbf16>" in lowered
@@ -214,11 +171,7 @@ def test_taylor_attention_lowers_for_an_h100(docs):
     def op(q, k, v, ids):
         return taylor_attention(q, k, v, segment_ids=ids, implementation="mosaic_gpu")
 
-    def grads(q, k, v, ids):
-        out, pull = jax.vjp(lambda q, k, v: op(q, k, v, ids), q, k, v)
-        return pull(out)
-
-    assert count_kernels(op, keys, keys, values, ids) == 1 and count_kernels(grads, keys, keys, values, ids) == 4
+    assert gpu_testing.count_kernels_with_gradients(op, 3, keys, keys, values, ids) == (1, 4)
 
 
 def test_taylor_attention_step_lowers_for_an_h100():
@@ -229,7 +182,7 @@ def test_taylor_attention_step_lowers_for_an_h100():
         active = jnp.ones(2, bool)
         return taylor_attention_step(q, k, v, TaylorState(kv, z), active, implementation="mosaic_gpu")
 
-    assert count_kernels(step, keys, keys, values, kv, z) == 1
+    assert gpu_testing.count_kernels(step, keys, keys, values, kv, z) == 1
 
 
 @pytest.mark.parametrize(

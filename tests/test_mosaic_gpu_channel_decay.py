@@ -1,4 +1,4 @@
-"""Decays per channel on a GPU: against the definitions in Pallas' interpreter, and lowered for an H100."""
+"""GPU kernels with decays per channel equal the definitions in Pallas' interpreter and lower for an H100."""
 
 import dataclasses
 
@@ -6,17 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from recallax.pallas_kernels import dispatch
-from recallax.pallas_kernels.arg_specs import ArgSpec, random_inputs, segment_ids
+from recallax.pallas_kernels.arg_specs import ArgSpec, random_inputs
 from recallax.pallas_kernels.delta_rule import delta_rule
 from recallax.pallas_kernels.delta_rule.arg_specs import inputs as delta_inputs
 from recallax.pallas_kernels.linear_attention import arg_specs as linear_cases
 from recallax.pallas_kernels.linear_attention import linear_attention
-from recallax.pallas_kernels.mosaic_gpu import kernel_launch, sequence_splits
-from tests.gpu_kernel_testing import count_kernels, interpreted, mark_slow_cases
-from tests.test_ops import compare
+from recallax.pallas_kernels.mosaic_gpu import sequence_splits
+from tests import gpu_kernel_testing as gpu_testing
 
 CASES = {
     "one token": ArgSpec(1, 64, 64, num_heads=1, decay="channel"),
@@ -41,52 +38,38 @@ def check(case: ArgSpec, heads: int = 1, rate: float = 1.0) -> None:
         inputs["v"] = rng.normal(size=(2, case.length, count, case.head_v_dim))
         inputs["log_decay"] = -np.abs(rng.normal(size=(2, case.length, count, case.head_k_dim)))
     state = linear_cases.state(dataclasses.replace(case, num_heads=count))
-    ids = segment_ids(case) if case.document_lengths else None
-
-    def op(inputs, state, implementation):
-        with dispatch.interpret_kernels():
-            return linear_attention(**inputs, state=state, segment_ids=ids, implementation=implementation)
-
-    compare(op, case, inputs, state, "bfloat16", "mosaic_gpu")
+    gpu_testing.compare_interpreted(linear_attention, case, inputs, state)
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", mark_slow_cases(CASES, "packed, padding"))
+@gpu_testing.interpreted
+@pytest.mark.parametrize("name", gpu_testing.mark_slow_cases(CASES, "packed, padding"))
 def test_decay_per_channel(name):
     check(CASES[name])
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
+@gpu_testing.interpreted
 def test_slow_decay_across_chunks():
     check(CASES["odd"], rate=0.02)
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
+@gpu_testing.interpreted
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (110, 1, 170, 5)], ids=["one", "four"])
 def test_row_splits(documents, monkeypatch):
     """Rows of six chunks as three blocks; states decay slowly enough to pass from split to split."""
     monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 2)
-    padded = 380 - sum(documents) if documents else 0
-    check(
-        ArgSpec(380, 64, 64, num_heads=1, decay="channel", document_lengths=documents, num_padding=padded), rate=0.005
-    )
+    case = ArgSpec(380, 64, 64, num_heads=1, decay="channel", document_lengths=documents)
+    check(gpu_testing.pad_to_length(case), rate=0.005)
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.full
-@pytest.mark.usefixtures("strict")
 def test_shared_query_heads():
     check(ArgSpec(67, 64, 64, num_heads=2, decay="channel"), heads=2)
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.full
-@pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("values", [64, 128])
-@pytest.mark.parametrize("width", [64, 128])
+@gpu_testing.each_width
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_decay_per_channel_at_every_width(case, width, values):
     check(dataclasses.replace(case, head_k_dim=width, head_v_dim=values))
@@ -115,38 +98,26 @@ def check_delta(case: ArgSpec, erase: str, rate: float = 1.0) -> None:
     inputs = delta_inputs(case, erase)
     if case.decay:
         inputs["log_decay"] = rate * inputs["log_decay"]
-    ids = segment_ids(case) if case.document_lengths else None
-
-    def op(inputs, state, implementation):
-        with dispatch.interpret_kernels():
-            return delta_rule(**inputs, state=state, segment_ids=ids, implementation=implementation)
-
-    compare(op, case, inputs, linear_cases.state(case), "bfloat16", "mosaic_gpu")
+    gpu_testing.compare_interpreted(delta_rule, case, inputs, linear_cases.state(case))
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", mark_slow_cases(DELTA_CASES, "one chunk, packed, padding"))
+@gpu_testing.interpreted
+@pytest.mark.parametrize("name", gpu_testing.mark_slow_cases(DELTA_CASES, "one chunk, packed, padding"))
 def test_delta_rule(name):
     check_delta(DELTA_CASES[name], "channel")
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.full
-@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("documents", [(), (60, 1, 70, 5)], ids=["one", "four"])
 def test_delta_rule_row_splits(documents, monkeypatch):
     monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 1)
-    padded = 230 - sum(documents) if documents else 0
-    case = ArgSpec(
-        230, 64, 128, num_heads=1, decay="channel", key_correlation=0.9, document_lengths=documents, num_padding=padded
-    )
-    check_delta(case, "channel", rate=0.02)
+    case = ArgSpec(230, 64, 128, num_heads=1, decay="channel", key_correlation=0.9, document_lengths=documents)
+    check_delta(gpu_testing.pad_to_length(case), "channel", rate=0.02)
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.full
-@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize(("width", "values"), [(64, 128), (128, 64)])
 @pytest.mark.parametrize("case", DELTA_CASES.values(), ids=DELTA_CASES)
 def test_delta_rule_at_other_widths(case, width, values):
@@ -154,23 +125,14 @@ def test_delta_rule_at_other_widths(case, width, values):
     check_delta(dataclasses.replace(case, head_k_dim=width, head_v_dim=values), erase)
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.full
 @pytest.mark.parametrize("op", [linear_attention, delta_rule])
 def test_no_data_races(op, monkeypatch):
     """The row has more chunks than the pipeline holds at once."""
-    monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     case = ArgSpec(300, 64, 128, num_heads=1, decay="channel")
     arrays = delta_inputs(case) if op is delta_rule else random_inputs(case)
-    inputs = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in arrays.items()}
-
-    def total(inputs):
-        with dispatch.interpret_kernels():
-            out, state = op(**inputs, implementation="mosaic_gpu")
-        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
-
-    grads = jax.jit(jax.grad(total))(inputs)
-    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(grads))
+    gpu_testing.assert_no_data_races(op, gpu_testing.first_row_in_bfloat16(arrays), monkeypatch)
 
 
 @pytest.mark.parametrize(("width", "docs"), [pytest.param(64, False, marks=pytest.mark.full), (128, True)])
@@ -182,14 +144,10 @@ def test_lowers_for_an_h100(width, docs):
     def op(q, k, v, gate, ids):
         return linear_attention(q, k, v, log_decay=gate, segment_ids=ids, implementation="mosaic_gpu")
 
-    def grads(q, k, v, gate, ids):
-        out, pull = jax.vjp(lambda q, k, v, gate: op(q, k, v, gate, ids), q, k, v, gate)
-        return pull(out)
-
     def delta(q, k, v, gate, ids):
         strengths = {"erase": gate, "write": gate[..., 0]}
         return delta_rule(q, k, v, **strengths, log_decay=gate, segment_ids=ids, implementation="mosaic_gpu")
 
     arguments = (tokens, tokens, tokens, gate, ids)
-    assert count_kernels(op, *arguments) == 2 and count_kernels(grads, *arguments) == 4
-    assert count_kernels(delta, *arguments) == 3
+    assert gpu_testing.count_kernels_with_gradients(op, 4, *arguments) == (2, 4)
+    assert gpu_testing.count_kernels(delta, *arguments) == 3

@@ -1,24 +1,21 @@
-"""The delta rule's GPU kernels: against the definition in Pallas' interpreter, and lowered for an H100."""
+"""The GPU kernels of the delta rule equal the definition in Pallas' interpreter and lower for an H100."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from recallax.pallas_kernels import dispatch
-from recallax.pallas_kernels.arg_specs import ArgSpec, segment_ids
+from recallax.pallas_kernels.arg_specs import ArgSpec
 from recallax.pallas_kernels.delta_rule import delta_rule
 from recallax.pallas_kernels.delta_rule.arg_specs import inputs as delta_inputs
 from recallax.pallas_kernels.delta_rule.mosaic_gpu import delta_sequence_splits
 from recallax.pallas_kernels.linear_attention import arg_specs as linear_cases
-from recallax.pallas_kernels.mosaic_gpu import kernel_launch, sequence_splits
+from recallax.pallas_kernels.mosaic_gpu import sequence_splits
 from recallax.pallas_kernels.mosaic_gpu.triangular_inverse import chunk_inverses
-from tests.gpu_kernel_testing import count_kernels, interpreted, mark_slow_cases
-from tests.test_ops import compare
+from tests import gpu_kernel_testing as gpu_testing
 
 CASES = {
     "one token": ArgSpec(1, 64, 64, num_heads=1, decay="token"),
@@ -41,39 +38,27 @@ def check(case: ArgSpec, rate: float = 1.0) -> None:
     inputs = delta_inputs(case)
     if case.decay:
         inputs["log_decay"] = rate * inputs["log_decay"]
-    ids = segment_ids(case) if case.document_lengths else None
-
-    def op(inputs, state, implementation):
-        with dispatch.interpret_kernels():
-            return delta_rule(**inputs, state=state, segment_ids=ids, implementation=implementation)
-
-    compare(op, case, inputs, linear_cases.state(case), "bfloat16", "mosaic_gpu")
+    gpu_testing.compare_interpreted(delta_rule, case, inputs, linear_cases.state(case))
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", mark_slow_cases(CASES))
+@gpu_testing.interpreted
+@pytest.mark.parametrize("name", gpu_testing.mark_slow_cases(CASES))
 def test_delta_rule(name):
     check(CASES[name])
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
+@gpu_testing.interpreted
 def test_slow_decay_across_chunks():
     check(CASES["packed, decay, padding"], rate=0.02)
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
+@gpu_testing.interpreted
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (60, 1, 70, 5)], ids=["one", "four"])
 def test_row_splits(documents, monkeypatch):
     """Rows of four chunks as four blocks; states decay slowly enough to pass from split to split."""
     monkeypatch.setattr(sequence_splits, "MIN_CHUNKS_PER_SPLIT", 1)
-    padded = 200 - sum(documents) if documents else 0
-    case = ArgSpec(
-        200, 64, 128, num_heads=1, decay="token", key_correlation=0.9, document_lengths=documents, num_padding=padded
-    )
-    check(case, rate=0.02)
+    case = ArgSpec(200, 64, 128, num_heads=1, decay="token", key_correlation=0.9, document_lengths=documents)
+    check(gpu_testing.pad_to_length(case), rate=0.02)
 
 
 def test_rows_are_not_split_without_benefit():
@@ -81,43 +66,32 @@ def test_rows_are_not_split_without_benefit():
     assert delta_sequence_splits.choose_num_delta_splits(40, 512) == 1 < sequence_splits.choose_num_splits(40, 512)
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.full
-@pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("values", [64, 128])
-@pytest.mark.parametrize("width", [64, 128])
+@gpu_testing.each_width
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_delta_rule_at_every_width(case, width, values):
     check(dataclasses.replace(case, head_k_dim=width, head_v_dim=values))
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.parametrize(("beta", "tolerance"), [(1.0, 1e-5), (2.0, 1e-3)])
 def test_inverse_is_accurate_for_identical_keys(beta, tolerance):
     key = np.random.default_rng(0).normal(size=64)
     k = jnp.asarray(np.broadcast_to(key / np.linalg.norm(key), (1, 64, 1, 64)), jnp.bfloat16)
     with dispatch.interpret_kernels():
-        got = np.asarray(chunk_inverses(k, None, jnp.full((1, 1, 64), beta)), np.float64)[0, 0]
+        actual = np.asarray(chunk_inverses(k, None, jnp.full((1, 1, 64), beta)), np.float64)[0, 0]
     k = np.asarray(k, np.float64)[0, :, 0]
     expected = np.linalg.inv(np.eye(64) + beta * np.tril(k @ k.T, -1))
-    np.testing.assert_allclose(got[:, :64] + got[:, 64:], expected, atol=tolerance * np.abs(expected).max())
+    np.testing.assert_allclose(actual[:, :64] + actual[:, 64:], expected, atol=tolerance * np.abs(expected).max())
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.full
 def test_no_data_races(monkeypatch):
     """The row has more chunks than the pipeline holds at once."""
-    monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     case = ArgSpec(300, 64, 128, num_heads=1, decay="token")
-    inputs: dict[str, Any] = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in delta_inputs(case).items()}
-
-    def total(inputs):
-        with dispatch.interpret_kernels():
-            out, state = delta_rule(**inputs, implementation="mosaic_gpu")
-        return jnp.sum(out.astype(jnp.float32)) + jnp.sum(state)
-
-    grads = jax.jit(jax.grad(total))(inputs)
-    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(grads))
+    gpu_testing.assert_no_data_races(delta_rule, gpu_testing.first_row_in_bfloat16(delta_inputs(case)), monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -139,12 +113,8 @@ def test_lowers_for_an_h100(width, decay, docs):
             q, k, v, erase=strength, write=strength, log_decay=gate, segment_ids=ids, implementation="mosaic_gpu"
         )
 
-    def grads(q, k, v, strength, gate, ids):
-        out, pull = jax.vjp(lambda q, k, v, strength, gate: op(q, k, v, strength, gate, ids), q, k, v, strength, gate)
-        return pull(out)
-
     arguments = (tokens, tokens, tokens, strength, gate, ids)
-    assert count_kernels(op, *arguments) == 2 and count_kernels(grads, *arguments) == 4
+    assert gpu_testing.count_kernels_with_gradients(op, 5, *arguments) == (2, 4)
 
 
 @pytest.mark.parametrize(

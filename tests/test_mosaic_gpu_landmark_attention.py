@@ -1,21 +1,19 @@
-"""Landmark attention's GPU kernels: against the definition in Pallas' interpreter, and lowered for an H100."""
+"""The GPU kernels of landmark attention equal the definition in Pallas' interpreter and lower for an H100."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from recallax.pallas_kernels import dispatch
-from recallax.pallas_kernels.arg_specs import ArgSpec, random_inputs, segment_ids
+from recallax.pallas_kernels.arg_specs import ArgSpec, random_inputs
 from recallax.pallas_kernels.landmark_attention import arg_specs, init_landmark_cache, landmark_attention
-from recallax.pallas_kernels.mosaic_gpu import kernel_launch
+from tests import gpu_kernel_testing as gpu_testing
 from tests import test_ops
-from tests.gpu_kernel_testing import count_kernels, interpreted, mark_slow_cases
-from tests.test_ops import compare
 
 CASES = {
     "one token": ArgSpec(1, 64, 64),
@@ -25,7 +23,7 @@ CASES = {
     "packed": ArgSpec(67, 64, 128, document_lengths=(1, 15, 1, 1, 20, 29)),
     "packed, padding": ArgSpec(230, 64, 64, document_lengths=(70, 1, 140, 1), num_padding=18),
 }
-"""Two query heads share one of keys and values."""
+"""Cases with two query heads, which share one head of keys and values."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,61 +37,43 @@ def check(case: ArgSpec, block_size: int, scale: float | None = None, groups: in
     inputs = {
         name: np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64) for name, x in random_inputs(case, groups).items()
     }
-    layout: dict[str, Any] = {"positions": jnp.asarray(arg_specs.positions(case, 0), jnp.int32)}
-    layout |= {"segment_ids": segment_ids(case)} if case.document_lengths else {}
+    positions = jnp.asarray(arg_specs.positions(case, 0), jnp.int32)
 
-    def op(inputs, state, implementation):
-        with dispatch.interpret_kernels():
-            return landmark_attention(
-                **inputs, block_size=block_size, **layout, scale=scale, implementation=implementation
-            ), state
+    def op(*, state, **arguments):
+        return landmark_attention(**arguments, block_size=block_size, positions=positions, scale=scale), state
 
-    compare(op, case, inputs, (), "bfloat16", "mosaic_gpu")
+    gpu_testing.compare_interpreted(op, case, inputs, ())
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", mark_slow_cases(CASES, "packed, padding"))
+@gpu_testing.interpreted
+@pytest.mark.parametrize("name", gpu_testing.mark_slow_cases(CASES, "packed, padding"))
 def test_landmark_attention(name):
     check(CASES[name], 63)
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
+@gpu_testing.interpreted
 @pytest.mark.parametrize("block_size", [15, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 20, 31, 50))])
 def test_several_blocks_per_tile_and_peaked_softmax(block_size):
     """Some slots of the blocks are empty."""
     check(ArgSpec(150, 128, 64, document_lengths=(90, 1, 40), num_padding=19), block_size, scale=1.0)
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.full
-@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("block_size", [15, 63])
-@pytest.mark.parametrize("values", [64, 128])
-@pytest.mark.parametrize("width", [64, 128])
+@gpu_testing.each_width
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_landmark_attention_at_every_width(case, width, values, block_size):
     check(dataclasses.replace(case, head_k_dim=width, head_v_dim=values, num_heads=4), block_size, groups=2)
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.parametrize("block_size", [63, pytest.param(15, marks=pytest.mark.full)])
 def test_no_data_races(block_size, monkeypatch):
     """The row has more tiles than the ring has slots."""
-    monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     case = ArgSpec(450, 64, 64)
-    inputs: dict[str, Any] = {name: jnp.asarray(x[:1], jnp.bfloat16) for name, x in random_inputs(case, 1).items()}
-
-    def total(inputs):
-        with dispatch.interpret_kernels():
-            out = landmark_attention(
-                **inputs, block_size=block_size, positions=jnp.arange(case.length)[None], implementation="mosaic_gpu"
-            )
-        return jnp.sum(out.astype(jnp.float32))
-
-    grads = jax.jit(jax.grad(total))(inputs)
-    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(grads))
+    op = functools.partial(landmark_attention, block_size=block_size, positions=jnp.arange(case.length)[None])
+    gpu_testing.assert_no_data_races(op, gpu_testing.first_row_in_bfloat16(random_inputs(case, 1)), monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -114,13 +94,9 @@ def test_lowers_for_an_h100(width, block_size, docs):
             q, k, v, block_size=block_size, positions=positions, segment_ids=ids, implementation="mosaic_gpu"
         )
 
-    def grads(q, k, v, positions, ids):
-        out, pull = jax.vjp(lambda q, k, v: op(q, k, v, positions, ids), q, k, v)
-        return pull(out)
-
     arguments = (queries, keys, keys, positions, positions if docs else None)
-    assert count_kernels(op, *arguments) == 1
-    assert count_kernels(grads, *arguments) == 4  # forward, dQ, dK and dV of own blocks and of past ones
+    # Backward: dQ, and dK and dV of own blocks and of past ones.
+    assert gpu_testing.count_kernels_with_gradients(op, 3, *arguments) == (1, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,15 @@
-"""GPU kernels of the linear memory: against the definition in Pallas' interpreter, and lowered for an H100."""
+"""The GPU kernels of the linear neural memory equal the definition in Pallas' interpreter and lower for an H100."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from recallax.pallas_kernels import dispatch
-from recallax.pallas_kernels.arg_specs import ArgSpec, segment_ids
-from recallax.pallas_kernels.mosaic_gpu import kernel_launch
+from recallax.pallas_kernels.arg_specs import ArgSpec
 from recallax.pallas_kernels.neural_memory import (
     InnerOptimizer,
     MemoryInputs,
@@ -21,8 +19,7 @@ from recallax.pallas_kernels.neural_memory import (
     neural_memory,
 )
 from recallax.pallas_kernels.neural_memory.inner_optimizer import LinearNet
-from tests.gpu_kernel_testing import count_kernels, interpreted, mark_slow_cases
-from tests.test_ops import compare
+from tests import gpu_kernel_testing as gpu_testing
 
 PER_TOKEN = InnerOptimizer(network=LinearNet(), gradient="token")
 NO_MOMENTUM = dataclasses.replace(PER_TOKEN, momentum=False)
@@ -42,48 +39,51 @@ CASES = {
 }
 
 
-def op(inner_optimizer: InnerOptimizer, inputs: dict[str, Any], memory: Any, ids: Any, implementation: str) -> Any:
-    """Return the output and the final memory; `inputs` are the tokens and the initial weights by name."""
-    b, _, h, width = inputs["q"].shape
-    fixed = OuterParams({"w1": inputs["weight"]}, jnp.ones((h, width)), jnp.zeros((h, width)))
-    state = init_neural_state(inner_optimizer, b, h, width)
-    if memory is not None:
-        state = state._replace(fast_weights=memory, num_tokens=state.num_tokens + 5)
-    tokens = MemoryInputs._make(inputs[name] for name in MemoryInputs._fields)
-    out, state = neural_memory(
-        inner_optimizer, tokens, fixed, state=state, segment_ids=ids, implementation=implementation
-    )
-    return out, state.fast_weights
+def update_memory(
+    inner_optimizer: InnerOptimizer, *, weight: Any, state: Any = None, segment_ids: Any = None, **arguments: Any
+) -> Any:
+    """Apply `neural_memory`.
+
+    Args:
+        inner_optimizer: Rule that updates the memory.
+        weight: Initial weights [H, D, D].
+        state: Fast weights after five tokens, or None: the initial ones.
+        segment_ids: Document ids [B, T], or None.
+        arguments: The fields of `MemoryInputs`, and `implementation`.
+
+    Returns:
+        The output and the final fast weights.
+    """
+    tokens = MemoryInputs._make(arguments.pop(name) for name in MemoryInputs._fields)
+    b, _, h, width = tokens.q.shape
+    outer = OuterParams({"w1": weight}, jnp.ones((h, width)), jnp.zeros((h, width)))
+    initial = init_neural_state(inner_optimizer, b, h, width)
+    if state is not None:
+        initial = initial._replace(fast_weights=state, num_tokens=initial.num_tokens + 5)
+    out, final = neural_memory(inner_optimizer, tokens, outer, state=initial, segment_ids=segment_ids, **arguments)
+    return out, final.fast_weights
 
 
 def check(case: ArgSpec, inner_optimizer: InnerOptimizer, rate: float = 1.0) -> None:
     """Compare values, final memory and every gradient; `rate` scales the gates."""
-    ids = segment_ids(case) if case.document_lengths else None
     inputs = {name: rate * x if name.startswith("log_") else x for name, x in arg_specs.inputs(case).items()}
-
-    def run(inputs, memory, implementation):
-        with dispatch.interpret_kernels():
-            return op(inner_optimizer, inputs, memory, ids, implementation)
-
-    compare(run, case, inputs, arg_specs.random_fast_weights(case, inner_optimizer), "bfloat16", "mosaic_gpu")
+    fast_weights = arg_specs.random_fast_weights(case, inner_optimizer)
+    gpu_testing.compare_interpreted(functools.partial(update_memory, inner_optimizer), case, inputs, fast_weights)
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", mark_slow_cases(CASES, "extreme gates"))
+@gpu_testing.interpreted
+@pytest.mark.parametrize("name", gpu_testing.mark_slow_cases(CASES, "extreme gates"))
 def test_neural_memory(name):
     check(CASES[name], PER_TOKEN)
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", mark_slow_cases(CASES, "packed over chunks"))
+@gpu_testing.interpreted
+@pytest.mark.parametrize("name", gpu_testing.mark_slow_cases(CASES, "packed over chunks"))
 def test_neural_memory_at_the_decayed_weights(name):
     check(CASES[name], dataclasses.replace(PER_TOKEN, gradient="token_decayed", decay_to="zero"))
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
+@gpu_testing.interpreted
 def test_slow_decay_across_chunks():
     check(
         ArgSpec(195, 64, 64, num_heads=1, decay="token", max_beta=0.1, document_lengths=(194,), num_padding=1),
@@ -92,38 +92,28 @@ def test_slow_decay_across_chunks():
     )
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.full
-@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_neural_memory_without_momentum(case):
     check(case, NO_MOMENTUM)
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.full
-@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("name", ["exactly two chunks", "extreme gates", "packed over chunks"])
 def test_neural_memory_of_wide_heads(name):
     check(dataclasses.replace(CASES[name], head_k_dim=128, head_v_dim=128), PER_TOKEN)
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.full
 def test_no_data_races(monkeypatch):
     """The row has more chunks than the pipeline holds at once."""
-    monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     case = ArgSpec(300, 64, 64, num_heads=1, decay="token")
     inputs = {name: jnp.asarray(x, jnp.float32) for name, x in arg_specs.inputs(case).items()}
     inputs = {name: x.astype(jnp.bfloat16)[:1] if name in "qkv" else x[:1] for name, x in inputs.items()}
-
-    def total(inputs):
-        with dispatch.interpret_kernels():
-            out, memory = op(PER_TOKEN, inputs, None, None, "mosaic_gpu")
-        return jnp.sum(out.astype(jnp.float32)) + sum(jnp.sum(x) for x in jax.tree.leaves(memory))
-
-    grads = jax.jit(jax.grad(total))(inputs)
-    assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in jax.tree.leaves(grads))
+    gpu_testing.assert_no_data_races(functools.partial(update_memory, PER_TOKEN), inputs, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -136,14 +126,10 @@ def test_lowers_for_an_h100(width, inner_optimizer):
     inputs = narrow | wide | {"weight": jax.ShapeDtypeStruct((2, width, width), jnp.float32)}
     ids = jax.ShapeDtypeStruct((2, 200), jnp.int32)
 
-    def learn(inputs, ids):
-        return op(inner_optimizer, inputs, None, ids, "mosaic_gpu")
+    def op(inputs, ids):
+        return update_memory(inner_optimizer, **inputs, segment_ids=ids, implementation="mosaic_gpu")
 
-    def grads(inputs, ids):
-        out, pull = jax.vjp(lambda inputs: learn(inputs, ids), inputs)
-        return pull(out)
-
-    assert count_kernels(learn, inputs, ids) == 2 and count_kernels(grads, inputs, ids) == 4
+    assert gpu_testing.count_kernels_with_gradients(op, 1, inputs, ids) == (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -159,4 +145,4 @@ def test_unsupported_arguments_are_rejected_with_reason(width, dtype, change, re
     inputs |= dict.fromkeys(("lr", "log_momentum", "log_decay"), jnp.zeros((1, 4, 1, 1)))
     inputs |= {"weight": jnp.zeros((1, width, width))}
     with dispatch.interpret_kernels(), pytest.raises(dispatch.Unsupported, match=reason):
-        op(dataclasses.replace(PER_TOKEN, **change), inputs, None, None, "mosaic_gpu")
+        update_memory(dataclasses.replace(PER_TOKEN, **change), **inputs, implementation="mosaic_gpu")

@@ -1,19 +1,16 @@
-"""The selective scan on a GPU: against the definition in Pallas' interpreter, and lowered for an H100."""
+"""The GPU kernel of the selective scan equals the definition in Pallas' interpreter and lowers for an H100."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from recallax.pallas_kernels import dispatch
-from recallax.pallas_kernels.arg_specs import ArgSpec, segment_ids
-from recallax.pallas_kernels.mosaic_gpu import kernel_launch
+from recallax.pallas_kernels.arg_specs import ArgSpec
 from recallax.pallas_kernels.selective_scan import mosaic_gpu as mosaic_gpu_scan
 from recallax.pallas_kernels.selective_scan import selective_scan
 from recallax.pallas_kernels.selective_scan.arg_specs import inputs as scan_inputs
-from tests.gpu_kernel_testing import count_kernels, interpreted, mark_slow_cases
-from tests.test_ops import compare
+from tests import gpu_kernel_testing as gpu_testing
 
 CASES = {
     "one token": ArgSpec(1),
@@ -30,41 +27,31 @@ def check(case: ArgSpec, states: int | None, dtype: str, rate: float = 1.0) -> N
     """Compare values, final state and every gradient; `rate` scales the decays."""
     inputs = scan_inputs(case, states)
     inputs["rate"] = rate * inputs["rate"]
-    ids = segment_ids(case) if case.document_lengths else None
 
-    def op(inputs, state, implementation):
-        with dispatch.interpret_kernels():
-            out, state = selective_scan(**inputs, state=state, segment_ids=ids, implementation=implementation)
-        return out[:, :, None], state  # as if of one head
+    def op(**arguments):
+        out, final = selective_scan(**arguments)
+        return out[:, :, None], final  # `compare` expects an axis of heads
 
     state = np.random.default_rng(5).normal(size=(2, 5, states or 1))
-    compare(op, case, inputs, state, dtype, "mosaic_gpu")
+    gpu_testing.compare_interpreted(op, case, inputs, state, dtype)
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", mark_slow_cases(CASES, "packed, padding"))
+@gpu_testing.interpreted
+@pytest.mark.parametrize("name", gpu_testing.mark_slow_cases(CASES, "packed, padding"))
 def test_selective_scan(name):
     check(CASES[name], 3, "bfloat16")
 
 
-@interpreted
-@pytest.mark.usefixtures("strict")
+@gpu_testing.interpreted
 @pytest.mark.parametrize("documents", [pytest.param((), marks=pytest.mark.full), (20, 1, 25)], ids=["one", "three"])
 def test_row_splits(documents, monkeypatch):
     """Rows of four chunks as four blocks; states decay slowly enough to pass from split to split."""
     monkeypatch.setattr(mosaic_gpu_scan, "MIN_TOKENS_PER_SPLIT", 16)
-    check(
-        ArgSpec(64, document_lengths=documents, num_padding=64 - sum(documents) if documents else 0),
-        3,
-        "bfloat16",
-        rate=0.02,
-    )
+    check(gpu_testing.pad_to_length(ArgSpec(64, document_lengths=documents)), 3, "bfloat16", rate=0.02)
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.full
-@pytest.mark.usefixtures("strict")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("states", [None, 16])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -72,20 +59,12 @@ def test_selective_scan_with_other_states(case, states, dtype):
     check(case, states, dtype)
 
 
-@interpreted
+@gpu_testing.interpreted
 @pytest.mark.full
 def test_no_data_races(monkeypatch):
     """The row has more chunks than the pipeline holds at once."""
-    monkeypatch.setattr(kernel_launch, "INTERPRET_PARAMS", plgpu.InterpretGPUParams(detect_races=True))
     inputs = {name: jnp.asarray(x, jnp.float32) for name, x in scan_inputs(ArgSpec(100), 3).items()}
-
-    def total(inputs):
-        with dispatch.interpret_kernels():
-            out, state = selective_scan(**inputs, implementation="mosaic_gpu")
-        return jnp.sum(out) + jnp.sum(state)
-
-    grads = jax.jit(jax.grad(total))(inputs)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+    gpu_testing.assert_no_data_races(selective_scan, inputs, monkeypatch)
 
 
 @pytest.mark.parametrize(("states", "docs"), [pytest.param(1, False, marks=pytest.mark.full), (16, True)])
@@ -97,11 +76,8 @@ def test_lowers_for_an_h100(states, docs):
     def op(x, a, b, ids):
         return selective_scan(x, x, a=a, b=b, c=b, segment_ids=ids, implementation="mosaic_gpu")
 
-    def grads(x, a, b, ids):
-        out, pull = jax.vjp(lambda x, a, b: op(x, a, b, ids), x, a, b)
-        return pull(out)
-
-    assert count_kernels(op, tokens, a, mix, ids) == 1 and count_kernels(grads, tokens, a, mix, ids) == 2
+    arguments = (tokens, a, mix, ids)
+    assert gpu_testing.count_kernels_with_gradients(op, 3, *arguments) == (1, 2)
 
 
 def test_too_many_states_are_rejected_with_reason():

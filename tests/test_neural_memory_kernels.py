@@ -16,14 +16,14 @@ from recallax.pallas_kernels.neural_memory import (
 from recallax.pallas_kernels.neural_memory.inner_optimizer import LinearNet
 from recallax.pallas_kernels.neural_memory.update_coefficients import MemoryInputs
 from tests.test_mosaic_tpu import lowered
-from tests.test_neural_memory import EXACT, LEARNERS, B, D, H, close, draw, single
+from tests.test_neural_memory import EXACT, INNER_OPTIMIZERS, B, D, H, close, draw, single
 from tests.test_ops import max_block_error
 
 pytestmark = pytest.mark.usefixtures("strict")
 
 LENGTH = 67
 PACKED = [1] * 16 + [2] + [3] * 33 + [0] * 17
-SEQUENTIAL = [name for name in LEARNERS if name.startswith("exact")]
+SEQUENTIAL = [name for name in INNER_OPTIMIZERS if name.startswith("exact")]
 FEW = ("exact", "exact at the decayed, to zero")
 
 
@@ -58,7 +58,7 @@ def with_gradients(
 @pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.full) for n in SEQUENTIAL])
 def test_kernel_agrees_with_token_loop_in_values_and_gradients(monkeypatch, name, dtype, packed):
     monkeypatch.setattr(mosaic_tpu, "CHUNK", 32)  # two blocks of the triangular system
-    inner_optimizer = LEARNERS[name]
+    inner_optimizer = INNER_OPTIMIZERS[name]
     tokens, outer_params = draw(inner_optimizer, LENGTH)
     outer_params = outer_params._replace(initial_fast_weights=None)
     if not packed:  # slower decay, so that the states of a chunk affect later chunks
@@ -80,7 +80,7 @@ def test_kernel_agrees_with_token_loop_in_values_and_gradients(monkeypatch, name
     close((memory, grads), (memory_, grads_), 0.04 if narrow else 1e-5)
 
 
-def test_unsupported_arguments_are_named():
+def test_unsupported_arguments_are_rejected_with_reason():
     tokens, outer_params = (single(x) for x in draw(EXACT, 4))
     with pytest.raises(Unsupported, match="it is for a TPU"):
         neural_memory(EXACT, tokens, outer_params._replace(initial_fast_weights=None), implementation="mosaic_tpu")

@@ -1,4 +1,4 @@
-"""Tests of every op: the XLA implementation against the definition in float64, in values and in all gradients."""
+"""Every op: the XLA implementation equals the definition in float64, in values and in all gradients."""
 
 import functools
 from collections.abc import Callable
@@ -106,10 +106,10 @@ def compare(op: Callable, case: ArgSpec, inputs: dict[str, Any], state, dtype: s
     tolerance = TOLERANCE[dtype]
     assert max_block_error(np.asarray(out, np.float64), expected[0]) <= tolerance
     pairs = zip(jax.tree.leaves((final, gradients)), jax.tree.leaves((expected[1], grads)), strict=True)
-    for got, want in pairs:
-        got = np.asarray(got, np.float64)
-        assert np.isfinite(got).all()
-        assert np.abs(got - want).max(initial=0) <= 4 * tolerance * max(1e-3, np.abs(want).max(initial=0))
+    for actual, desired in pairs:
+        actual = np.asarray(actual, np.float64)
+        assert np.isfinite(actual).all()
+        assert np.abs(actual - desired).max(initial=0) <= 4 * tolerance * max(1e-3, np.abs(desired).max(initial=0))
     (again, _), _ = results(implementation, narrow, low_state, cotangents)
     np.testing.assert_array_equal(np.asarray(again), np.asarray(out))  # repeatable bit for bit
 
@@ -170,7 +170,7 @@ def test_taylor_attention(case, dtype, features):
 @pytest.mark.parametrize("window", [None, 5, *(pytest.param(w, marks=pytest.mark.full) for w in (1, 40))])
 def test_window_attention(case, dtype, window):
     inputs = window_cases.inputs(case)
-    # As many cached tokens as a window holds, behind a row that continues at position 50.
+    # The cache has as many tokens as the window, and the row continues at position 50.
     slots = 50 + case.length if window is None else window
     rng = np.random.default_rng(8)
     sizes = ((2, slots, 1, case.head_k_dim), (2, slots, 1, case.head_v_dim))
@@ -276,8 +276,8 @@ def test_single_landmark_block_is_causal_attention_and_landmark_values_are_not_r
         out = jax.jit(
             functools.partial(landmark_attention, block_size=7, positions=positions, implementation=implementation)
         )
-        slope = jax.jit(jax.grad(lambda v, out=out: (out(inputs["q"], inputs["k"], v) ** 2).sum()))(inputs["v"])
-        assert not np.asarray(slope)[:, 7::8].any() and np.asarray(slope)[:, :7].all()
+        grads = jax.jit(jax.grad(lambda v, out=out: (out(inputs["q"], inputs["k"], v) ** 2).sum()))(inputs["v"])
+        assert not np.asarray(grads)[:, 7::8].any() and np.asarray(grads)[:, :7].all()
         ones = out(inputs["q"], inputs["k"], jnp.ones_like(inputs["v"]))
         np.testing.assert_allclose(ones, 1, atol=1e-6)  # the weights sum to 1, at landmarks too
 
@@ -285,9 +285,9 @@ def test_single_landmark_block_is_causal_attention_and_landmark_values_are_not_r
 def test_taylor_feature_maps_agree_with_the_polynomial():
     q, k = (jnp.asarray(np.random.default_rng(i).normal(size=(5, 16)), jnp.float32) for i in (0, 1))
     assert feature_maps.taylor(q).shape[-1] == 153 and feature_maps.taylor_full(q).shape[-1] == 273
-    want = feature_maps.taylor_score(jnp.sum(q * k, axis=-1))
+    desired = feature_maps.taylor_score(jnp.sum(q * k, axis=-1))
     for phi in (feature_maps.taylor, feature_maps.taylor_full):
-        np.testing.assert_allclose(np.sum(phi(q) * phi(k), axis=-1), want, rtol=2e-5)
+        np.testing.assert_allclose(np.sum(phi(q) * phi(k), axis=-1), desired, rtol=2e-5)
     assert float(feature_maps.taylor_score(jnp.linspace(-9, 9, 1001)).min()) >= 0.5
 
 
@@ -302,15 +302,15 @@ def test_step_respects_window_shorter_than_cache():
     inputs = to_float32(random_inputs(ArgSpec(7, num_heads=1)))
     positions = jnp.tile(jnp.arange(7)[None], (2, 1))
     empty = KVCache(*(jnp.zeros((2, 9, 1, 8)) for _ in range(2)))
-    want, _ = window_attention(**inputs, window=3)
+    desired, _ = window_attention(**inputs, window=3)
     _, cache = window_attention(
         **{name: x[:, :6] for name, x in inputs.items()}, window=3, state=empty, positions=positions[:, :6]
     )
     assert cache is not None
     token: dict[str, Any] = {name: x[:, 6] for name, x in inputs.items()}
     where: dict[str, Any] = {"position": jnp.full(2, 6), "active": jnp.ones(2, bool)}
-    got, _ = window_attention_step(**token, state=cache, **where, window=3)
-    np.testing.assert_allclose(got, want[:, 6], atol=1e-6)
+    actual, _ = window_attention_step(**token, state=cache, **where, window=3)
+    np.testing.assert_allclose(actual, desired[:, 6], atol=1e-6)
 
 
 def test_unwritten_cache_may_hold_nan():
@@ -318,10 +318,10 @@ def test_unwritten_cache_may_hold_nan():
     inputs = to_float32(random_inputs(case))
     nan = KVCache(*(jnp.full((2, 9, 1, 8), jnp.nan) for _ in range(2)))
     positions = jnp.tile(jnp.arange(5)[None], (2, 1))
-    want, _ = window_attention(**inputs, window=9)
-    got, cache = window_attention(**inputs, window=9, state=nan, positions=positions)
+    desired, _ = window_attention(**inputs, window=9)
+    actual, cache = window_attention(**inputs, window=9, state=nan, positions=positions)
     assert cache is not None
-    np.testing.assert_allclose(got, want, atol=1e-6)
+    np.testing.assert_allclose(actual, desired, atol=1e-6)
     token: dict[str, Any] = {name: x[:, 0] for name, x in inputs.items()}
     where: dict[str, Any] = {"position": jnp.full(2, 5), "active": jnp.ones(2, bool)}
     assert np.isfinite(window_attention_step(**token, state=cache, **where, window=9)[0]).all()
@@ -338,7 +338,7 @@ def test_unwritten_cache_may_hold_nan():
         ({"implementation": "xlaa"}, "did you mean 'xla'"),
     ],
 )
-def test_invalid_input_is_named(change, message):
+def test_invalid_arguments_are_rejected(change, message):
     inputs = to_float32(random_inputs(ArgSpec(4)))
     with pytest.raises(ValueError, match=message):
         unchecked(linear_attention)(**(inputs | change))
@@ -354,35 +354,35 @@ def unchecked(function: Callable) -> Callable:
 def test_linear_attention_step_agrees_with_linear_attention():
     case = ArgSpec(6, decay="token")
     inputs = to_float32(random_inputs(case))
-    want, final = linear_attention(**inputs)
+    desired, final = linear_attention(**inputs)
     state = jnp.zeros_like(final)
     for t in range(6):
         token = {name: x[:, t] for name, x in inputs.items()}
         out, state = linear_attention_step(**token, state=state, active=jnp.ones(2, bool))
-        np.testing.assert_allclose(out, want[:, t], atol=1e-5)
+        np.testing.assert_allclose(out, desired[:, t], atol=1e-5)
     np.testing.assert_allclose(state, final, atol=1e-5)
 
 
 def test_delta_rule_step_agrees_with_delta_rule():
     inputs = to_float32(delta_inputs(ArgSpec(6, decay="channel", max_beta=2.0), "channel"))
-    want, final = delta_rule(**inputs)
+    desired, final = delta_rule(**inputs)
     state = jnp.zeros_like(final)
     for t in range(6):
         token = {name: x[:, t] for name, x in inputs.items()}
         out, state = delta_rule_step(**token, state=state, active=jnp.ones(2, bool))
-        np.testing.assert_allclose(out, want[:, t], atol=1e-5)
+        np.testing.assert_allclose(out, desired[:, t], atol=1e-5)
     np.testing.assert_allclose(state, final, atol=1e-5)
 
 
 @pytest.mark.parametrize("states", [None, 3])
 def test_selective_scan_step_agrees_with_selective_scan(states):
     inputs = to_float32(scan_inputs(ArgSpec(6), states))
-    want, final = selective_scan(**inputs)
+    desired, final = selective_scan(**inputs)
     state = jnp.zeros_like(final)
     for t in range(6):
         token = {name: x if name == "a" else x[:, t] for name, x in inputs.items()}
         out, state = selective_scan_step(**token, state=state, active=jnp.ones(2, bool))
-        np.testing.assert_allclose(out, want[:, t], atol=1e-5)
+        np.testing.assert_allclose(out, desired[:, t], atol=1e-5)
     np.testing.assert_allclose(state, final, atol=1e-5)
 
 
@@ -436,10 +436,10 @@ def test_triangular_inverse_is_accurate_for_correlated_keys(size, correlation, b
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
     strength = rng.uniform(beta - 1, beta, size=(3, size, 1))
     a = np.asarray(np.tril(strength * np.einsum("bik,bjk->bij", k, k), -1), np.float32)
-    want = np.linalg.inv(np.eye(size) + a.astype(np.float64))
-    got, pull = jax.vjp(unit_lower_inverse, jnp.asarray(a))
-    assert np.linalg.norm(np.asarray(got) - want) <= 3e-6 * np.linalg.norm(want)
-    slope = rng.normal(size=a.shape)
-    grads = np.tril(-np.einsum("bji,bjk,blk->bil", want, slope, want), -1)
-    (back,) = pull(jnp.asarray(slope, jnp.float32))
+    desired = np.linalg.inv(np.eye(size) + a.astype(np.float64))
+    actual, pull = jax.vjp(unit_lower_inverse, jnp.asarray(a))
+    assert np.linalg.norm(np.asarray(actual) - desired) <= 3e-6 * np.linalg.norm(desired)
+    cotangent = rng.normal(size=a.shape)
+    grads = np.tril(-np.einsum("bji,bjk,blk->bil", desired, cotangent, desired), -1)
+    (back,) = pull(jnp.asarray(cotangent, jnp.float32))
     np.testing.assert_allclose(back, grads, atol=3e-5 * max(1e-3, np.abs(grads).max(initial=0)))

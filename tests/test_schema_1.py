@@ -62,8 +62,8 @@ def test_runs_restore_and_evaluate(name: str) -> None:
     expected = json.loads((FIXTURES / name / "expected.json").read_text())
     _, restored = restore_run(FIXTURES / name)
     leaves = jax.tree_util.tree_flatten_with_path(restored.state.params)[0]
-    found = {"/".join(str(getattr(key, "key", key)) for key in path): digest(leaf) for path, leaf in leaves}
-    assert found == expected["params"]
+    digests = {"/".join(str(getattr(key, "key", key)) for key in path): digest(leaf) for path, leaf in leaves}
+    assert digests == expected["params"]
     assert evaluate_run(FIXTURES / name, "test") == pytest.approx(expected["test"], rel=1e-5)
 
 
@@ -75,9 +75,9 @@ def test_runs_resume(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     rows = read_log(folder / "log.jsonl")
     steps: list[int] = []
 
-    def run_no_steps(executor: Any, signals: Any) -> None:
+    def run_no_steps(executor: Any, *rest: Any) -> None:
         steps.extend(range(executor.runs[0].start_step, config.train.steps))
-        run_steps(executor, signals)
+        run_steps(executor, *rest)
 
     monkeypatch.setattr("recallax.train.loop.run_steps", run_no_steps)
     metrics = train(config, folder)

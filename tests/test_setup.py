@@ -1,4 +1,4 @@
-"""What `make setup` stands on: the search for a Python, and the pins."""
+"""Setup of the environment: the search for Python, the pinned versions, and the TPU compiler."""
 
 import os
 import re
@@ -23,13 +23,13 @@ def stub(path: Path, script: str) -> None:
 
 
 def python_stub(path: Path, version: str, kind: str = "cpython", venv: str = "venv") -> None:
-    """An executable that answers the search's probe as a Python of that version would."""
+    """Write an executable that reports to the search that it is this version of Python."""
     major, minor, _ = version.split(".")
     stub(path, f"echo {major} {minor} {version} {kind} {venv} {path}")
 
 
 def shim_stub(path: Path) -> None:
-    """A pyenv shim of a version that is not active."""
+    """Write a pyenv shim of a version that is not active, which fails."""
     stub(path, f'echo "pyenv: {path.name}: command not found" >&2; exit 127')
 
 
@@ -45,13 +45,13 @@ def find_python(home: Path, *folders: Path, **env: str) -> subprocess.CompletedP
     )
 
 
-def test_a_shim_that_fails_is_passed_over_for_a_sound_python_further_along(tmp_path: Path):
-    shims, sound = tmp_path / "shims", tmp_path / "bin"
+def test_failing_shim_is_skipped_for_a_later_working_python(tmp_path: Path):
+    shims, folder = tmp_path / "shims", tmp_path / "bin"
     shim_stub(shims / "python3.12")
     python_stub(shims / "python3", "3.11.7")
-    python_stub(sound / "python3.12", "3.12.4")
-    found = find_python(tmp_path, shims, sound)
-    assert (found.returncode, found.stdout, found.stderr) == (0, f"{sound / 'python3.12'}\n", "")
+    python_stub(folder / "python3.12", "3.12.4")
+    result = find_python(tmp_path, shims, folder)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{folder / 'python3.12'}\n", "")
 
 
 def test_oldest_suitable_python_is_selected_and_paths_may_contain_spaces(tmp_path: Path):
@@ -63,24 +63,24 @@ def test_oldest_suitable_python_is_selected_and_paths_may_contain_spaces(tmp_pat
     assert find_python(tmp_path, folder).stdout == f"{folder / 'python'}\n"
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["PYENV_ROOT", "home"])
-def test_pyenv_is_searched_behind_its_shims(tmp_path: Path, named: bool):
-    root = tmp_path / "elsewhere" if named else tmp_path / ".pyenv"
+@pytest.mark.parametrize("has_pyenv_root", [True, False], ids=["PYENV_ROOT", "home"])
+def test_pyenv_versions_are_searched_if_shims_fail(tmp_path: Path, has_pyenv_root: bool):
+    root = tmp_path / "elsewhere" if has_pyenv_root else tmp_path / ".pyenv"
     shim_stub(tmp_path / "shims" / "python3.12")
     python_stub(root / "versions" / "3.9.18" / "bin" / "python", "3.9.18")
     inner = root / "versions" / "3.12.1" / "bin" / "python"
     python_stub(inner, "3.12.1")
-    env = {"PYENV_ROOT": str(root)} if named else {}
+    env = {"PYENV_ROOT": str(root)} if has_pyenv_root else {}
     assert find_python(tmp_path, tmp_path / "shims", **env).stdout == f"{inner}\n"
 
 
 def test_uv_is_tried_last_and_replaces_ensurepip(tmp_path: Path):
-    folder, kept = tmp_path / "bin", tmp_path / "kept" / "python3.12"
-    python_stub(kept, "3.12.5", venv="no-venv")
-    stub(folder / "uv", f'for last; do :; done; [ "$last" = 3.12 ] && echo {kept}')
-    assert find_python(tmp_path, folder).stdout == f"{kept}\n"
-    turned_off = find_python(tmp_path, folder, UV="")
-    assert turned_off.returncode == 1 and "uv: is not installed, or turned off" in turned_off.stderr
+    folder, managed = tmp_path / "bin", tmp_path / "managed" / "python3.12"
+    python_stub(managed, "3.12.5", venv="no-venv")
+    stub(folder / "uv", f'for last; do :; done; [ "$last" = 3.12 ] && echo {managed}')
+    assert find_python(tmp_path, folder).stdout == f"{managed}\n"
+    without_uv = find_python(tmp_path, folder, UV="")
+    assert without_uv.returncode == 1 and "uv: is not installed, or turned off" in without_uv.stderr
 
 
 def test_error_lists_tried_pythons_and_remedy(tmp_path: Path):
@@ -90,8 +90,8 @@ def test_error_lists_tried_pythons_and_remedy(tmp_path: Path):
     python_stub(folder / "python3.14", "3.14.0", kind="free-threaded")
     python_stub(folder / "python3", "3.11.7")
     stub(folder / "python", "echo Hello")
-    found = find_python(tmp_path, folder)
-    assert found.returncode == 1 and found.stdout == ""
+    result = find_python(tmp_path, folder)
+    assert result.returncode == 1 and result.stdout == ""
     for line in (
         "error: no Python >= 3.12 that can make .venv. Tried:",
         f"  {folder / 'python3.12'}: does not run (pyenv: python3.12: command not found)",
@@ -102,22 +102,24 @@ def test_error_lists_tried_pythons_and_remedy(tmp_path: Path):
         "  uv: is not installed, or turned off",
         "  pyenv install 3.12",
     ):
-        assert line in found.stderr.splitlines()
+        assert line in result.stderr.splitlines()
 
 
-def test_a_named_python_is_the_only_one_tried(tmp_path: Path):
+def test_explicit_python_is_the_only_candidate(tmp_path: Path):
     python_stub(tmp_path / "bin" / "python3.12", "3.12.4")
     old = tmp_path / "old"
     python_stub(old, "3.10.0")
-    found = find_python(tmp_path, tmp_path / "bin", PYTHON=str(old))
-    assert found.returncode == 1 and f"  {old}: is 3.10.0, too old" in found.stderr.splitlines()
+    result = find_python(tmp_path, tmp_path / "bin", PYTHON=str(old))
+    assert result.returncode == 1 and f"  {old}: is 3.10.0, too old" in result.stderr.splitlines()
 
 
 def test_probe_reports_base_interpreter_of_venv(tmp_path: Path):
-    found = find_python(tmp_path, PYTHON=sys.executable, UV=sys.executable)  # any uv: Debian's may lack ensurepip
-    assert found.returncode == 0, found.stderr
-    assert os.path.samefile(found.stdout.strip(), sys.executable)
-    assert not Path(found.stdout.strip()).is_relative_to(sys.prefix) or sys.prefix == sys.base_prefix
+    result = find_python(
+        tmp_path, PYTHON=sys.executable, UV=sys.executable
+    )  # with uv, ensurepip may be missing, as on Debian
+    assert result.returncode == 0, result.stderr
+    assert os.path.samefile(result.stdout.strip(), sys.executable)
+    assert not Path(result.stdout.strip()).is_relative_to(sys.prefix) or sys.prefix == sys.base_prefix
 
 
 def pins(name: str) -> dict[str, str]:
@@ -127,31 +129,31 @@ def pins(name: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", CONSTRAINTS)
-def test_every_direct_dependency_is_pinned_within_what_the_project_asks(name: str):
+def test_pins_satisfy_the_version_ranges_of_direct_dependencies(name: str):
     pinned = pins(name)
     for text in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"], "pip", "setuptools>=77"]:
-        asked = Requirement(text)
-        assert asked.specifier.contains(pinned[canonicalize_name(asked.name)]), text
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), text
     assert pinned["jaxlib"] == pinned["jax"]
 
 
-def test_the_oldest_jax_that_is_tested_is_the_oldest_that_is_allowed():
+def test_oldest_tested_jax_is_the_lower_bound_of_the_dependency():
     assert f"jax>={pins('constraints-jax-0.11.2.txt')['jax']}" in PROJECT["dependencies"]
     assert "OLDEST_JAX := 0.11.2\n" in (ROOT / "Makefile").read_text()
 
 
-def test_the_preferred_python_is_the_one_the_pins_are_resolved_on():
+def test_preferred_python_is_the_oldest_supported_one():
     preferred = (ROOT / ".python-version").read_text().strip()
     assert PROJECT["requires-python"] == f">={preferred}"
     assert f"oldest={preferred.removeprefix('3.')} " in (ROOT / "scripts" / "find-python").read_text()
 
 
-def test_a_group_of_tests_stays_in_one_process(tmp_path):
-    """A newer pytest let pytest-xdist ignore groups without a word, and everything was compiled twice."""
-    many = "import os, pytest\npytestmark = pytest.mark.xdist_group('one')\n"
-    many += "@pytest.mark.parametrize('i', range(8))\n"
-    many += "def test_it(i):\n    open(f'{os.path.dirname(__file__)}/{os.getpid()}.ran', 'a').close()\n"
-    (tmp_path / "test_many.py").write_text(many)
+def test_xdist_group_runs_in_one_process(tmp_path):
+    """With some versions of pytest, pytest-xdist ignores groups silently, and programs are compiled twice."""
+    module = "import os, pytest\npytestmark = pytest.mark.xdist_group('one')\n"
+    module += "@pytest.mark.parametrize('i', range(8))\n"
+    module += "def test_it(i):\n    open(f'{os.path.dirname(__file__)}/{os.getpid()}.ran', 'a').close()\n"
+    (tmp_path / "test_many.py").write_text(module)
     command = [
         sys.executable,
         "-m",
@@ -170,11 +172,11 @@ def test_a_group_of_tests_stays_in_one_process(tmp_path):
 
 
 TARGET = 'while [ "$1" != --target ]; do shift; done'
-"""What is $2 from here on is where pip installs to."""
+"""Shell code after which $2 is the folder into which pip installs."""
 
 
 def tpu_compiler(folder: Path, system: str, machine: str, pip: str) -> subprocess.CompletedProcess[str]:
-    """Run it for an environment whose installer does `pip`, on a machine that says it is that."""
+    """Run `scripts/tpu-compiler` with a stub of pip that executes `pip`, on a machine that reports this platform."""
     stub(folder / "bin" / "uname", f'[ "$1" = -s ] && echo {system} || echo {machine}')
     stub(folder / "venv" / "bin" / "python", pip)
     return subprocess.run(
@@ -187,13 +189,13 @@ def tpu_compiler(folder: Path, system: str, machine: str, pip: str) -> subproces
 
 
 @pytest.mark.parametrize("machine", [("Darwin", "arm64"), ("Linux", "aarch64"), ("Linux", "x86_64")])
-def test_without_a_compiler_for_tpus_a_loud_line_says_what_is_not_tested(machine, tmp_path: Path):
-    done = tpu_compiler(tmp_path, *machine, pip=f'{TARGET}\nmkdir -p "$2"; exit 1')  # there is no network
+def test_missing_tpu_compiler_prints_a_warning(machine, tmp_path: Path):
+    done = tpu_compiler(tmp_path, *machine, pip=f'{TARGET}\nmkdir -p "$2"; exit 1')  # as without a network
     assert done.returncode == 0 and "NO KERNEL IS COMPILED FOR A TPU" in done.stderr
     assert os.listdir(tmp_path / "venv") == ["bin"]
 
 
-def test_the_compiler_for_tpus_is_installed_once_and_anew_for_another_pin(tmp_path: Path):
+def test_tpu_compiler_is_reinstalled_only_for_another_pin(tmp_path: Path):
     old = tmp_path / "venv" / "libtpu" / "libtpu-0.0.1.dist-info"
     old.mkdir(parents=True)
     install = f"""

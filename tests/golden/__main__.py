@@ -1,6 +1,6 @@
-"""Rewrite `first_step.json`, what the first steps of every config's tiny form give: `python -m tests.golden [NAME...]`.
+"""Record the first training steps of the tiny form of every config: `python -m tests.golden [CONFIG...]`.
 
-Do so when a change is meant to change them, and say in the commit why it does.
+Run it only if a change is meant to alter the results in `first_step.json`, and state the reason in the commit message.
 """
 
 import importlib
@@ -24,16 +24,16 @@ def tiny_config(name: str) -> RunConfig:
 
 
 def tolerance(name: str) -> float:
-    """Relative. In bfloat16 the order of a sum, which is no change of the model, shows in the fifth digit."""
+    """Return the relative tolerance. In bfloat16 the order of a sum changes the fifth digit."""
     return 1e-5 if tiny_config(name).model.compute_dtype == "float32" else 2e-4
 
 
 def first_step(name: str) -> dict[str, float]:
-    """Loss, accuracy and gradient norm of the first step; the norm of all parameters after it and after the second.
+    """Return loss, accuracy and gradient norm of the first step, and the parameter norm after the first two steps.
 
-    The warm-up starts from a rate of 0, so only the second step moves the parameters.
+    The warm-up starts from a learning rate of 0, so only the second step changes the parameters.
     """
-    jax.config.update("jax_disable_most_optimizations", True)  # XLA's, which would take longer than they save
+    jax.config.update("jax_disable_most_optimizations", True)  # XLA optimizations take longer than they save here
     program = Program(tiny_config(name))
     state = program.init_state()
     state, report = program.step(state, program.batch(0))
@@ -50,8 +50,8 @@ def first_step(name: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    held = json.loads(FILE.read_text())
-    rows = {config: held[config] for config in config_names() if config in held}
+    recorded = json.loads(FILE.read_text())
+    rows = {config: recorded[config] for config in config_names() if config in recorded}
     for config in sys.argv[1:] or config_names():
         rows[config] = first_step(config)
         print(config, rows[config], flush=True)

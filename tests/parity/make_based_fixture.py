@@ -1,19 +1,19 @@
 # pyright: reportMissingImports=false
-# (torch lives in an environment of its own, with another Python.)
-"""Write `fixtures/based.npz`: a tiny BASED with random weights under HazyResearch's names, and what it computes.
+# (torch is installed in a separate environment with another version of Python.)
+"""Write `fixtures/based.npz`: a tiny BASED with random weights under HazyResearch's names, and its outputs.
 
     OMP_NUM_THREADS=1 ENV/bin/python tests/parity/make_based_fixture.py            # --check compares with the file
 
-The environment is that of `make_fixtures.py`. Their package needs CUDA extensions even to be imported, so this is their
-model written down again in plain torch: names, shapes and equations of `based/models` at 32c1bd4. So the file proves
-that recallax agrees with this reading of their code, not with their code.
+The environment is that of `make_fixtures.py`. Importing HazyResearch's package needs CUDA extensions, so this script
+implements the model again in plain torch, with the names, shapes and equations of `based/models` at 32c1bd4. The file
+therefore proves that recallax agrees with this reading of their code, not with their code.
 """
 
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from make_fixtures import ROWS, VERSIONS, draw, least_moved, logits_of, packed, write
+from make_fixtures import ROWS, VERSIONS, least_sensitive_weight, logits_of, randomize, to_numpy, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -89,7 +89,7 @@ class ShortConvolution(nn.Module):
 
 
 class BaseConv(nn.Module):
-    """Half of the projection is convolved and passes silu, the other half is its gate."""
+    """Gated convolution: silu of the convolved first half of the projection, times the second half."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ class BaseConv(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Scores 1 + s + s^2 / 2 as a product of features, divided by their sum."""
+    """Attention with scores 1 + s + s^2 / 2, computed from features and divided by their sum."""
 
     def __init__(self):
         super().__init__()
@@ -115,13 +115,13 @@ class LinearAttention(nn.Module):
         self.out_proj = nn.Linear(WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (heads(proj(x)) for proj in (self.proj_q, self.proj_k, self.proj_v))
-        scores = torch.tril(taylor(q) @ taylor(k).mT)
-        return self.out_proj(joined(scores @ v / (scores.sum(-1, keepdim=True) + 1e-12)))
+        q, k, v = (split_heads(proj(x)) for proj in (self.proj_q, self.proj_k, self.proj_v))
+        scores = torch.tril(taylor_features(q) @ taylor_features(k).mT)
+        return self.out_proj(merge_heads(scores @ v / (scores.sum(-1, keepdim=True) + 1e-12)))
 
 
 class SlidingAttention(nn.Module):
-    """Rotary softmax attention to half of `window_size` tokens back, and the token itself."""
+    """Rotary softmax attention over the token itself and the `window_size / 2` tokens before it."""
 
     def __init__(self):
         super().__init__()
@@ -129,16 +129,16 @@ class SlidingAttention(nn.Module):
         self.out_proj = nn.Linear(WIDTH, WIDTH, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (heads(part) for part in self.Wqkv(x).split(WIDTH, dim=-1))
-        scores = rotated(q) @ rotated(k).mT / q.shape[-1] ** 0.5
-        at = torch.arange(x.shape[1])
-        behind = at[:, None] - at[None]
-        seen = (behind >= 0) & (behind <= CONFIG["alt_mixer_2"]["window_size"] // 2)
-        return self.out_proj(joined(scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v))
+        q, k, v = (split_heads(part) for part in self.Wqkv(x).split(WIDTH, dim=-1))
+        scores = rotate(q) @ rotate(k).mT / q.shape[-1] ** 0.5
+        positions = torch.arange(x.shape[1])
+        distances = positions[:, None] - positions[None]
+        visible = (distances >= 0) & (distances <= CONFIG["alt_mixer_2"]["window_size"] // 2)
+        return self.out_proj(merge_heads(scores.masked_fill(~visible, float("-inf")).softmax(-1) @ v))
 
 
 class GatedMlp(nn.Module):
-    """The second half of the first product is the gate."""
+    """Gated MLP whose gate is the second half of the first projection."""
 
     def __init__(self):
         super().__init__()
@@ -160,8 +160,8 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class Decay(nn.Module):
-    """A buffer that no mixer reads."""
+class UnusedDecay(nn.Module):
+    """Module with a buffer that no mixer reads."""
 
     def __init__(self):
         super().__init__()
@@ -174,7 +174,7 @@ class Transformer(nn.Module):
         self.embeddings = nn.Module()
         self.embeddings.word_embeddings = nn.Embedding(VOCAB, WIDTH)
         self.layers = nn.ModuleList([Block(BaseConv()), Block(LinearAttention()), Block(SlidingAttention())])
-        self.ln_f, self.decay = RMSNorm(), Decay()
+        self.ln_f, self.decay = RMSNorm(), UnusedDecay()
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embeddings.word_embeddings(tokens)
@@ -194,43 +194,43 @@ class GPTLMHeadModel(nn.Module):
         return SimpleNamespace(logits=self.lm_head(self.transformer(tokens)))
 
 
-def heads(x: Tensor) -> Tensor:
+def split_heads(x: Tensor) -> Tensor:
     return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
 
 
-def joined(x: Tensor) -> Tensor:
+def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(-2)
 
 
-def taylor(x: Tensor) -> Tensor:
-    """1, x and its products in pairs, scaled so that two of them multiply to 1 + s + s^2 / 2."""
+def taylor_features(x: Tensor) -> Tensor:
+    """Return 1, x and all products of two elements of x, scaled so that features have products 1 + s + s^2 / 2."""
     width = x.shape[-1] ** 0.5
     pairs = (x[..., :, None] * x[..., None, :]).flatten(-2) / (2**0.5 * width)
     return torch.cat([torch.ones_like(x[..., :1]), x / width**0.5, pairs], dim=-1)
 
 
-def rotated(x: Tensor) -> Tensor:
-    """The first half of a head's channels against the second."""
+def rotate(x: Tensor) -> Tensor:
+    """Apply rotary positions, which pair the first half of the channels with the second half."""
     half = x.shape[-1] // 2
     angle = torch.arange(x.shape[-2])[:, None] * 10_000.0 ** (-torch.arange(half) / half)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], dim=-1)
 
 
-def arrays_of(name: str) -> dict[str, np.ndarray]:
+def make_arrays(name: str) -> dict[str, np.ndarray]:
     torch.manual_seed(0)
     model = GPTLMHeadModel().eval()
     for key, parameter in model.named_parameters():
-        draw(key, parameter)
+        randomize(key, parameter)
         parameter.copy_(parameter.bfloat16())  # compresses to half the size
     tokens = torch.randint(CONFIG["vocab_size"], (ROWS, LENGTH))
     logits = logits_of(model, tokens)
-    move, weight = least_moved(model, tokens, logits)
-    print(f"{name:16} logits to {float(logits.abs().max()):4.1f}  least move {move:.0e} ({weight})")
+    effect, weight = least_sensitive_weight(model, tokens, logits)
+    print(f"{name:16} logits to {float(logits.abs().max()):4.1f}  smallest effect {effect:.0e} ({weight})")
     arrays = {f"weights/{key}": value for key, value in model.state_dict().items()}
     arrays |= {"tokens": tokens.to(torch.int32), "logits": logits}
-    return packed(arrays, CONFIG, VERSIONS)
+    return to_numpy(arrays, CONFIG, VERSIONS)
 
 
 if __name__ == "__main__":
-    write(__doc__ or "", ["based"], arrays_of)
+    write(__doc__ or "", ["based"], make_arrays)

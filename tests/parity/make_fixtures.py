@@ -1,21 +1,22 @@
 # pyright: reportMissingImports=false
-# (torch and transformers live in an environment of their own, with another Python.)
-"""Write `fixtures/*.npz`: tiny models of Hugging Face transformers with random weights, and what they compute.
+# (torch and transformers are installed in a separate environment with another version of Python.)
+"""Write `fixtures/*.npz`: tiny models of Hugging Face transformers with random weights, and their outputs.
 
     python3.11 -m venv ENV
     ENV/bin/pip install torch==2.13.0 transformers==5.23.0 numpy==2.4.6
-    OMP_NUM_THREADS=1 ENV/bin/python tests/parity/make_fixtures.py            # all; or the names of some
+    OMP_NUM_THREADS=1 ENV/bin/python tests/parity/make_fixtures.py            # all, or those named
     OMP_NUM_THREADS=1 ENV/bin/python tests/parity/make_fixtures.py --check    # write nothing, compare with the files
 
-Python 3.11, the CPU, float32, no network: nothing is downloaded, and recallax is not imported. What a file holds is in
-the README beside this script. Models take the plain torch paths, which kernel packages, when installed, would replace.
+The script runs with Python 3.11 on the CPU in float32. It downloads nothing and does not import recallax. The README
+beside this script describes the arrays of a file. Models use the plain torch implementations, which installed kernel
+packages would replace.
 
-Before it writes a file the script makes sure of two things:
+The script checks two properties before it writes a file:
 
-- Every weight matters. Each is rolled by one place in turn, and the logits have to move by more than `MOVED` of their
-  scale: a weight mapped to the wrong place, order or layout cannot hide.
-- The model's cached decoding agrees with its full forward to `DECODE`. Where a step size meets its clamp it cannot, as
-  one-token steps of the torch path leave the clamp out; there both sides run without it.
+- Every weight has an effect. If the elements of any one weight are rolled by one position, the logits change by more
+  than `MIN_EFFECT` of their scale. So a test detects a weight that is mapped to a wrong place, order or layout.
+- Cached decoding agrees with the full forward pass to `DECODING_TOLERANCE`. Models whose step sizes are clamped are
+  compared without the clamp, because single steps of the torch implementation do not apply it.
 """
 
 import argparse
@@ -36,22 +37,22 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 FOLDER = Path(__file__).with_name("fixtures")
 VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0"}
-KERNELS = ("mamba_ssm", "causal_conv1d", "fla", "mambapy", "kernels")
-"""Packages that would take the place of the plain torch paths."""
+KERNEL_PACKAGES = ("mamba_ssm", "causal_conv1d", "fla", "mambapy", "kernels")
+"""Packages that would replace the plain torch implementations."""
 
 ROWS = 2
-MOVED = 1e-2
-DECODE = 1e-4
+MIN_EFFECT = 1e-2
+DECODING_TOLERANCE = 1e-4
 NO_LIMIT = (0.0, float("inf"))
 
 SHORT, LONG = 13, 67
-"""Tokens. The state-space models get a chunk of 4; the delta rules have one of 64 that no config reaches."""
+"""Lengths in tokens. State-space models have chunks of 4 tokens; delta rules have chunks of 64, fixed in the code."""
 
-ONLY_LINEAR = {
+NO_ATTENTION_LAYERS = {
     "position_ids": torch.zeros(1, 1, dtype=torch.long),
     "attention_mask": {"full_attention": None, "linear_attention": None},
 }
-"""A model that works out positions and masks asks a cache for its length, which one without attention has not."""
+"""Arguments of a model without attention layers, whose cache has no length to compute positions and masks from."""
 
 MAMBA2 = {
     "vocab_size": 32,
@@ -115,20 +116,39 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 
+GATED_DELTA_NET = {
+    "vocab_size": 32,
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attention_bias": False,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "linear_conv_kernel_dim": 4,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fixture:
-    """A model by its `model_type` and config fields, and the modules whose input and output are kept."""
+    """A model and the modules whose inputs and outputs are stored."""
 
     model_type: str
     fields: dict[str, Any]
     length: int = SHORT
     captured: dict[str, str]
-    """What the arrays are called, to the module's name, which is also the prefix of its weights."""
-    binding: bool = False
-    """Whether the step size of a state-space mixer meets its clamp."""
-    decoding: dict[str, Any] = field(default_factory=dict)
-    """What cached decoding has to be told besides the tokens."""
+    """Module name, which is the prefix of its weights, by array name."""
+    clamped: bool = False
+    """True if the clamp on step sizes of a state-space mixer changes the logits."""
+    decoding_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of cached decoding besides the tokens."""
 
 
 FIXTURES = {
@@ -160,57 +180,27 @@ FIXTURES = {
         model_type="mamba2",
         fields=MAMBA2 | {"n_groups": 1, "time_step_limit": [0.2, 0.8]},
         captured={"mixer": "backbone.layers.1.mixer"},
-        binding=True,
+        clamped=True,
     ),
     "qwen3_next": Fixture(
         model_type="qwen3_next",
-        fields={
-            "vocab_size": 32,
-            "hidden_size": 24,
-            "intermediate_size": 28,
-            "num_hidden_layers": 3,
-            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+        fields=GATED_DELTA_NET
+        | {
             "mlp_only_layers": [0, 1, 2],
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
             "head_dim": 16,
-            "attention_bias": False,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 6,
-            "linear_value_head_dim": 5,
-            "linear_conv_kernel_dim": 4,
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False,
         },
         length=LONG,
         captured={"mixer": "model.layers.1.linear_attn", "attention": "model.layers.2.self_attn"},
     ),
     "olmo_hybrid": Fixture(
         model_type="olmo_hybrid",
-        fields={
-            "vocab_size": 32,
-            "hidden_size": 24,
-            "intermediate_size": 28,
-            "num_hidden_layers": 3,
-            "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "attention_bias": False,
+        fields=GATED_DELTA_NET
+        | {
             "rope_parameters": {"rope_type": "default", "rope_theta": None},
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 6,
-            "linear_value_head_dim": 5,
-            "linear_conv_kernel_dim": 4,
             "linear_allow_neg_eigval": True,
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-6,
             "pad_token_id": None,
             "eos_token_id": None,
-            "tie_word_embeddings": False,
         },
         length=LONG,
         captured={"mixer": "model.layers.1.linear_attn", "attention": "model.layers.2.self_attn"},
@@ -236,7 +226,7 @@ FIXTURES = {
         },
         length=LONG,
         captured={"mixer": "model.layers.1.self_attn"},
-        decoding=ONLY_LINEAR,
+        decoding_options=NO_ATTENTION_LAYERS,
     ),
     "nemotron_h": Fixture(
         model_type="nemotron_h",
@@ -264,7 +254,7 @@ FIXTURES = {
             "tie_word_embeddings": False,
         },
         captured={"mixer": "model.layers.3.mixer", "attention": "model.layers.2.mixer"},
-        binding=True,
+        clamped=True,
     ),
     "falcon_h1": Fixture(
         model_type="falcon_h1",
@@ -290,7 +280,7 @@ FIXTURES = {
 
 
 def build(name: str) -> PreTrainedModel:
-    """The model, its weights drawn anew."""
+    """Return the model of a fixture with random weights."""
     fixture = FIXTURES[name]
     config = AutoConfig.for_model(fixture.model_type, **fixture.fields)
     for key, value in fixture.fields.items():
@@ -299,15 +289,15 @@ def build(name: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            draw(key, parameter)
+            randomize(key, parameter)
     return model
 
 
-def draw(name: str, parameter: nn.Parameter) -> None:
-    """Weights of a size that lets everything be seen: rates of decay, gates and scores well away from flat or closed.
+def randomize(name: str, parameter: nn.Parameter) -> None:
+    """Draw a parameter at a scale at which every part of the model affects the logits.
 
-    Scales, skips and biases are drawn around the value they start at. Embeddings are small, so that the first
-    normalisation sees its epsilon.
+    Decays, gates and attention scores are neither constant nor saturated. Scales, skip weights and biases are drawn
+    around their initial values. Embeddings are small, so that the epsilon of the first norm has an effect.
     """
     if name.endswith("A_log"):
         parameter.uniform_(-1.5, 0.7)
@@ -325,28 +315,29 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return model(tokens, use_cache=False).logits
 
 
-def captured(model: nn.Module, tokens: Tensor, modules: dict[str, str]) -> dict[str, Tensor]:
-    """Inputs and outputs of some modules in a full forward; an attention's weights, beside its output, are left out."""
-    found: dict[str, Tensor] = {}
+def capture_modules(model: nn.Module, tokens: Tensor, modules: dict[str, str]) -> dict[str, Tensor]:
+    """Return the inputs and outputs of `modules` (name by key) in a full forward pass, without attention weights."""
+    arrays: dict[str, Tensor] = {}
 
-    def keep(name: str):
-        def hook(_: nn.Module, args: tuple, named: dict[str, Any], output: Any) -> None:
-            found[f"{name}/input"] = args[0] if args else named["hidden_states"]
-            found[f"{name}/output"] = output[0] if isinstance(output, tuple) else output
+    def make_hook(name: str):
+        def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            arrays[f"{name}/input"] = args[0] if args else kwargs["hidden_states"]
+            arrays[f"{name}/output"] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
     handles = [
-        model.get_submodule(at).register_forward_hook(keep(key), with_kwargs=True) for key, at in modules.items()
+        model.get_submodule(path).register_forward_hook(make_hook(key), with_kwargs=True)
+        for key, path in modules.items()
     ]
     logits_of(model, tokens)
     for handle in handles:
         handle.remove()
-    return found
+    return arrays
 
 
-def decoded(model: PreTrainedModel, tokens: Tensor, options: dict[str, Any]) -> Tensor:
-    """The logits again: half of the tokens at once, the others one by one."""
+def decode_with_cache(model: PreTrainedModel, tokens: Tensor, options: dict[str, Any]) -> Tensor:
+    """Return the logits of cached decoding: a prefill of half of the tokens, then single tokens."""
     half = tokens.shape[1] // 2
     output = model(tokens[:, :half], use_cache=True, **options)
     name = "cache_params" if "cache_params" in output else "past_key_values"
@@ -358,8 +349,8 @@ def decoded(model: PreTrainedModel, tokens: Tensor, options: dict[str, Any]) -> 
 
 
 @contextmanager
-def without_limit(model: PreTrainedModel) -> Iterator[None]:
-    """The model with step sizes unclamped."""
+def unclamped_step_sizes(model: PreTrainedModel) -> Iterator[None]:
+    """Context in which the model does not clamp step sizes."""
     mixers = [module for module in model.modules() if "time_step_limit" in vars(module)]
     limits = [module.time_step_limit for module in mixers]
     for module in mixers:
@@ -369,84 +360,113 @@ def without_limit(model: PreTrainedModel) -> Iterator[None]:
         module.time_step_limit = limit
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    """The largest difference, in units of the larger scale."""
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """Return the largest difference, relative to the larger of the two largest values."""
     return float((a - b).abs().max() / torch.maximum(a.abs().max(), b.abs().max()))
 
 
-def least_moved(model: nn.Module, tokens: Tensor, logits: Tensor) -> tuple[float, str]:
-    """The weight that moves the logits least when it is rolled by one place, and by how much; exits below `MOVED`."""
-    moves = []
+def least_sensitive_weight(model: nn.Module, tokens: Tensor, logits: Tensor) -> tuple[float, str]:
+    """Return the smallest change of the logits when one weight is rolled by one position, and the weight.
+
+    Raises:
+        SystemExit: The change is smaller than `MIN_EFFECT`.
+    """
+    effects = []
     for name, parameter in model.named_parameters():
-        kept = parameter.clone()
-        parameter.copy_(kept.flatten().roll(1).view_as(kept))
-        moves.append((distance(logits_of(model, tokens), logits), name))
-        parameter.copy_(kept)
-    move, weight = min(moves)
-    if move < MOVED:
-        sys.exit(f"rolling {weight} moves the logits by {move:.1e} of their scale, less than {MOVED:.0e}")
-    return move, weight
+        original = parameter.clone()
+        parameter.copy_(original.flatten().roll(1).view_as(original))
+        effects.append((relative_difference(logits_of(model, tokens), logits), name))
+        parameter.copy_(original)
+    effect, weight = min(effects)
+    if effect < MIN_EFFECT:
+        sys.exit(f"rolling {weight} changes the logits by {effect:.1e} of their scale, less than {MIN_EFFECT:.0e}")
+    return effect, weight
 
 
-def arrays_of(name: str) -> dict[str, np.ndarray]:
-    """All that the file of this name holds; exits where a check fails."""
+def make_arrays(name: str) -> dict[str, np.ndarray]:
+    """Return the arrays of the fixture with this name.
+
+    Raises:
+        SystemExit: A check of the weights or of cached decoding fails.
+    """
     fixture = FIXTURES[name]
     torch.manual_seed(sum(name.encode()))
     model = build(name)
     tokens = torch.randint(model.config.vocab_size, (ROWS, fixture.length))
     logits = logits_of(model, tokens)
 
-    move, weight = least_moved(model, tokens, logits)
-    with without_limit(model):
-        error = distance(decoded(model, tokens, fixture.decoding), free := logits_of(model, tokens))
-    if error > DECODE:
-        sys.exit(f"{name}: cached decoding is {error:.1e} away from the full forward, more than {DECODE:.0e}")
-    bound = distance(free, logits)
-    if (bound > MOVED) != fixture.binding:
+    effect, weight = least_sensitive_weight(model, tokens, logits)
+    with unclamped_step_sizes(model):
+        error = relative_difference(
+            decode_with_cache(model, tokens, fixture.decoding_options), unclamped := logits_of(model, tokens)
+        )
+    if error > DECODING_TOLERANCE:
         sys.exit(
-            f"{name}: without the clamp on step sizes the logits differ by {bound:.1e}: binding={fixture.binding}?"
+            f"{name}: cached decoding is {error:.1e} away from the full forward, more than {DECODING_TOLERANCE:.0e}"
+        )
+    clamp_effect = relative_difference(unclamped, logits)
+    if (clamp_effect > MIN_EFFECT) != fixture.clamped:
+        sys.exit(
+            f"{name}: without the clamp on step sizes the logits differ by {clamp_effect:.1e}; "
+            f"set clamped={not fixture.clamped}"
         )
 
     tied = set(model.all_tied_weights_keys)
     arrays = {f"weights/{key}": value for key, value in model.state_dict().items() if key not in tied}
     arrays |= {"tokens": tokens.to(torch.int32), "logits": logits}
-    arrays |= captured(model, tokens, fixture.captured)
+    arrays |= capture_modules(model, tokens, fixture.captured)
     config = {"architectures": [type(model).__name__], "model_type": fixture.model_type, **fixture.fields}
     scale = float(logits.abs().max())
-    print(f"{name:16} logits to {scale:4.1f}  decode {error:.0e}  least move {move:.0e} ({weight})")
-    return packed(arrays, config, {**fixture.captured, **VERSIONS})
+    print(f"{name:16} logits to {scale:4.1f}  decode {error:.0e}  smallest effect {effect:.0e} ({weight})")
+    return to_numpy(arrays, config, {**fixture.captured, **VERSIONS})
 
 
-def packed(arrays: dict[str, Tensor], config: dict[str, Any], about: dict[str, str]) -> dict[str, np.ndarray]:
-    """What a file holds."""
+def to_numpy(arrays: dict[str, Tensor], config: dict[str, Any], about: dict[str, str]) -> dict[str, np.ndarray]:
+    """Return the contents of a file: arrays, and `config` and `about` as JSON."""
     texts = {"config": np.array(json.dumps(config)), "about": np.array(json.dumps(about))}
     return {key: value.numpy() for key, value in arrays.items()} | texts
 
 
 def check(name: str, arrays: dict[str, np.ndarray]) -> None:
-    """Exit where the file does not hold the same, rounding apart."""
+    """Compare a file with arrays, up to rounding.
+
+    Raises:
+        SystemExit: They differ.
+    """
     with np.load(FOLDER / f"{name}.npz") as file:
         if set(file) != set(arrays):
-            sys.exit(f"{name}: the file does not hold the same names: {sorted(set(file) ^ set(arrays))}")
+            sys.exit(f"{name}: only the file or only the model has the arrays {sorted(set(file) ^ set(arrays))}")
         for key, value in arrays.items():
-            same = file[key].shape == value.shape and (
-                np.allclose(file[key], value, rtol=1e-5, atol=1e-5) if value.dtype == np.float32 else file[key] == value
-            )
-            if not np.all(same):
-                sys.exit(f"{name}: {key} is another in the file")
+            if key in ("config", "about"):
+                same = json.loads(str(file[key])) == json.loads(str(value))
+            elif value.dtype == np.float32:
+                same = file[key].shape == value.shape and np.allclose(file[key], value, rtol=1e-5, atol=1e-5)
+            else:
+                same = np.array_equal(file[key], value)
+            if not same:
+                sys.exit(f"{name}: {key} differs from the file")
 
 
 def write(description: str, names: Collection[str], make: Callable[[str], dict[str, np.ndarray]]) -> None:
-    """Write the files of these names, or compare them, as the command line asks."""
+    """Run a script: write or compare the fixtures that the command line names.
+
+    Args:
+        description: Docstring of the script; its first line appears in the help.
+        names: All fixtures of the script.
+        make: Returns the arrays of a fixture by its name.
+    """
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("names", nargs="*", help=f"some of {', '.join(names)}; all when left out")
-    parser.add_argument("--check", action="store_true", help="write nothing, compare with the files")
+    parser.add_argument("names", nargs="*", help=f"fixtures, of {', '.join(names)}; default: all")
+    parser.add_argument("--check", action="store_true", help="compare with the files and write nothing")
     args = parser.parse_args()
     if unknown := set(args.names) - set(names):
-        parser.error(f"no such model: {', '.join(sorted(unknown))}")
-    for package, wanted in VERSIONS.items():
-        if (found := version(package).partition("+")[0]) != wanted:
-            sys.exit(f"{package} is {found} here, the fixtures are of {wanted}: install that, or change VERSIONS")
+        parser.error(f"no such fixture: {', '.join(sorted(unknown))}")
+    for package, expected in VERSIONS.items():
+        if (installed := version(package).partition("+")[0]) != expected:
+            sys.exit(
+                f"{package} is version {installed}; it must be {expected}, as for the stored fixtures: install that"
+                " version, or change VERSIONS"
+            )
     torch.set_num_threads(1)
     FOLDER.mkdir(exist_ok=True)
     with torch.no_grad():
@@ -459,9 +479,9 @@ def write(description: str, names: Collection[str], make: Callable[[str], dict[s
 
 
 def main() -> None:
-    if installed := [package for package in KERNELS if find_spec(package)]:
-        sys.exit(f"uninstall {', '.join(installed)}: the fixtures are of the plain torch paths")
-    write(__doc__ or "", FIXTURES, arrays_of)
+    if installed := [package for package in KERNEL_PACKAGES if find_spec(package)]:
+        sys.exit(f"uninstall {', '.join(installed)}: fixtures are made with the plain torch implementations")
+    write(__doc__ or "", FIXTURES, make_arrays)
 
 
 if __name__ == "__main__":
