@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from experiments.results import markdown_row
+from experiments.results import accuracy_or_nan, markdown_row, rank
 from recallax.sweep import ResultRow
 
 
@@ -25,10 +25,10 @@ def lr_grid_table(rows: list[ResultRow], names: Iterable[str], learning_rates: S
         own = [row for row in rows if row["mixer"] == name]
         if not own:
             continue
-        grid = {row["lr"]: row["valid"]["accuracy"] for row in own if row["stage"] == "grid"}
-        best = max(grid, key=grid.__getitem__)
+        grid = {row["lr"]: accuracy_or_nan(row, "valid") for row in own if row["stage"] == "grid"}
+        best = max(grid, key=lambda rate: rank(grid[rate]))
         valid = [f"{grid[rate]:.3f}" if rate in grid else "" for rate in learning_rates]
-        test = " ".join(f"{row['test']['accuracy']:.3f}" for row in own if row["lr"] == best)
+        test = " ".join(f"{accuracy_or_nan(row, 'test'):.3f}" for row in own if row["lr"] == best)
         seconds = f"{min(row['seconds'] for row in own):.0f}"
         lines.append(markdown_row([name, own[0]["state_bytes"], own[0]["parameters"], *valid, test, seconds]))
     return "\n".join(lines)

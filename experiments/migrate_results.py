@@ -31,13 +31,13 @@ def main() -> int:
             old: fingerprint(config) for config in recorded_configs(question) for old in _old_fingerprints(config)
         }
         for file in sorted((FOLDER / question).glob("*.jsonl")):
+            read_rows(FOLDER / question, file.name)  # ends the program before a damaged file is rewritten
             lines = file.read_text().splitlines(keepends=True)
             migrated = [_migrate(line, current) for line in lines]
             file.write_text("".join(migrated))
             changed = sum(old != new for old, new in zip(lines, migrated, strict=True))
-            missing = [
-                row for row in map(json.loads, migrated) if row.get("config", "none") not in {"none", *current.values()}
-            ]
+            known = {"none", *current.values()}
+            missing = [row for row in read_rows(FOLDER / question, file.name) if row.get("config", "none") not in known]
             unknown += len(missing)
             print(
                 f"{file.relative_to(FOLDER)}: {len(lines)} rows, {changed} rewritten, {len(missing)} without a config"
@@ -86,7 +86,7 @@ def _without_later_fields(value: Any) -> Any:
 
 
 def _migrate(line: str, current: dict[str, str]) -> str:
-    recorded = json.loads(line).get("config")
+    recorded = json.loads(line).get("config") if line.strip() else None
     return (
         line.replace(f'"config": "{recorded}"', f'"config": "{current[recorded]}"', 1) if recorded in current else line
     )

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from recallax.paths import reject_link
+
 UNSUPPORTED_FSYNC = (errno.EINVAL, errno.ENOTSUP)
 """Errors of file systems that cannot write a folder to the disk separately."""
 TEMPORARY_NAME = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
@@ -57,8 +59,9 @@ def create_folder_atomic(folder: Path, write_files: Callable[[Path], None]) -> N
             are passed on, and the temporary folder is removed.
 
     Raises:
-        OSError: A file cannot be written, or the folder exists and is not empty.
+        OSError: A file cannot be written, or the folder exists and is not empty, or is a symbolic link.
     """
+    reject_link(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned_folders(folder.parent)
     temporary, lock = _create_locked_folder(folder)

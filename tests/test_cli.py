@@ -1,5 +1,8 @@
 """The command line: error messages, help without JAX, and runs that are stopped and resumed."""
 
+import dataclasses
+import errno
+import importlib
 import json
 import logging
 import os
@@ -8,14 +11,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import pytest
+import tyro
 
 from recallax.cli.config_files import config_names
-from recallax.cli.main import main
+from recallax.cli.main import COMMANDS, main
+from recallax.cli.outputs import Output, output_options
+from recallax.report import ReportError, write_report
+from recallax.tasks.text import train_bpe
 
 pytestmark = pytest.mark.xdist_group("cli")  # one process, because some tests share a run
 
@@ -107,6 +114,28 @@ def test_wrong_input_is_an_error(
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        (
+            "--optim.lr nan --optim.b2 2 --train.steps=0 --model.dropout 1",
+            ["dropout is 1.0", "optim.lr is nan", "optim.b2 is 2.0", "train.steps is 0"],
+        ),
+        (
+            "--optim.lrr 1 --train.steps 2.5 --optim.lr fast --train.stepz=3 --evaluate.every 0",
+            ["options: --optim.lrr", "'2.5'", "'fast'", "options: --train.stepz", "evaluate.every is 0"],
+        ),
+        # Values that are valid only together are no mistakes.
+        ("--train.batch-size 66 --train.gradient-accumulation-steps 3 --optim.lr fast", ["'fast'"]),
+    ],
+)
+def test_all_wrong_overrides_are_reported(arguments: str, parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_message(capsys, "show", "mqar_micro", *arguments.split())
+    for part in parts:
+        assert part in message, message
+    assert "multiple" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
         ("trian", ["no command 'trian'", "did you mean 'train'"]),
         ("eval nowhere", ["nowhere is not a run folder"]),
         ("eval . --batches -1", ["batches is -1", "at least 1"]),
@@ -133,6 +162,94 @@ def test_wrong_commands_are_errors(arguments: str, parts: list[str], capsys: pyt
     message = error_message(capsys, *arguments.split())
     for part in parts:
         assert part in message, message
+
+
+# Outputs that cannot be written
+
+
+def options_classes() -> Iterator[tuple[str, type]]:
+    """Yield every command with the options dataclasses of its module."""
+    for name, command in COMMANDS.items():
+        module = importlib.import_module(f"recallax.cli.{command.module or name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and dataclasses.is_dataclass(value) and value.__module__ == module.__name__:
+                yield name, value
+
+
+OUTPUTS = [(name, *item, options) for name, options in options_classes() for item in output_options(options).items()]
+"""Every output option: the command, the field, its kind, and the options class."""
+
+
+def required_arguments(command: str, options: type) -> list[str]:
+    """Return values for the arguments that a command needs, so that it parses. Its run or file does not exist."""
+    if COMMANDS[command].arguments.startswith("CONFIG"):
+        return ["mqar_micro"]
+    arguments = []
+    for field in dataclasses.fields(options):
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            hint = get_type_hints(options, include_extras=True)[field.name]
+            if tyro.conf.Positional[Path] == hint or tyro.conf.Positional[tuple[Path, ...]] == hint:
+                arguments.append("nowhere")
+            else:
+                value = get_args(hint)[0] if get_origin(hint) is Literal else "64"
+                arguments += [f"--{field.name.replace('_', '-')}", value]
+    return arguments
+
+
+def test_every_option_for_a_path_to_write_is_marked() -> None:
+    """An option whose type is a path names an output; what a command reads is positional."""
+    assert {command for command, *_ in OUTPUTS} >= {"train", "calibrate", "export", "import", "report", "sweep"}
+    for _, options in options_classes():
+        hints = get_type_hints(options, include_extras=True)
+        assert not {field for field, hint in hints.items() if hint in (Path, Path | None)}, options
+
+
+@pytest.mark.parametrize("problem", ["folder", "parent", "forbidden", "full", "name"])
+@pytest.mark.parametrize(("command", "option", "output", "options"), OUTPUTS, ids=[name for name, *_ in OUTPUTS])
+def test_unwritable_output_is_an_error(
+    command: str,
+    option: str,
+    output: Output,
+    options: type,
+    problem: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The message is about the output, although the run or file that the command reads does not exist either."""
+    (tmp_path / "file").touch()
+    path = {
+        "folder": tmp_path if output.kind != "folder" else tmp_path / "file",
+        "parent": tmp_path / "file" / "absent" / "out.html",
+        "forbidden": Path("/proc/out.html") if sys.platform == "linux" else Path("/dev/null/out.html"),
+        "full": Path("/dev/full"),
+        "name": tmp_path / ("x" * 300) / "out.html",
+    }[problem]
+    before = sorted(tmp_path.rglob("*"))
+    assert main([command, *required_arguments(command, options), f"--{option}", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"--{option} {path} " in error, error
+    assert "cannot be written: " in error or "already exists; " in error
+    assert f"choose another {'file' if output.kind == 'file' else ''}" in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_full_disk_is_a_one_line_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk becomes full after the check of the option."""
+    pytest.importorskip("tokenizers")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("recallax.files.os.fsync", fail)
+        with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/a\.json'"):
+            train_bpe(["a text"], 257, tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []
+    assert train_bpe(["a text"], 257, tmp_path / "a.json") >= 257
+    with pytest.raises(ReportError, match="suffix of a table"):
+        write_report([], tmp_path / "page.csv")
 
 
 # Help without JAX
@@ -191,7 +308,7 @@ def test_show_prints_costs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class Attempt(NamedTuple):
-    """One process of a run, after its end."""
+    """Result of one process of a run."""
 
     status: int
     step: int
@@ -273,6 +390,7 @@ def attempts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder, ends
 
 
+@pytest.mark.fault("R3")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_signal_saves_checkpoint(attempts: tuple[Path, dict[str, Attempt]], name: str) -> None:
     end = attempts[1][name]
@@ -282,6 +400,7 @@ def test_signal_saves_checkpoint(attempts: tuple[Path, dict[str, Attempt]], name
     assert end.rows[-1]["event"] == "interrupted" and end.rows[-1]["step"] == end.step < RUN["steps"]
 
 
+@pytest.mark.fault("R6")
 def test_damaged_checkpoint_is_quarantined(attempts: tuple[Path, dict[str, Attempt]]) -> None:
     folder, ends = attempts
     assert ends["SIGKILL"].status == -signal.SIGKILL
@@ -293,6 +412,7 @@ def test_damaged_checkpoint_is_quarantined(attempts: tuple[Path, dict[str, Attem
     assert ends["SIGTERM"].step <= started < step
 
 
+@pytest.mark.fault("R1", "R3", "R6")
 def test_resumed_run_equals_uninterrupted_run(attempts: tuple[Path, dict[str, Attempt]], uninterrupted: Path) -> None:
     folder, ends = attempts
     assert ends["finished"].status == 0, ends["finished"].err
@@ -310,6 +430,7 @@ def test_rows_name_config_device_and_commit(uninterrupted: Path) -> None:
     assert all(row["fingerprint"] == begin["fingerprint"] and row["seconds"] >= 0 for row in rows)
 
 
+@pytest.mark.fault("R17")
 def test_run_folder_of_another_config_is_an_error(
     uninterrupted: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +441,7 @@ def test_run_folder_of_another_config_is_an_error(
     assert "choose a new folder" in message
 
 
+@pytest.mark.fault("R11")
 def test_run_folder_in_use_is_an_error(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from recallax.config import from_json
     from recallax.train.run_config import RunConfig
@@ -331,6 +453,7 @@ def test_run_folder_in_use_is_an_error(uninterrupted: Path, tmp_path: Path, caps
     assert f"is in use by process {os.getpid()}" in message and "choose another folder" in message
 
 
+@pytest.mark.fault("R10")
 def test_unwritable_run_folder_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     message = error_message(capsys, "train", *ARGUMENTS, "--run", str(tmp_path / "file" / "run"))
@@ -429,6 +552,7 @@ def test_generate_continues_prompts(uninterrupted: Path, capsys: pytest.CaptureF
     assert "prompt 0 has the token 64; ids of this model are 0 to 63" in wrong
 
 
+@pytest.mark.fault("R3")
 def test_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
     """The second signal arrives while the first one waits for the step that is being compiled."""
     folder = tmp_path / "run"
@@ -437,10 +561,11 @@ def test_second_signal_ends_the_run_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) in (-signal.SIGTERM, 75)  # 75 if the step ended before the second signal
+    assert process.wait(10) in (-signal.SIGTERM, 128 + signal.SIGTERM, 75)  # 75 if the step ended before the second one
     assert "Traceback" not in folder.with_suffix(".err").read_text()
 
 
+@pytest.mark.fault("R1", trials=5)
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(4))
 def test_kills_at_random_times_do_not_change_the_result(tmp_path: Path, uninterrupted: Path, seed: int) -> None:

@@ -1,5 +1,6 @@
 """The log: strict JSON, no truncated lines, and no step twice."""
 
+import codecs
 import io
 import json
 import math
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 import recallax.train
-from recallax.train.log import LogError, RunLog, environment, git_commit, read_log
+from recallax.train.log import LogError, RunLog, environment, git_commit, read_last_row, read_log
 from recallax.train.progress import LiveProgress, PlainProgress, make_progress
 
 
@@ -43,6 +44,7 @@ def test_reserved_keys_are_rejected(tmp_path: Path) -> None:
         log.write("train", 1, {"step": 2})
 
 
+@pytest.mark.fault("R22")
 def test_truncated_last_line_is_skipped_and_removed(tmp_path: Path) -> None:
     """A killed process may truncate the last row at any byte."""
     path = tmp_path / "log.jsonl"
@@ -59,7 +61,8 @@ def test_truncated_last_line_is_skipped_and_removed(tmp_path: Path) -> None:
         assert [row["loss"] for row in read_log(path)] == [1.0, 3.0]
 
 
-@pytest.mark.parametrize("line", [b'{"kind": "tr', b"[]", b'{"kind": "train"}', b"", b"\xff\x00"])
+@pytest.mark.fault("R22")
+@pytest.mark.parametrize("line", [b'{"kind": "tr', b"[]", b'{"kind": "train"}', b"<<<<<<< a", b"\xff\x00"])
 def test_truncated_middle_line_is_an_error(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "log.jsonl"
     with RunLog(path, "f") as log:
@@ -71,6 +74,34 @@ def test_truncated_middle_line_is_an_error(tmp_path: Path, line: bytes) -> None:
         RunLog(path, "f")
 
 
+def test_blank_lines_and_byte_order_marks_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    with RunLog(path, "f") as log:
+        log.write("train", 1, {"loss": 1.0})
+        log.write("eval", 1, {"loss": 2.0})
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(codecs.BOM_UTF8 + first + b"\r\n\r\n \n" + second)
+    assert [row["loss"] for row in read_log(path)] == [1.0, 2.0]
+
+
+def test_last_row_of_a_log_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log.jsonl"
+    assert read_last_row(path, "train") is None and read_last_row(tmp_path, "train") is None
+    with RunLog(path, "f") as log:
+        log.write("train", 1, {})
+        log.write("train", 2, {})
+        log.write("eval", 2, {})
+    whole = path.read_bytes()
+    for tail in (b"", b'{"kind": "train", "step": 3', b"\xff\x00\n", b"[" * 100_000 + b"\n", b'{"kind": "train"}\n'):
+        path.write_bytes(whole + tail)
+        row = read_last_row(path, "train")
+        assert (row is None) == (len(tail) > 2**16) and (row is None or row["step"] == 2)
+    path.write_bytes(whole)
+    monkeypatch.setattr("recallax.train.log.TAIL_BYTES", len(whole.splitlines()[-1]) + 5)
+    assert read_last_row(path, "train") is None and read_last_row(path, "eval") is not None
+
+
+@pytest.mark.fault("R22")
 def test_truncate_removes_later_rows(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     with RunLog(path, "f") as log:
@@ -112,6 +143,7 @@ def test_tensorboard_purges_later_steps(tmp_path: Path) -> None:
     assert [e.step for e in events if e.session_log.status == SessionLog.START] == [8]
 
 
+@pytest.mark.fault("R9", "R22")
 def test_partial_write_of_a_row_is_an_error(tmp_path: Path) -> None:
     """A limit on the size of files simulates a disk that becomes full in the middle of a row."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -135,6 +167,7 @@ def test_only_process_0_writes(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fault("R10")
 def test_unwritable_log_is_an_error(tmp_path: Path) -> None:
     with RunLog(tmp_path / "gone" / "log.jsonl", "f") as log, pytest.raises(LogError, match="cannot be written"):
         log.write("train", 1, {})

@@ -4,11 +4,11 @@ No model is trained here, so no part uses `recallax.train`: the gradient descent
 `neural_memory`, while it reads a sequence, and `learned_gates` fits nine gate logits to that.
 """
 
-import json
 import time
 from pathlib import Path
 
 from experiments.inner_mechanisms import decay, depth, learned_gates, momentum
+from recallax.sweep import write_results
 from recallax.train.log import git_commit
 
 FOLDER = Path(__file__).parent
@@ -23,7 +23,7 @@ def main() -> None:
         measured = mechanism.measure()
         rows += [row | {"commit": git_commit()} for row in measured]
         print(*measured, f"{time.monotonic() - start:.0f} s", sep="\n", flush=True)
-    (FOLDER / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_results(rows, FOLDER)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 descent, inside `neural_memory`, is what is measured.
 """
 
-import json
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -15,6 +14,7 @@ import numpy as np
 
 from recallax.pallas_kernels.neural_memory import InnerOptimizer, MemoryInputs, OuterParams, neural_memory
 from recallax.pallas_kernels.neural_memory.inner_optimizer import LinearNet
+from recallax.sweep import write_results
 from recallax.train.log import git_commit
 
 type GradientMode = Literal["token", "chunk_start"]
@@ -72,7 +72,7 @@ def main() -> None:
             {"gradient": gradient, "cosine": cosine, "momentum": momentum, "largest": largest, "commit": git_commit()}
         )
         print(rows[-1], flush=True)
-    (FOLDER / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_results(rows, FOLDER)
 
 
 if __name__ == "__main__":

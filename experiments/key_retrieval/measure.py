@@ -4,7 +4,6 @@ The stages are train (run folders in `runs/key_retrieval`), recall, offload and 
 results.jsonl. The process uses one thread.
 """
 
-import json
 import os
 import sys
 import time
@@ -36,7 +35,7 @@ from recallax.models import LM, LMConfig
 from recallax.models.offload import OffloadedLM
 from recallax.pallas_kernels.landmark_attention import landmark_attention
 from recallax.pallas_kernels.window_attention import window_attention
-from recallax.sweep import ResultRow
+from recallax.sweep import ResultRow, encode_row
 from recallax.tasks import KeyRetrieval
 from recallax.train.log import environment, git_commit
 from recallax.train.loop import restore_run
@@ -57,7 +56,7 @@ def append_row(row: ResultRow) -> None:
     """Append a row to results.jsonl, with the host and the commit, and print it."""
     host = {name: environment()[name] for name in ("device", "cpus", "jax")}
     with (FOLDER / "results.jsonl").open("a") as file:
-        file.write(json.dumps(row | host | {"commit": git_commit()}) + "\n")
+        file.write(encode_row(row | host | {"commit": git_commit()}) + "\n")
     print(row, flush=True)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import tyro
 
 from recallax.cli.options import parse_options
+from recallax.cli.outputs import OutputFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class CalibrateOptions:
     """Fraction of its state that a channel must retain over --train-length tokens to be filtered."""
     clip_quantile: float = 0.95
     """Quantile at which step sizes are clipped before the retention is computed."""
-    out: Path | None = None
+    out: OutputFolder | None = None
     """Folder of the new run; RUN/long-CONTEXT_LENGTH by default."""
 
 

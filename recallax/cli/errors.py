@@ -3,15 +3,17 @@
 | status | meaning |
 |---|---|
 | 0 | success |
-| 1 | a run failed |
+| 1 | a run failed, or the command has a defect |
 | 2 | the input is wrong |
 | 75 | a run was stopped and saved; the same command resumes it |
+| 79 | a run made no progress and was ended; the same command resumes it |
 | 130 | Ctrl-C ended the command |
 | 141 | the output was closed, as by `recallax list \\| head` |
 """
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from recallax.config import ConfigError
@@ -30,7 +32,7 @@ EXIT_BROKEN_PIPE = 141
 def run_with_error_messages(command: Callable[[], int]) -> int:
     """Run a command, and print a message of one line for errors that its input or the machine can cause.
 
-    Any other exception is a defect and keeps its traceback.
+    Any other exception is a defect, whose traceback is printed here, where the output is escaped.
 
     Args:
         command: The command; returns its exit status.
@@ -52,7 +54,8 @@ def run_with_error_messages(command: Callable[[], int]) -> int:
     except Exception as error:
         status = _expected_status(error)
         if status is None:
-            raise
+            traceback.print_exc()
+            return EXIT_FAILURE
         return print_error(str(error), status)
 
 
@@ -73,17 +76,20 @@ def print_error(message: str, status: int) -> int:
 def _expected_status(error: Exception) -> int | None:
     """Return the exit status of an expected error; None for a defect. The imports are here because they need JAX."""
     from recallax.convert.key_map import WeightsError
+    from recallax.models.decoding import NonFiniteLogitsError
     from recallax.models.prompts import PromptError
     from recallax.report import ReportError
     from recallax.train.checkpoint import CheckpointError
+    from recallax.train.distributed import LostProcessError
     from recallax.train.log import LogError
     from recallax.train.metrics_logger import NonFiniteError
+    from recallax.train.resource_checks import OutOfMemoryError
     from recallax.train.run_folder import RunFolderError
     from recallax.train.stop_signals import Interrupted
 
-    wrong_input = (CheckpointError, FileNotFoundError, LogError, PromptError, ReportError, RunFolderError, WeightsError)
+    wrong_input = (CheckpointError, LogError, OSError, PromptError, ReportError, RunFolderError, WeightsError)
     if isinstance(error, Interrupted):
         return EXIT_PREEMPTED
-    if isinstance(error, NonFiniteError):
+    if isinstance(error, LostProcessError | NonFiniteError | NonFiniteLogitsError | OutOfMemoryError):
         return EXIT_FAILURE
     return EXIT_USAGE if isinstance(error, wrong_input) else None

@@ -7,6 +7,7 @@ from typing import Literal
 import tyro
 
 from recallax.cli.options import parse_options
+from recallax.cli.outputs import NewOutputFolder
 from recallax.config import ConfigError
 
 
@@ -18,7 +19,7 @@ class ExportOptions:
     """Folder of the run."""
     to: Literal["safetensors", "stablehlo", "orbax"]
     """Format: safetensors with a config.json; stablehlo, compiled prefill and step programs; or orbax."""
-    out: Path | None = None
+    out: NewOutputFolder | None = None
     """Folder to create; RUN/export-FORMAT by default."""
     layout: str | None = None
     """safetensors: layout of the weights. Default: that of the import, or the first that fits the model."""

@@ -7,6 +7,7 @@ import tyro
 
 from recallax.cli.config_files import load_config
 from recallax.cli.options import parse_options
+from recallax.cli.outputs import OutputFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,7 @@ class ImportOptions:
 
     path: tyro.conf.Positional[Path]
     """Folder with config.json and *.safetensors, or one that `export --to orbax` wrote."""
-    run: Path | None = None
+    run: OutputFolder | None = None
     """Folder of the new run; runs/imported_LAYOUT-FINGERPRINT by default."""
     config: str = "mqar_micro"
     """Config whose task, optimizer and schedule a published model gets. Weights in recallax's layout have their own."""

@@ -12,6 +12,7 @@ from recallax import __version__
 from recallax.cli.config_files import check_config_name, config_names
 from recallax.cli.errors import EXIT_OK, EXIT_USAGE, print_error, run_with_error_messages
 from recallax.config import suggest_name
+from recallax.terminal import escaped_output
 
 
 class Command(NamedTuple):
@@ -58,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         SystemExit: Help was requested, or an option is wrong; tyro has printed the reason.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    return run_with_error_messages(lambda: _run_command(arguments))
+    with escaped_output():
+        return run_with_error_messages(lambda: _run_command(arguments))
 
 
 def usage() -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 import tyro
 
 from recallax.cli.options import parse_options
+from recallax.cli.outputs import OutputFile
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,7 @@ class ReportOptions:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of runs or of sweeps."""
-    out: Path = Path("report.html")
+    out: OutputFile = Path("report.html")
     """HTML file to write."""
 
 

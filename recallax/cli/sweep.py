@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from recallax.cli.options import parse_options
+from recallax.cli.outputs import OutputFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +20,7 @@ class SweepOptions:
 
     file: tyro.conf.Positional[Path]
     """Python file with `STAGES`, a list of functions from the rows so far to trials (see `recallax.sweep`)."""
-    out: Path | None = None
+    out: OutputFolder | None = None
     """Folder of the runs and of results.jsonl; runs/FOLDER_OF_THE_FILE by default."""
     backend: Literal["local", "ray", "slurm"] = "local"
     """Train in processes of this machine, in tasks of a Ray cluster, or in SLURM jobs. A cluster must share OUT."""

@@ -9,6 +9,7 @@ import tyro
 from recallax.cli.config_files import load_config
 from recallax.cli.corpus import text_task_of
 from recallax.cli.options import parse_overrides
+from recallax.cli.outputs import OutputFile
 from recallax.tasks.text.tokenizer import train_bpe
 from recallax.train.run_config import RunConfig
 
@@ -18,7 +19,7 @@ class TokenizerOptions:
     """Train a byte-level BPE tokenizer on the train split of a config's text."""
 
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
-    out: Path = Path("tokenizer.json")
+    out: OutputFile = Path("tokenizer.json")
     """File to write. Give its name to the BPE tokenizer of a config."""
     vocab_size: int = 8192
     """Maximum number of token ids, including the 256 bytes and the document boundary."""

@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from recallax.report.runs import RunSummary, parse_number
+from recallax.report.runs import RunSummary
 from recallax.report.tables import Table
+from recallax.train.log import parse_number
 
 type Figure = Any
 """matplotlib.figure.Figure. matplotlib is imported only when a figure is drawn."""

@@ -16,6 +16,7 @@ from recallax.report.tables import (
     as_html,
     as_markdown,
     config_differences,
+    events_table,
     settings_table,
     summary_table,
     values_table,
@@ -23,6 +24,8 @@ from recallax.report.tables import (
 
 MAX_INDIVIDUAL_RUNS = 12
 """Number of runs up to which every run has its own curves, bars and table columns."""
+MAX_EVENTS = 100
+"""Number of events that a page shows."""
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 )
@@ -88,7 +91,7 @@ def _render_page(runs: list[RunSummary], settings: list[Setting]) -> str:
     ]
     if len(runs) > MAX_INDIVIDUAL_RUNS:
         parts += ["<h2>Runs</h2>", summary]
-    parts += _config_section(runs)
+    parts += [*_events_section(runs), *_config_section(runs)]
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">'
@@ -150,6 +153,16 @@ def _individual_runs_section(runs: list[RunSummary], settings: list[Setting]) ->
     if len(metrics[0]) > 1:
         parts += ["<h2>Other metrics</h2>", "<p>On the test split:</p>", as_html(metrics)]
     return parts
+
+
+def _events_section(runs: list[RunSummary]) -> list[str]:
+    """Table of the first events of the runs, such as loss spikes."""
+    header, *rows = events_table(runs)
+    if not rows:
+        return []
+    omitted = len(rows) - MAX_EVENTS
+    note = [_render_note(f"{omitted} more events are not shown.")] if omitted > 0 else []
+    return ["<h2>Events</h2>", as_html([header, *rows[:MAX_EVENTS]]), *note]
 
 
 def _config_section(runs: list[RunSummary]) -> list[str]:

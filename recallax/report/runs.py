@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from recallax.config import diff_json
+from recallax.external_file import printable
 from recallax.train.checkpoint_description import newest_metadata
-from recallax.train.log import LogRow, parse_number, read_log
-from recallax.train.progress import printable
+from recallax.train.log import LogRow, finite_number, parse_number, read_log
 from recallax.train.run_folder import RunFolderError, read_config
 
 type Curve = list[tuple[int, int | float]]
@@ -40,6 +40,8 @@ class RunSummary:
     """Accuracy on the valid split, a fraction."""
     test: LogRow | None
     """The last evaluation on the test split."""
+    events: list[LogRow]
+    """The "event" rows, oldest first: loss spikes, interruptions, stages, and the end of a run that is not finite."""
 
     def group_accuracies(self) -> dict[str, float | None]:
         """Return the accuracy on the test split by group."""
@@ -55,11 +57,11 @@ class RunSummary:
         Args:
             name: Key of the row.
         """
-        return _finite_number(self.info.get(name))
+        return finite_number(self.info.get(name))
 
     def test_accuracy(self) -> float | None:
         """Return the accuracy on the test split; None if it is missing or not finite."""
-        return _finite_number((self.test or {}).get("accuracy"))
+        return finite_number((self.test or {}).get("accuracy"))
 
     def _test_numbers(self, prefix: str) -> dict[str, float | None]:
         """Return the numbers of the test evaluation whose keys have a prefix, without the prefix."""
@@ -114,6 +116,7 @@ def read_run(folder: Path) -> RunSummary:
         train_loss=_curve((row for row in rows if row["kind"] == "train"), "loss"),
         valid_accuracy=_curve((row for row in evals if row.get("split") == "valid"), "accuracy"),
         test=_last_row(row for row in evals if row.get("split") == "test"),
+        events=[row for row in rows if row["kind"] == "event"],
     )
 
 
@@ -143,11 +146,6 @@ def _check_same_config(folder: Path, config: dict[str, Any]) -> None:
             f"the newest checkpoint in {folder} was written with another config than its config.json (checkpoint -> "
             "config.json):\n  " + "\n  ".join(differences) + "\nrestore the config.json of the run"
         )
-
-
-def _finite_number(value: Any) -> float | None:
-    number = parse_number(value)
-    return float(number) if number is not None and math.isfinite(number) else None
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, str]]:

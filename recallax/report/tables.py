@@ -7,14 +7,17 @@ import re
 from collections.abc import Callable, Iterable
 from statistics import fmean
 
+from recallax.external_file import printable
 from recallax.report.grouping import Setting
-from recallax.report.runs import RunSummary, parse_number
-from recallax.train.progress import printable
+from recallax.report.runs import RunSummary
+from recallax.train.log import RESERVED_KEYS, parse_number
 
 type TableCell = str | int | float | None
 type Table = list[list[TableCell]]
 """Rows of cells. The first row is the header, the first column the label of a row."""
 
+EVENT_KEYS = (*RESERVED_KEYS, "event")
+"""Keys of an "event" row that are not details of the event."""
 COMMIT_DIGITS = 10
 """Number of hex digits that tables show of a commit."""
 
@@ -40,6 +43,21 @@ def summary_table(runs: list[RunSummary]) -> Table:
             r"^[0-9a-f]{40}", lambda match: match[0][:COMMIT_DIGITS], commit
         )  # a suffix such as -dirty stays
         table.append([run.label, status, *numbers, device, fingerprint, commit])
+    return table
+
+
+def events_table(runs: list[RunSummary]) -> Table:
+    """Make the table of the events in the logs of runs, with a row per event.
+
+    Args:
+        runs: The runs.
+    """
+    table: Table = [["run", "step", "event", "details"]]
+    for run in runs:
+        for row in run.events:
+            values = {name: parse_number(value) for name, value in row.items() if name not in EVENT_KEYS}
+            texts = [f"{name} {row[name] if value is None else f'{value:.4g}'}" for name, value in values.items()]
+            table.append([run.label, row["step"], *(printable(t) for t in (str(row.get("event")), ", ".join(texts)))])
     return table
 
 

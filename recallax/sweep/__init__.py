@@ -18,9 +18,10 @@ from recallax.sweep.backends.backend import Backend
 from recallax.sweep.backends.factory import BackendName, ResourceOptions, make_backend
 from recallax.sweep.backends.local import LocalBackend
 from recallax.sweep.learning_rates import refine_learning_rates
-from recallax.sweep.results import read_results, result_row, write_results
+from recallax.sweep.results import encode_row, read_results, result_row, write_results
 from recallax.sweep.runner import run_sweep
-from recallax.sweep.trial import ResultRow, SweepStage, Trial, load_stages
+from recallax.sweep.sweep_file import load_stages
+from recallax.sweep.trial import ResultRow, SweepStage, Trial
 
 __all__ = [
     "Backend",
@@ -30,6 +31,7 @@ __all__ = [
     "ResultRow",
     "SweepStage",
     "Trial",
+    "encode_row",
     "load_stages",
     "make_backend",
     "read_results",

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Mapping
 
+from recallax.train.log import finite_number
+
 
 def refine_learning_rates(
-    accuracy_by_rate: Mapping[float, float], expand_factor: float = 2.0, min_ratio: float = math.sqrt(2)
+    accuracy_by_rate: Mapping[float, float | str | None], expand_factor: float = 2.0, min_ratio: float = math.sqrt(2)
 ) -> tuple[float, ...]:
     """Select the learning rates to try next.
 
@@ -13,12 +15,13 @@ def refine_learning_rates(
     of the best rate and its neighbours follow, until the neighbours are within `min_ratio` of it.
 
     Args:
-        accuracy_by_rate: Accuracy of each rate tried so far.
+        accuracy_by_rate: Accuracy of each rate tried so far, as a row has it. An accuracy that is not a finite number,
+            such as "nan", is below all others.
         expand_factor: Factor between the edge of the grid and the next rate.
         min_ratio: Ratio of neighbouring rates at which the refinement ends.
 
     Returns:
-        The rates in ascending order; none if the best rate is settled.
+        The rates in ascending order; none if the best rate is settled, or no accuracy is finite.
 
     Raises:
         ValueError: No rate has been tried.
@@ -26,7 +29,10 @@ def refine_learning_rates(
     if not accuracy_by_rate:
         raise ValueError("accuracy_by_rate is empty; begin with a grid of learning rates")
     rates = sorted(accuracy_by_rate)
-    best = max(rates, key=lambda rate: accuracy_by_rate[rate])
+    finite = {rate: value for rate, x in accuracy_by_rate.items() if (value := finite_number(x)) is not None}
+    if not finite:
+        return ()
+    best = max(sorted(finite), key=finite.__getitem__)
     index = rates.index(best)
     next_rates = []
     for neighbour, beyond_edge in ((index - 1, best / expand_factor), (index + 1, best * expand_factor)):

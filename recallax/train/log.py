@@ -222,6 +222,16 @@ def parse_number(value: Any) -> int | float | None:
     return value
 
 
+def finite_number(value: Any) -> float | None:
+    """Convert a value of a row to a float; None if it is not a finite number.
+
+    Args:
+        value: A JSON value, as in `parse_number`.
+    """
+    number = parse_number(value)
+    return float(number) if number is not None and math.isfinite(number) else None
+
+
 def environment() -> dict[str, str | int]:
     """Return the versions, devices, cores and XLA flags, which may change the rounding of results."""
     import jax

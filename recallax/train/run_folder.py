@@ -19,6 +19,7 @@ from typing import Any
 from recallax.config import Config, diff_json, fingerprint, to_json
 from recallax.external_file import MAX_CONFIG_BYTES, parse_json_object, read_regular_file
 from recallax.files import write_atomic
+from recallax.paths import SymlinkError, expand_user, reject_links
 
 EARLIER_SCHEMAS = (1,)
 """Schemas of configs whose fingerprints may name folders."""
@@ -104,11 +105,13 @@ class RunFolder:
 
     Raises:
         RunFolderError: The folder cannot be written, contains something that is not a run or a run of another config
-            (the message shows how the configs differ), or is in use by another job (`RunFolderInUseError`).
+            (the message shows how the configs differ), has a symbolic link that leads out of it, or is in use by
+            another job (`RunFolderInUseError`).
+        ConfigError: The path starts with `~` and the name of no user, is not UTF-8, or has a null character.
     """
 
     def __init__(self, path: Path | str, config: Config, *, process_index: int = 0) -> None:
-        self.path = Path(path).expanduser().absolute()
+        self.path = expand_user(path)
         self.config_file = self.path / "config.json"
         self.log_file = self.path / "log.jsonl"
         self.tensorboard = self.path / "tensorboard"
@@ -118,6 +121,9 @@ class RunFolder:
             return
         try:
             self._open(config)
+        except SymlinkError as error:
+            self.close()
+            raise RunFolderError(str(error)) from error
         except OSError as error:
             self.close()
             raise RunFolderError(
@@ -134,6 +140,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} is not empty and contains no config.json, so it is not a run; choose a new folder"
             )
+        reject_links(self.path, self.checkpoints, self.tensorboard)
         self._lock = _acquire_lock(self.path / "lock")
         if self.config_file.exists():
             _check_same_config(self.config_file, config)

@@ -1,13 +1,17 @@
 """The interface of sweep backends, and what the backends share."""
 
 import abc
+import os
 import sys
 from pathlib import Path
 
-from recallax.config import ConfigError
+from recallax.config import require_at_least
 
 DEFAULT_QUEUE_SIZE = 64
 """Number of runs that a sweep keeps in the queue of a cluster. The cluster decides how many of them run at a time."""
+
+EXIT_IN_USE = os.EX_UNAVAILABLE
+"""Exit status of a worker that found a run folder in use by another process."""
 
 
 class Backend(abc.ABC):
@@ -26,6 +30,7 @@ class Backend(abc.ABC):
 
         Returns:
             The worker's exit status. `os.EX_TEMPFAIL`: the run was stopped and saved, and can be resumed.
+            `EXIT_IN_USE`: another process uses the folder of the run.
         """
 
     @abc.abstractmethod
@@ -38,12 +43,12 @@ class Backend(abc.ABC):
 
 
 def worker_command(arguments: list[str]) -> list[str]:
-    """Return the command line of a worker process.
+    """Return the command line of a worker that this process starts. The worker ends with this process.
 
     Args:
         arguments: Arguments of `recallax.sweep.worker`.
     """
-    return [sys.executable, "-m", "recallax.sweep.worker", *arguments]
+    return [sys.executable, "-m", "recallax.sweep.worker", str(os.getpid()), *arguments]
 
 
 def thread_environment(num_cores: int) -> dict[str, str]:
@@ -64,6 +69,5 @@ def queue_size(workers: int | None) -> int:
     Raises:
         ConfigError: The number is below 1.
     """
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers is {workers}; it must be at least 1, or omitted for {DEFAULT_QUEUE_SIZE}")
+    require_at_least(1, "", f"or omitted for {DEFAULT_QUEUE_SIZE}", workers=workers)
     return DEFAULT_QUEUE_SIZE if workers is None else workers

@@ -1,9 +1,8 @@
 """Construction of a sweep backend from its name and resource options."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from recallax.config import ConfigError
 from recallax.sweep.backends.backend import Backend
@@ -12,23 +11,22 @@ from recallax.sweep.backends.local import LocalBackend
 type BackendName = Literal["local", "ray", "slurm"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ResourceOptions:
+class ResourceOptions(TypedDict, total=False):
     """Resource options given on the command line. None: not given. Each backend supports some of them."""
 
-    address: str | None = None
+    address: str | None
     """Address of the Ray cluster."""
-    cpus: int | None = None
+    cpus: int | None
     """Cores per run."""
-    gpus: float | None = None
+    gpus: float | None
     """Accelerators per run."""
-    memory: float | None = None
+    memory: float | None
     """Memory per run in GiB."""
-    partition: str | None = None
+    partition: str | None
     """SLURM partition."""
-    minutes: int | None = None
+    minutes: int | None
     """Wall time of a SLURM job in minutes."""
-    extra: tuple[str, ...] | None = None
+    extra: tuple[str, ...] | None
     """More options of sbatch, each `name=value`."""
 
 
@@ -48,7 +46,7 @@ def make_backend(name: BackendName, workers: int | None, resources: ResourceOpti
         ConfigError: The backend does not support an option, lacks its package, or cannot provide the resources.
     """
     supported, make = BACKEND_FACTORIES[name]
-    options = {option: value for option, value in asdict(resources).items() if value is not None}
+    options = {option: value for option, value in resources.items() if value is not None}
     if unsupported := [option for option in options if option not in supported]:
         option = unsupported[0]
         others = " or ".join(other for other, factory in BACKEND_FACTORIES.items() if option in factory.options)

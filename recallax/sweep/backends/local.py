@@ -6,13 +6,15 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, require_at_least
 from recallax.sweep.backends.backend import Backend, thread_environment, worker_command
 from recallax.train.log import available_cores
 
 
 class LocalBackend(Backend):
     """Processes of this machine: one per GPU, or `workers` processes that divide the cores among them.
+
+    The workers end with this process, also if it is killed.
 
     Args:
         workers: Number of concurrent processes; by default the number of GPUs, or of cores where there is no GPU.
@@ -23,8 +25,7 @@ class LocalBackend(Backend):
 
     def __init__(self, workers: int | None = None):
         devices = visible_gpus()
-        if workers is not None and workers < 1:
-            raise ConfigError(f"workers is {workers}; it must be at least 1, or omitted for one per GPU or core")
+        require_at_least(1, "", "or omitted for one per GPU or core", workers=workers)
         self.workers = (len(devices) or available_cores()) if workers is None else workers
         if devices and self.workers > len(devices):
             raise ConfigError(

@@ -5,15 +5,17 @@ has a worker process of its own, which ends with the task: a crash ends only tha
 accelerator free, and a process that Ray kills leaves no children behind.
 """
 
+import ipaddress
 import os
 import signal
 import traceback
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, require_at_least
 from recallax.sweep.backends.backend import Backend, queue_size, thread_environment
 from recallax.train.log import available_cores
 
@@ -26,7 +28,7 @@ class RayBackend(Backend):
 
     Args:
         address: Address of the cluster. Default: RAY_ADDRESS, otherwise a cluster on this machine that ends with the
-            sweep.
+            sweep and that other machines cannot reach.
         workers: Number of runs in Ray's queue; `cpus` and `gpus` determine how many of them run at a time.
         cpus: Cores per run.
         gpus: Accelerators per run; a fraction shares one. Default: 1 if the cluster has any.
@@ -39,8 +41,8 @@ class RayBackend(Backend):
         self, address: str | None = None, *, workers: int | None = None, cpus: int = 1, gpus: float | None = None
     ):
         self.workers = queue_size(workers)
-        if cpus < 1 or (gpus is not None and gpus < 0):
-            raise ConfigError(f"cpus is {cpus} and gpus is {gpus}; they must be at least 1 and 0")
+        require_at_least(1, cpus=cpus)
+        require_at_least(0, gpus=gpus)
         self._ray = _connect(address)
         try:
             resources = required_resources(self._ray.cluster_resources(), cpus, gpus)
@@ -109,13 +111,17 @@ def required_resources(available: Mapping[str, float], cpus: int, gpus: float | 
 
 def _connect(address: str | None) -> Any:
     """Connect to a cluster, or start one on this machine; returns the module `ray`. Raises ConfigError."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        # Ray reads this when it is imported. With 0 it binds to the loopback address; with 1, its default on Linux, to
+        # all of them, and anyone who can connect to its ports can execute code.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
         import ray
     except ImportError as error:
         raise ConfigError(
             f"--backend ray needs Ray ({error}); install it with: pip install 'recallax[sweep]'"
         ) from error
-    address = address or os.environ.get("RAY_ADDRESS")
     try:
         if address:
             ray.init(address=address, log_to_driver=False)
@@ -130,7 +136,19 @@ def _connect(address: str | None) -> Any:
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ConfigError(f"there is no Ray cluster at {address or 'this machine'}: {error}") from error
+    if not address:
+        _warn_if_reachable(ray.nodes()[0]["NodeManagerAddress"])
     return ray
+
+
+def _warn_if_reachable(address: str) -> None:
+    """Warn if a cluster of this machine has an address that other machines can reach."""
+    if not ipaddress.ip_address(address).is_loopback:
+        warnings.warn(
+            f"Ray listens on {address}, where other machines can execute code; unset RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _run_worker_task(arguments: list[str], log: str, folder: str, environment: dict[str, str]) -> int:

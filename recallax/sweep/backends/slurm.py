@@ -15,7 +15,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
-from recallax.config import ConfigError
+from recallax.config import ConfigError, require_at_least
 from recallax.sweep.backends.backend import Backend, queue_size, thread_environment, worker_command
 
 POLL_SECONDS = 1.0
@@ -40,12 +40,11 @@ class SlurmJobOptions:
     """More options of sbatch, each `name=value`, such as `account=NAME`."""
 
     def __post_init__(self) -> None:
-        whole = self.gpus >= 0 and self.gpus == int(self.gpus)
-        if min(self.minutes, self.cpus) < 1 or not whole or (self.memory is not None and self.memory <= 0):
-            raise ConfigError(
-                f"a job has {self.minutes} minutes, {self.cpus} cpus, {self.gpus:g} gpus and {self.memory} GiB; "
-                f"minutes and cpus must be at least 1, gpus a whole number from 0, and memory above 0"
-            )
+        require_at_least(1, minutes=self.minutes, cpus=self.cpus)
+        if self.gpus < 0 or self.gpus != int(self.gpus):
+            raise ConfigError(f"gpus is {self.gpus:g}; it must be a whole number of at least 0")
+        if self.memory is not None and self.memory <= 0:
+            raise ConfigError(f"memory is {self.memory} GiB; it must be above 0, or omitted for that of the partition")
         if wrong := [text for text in self.extra if not re.fullmatch(r"[A-Za-z][\w-]*=\S.*", text)]:
             raise ConfigError(f"{wrong[0]!r} is not an option of sbatch; write name=value, such as account=NAME")
 
@@ -187,6 +186,7 @@ class SlurmWorker:
             return self._process.wait()
         except KeyboardInterrupt:
             self._process.terminate()  # the signal reached submitit's process only
+            self._process.wait()  # a worker ends at once when this process does
             raise
 
     def checkpoint(self) -> Any:
@@ -194,9 +194,8 @@ class SlurmWorker:
         import submitit
 
         if self._process is not None:
-            os.kill(
-                self._process.pid, signal.SIGINT
-            )  # SLURM may have sent TERM, and a second TERM ends the worker at once
+            # SLURM may have sent TERM, and a second TERM would end the worker at once (`train.stop_signals`).
+            os.kill(self._process.pid, signal.SIGINT)
             # Not `Popen.wait`: this handler interrupted it, and it holds a lock.
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
         return submitit.helpers.DelayedSubmission(SlurmWorker(self.arguments, self.log, self.environment))
