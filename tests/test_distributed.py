@@ -24,6 +24,7 @@ from recallax.train.checkpoint import Checkpoints, CheckpointWarning
 from recallax.train.distributed import Distributed
 from recallax.train.mesh import make_mesh
 from recallax.train.program import Program
+from recallax.train.runtime_messages import LOST_PROCESS, replace_runtime_messages
 
 pytestmark = pytest.mark.xdist_group("distributed")  # one process: the tests share runs
 
@@ -125,6 +126,7 @@ def test_memory_per_device_falls_with_fsdp(meshes: tuple[Path, dict[str, Any]]) 
     assert total / 8 <= num_bytes["fsdp"] < 0.25 * total
 
 
+@pytest.mark.fault("R15")
 def test_a_checkpoint_is_restored_on_another_mesh(meshes: tuple[Path, dict[str, Any]]) -> None:
     folder, results = meshes
     assert results["restored"], "from 4 x 2 devices on 1 x 8"
@@ -187,7 +189,8 @@ ARGUMENTS = ["mqar_micro", *TRAIN, "--evaluate.batches=2", "--evaluate.batch-siz
 class Job:
     """Processes of one run, with two devices each."""
 
-    def __init__(self, folder: Path, *more: str):
+    def __init__(self, folder: Path, *more: str, max_file_kib: int | None = None):
+        """Start the processes; the first one cannot write files of more than `max_file_kib`, if that is given."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -199,6 +202,8 @@ class Job:
             command = [sys.executable, "-m", "recallax", "train", *ARGUMENTS, *more, *key]
             with open(error, "w") as err:
                 out = subprocess.DEVNULL
+                if i == 0 and max_file_kib is not None:
+                    command = ["bash", "-c", f'ulimit -f {max_file_kib}; exec "$@"', "bash", *command]
                 self.processes.append(subprocess.Popen(command, stdout=out, stderr=err, env=environment(2)))
 
     def wait(self) -> tuple[list[int], list[str]]:
@@ -233,6 +238,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"folder": folder, "stopped": stopped, "saved": saved, "finished": Job(folder).wait()}
 
 
+@pytest.mark.fault("R4")
 def test_signal_to_one_process_stops_both_at_the_same_step(pair: dict[str, Any]) -> None:
     statuses, errors = pair["stopped"]
     assert statuses == [75, 75], errors
@@ -242,6 +248,7 @@ def test_signal_to_one_process_stops_both_at_the_same_step(pair: dict[str, Any])
     assert [(row["event"], row["step"]) for row in events] == [("interrupted", step)]
 
 
+@pytest.mark.fault("R4", "R16")
 def test_two_processes_equal_one(pair: dict[str, Any], tmp_path: Path) -> None:
     statuses, errors = pair["finished"]
     assert statuses == [0, 0], errors
@@ -354,11 +361,13 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[A
     return folder, first
 
 
+@pytest.mark.fault("R7", "R15")
 def test_processes_verify_shards_on_any_mesh(sharded: tuple[Path, list[list[Any]]]) -> None:
     for shape, owner, step, equal in sharded[1]:
         assert equal and step == (2 if owner is None else 1), (shape, owner)
 
 
+@pytest.mark.fault("R7")
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full), pytest.param(2, marks=pytest.mark.full)])
 def test_flipped_bits_in_shards_are_detected_on_one_device(
     sharded: tuple[Path, list[list[Any]]], tmp_path: Path, seed: int
@@ -380,6 +389,70 @@ def test_flipped_bits_in_shards_are_detected_on_one_device(
             for name, values in sharded_values(restored.step).items():
                 assert np.array_equal(restored.state[name], values), (path, position)
     assert steps.count(1) > 10, "the flips are in values"
+
+
+# Failures of one process
+
+HEARTBEAT = "--distributed.heartbeat-timeout=5"
+
+
+@pytest.mark.fault("R9")
+def test_a_process_that_cannot_save_ends_the_other(tmp_path: Path) -> None:
+    job = Job(tmp_path / "run", HEARTBEAT, "--model.d-model=256", max_file_kib=100)
+    statuses, _ = job.wait()
+    assert all(statuses), statuses
+    time.sleep(1)  # the filter of the standard error ends after its process
+    *_, reason = job.errors[0].read_text().splitlines()  # after messages of orbax
+    assert reason.startswith("recallax: step 20 was not saved in")
+    (line,) = job.errors[1].read_text().splitlines()
+    assert line.startswith("recallax: another process of the run failed")
+
+
+@pytest.mark.fault("R5")
+@pytest.mark.parametrize(
+    ("index", "number"),
+    [
+        (0, signal.SIGSTOP),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.full),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.full),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.full),
+    ],
+)
+def test_a_process_ends_if_the_other_one_dies_or_stops(tmp_path: Path, index: int, number: signal.Signals) -> None:
+    folder = tmp_path / "run"
+    job = Job(folder, "--train.steps=1000000", HEARTBEAT)
+    try:
+        deadline = time.monotonic() + 180
+        while not any(row["kind"] == "train" for row in read(folder)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        job.processes[index].send_signal(number)
+        start = time.monotonic()
+        assert job.processes[1 - index].wait(60) != 0
+        assert time.monotonic() - start < 30
+        time.sleep(1)
+    finally:
+        for process in job.processes:
+            process.kill()
+            process.wait()
+    error = job.errors[1 - index].read_text()
+    assert error.startswith("recallax: ") and "another process of the run" in error and error.count("\n") == 1
+
+
+def test_messages_of_the_runtime_are_replaced() -> None:
+    def header(level: str, source: str) -> bytes:
+        return f"{level}1201 18:51:30.758870   24644 {source}:1518] text\n".encode()
+
+    end = header("F", "client.h")
+    runtime = [header("E", "coordination_service.cc"), b"details\n", end, b"    @     0x7f32ea2f81b4  Flush()\n"]
+    other = [b"step 1\n", header("W", "gpu_timer.cc"), b"more\n"]
+    assert list(replace_runtime_messages([*other, *runtime])) == [*other, LOST_PROCESS]
+    assert list(replace_runtime_messages([*runtime, end])) == [LOST_PROCESS]
+    reason = b"recallax: step 1 was not saved\n"
+    assert list(replace_runtime_messages([*runtime[:2], reason, *runtime])) == [reason]
+    assert list(replace_runtime_messages([*runtime[:2], b"Traceback (most recent call last):\n", b"  x\n"])) == [
+        b"Traceback (most recent call last):\n",
+        b"  x\n",
+    ]
 
 
 def test_one_process_needs_no_coordinator() -> None:

@@ -1,8 +1,8 @@
 """Training, evaluation and checkpoints.
 
 `train` trains a run in a folder or resumes it there, `initialize_run` makes one that starts from given parameters,
-`evaluate_run` evaluates its newest checkpoint, and `restore_run` loads it. Names are imported on first use, so that
-importing this package does not import JAX.
+`continue_run` makes one that continues a checkpoint of another run, `evaluate_run` evaluates its newest checkpoint, and
+`restore_run` loads it. Names are imported on first use, so that importing this package does not import JAX.
 """
 
 import importlib
@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recallax.train.checkpoint import CheckpointError, Checkpoints, CheckpointWarning, RestoredCheckpoint
+    from recallax.train.continuation import continue_run
     from recallax.train.log import LogError, RunLog, read_log
     from recallax.train.loop import evaluate_run, restore_run, train
     from recallax.train.metrics_logger import NonFiniteError
     from recallax.train.program import Program
+    from recallax.train.resource_checks import OutOfMemoryError
     from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train, tiny_run
     from recallax.train.run_folder import RunFolder, RunFolderError
     from recallax.train.step import StepMetrics, TrainState
@@ -30,6 +32,7 @@ __all__ = [
     "Interrupted",
     "LogError",
     "NonFiniteError",
+    "OutOfMemoryError",
     "Program",
     "RestoredCheckpoint",
     "RunConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "StepMetrics",
     "Train",
     "TrainState",
+    "continue_run",
     "evaluate_run",
     "initialize_run",
     "read_log",
@@ -50,10 +54,12 @@ __all__ = [
 
 _MODULES = {
     "checkpoint": ("CheckpointError", "CheckpointWarning", "Checkpoints", "RestoredCheckpoint"),
+    "continuation": ("continue_run",),
     "log": ("LogError", "RunLog", "read_log"),
     "loop": ("evaluate_run", "restore_run", "train"),
     "metrics_logger": ("NonFiniteError",),
     "program": ("Program",),
+    "resource_checks": ("OutOfMemoryError",),
     "run_config": ("AdamW", "Evaluate", "RunConfig", "Train", "tiny_run"),
     "run_folder": ("RunFolder", "RunFolderError"),
     "step": ("StepMetrics", "TrainState"),

@@ -14,7 +14,7 @@ call that failed. Nothing is pickled. A folder of checkpoints contains
 import shutil
 import time
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from recallax.config import Config
 from recallax.files import replace_path, sync_tree
+from recallax.paths import reject_links
 from recallax.train.checkpoint_description import (
     DESCRIPTION_ITEM,
     Metadata,
@@ -76,12 +77,16 @@ class Checkpoints:
 
     Raises:
         CheckpointError: The folder cannot be opened.
+        SymlinkError: A writer could write or delete outside of the folder, through a symbolic link in it.
     """
 
     def __init__(self, directory: Path | str, max_to_keep: int | None = 2) -> None:
         self.directory = Path(directory).absolute()
         if max_to_keep is None and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} does not exist, so there is no checkpoint to read")
+        self._written_folders = [self.directory / name for name in ("", "quarantine", "trash")]
+        if max_to_keep is not None:
+            reject_links(*self._written_folders)
         self._manager = None if max_to_keep is None else _make_manager(self.directory, max_to_keep)
 
     def save(self, step: int, state: PyTree, metadata: Mapping[str, Any]) -> None:
@@ -106,6 +111,7 @@ class Checkpoints:
             raise CheckpointError(f"step {step} was not saved: {self.directory} is open for reading only")
         if not self.directory.is_dir():  # orbax would create a new folder, without the older steps
             raise CheckpointError(f"step {step} was not saved: {self.directory} does not exist any more; restore it")
+        reject_links(*self._written_folders)
         try:
             self._manager.reload()  # its cached list of steps is wrong after a failed save or a quarantine
             saved = self._manager.save(step, args=items)
@@ -118,7 +124,14 @@ class Checkpoints:
             raise CheckpointError(f"step {step} was not saved in {self.directory}, which has steps {self.steps()}")
         shutil.rmtree(self.directory / "trash", ignore_errors=True)  # if this fails, the next save removes it
 
-    def restore(self, abstract_state: PyTree, config: Config | None = None) -> RestoredCheckpoint | None:
+    def restore(
+        self,
+        abstract_state: PyTree,
+        config: Config | None = None,
+        *,
+        step: int | None = None,
+        find_problem: Callable[[PyTree], str] = lambda state: "",
+    ) -> RestoredCheckpoint | None:
         """Restore the newest checkpoint that is not damaged.
 
         Damaged checkpoints are skipped with a CheckpointWarning, and a writer moves them to quarantine if an older one
@@ -128,6 +141,9 @@ class Checkpoints:
             abstract_state: A tree of `jax.ShapeDtypeStruct` or arrays; a leaf without sharding is restored to the first
                 local device.
             config: Config of the run. None: do not check which run wrote the checkpoint.
+            step: The only step to restore. None: the newest that is not damaged.
+            find_problem: Returns why an intact state counts as damaged; an empty text if it does not. It must return
+                the same in all processes.
 
         Returns:
             The checkpoint, with the shardings of `abstract_state`, or None if the folder has no checkpoint.
@@ -138,13 +154,14 @@ class Checkpoints:
         """
         target = _with_shardings(abstract_state)
         failed: dict[int, str] = {}
-        while (step := self._newest_step(failed)) is not None:
-            restored, cause = self._try_restore(step, target, config)
-            if restored is not None:
+        while (candidate := self._newest_step(failed, step)) is not None:
+            restored, cause = self._try_restore(candidate, target, config)
+            cause = cause if restored is None else find_problem(restored.state)
+            if restored is not None and not cause:
                 self._quarantine(failed)
                 _warn_of_changed_environment(restored)
                 return restored
-            failed[step] = cause
+            failed[candidate] = cause
         if damaged := self._still_there(failed):
             causes = "\n".join(f"  {self.directory / str(step)}: {cause}" for step, cause in damaged.items())
             raise CheckpointError(
@@ -174,9 +191,12 @@ class Checkpoints:
     ) -> None:
         self.close()
 
-    def _newest_step(self, failed: Container[int]) -> int | None:
-        """Return the newest step on disk that has not failed, which process 0 selects; None if there is none."""
-        newest = max((step for step in self.steps() if step not in failed), default=-1)
+    def _newest_step(self, failed: Container[int], only: int | None) -> int | None:
+        """Return the newest step on disk that has not failed, which process 0 selects; None if there is none.
+
+        If `only` is a step, other steps do not count.
+        """
+        newest = max((n for n in self.steps() if n not in failed and only in (None, n)), default=-1)
         if jax.process_count() > 1:
             newest = int(multihost_utils.broadcast_one_to_all(np.int64(newest)))
         return None if newest < 0 else newest

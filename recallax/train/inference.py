@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Int
 
 from recallax.config import ConfigError, from_json, require_at_least
+from recallax.external_file import printable
 from recallax.models.generation import Generator
 from recallax.models.lm import LM
 from recallax.models.prompts import PromptError, TokenIds, pad_prompts
@@ -22,7 +23,6 @@ from recallax.tasks import ContextRepetition
 from recallax.tasks.base import Split, Task
 from recallax.tasks.encoder import Encoder
 from recallax.train.loop import restore_run
-from recallax.train.progress import printable
 from recallax.train.run_config import RunConfig
 from recallax.train.run_folder import read_config
 from recallax.types import Batch

@@ -1,17 +1,20 @@
 """Rows of the log from the metrics of training steps."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from recallax.train.log import RunLog
+from recallax.train.loss_spikes import LossSpikes
+from recallax.train.metric_sums import MetricSums
 from recallax.train.phases import PhaseSchedule
 from recallax.train.profiler import Profiler, peak_flops, step_flops
 from recallax.train.program import Program
 from recallax.train.progress import Progress
-from recallax.train.step import MAX_NONFINITE_STREAK, StepMetrics, TrainState
+from recallax.train.step import StepMetrics, TrainState
 from recallax.types import Batch
 
 MIN_SECONDS = 1e-9
@@ -23,7 +26,7 @@ class NonFiniteError(RuntimeError):
 
 
 class MetricsLogger:
-    """Collects the metrics of steps, and transfers them from the device only when a row is due.
+    """Collects the metrics of steps, and transfers them from the device only when a row or a checkpoint is due.
 
     Args:
         program: The program of the run.
@@ -31,16 +34,28 @@ class MetricsLogger:
         log: The log.
         display: Display of the progress.
         profiler: Profiler of the run; with one, rows have the FLOPs utilization.
+        step: Number of steps before the first one that is added.
+        metadata: Metadata of the checkpoint from which the run resumes, with what `checkpoint_metadata` returned.
     """
 
     def __init__(
-        self, program: Program, schedule: PhaseSchedule, log: RunLog, display: Progress, profiler: Profiler | None
+        self,
+        program: Program,
+        schedule: PhaseSchedule,
+        log: RunLog,
+        display: Progress,
+        profiler: Profiler | None,
+        step: int,
+        metadata: Mapping[str, Any],
     ):
         self._program, self._schedule, self._log, self._display = program, schedule, log, display
         self._profiler = profiler
         self._peak_flops = None if profiler is None else peak_flops()
         self.restart_clock()
         self._pending: list[StepMetrics] = []
+        recorded = metadata.get("metrics", {})  # absent in checkpoints of earlier versions
+        self._collected_step = step
+        self._sums, self._spikes = MetricSums(recorded.get("sums")), LossSpikes(recorded.get("losses", ()))
 
     def restart_clock(self) -> None:
         """Start a new time interval, so that evaluation and saving do not count as training."""
@@ -71,16 +86,11 @@ class MetricsLogger:
         Args:
             step: Number of steps so far.
             state: The state after them.
-
-        Raises:
-            NonFiniteError: The state is frozen.
         """
-        steps: list[StepMetrics] = jax.device_get(self._pending)
+        self._collect()
         seconds = max(time.monotonic() - self._start_time, MIN_SECONDS)
-        self._pending = []
-        finite = [metrics for metrics in steps if metrics.finite.all()]
         speed = self._tokens / seconds
-        values: dict[str, Any] = {"learning_rate": self._learning_rate(step, state), **_mean_metrics(finite)}
+        values: dict[str, Any] = {"learning_rate": self._learning_rate(step, state), **self._sums.means()}
         values |= self._schedule.log_values(step)
         values |= {"tokens_per_second": speed, "skipped": int(state.skipped)}
         if self._peak_flops is not None:
@@ -91,29 +101,54 @@ class MetricsLogger:
         if self._peak_flops is not None:
             shown["mfu"] = values["flops_utilisation"]
         self._display.update(step, shown, speed)
-        if len(finite) < len(steps):
-            self._display.note(f"{len(steps) - len(finite)} steps were skipped: {self._first_nonfinite(steps)}")
-        if int(state.streak) >= MAX_NONFINITE_STREAK:
-            self._raise_frozen(step, state, steps)
+        if self._sums.num_skipped:
+            self._display.note(f"{self._sums.num_skipped} steps were skipped: {self._sums.skip_reason}")
+        self._sums = MetricSums()
         self.restart_clock()
+
+    def write_frozen(self, step: int, state: TrainState) -> str:
+        """Write the last row of a run whose state is frozen, and the "non-finite" event.
+
+        Args:
+            step: Number of steps so far.
+            state: The frozen state.
+
+        Returns:
+            What was not finite.
+        """
+        self._collect()
+        leaf = self._nonfinite_parameter(state) or self._sums.skip_reason or "the streak began before this row"
+        self.write(step, state)
+        self._log.write("event", step, {"event": "non-finite", "leaf": leaf})
+        return leaf
+
+    def checkpoint_metadata(self) -> dict[str, Any]:
+        """Return JSON values from which a resumed run continues the row that is not complete yet."""
+        self._collect()
+        return {"metrics": {"sums": self._sums.to_json(), "losses": self._spikes.to_json()}}
 
     def close(self) -> None:
         """End the profiler trace."""
         if self._profiler is not None:
             self._profiler.close()
 
-    def _raise_frozen(self, step: int, state: TrainState, steps: list[StepMetrics]) -> None:
-        leaf = self._nonfinite_parameter(state) or self._first_nonfinite(steps)
-        self._log.write("event", step, {"event": "non-finite", "leaf": leaf})
-        raise NonFiniteError(
-            f"{MAX_NONFINITE_STREAK} steps in a row were not finite, up to step {step}: {leaf}; the parameters are "
-            f"those before them. Lower optim.lr, raise optim.warmup_ratio, or inspect the batches"
-        )
+    def _collect(self) -> None:
+        """Transfer the metrics of the steps since the last call, and log the loss spikes among them."""
+        steps: list[StepMetrics] = jax.device_get(self._pending)
+        self._pending = []
+        for metrics in steps:
+            self._collected_step += 1
+            if not metrics.finite.all():
+                self._sums.add_skipped(self._first_nonfinite(np.asarray(metrics.finite)))
+                continue
+            self._sums.add(metrics)
+            if (spike := self._spikes.add(float(metrics.loss))) is not None:
+                self._log.write("event", self._collected_step, {"event": "loss-spike", **spike._asdict()})
+                text = f"loss spike: {spike.loss:.4g}, with a running median of {spike.median:.4g}"
+                self._display.note(f"step {self._collected_step}: {text}")
 
-    def _first_nonfinite(self, steps: list[StepMetrics]) -> str:
-        finite = next((metrics.finite for metrics in steps if not metrics.finite.all()), None)
-        if finite is None:
-            return "the streak began before this row"
+    def _first_nonfinite(self, finite: np.ndarray) -> str:
+        """Describe the first value that `StepMetrics.finite` marks."""
         leaves = [f"the gradient or update of {name}" for name in self._program.leaf_names]
         first = [*leaves, "the loss", "the norm of the gradient"][int(np.argmin(finite))]
         return first if finite[len(leaves)] else f"the loss, and {first}" if not finite[:-2].all() else "the loss"
@@ -126,18 +161,3 @@ class MetricsLogger:
     def _learning_rate(self, step: int, state: TrainState) -> float:
         """Learning rate of the last step; the schedule does not count skipped steps."""
         return float(np.asarray(self._program.learning_rate(max(step - 1 - int(state.skipped), 0))))
-
-
-def _mean_metrics(steps: list[StepMetrics]) -> dict[str, Any]:
-    """Means over finite steps; empty if there are none."""
-    if not steps:
-        return {}
-    means = {
-        "loss": np.mean([metrics.loss for metrics in steps]),
-        "accuracy": sum(m.accuracy.total for m in steps) / sum(m.accuracy.weight for m in steps),
-        "gradient_norm": np.mean([metrics.gradient_norm for metrics in steps]),
-    }
-    for name in steps[0].terms:
-        total, weight = (sum(metrics.terms[name][i] for metrics in steps) for i in (0, 1))
-        means[f"term/{name}"] = total / weight
-    return means

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,24 @@ class Program:
         """
         step = self._step_fns[position.index]
         return step(state, shard_batch(batch, self.batch_sharding), np.int32(position.start_step))
+
+    def step_memory(self, batch: Batch, phase: int) -> Any:
+        """Compile the step of a phase, for its first call too, and return the memory that it takes.
+
+        Args:
+            batch: A batch of numpy arrays; only its shapes are read.
+            phase: Index of the phase.
+
+        Returns:
+            What `jax.stages.Compiled.memory_analysis` returns: sizes in bytes on one device, or None.
+        """
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=self.batch_sharding
+            ),
+            batch,
+        )
+        return self._step_fns[phase].lower(self.abstract_state, batch, np.int32(0)).compile().memory_analysis()
 
     def check_phases(self) -> None:
         """Trace the step of every phase of a run that has several, so that errors appear before training starts."""

@@ -1,19 +1,18 @@
 """Display of the progress of a run: a live bar on a terminal, plain lines elsewhere.
 
-Both show the same; `make_progress` selects one. Text from configs and errors is shown without control characters, so
+Both show the same; `make_progress` selects one. Control characters in texts from configs and errors are escaped, so
 that a name cannot move the cursor or change the title of the window.
 """
 
 import abc
 import math
-import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
 
-type Console = Any
-"""A `rich.console.Console`; rich is imported only for a terminal."""
+from recallax.external_file import printable
+from recallax.terminal import Console, live_console, live_display
 
 
 class Progress(abc.ABC):
@@ -52,11 +51,8 @@ class Progress(abc.ABC):
 
 def make_progress(steps: int) -> Progress:
     """Return a live display if standard output is a terminal, else a plain one; `steps` is the length of the run."""
-    if not sys.stdout.isatty():
-        return PlainProgress(steps)
-    import rich
-
-    return LiveProgress(steps, rich.get_console())
+    console = live_console()
+    return PlainProgress(steps) if console is None else LiveProgress(steps, console)
 
 
 class PlainProgress(Progress):
@@ -93,7 +89,8 @@ class LiveProgress(Progress):
         self._bar = RichProgress(BarColumn(20), MofNCompleteColumn(), *text, console=console)
         self._task = self._bar.add_task("", total=steps, status="starting", left="")
         self._remaining_time = _RemainingTime(steps)
-        self._bar.start()
+        self._display = ExitStack()
+        self._display.enter_context(live_display(self._bar))
 
     def show_compiling(self, what: str) -> None:
         self._bar.update(self._task, status=printable(f"compiling {what}"), refresh=True)
@@ -107,7 +104,7 @@ class LiveProgress(Progress):
         self._bar.console.print(printable(text), markup=False, highlight=False)
 
     def close(self) -> None:
-        self._bar.stop()
+        self._display.close()
 
 
 class _RemainingTime:
@@ -126,11 +123,6 @@ class _RemainingTime:
         if step == first_step:
             return "?"
         return _format_duration((now - first_time) / (step - first_step) * (self.steps - step))
-
-
-def printable(text: str) -> str:
-    """Return the text on one line, with control and format characters replaced by spaces."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _format_metrics(metrics: Mapping[str, int | float], tokens_per_second: int | float) -> str:

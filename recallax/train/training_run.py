@@ -11,17 +11,19 @@ from recallax.config import fingerprint, to_json
 from recallax.files import write_atomic
 from recallax.models import LMConfig, accounting
 from recallax.tasks.base import Split
-from recallax.train.checkpoint import CheckpointError, Checkpoints, RestoredCheckpoint
-from recallax.train.log import LogRow, RunLog, read_log
+from recallax.train.checkpoint import Checkpoints
+from recallax.train.log import RunLog, read_log
 from recallax.train.metrics_logger import MetricsLogger, NonFiniteError
+from recallax.train.origin import read_origin
 from recallax.train.phase_factory import make_schedule
 from recallax.train.process_agreement import all_processes_agree
 from recallax.train.profiler import Profiler
 from recallax.train.program import Program
 from recallax.train.progress import Progress
-from recallax.train.run_config import RunConfig, Train
+from recallax.train.resume_checks import check_nothing_is_lost, check_same_data, describe_frozen_state
+from recallax.train.run_config import RunConfig
 from recallax.train.run_folder import RunFolder, RunFolderError
-from recallax.train.step import TrainState
+from recallax.train.step import MAX_NONFINITE_STREAK, TrainState
 
 
 class RunFiles(NamedTuple):
@@ -76,24 +78,32 @@ class TrainingRun:
         config = program.config
         self.program = program
         self._files, self._display = files, display
-        restored = files.checkpoints.restore(program.abstract_state, config)
+        restored = files.checkpoints.restore(program.abstract_state, config, find_problem=describe_frozen_state)
         if restored is None:
-            _check_nothing_is_lost(files, config.train)
+            check_nothing_is_lost(files.checkpoints, files.folder.log_file, config.train)
         self.state: TrainState = restored.state if restored else program.init_state()
         self.start_step = int(self.state.step)
         self.schedule = make_schedule(config)
+        self.nonfinite_streak = int(self.state.streak)
+        """Number of steps in a row, up to the last one whose result is known, that were not finite."""
         self.error: NonFiniteError | None = None
         """The error that ended the run while others that train with it continue."""
         if restored:
-            _check_same_data(restored, files.data_digest)
+            check_same_data(restored, files.data_digest)
             self.schedule.restore(restored.metadata, restored.step)
-        files.log.truncate(self.start_step or -1)  # a run that begins, also from given parameters, has no rows yet
+        origin = read_origin(files.folder.path)
+        begins = self.start_step == (origin.step if origin else 0)  # from its initial state, or from a given one
+        files.log.truncate(-1 if begins else self.start_step)
         files.log.write_run_row(self.start_step, {**_run_info(config, name), "restored": restored is not None})
         self._logged_evaluations = _logged_evaluations(files.folder.log_file) if jax.process_index() == 0 else set()
         trace = Profiler(files.folder.path / "profile", config.train.steps - self.start_step) if profile else None
-        self.metrics = MetricsLogger(program, self.schedule, files.log, display, trace)
-        if self.start_step:
+        metadata = restored.metadata if restored else {}
+        self.metrics = MetricsLogger(program, self.schedule, files.log, display, trace, self.start_step, metadata)
+        if not begins:
             display.note(f"resuming at step {self.start_step} of {config.train.steps}")
+        elif origin:
+            files.log.write("event", origin.step, origin.event_row())
+            display.note(f"continuing {origin.run} from step {origin.step} of {config.train.steps}")
         else:
             self._log_phase_start(0, "the run begins")
 
@@ -118,13 +128,36 @@ class TrainingRun:
         self.schedule.start_next_phase(step)
         self._log_phase_start(step, reason)
 
-    def save(self) -> None:
-        """Write a checkpoint of the state, unless there is one of this step."""
-        step = int(self.state.step)
-        if step not in self._files.checkpoints.steps():
-            config, digest = self.program.config, self._files.data_digest
-            metadata = _config_metadata(config) | {"data": digest} | self.schedule.checkpoint_metadata()
-            self._files.checkpoints.save(step, self.state, metadata)
+    def save(self, *, required: bool = False) -> None:
+        """Write a checkpoint of the state, unless there is one of this step.
+
+        The parameters at the start of a streak of non-finite steps may be the reason for it. A checkpoint of them must
+        not replace an older one, so it is written only if it is required or there is no older one.
+
+        Args:
+            required: The run stops after this step.
+        """
+        step, steps = int(self.state.step), self._files.checkpoints.steps()
+        if step in steps or (self.nonfinite_streak and steps and not required):
+            return
+        metadata = _config_metadata(self.program.config) | {"data": self._files.data_digest}
+        metadata |= self.schedule.checkpoint_metadata() | self.metrics.checkpoint_metadata()
+        self._files.checkpoints.save(step, self.state, metadata)
+
+    def log_frozen(self, step: int) -> NonFiniteError:
+        """Log that the state is frozen after `step` steps; returns the error that ends the run."""
+        leaf = self.metrics.write_frozen(step, self.state)
+        folder, lr = self._files.folder.path, self.program.config.optim.lr
+        remedy = "Train in a new folder with a lower optim.lr or a higher optim.warmup_ratio, or inspect the batches"
+        if steps := self._files.checkpoints.steps():
+            remedy = (
+                f"Inspect the batches, or continue from a checkpoint with another optimizer in a new folder: recallax "
+                f"train CONFIG --from {folder}@{steps[-1]} --optim.lr {lr / 2:g}"
+            )
+        return NonFiniteError(
+            f"{MAX_NONFINITE_STREAK} steps in a row were not finite, up to step {step}: {leaf}; the parameters are "
+            f"those before them, and no checkpoint of them was written. {remedy}"
+        )
 
     def log_interruption(self) -> None:
         """Log that training was interrupted at this step."""
@@ -164,8 +197,34 @@ def initialize_run(
         RunFolderError: The folder cannot be used, or contains another run; or the run has checkpoints.
         CheckpointError: The checkpoint cannot be written.
     """
-    config, process_index = program.config, jax.process_index()
     state = program.init_state_from(params, statistics)  # before the folder is created
+    write_first_checkpoint(folder, program, state, metadata={}, files=files or {}, exist_ok=exist_ok)
+
+
+def write_first_checkpoint(
+    folder: Path,
+    program: Program,
+    state: TrainState,
+    *,
+    metadata: Mapping[str, Any],
+    files: Mapping[str, str],
+    exist_ok: bool = False,
+) -> None:
+    """Create the folder of a run that starts from a given state.
+
+    Args:
+        folder: Folder of the run, which is created if it does not exist.
+        program: The program of the run.
+        state: The state.
+        metadata: Metadata of the checkpoint besides the config.
+        files: Further text files of the folder by name, written before the checkpoint.
+        exist_ok: Change nothing if the run has checkpoints, instead of raising an error.
+
+    Raises:
+        RunFolderError: The folder cannot be used, or contains another run; or the run has checkpoints.
+        CheckpointError: The checkpoint cannot be written.
+    """
+    config, process_index = program.config, jax.process_index()
     with (
         _open_run_folder(folder, config, process_index) as run,
         Checkpoints(run.checkpoints, config.train.max_to_keep) as checkpoints,
@@ -174,47 +233,14 @@ def initialize_run(
             if exist_ok:
                 return
             raise RunFolderError(f"{folder} has checkpoints of the steps {steps}; choose another folder")
-        for name, text in (files or {}).items() if process_index == 0 else ():
+        for name, text in files.items() if process_index == 0 else ():
             write_atomic(run.path / name, text)
-        checkpoints.save(0, state, _config_metadata(config))
+        checkpoints.save(int(state.step), state, {**_config_metadata(config), **metadata})
 
 
 def _config_metadata(config: RunConfig) -> dict[str, Any]:
     """The entries of a checkpoint's metadata that identify the run."""
     return {"config": to_json(config), "fingerprint": fingerprint(config)}
-
-
-def _check_nothing_is_lost(files: RunFiles, train: Train) -> None:
-    """Refuse to start a run from step 0, which truncates its log, if it had checkpoints."""
-    log_file = files.folder.log_file
-    rows = read_log(log_file) if log_file.exists() else []
-    if any(_follows_checkpoint(row, train) for row in rows):
-        raise CheckpointError(
-            f"{files.folder.checkpoints} has no checkpoint, but the log of the run has {max(r['step'] for r in rows)} "
-            f"steps; restore the checkpoints, or move {log_file} away to train from the start"
-        )
-
-
-def _follows_checkpoint(row: LogRow, train: Train) -> bool:
-    """Return True for a row that is only written after a checkpoint has been saved or restored."""
-    match row["kind"]:
-        case "run":
-            return row["step"] > 0 or bool(row.get("restored"))
-        case "event" if row.get("event") == "interrupted":
-            return True
-        case "eval" if row["step"] == train.steps:
-            return True
-        case _:
-            return row["step"] > train.save_every
-
-
-def _check_same_data(restored: RestoredCheckpoint, data_digest: str) -> None:
-    recorded = restored.metadata.get("data", data_digest)
-    if recorded != data_digest:
-        raise CheckpointError(
-            f"step {restored.step} was trained on other data ({recorded}, now {data_digest}): the corpus or the "
-            "tokenizer file has changed; restore the old one, or start in a new folder"
-        )
 
 
 def _run_info(config: RunConfig, name: str) -> dict[str, Any]:

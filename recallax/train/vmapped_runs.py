@@ -20,11 +20,13 @@ from recallax.train.loop import run_steps
 from recallax.train.metrics_logger import NonFiniteError
 from recallax.train.program import Program
 from recallax.train.progress import make_progress
+from recallax.train.resource_checks import check_disk_space, explain_out_of_memory
 from recallax.train.run_config import RunConfig
 from recallax.train.step import StepMetrics
 from recallax.train.step_executor import StepExecutor
 from recallax.train.stop_signals import StopSignals
 from recallax.train.training_run import TrainingRun, open_run_files
+from recallax.train.watchdog import Watchdog
 from recallax.types import Batch
 
 
@@ -62,7 +64,11 @@ def check_vmappable(configs: Sequence[RunConfig]) -> None:
 
 
 def train_vmapped(
-    configs: Sequence[RunConfig], folders: Sequence[Path], names: Sequence[str]
+    configs: Sequence[RunConfig],
+    folders: Sequence[Path],
+    names: Sequence[str],
+    *,
+    hang_seconds: float | None = None,
 ) -> list[NonFiniteError | None]:
     """Train runs that differ in their seeds, each in its folder, or resume them.
 
@@ -72,6 +78,7 @@ def train_vmapped(
         configs: Configs of the runs.
         folders: Folders of the runs.
         names: Names of the runs in their logs.
+        hang_seconds: End the process if no step finishes for this time, as in `recallax.train.train`.
 
     Returns:
         For each run the error that ended it, or None.
@@ -80,6 +87,7 @@ def train_vmapped(
         ConfigError: The configs cannot be trained at once, or take more than one device.
         RunFolderError: A folder cannot be used, or contains another run.
         CheckpointError: A checkpoint cannot be restored or written, or the data has changed.
+        OutOfMemoryError: The memory of the host or of the device does not suffice.
         Interrupted: SIGINT or SIGTERM arrived; checkpoints were written first.
     """
     check_vmappable(configs)
@@ -90,22 +98,26 @@ def train_vmapped(
             "train.data_parallel to 1, or train each seed alone, without --vmap-seeds"
         )
     programs = [program.with_seeds_of(config) for config in configs]
-    with ExitStack() as stack:
+    with ExitStack() as stack, explain_out_of_memory(configs[0]):
         files = [open_run_files(*pair, stack) for pair in zip(programs, folders, strict=True)]
         display = stack.enter_context(make_progress(configs[0].train.steps))
         signals = stack.enter_context(StopSignals())
+        watchdog = stack.enter_context(Watchdog(hang_seconds))
         display.show_compiling(f"the initial states of {len(configs)} seeds")
         runs = [TrainingRun(*opened, display) for opened in zip(programs, files, names, strict=True)]
+        if any(run.start_step < configs[0].train.steps for run in runs):
+            check_disk_space(program, [opened.checkpoints for opened in files])
         by_step = sorted(runs, key=lambda run: run.start_step)
         for _, group in groupby(by_step, key=lambda run: run.start_step):
             executor = VmappedExecutor(list(group))
             display.show_compiling(f"the training step of {len(executor.runs)} seeds")
-            run_steps(executor, signals)
+            run_steps(executor, signals, watchdog)
             executor.update_states()
-        for run in runs:
-            if run.error is None:
-                run.evaluate("valid")
-                run.evaluate("test")
+        with watchdog.pause():
+            for run in runs:
+                if run.error is None:
+                    run.evaluate("valid")
+                    run.evaluate("test")
     return [run.error for run in runs]
 
 
@@ -117,34 +129,34 @@ class VmappedExecutor(StepExecutor):
     """
 
     def __init__(self, runs: Sequence[TrainingRun]):
-        self.runs = runs
+        super().__init__(runs)
         self._step_fn = runs[0].program.vmapped_step()
         self._states = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(run.state for run in runs))
         self._pending: list[tuple[StepMetrics, Batch]] = []
 
-    def step(self, batches: Sequence[Batch]) -> None:
+    def _start_step(self, batches: Sequence[Batch]) -> jax.Array:
         batch = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
         self._states, metrics = self._step_fn(self._states, batch)
         self._pending.append((metrics, _without_memory(batches[0])))
+        return metrics.finite
+
+    def _stop(self, run: TrainingRun, step: int) -> None:
+        self.update_states()
+        run.error = run.log_frozen(step)  # the other runs continue
 
     def write_metrics(self, step: int) -> None:
         self.update_states()
+        for run in self.active_runs:
+            run.metrics.write(step, run.state)
+
+    def update_states(self) -> None:
         stacked = jax.device_get([metrics for metrics, _ in self._pending])
         batches = [batch for _, batch in self._pending]
         self._pending = []
         for index, run in enumerate(self.runs):
-            if run.error is not None:
-                continue
-            for metrics, batch in zip(stacked, batches, strict=True):
-                run.metrics.add(_select_run(metrics, index), batch)
-            try:
-                run.metrics.write(step, run.state)
-            except NonFiniteError as error:
-                run.error = error  # its state is frozen; the other runs continue
-
-    def update_states(self) -> None:
-        for index, run in enumerate(self.runs):
             run.state = _select_run(self._states, index)
+            for metrics, batch in zip(stacked, batches, strict=True) if run.error is None else ():
+                run.metrics.add(_select_run(metrics, index), batch)
 
 
 def _without_memory(batch: Batch) -> Batch:
