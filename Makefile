@@ -15,7 +15,7 @@ one_thread := PJRT_NPROC=1 NPROC=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 pytest := $(one_thread) $(bin)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint tpu-compiler test test-full test-jax-oldest demo docs doc-examples format constraints clean
+.PHONY: help setup lint tpu-compiler test test-full test-faults test-jax-oldest demo docs doc-examples format constraints clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ test: lint tpu-compiler ## run lint and the tests (the gate)
 
 test-full: lint tpu-compiler ## run lint, the tests and the wide parameter sweeps
 	$(pytest)
+
+test-faults: setup ## inject every fault of docs/reliability.md, and write a table of those tried and survived
+	$(pytest) -m fault --fault-table build/faults.md
 
 test-jax-oldest: ## run the tests on the oldest supported jax
 	@scripts/setup $(oldest) constraints-jax-$(OLDEST_JAX).txt

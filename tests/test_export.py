@@ -403,6 +403,7 @@ def test_exports_do_not_depend_on_repeats_in_the_pattern(tmp_path: Path):
     assert evaluate_run(unstacked, "valid", 1)["loss"] == pytest.approx(evaluate_run(run, "valid", 1)["loss"], rel=1e-6)
 
 
+@pytest.mark.fault("R23")
 @pytest.mark.parametrize("name", ["mamba2_groups", "llama"])
 def test_published_model_round_trip_is_exact(name: str, tmp_path: Path):
     """Files with bfloat16 and float32 arrays, and fields that recallax does not use, are equal byte for byte."""
@@ -455,6 +456,7 @@ def test_new_based_model_round_trip(tmp_path: Path):
     assert_same_bytes(import_parameters(config, weights), read_run_weights(run).variables)
 
 
+@pytest.mark.fault("R23")
 def test_failed_export_writes_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = write_run(tiny_run_config(lm_config("a", a=MAMBA2)), tmp_path / "run")
 
@@ -479,6 +481,7 @@ def test_failed_export_writes_no_files(tmp_path: Path, monkeypatch: pytest.Monke
         import_run(tmp_path / "own", load_config("mqar_micro"), run)
 
 
+@pytest.mark.fault("S14")
 def test_sizes_beyond_the_weights_are_rejected_without_allocation(tmp_path: Path):
     """No array of the stated size is allocated, which would exhaust the memory."""
     config, weights = load_fixture("llama")
@@ -539,6 +542,7 @@ INVALID_NATIVE_FILES: dict[str, Callable[[dict[str, np.ndarray]], Any]] = {
 }
 
 
+@pytest.mark.fault("S14")
 @pytest.mark.parametrize("message", INVALID_NATIVE_FILES)
 def test_invalid_weights_in_the_recallax_layout_are_rejected(message: str, tmp_path: Path):
     run = write_run(tiny_run_config(lm_config("a", a=MAMBA2)), tmp_path / "run")
@@ -702,6 +706,7 @@ INVALID_SAFETENSORS = {
 }
 
 
+@pytest.mark.fault("R23", "S14")
 @pytest.mark.parametrize("message", INVALID_SAFETENSORS)
 def test_invalid_safetensors_headers_are_rejected(message: str, tmp_path: Path):
     path = tmp_path / "model.safetensors"
@@ -769,6 +774,7 @@ def test_large_weights_are_written_in_shards(tmp_path: Path):
     assert_same_bytes(read_run_weights(again).variables, read_run_weights(run).variables)
 
 
+@pytest.mark.fault("S3", "S14")
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -792,6 +798,7 @@ def test_invalid_shards_are_rejected(name: Any, message: str, tmp_path: Path):
         read_weights(write_shards(tmp_path / "model", a=name))
 
 
+@pytest.mark.fault("S1")
 @pytest.mark.parametrize("suffix", weights_folder.PICKLE_SUFFIXES)
 def test_pickle_files_are_never_loaded(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pickle.load", None)

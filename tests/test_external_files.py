@@ -262,6 +262,7 @@ def test_state_spaces_pads_the_vocabulary_to_a_multiple_of_8():
 # Patterns and JSON
 
 
+@pytest.mark.fault("S5")
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
@@ -308,6 +309,7 @@ HOSTILE_JSON = {
 }
 
 
+@pytest.mark.fault("S5")
 @pytest.mark.parametrize("message", HOSTILE_JSON)
 def test_json_has_limits(message: str, tmp_path: Path):
     (tmp_path / "config.json").write_bytes(HOSTILE_JSON[message])
@@ -324,6 +326,7 @@ def test_brackets_in_strings_do_not_count():
     assert parse_json_object(nested(MAX_JSON_DEPTH - 1))
 
 
+@pytest.mark.fault("S5")
 def test_a_config_has_a_limit_of_depth():
     value: Any = {}
     for _ in range(3000):
@@ -374,6 +377,7 @@ def exported(folder: Path, max_shard_bytes: int = 10**9) -> Path:
     return folder
 
 
+@pytest.mark.fault("S14")
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "orbax", "shard"])
 @pytest.mark.parametrize("kind", ["fifo", "device"])
 def test_a_file_that_is_not_regular_is_rejected(name: str, kind: str, tmp_path: Path):
@@ -394,6 +398,7 @@ def test_a_file_that_is_not_regular_is_rejected(name: str, kind: str, tmp_path: 
     assert path.name in str(error.value)
 
 
+@pytest.mark.fault("S5")
 def test_a_tokenizer_or_a_run_config_that_is_not_regular_is_rejected(tmp_path: Path):
     os.mkfifo(tmp_path / "config.json")
     with time_limit(), pytest.raises(ConfigError, match=r"task.tokenizer.file is .*not a regular file"):
@@ -402,6 +407,7 @@ def test_a_tokenizer_or_a_run_config_that_is_not_regular_is_rejected(tmp_path: P
         read_config(tmp_path)
 
 
+@pytest.mark.fault("R7", "R23")
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 6_000])
 def test_every_flipped_bit_of_a_tensor_is_detected(max_shard_bytes: int, tmp_path: Path):
     folder = exported(tmp_path / "model", max_shard_bytes)
@@ -420,6 +426,7 @@ def test_every_flipped_bit_of_a_tensor_is_detected(max_shard_bytes: int, tmp_pat
     np.testing.assert_equal(read_weights(folder)[1], fixture("mamba2").weights)
 
 
+@pytest.mark.fault("R23", "S14")
 def test_a_damaged_header_is_rejected_or_changes_nothing(tmp_path: Path):
     """Names, shapes, dtypes and offsets; the checksums cover the dtype and the shape."""
     path = exported(tmp_path / "model") / "model.safetensors"
@@ -465,6 +472,7 @@ def test_checksums_that_do_not_fit_are_rejected(checksums: str, tmp_path: Path):
         read_safetensors(path)
 
 
+@pytest.mark.fault("R7", "R23")
 def test_damaged_orbax_arrays_are_detected(tmp_path: Path):
     rng = np.random.default_rng(0)
     weights = {name: rng.normal(size=(64, 64)).astype(np.float32) for name in "ab"}
@@ -499,6 +507,7 @@ create_folder_atomic(Path(sys.argv[1]), write_files)
 """
 
 
+@pytest.mark.fault("R23")
 def test_the_next_export_removes_folders_of_killed_ones_only(tmp_path: Path):
     writers = [
         subprocess.Popen([sys.executable, "-c", EXPORT_THAT_WAITS, tmp_path / name], stdout=subprocess.PIPE, text=True)
@@ -530,6 +539,7 @@ def test_the_next_export_removes_folders_of_killed_ones_only(tmp_path: Path):
 # The command line
 
 
+@pytest.mark.fault("S10")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -555,6 +565,7 @@ def test_import_prints_one_line_without_control_characters(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.fault("S10")
 def test_names_of_tensors_are_printed_without_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     config, weights, _ = fixture("llama")
     for number, key in enumerate(("\x1b[31mred", "two\nlines", "\u202eright to left", "\x9b2J")):

@@ -60,6 +60,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.fault("R17")
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize(("fields", "line"), [({"seed": 7}, "train.seed: 0 -> 7"), ({"steps": 2}, "steps: 4 -> 2")])
 def test_readers_refuse_checkpoints_of_another_config(run: Path, name: str, fields: dict[str, int], line: str) -> None:
@@ -72,6 +73,7 @@ def test_readers_refuse_checkpoints_of_another_config(run: Path, name: str, fiel
     assert str(error.value).count(" -> ") == 2, "one line in the head and one field"
 
 
+@pytest.mark.fault("R17")
 def test_training_refuses_checkpoints_of_another_config(run: Path) -> None:
     config = with_train(CONFIG, seed=7)
     (run / "config.json").write_text(json.dumps(to_json(config)))
@@ -104,6 +106,7 @@ def test_checkpoints_without_a_fingerprint_or_of_schema_1_fit() -> None:
 # Checkpoints that were removed
 
 
+@pytest.mark.fault("R8")
 @pytest.mark.parametrize(
     "remove", [shutil.rmtree, lambda folder: shutil.rmtree(folder / "4") or shutil.rmtree(folder / "2")]
 )
@@ -118,6 +121,7 @@ def test_a_run_without_its_checkpoints_does_not_start_again(run: Path, remove: C
     assert [row["step"] for row in read_log(run / "log.jsonl") if row["kind"] == "run"] == [0]
 
 
+@pytest.mark.fault("R1")
 @pytest.mark.parametrize(
     ("kind", "step", "values", "had_checkpoint"),
     [
@@ -180,6 +184,7 @@ def test_a_reader_lists_again_if_retention_deletes_what_it_opened(run: Path, mon
 # Readers on other devices
 
 
+@pytest.mark.fault("R15")
 def test_a_run_on_more_devices_is_read_on_one(tmp_path: Path) -> None:
     """The checkpoint is that of a state on one device, since a checkpoint does not depend on the mesh."""
     one = replace(mqar_attention.get_tiny(), evaluate=replace(mqar_attention.get_tiny().evaluate, batch_size=8))

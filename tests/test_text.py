@@ -253,6 +253,7 @@ print(json.dumps({"rows": digests, "data": task.data_digest(), "foreign": foreig
 """
 
 
+@pytest.mark.fault("R16")
 def test_rows_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     """A process with an empty cache computes the same rows for each of 1, 2 or 4 processes, at any step.
 
@@ -847,6 +848,7 @@ def test_first_cache_writer_wins_without_locks(folder: Path, monkeypatch: pytest
     assert [path.name for path in cache_root().iterdir() if path.name.endswith(".tmp")] == []
 
 
+@pytest.mark.fault("R9")
 def test_failed_cache_write_leaves_no_folder(folder: Path) -> None:
     def fail(into: Path) -> None:
         (into / "part").write_text("half")
@@ -857,6 +859,7 @@ def test_failed_cache_write_leaves_no_folder(folder: Path) -> None:
     assert [path.name for path in cache_root().iterdir()] == [".thing.lock"]
 
 
+@pytest.mark.fault("R7")
 @pytest.mark.parametrize("change", [lambda data: data[:-2], lambda data: bytes([data[0] ^ 1]) + data[1:]])
 def test_damaged_cache_is_reported(
     change: Callable[[bytes], bytes], folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -885,6 +888,7 @@ def test_cache_without_checksums_is_created_again(folder: Path, monkeypatch: pyt
     assert again.digest == corpus.digest and tokens.read_bytes() == expected
 
 
+@pytest.mark.fault("R10")
 def test_unwritable_cache_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = replace(SMALL, source=Sentences(seed=1))
     write(folder / "file", "")
@@ -998,6 +1002,7 @@ def test_generation_stops_at_end_of_document(tiny_run: tuple[RunConfig, Path], m
     assert stops == [(7, 256)]
 
 
+@pytest.mark.fault("R17")
 def test_run_with_changed_corpus_is_not_resumed(folder: Path) -> None:
     write(folder / "corpus.txt", "\n".join(sentences(60)))
     tiny = text_based.get_tiny()
@@ -1044,6 +1049,7 @@ def finish(started: list[subprocess.Popen]) -> list[int]:
             process.kill()
 
 
+@pytest.mark.fault("R16")
 @pytest.mark.full
 def test_run_resumes_with_another_number_of_processes(tmp_path: Path) -> None:
     """Two processes are stopped and four resume: the losses equal those of an uninterrupted run."""
