@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from recallax.atomic_files import create_folder_atomic, replace_path, write_atomic
 from recallax.config import Config
-from recallax.files import create_folder_atomic, replace_path, write_atomic
 from recallax.train.checkpoint import CheckpointError, Checkpoints, CheckpointWarning
 from recallax.train.run_folder import RunFolder, RunFolderError, RunFolderWarning, run_folder_name
 

@@ -243,7 +243,7 @@ def test_full_disk_is_a_one_line_error(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("recallax.files.os.fsync", fail)
+        patch.setattr("recallax.atomic_files.os.fsync", fail)
         with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/a\.json'"):
             train_bpe(["a text"], 257, tmp_path / "a.json")
     assert list(tmp_path.iterdir()) == []

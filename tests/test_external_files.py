@@ -496,7 +496,7 @@ def test_damaged_orbax_arrays_are_detected(tmp_path: Path):
 EXPORT_THAT_WAITS = """
 import sys, time
 from pathlib import Path
-from recallax.files import create_folder_atomic
+from recallax.atomic_files import create_folder_atomic
 
 def write_files(folder):
     (folder / "half").write_text("x")

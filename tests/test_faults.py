@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from recallax.atomic_files import write_atomic
 from recallax.cli.main import main
 from recallax.configs import mqar_micro
-from recallax.files import write_atomic
 from recallax.train.checkpoint import Checkpoints
 from recallax.train.checkpoint_description import list_steps, read_description
 from recallax.train.distributed import Distributed
@@ -293,7 +293,7 @@ def test_an_existing_temporary_file_is_not_written(tmp_path: Path, monkeypatch: 
     write_atomic(tmp_path / "file", "text")
     assert len(set(names)) == 2
     (tmp_path / "precious").write_text("precious")
-    monkeypatch.setattr("recallax.files.secrets.token_hex", lambda size: "guessed")
+    monkeypatch.setattr("recallax.atomic_files.secrets.token_hex", lambda size: "guessed")
     (tmp_path / ".file.guessed.tmp").symlink_to(tmp_path / "precious")
     with pytest.raises(FileExistsError):
         write_atomic(tmp_path / "file", "text")

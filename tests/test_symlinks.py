@@ -5,9 +5,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from recallax.atomic_files import create_folder_atomic
 from recallax.config import ConfigError
 from recallax.configs import mqar_micro
-from recallax.files import create_folder_atomic
 from recallax.paths import SymlinkError, reject_links
 from recallax.sweep import run_sweep
 from recallax.sweep.backends.local import LocalBackend

@@ -18,7 +18,7 @@ PROBE_BYTES = 4096
 
 @dataclass(frozen=True)
 class Output:
-    """What an option names."""
+    """Kind of the file or folder that an option names."""
 
     kind: Literal["file", "folder", "new folder"]
     """A file that may be replaced, a folder that may exist, or a folder that must not exist."""

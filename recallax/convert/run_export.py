@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from recallax.atomic_files import write_atomic
 from recallax.config import ConfigError, suggest_name, to_json
 from recallax.convert.layouts import LAYOUTS
 from recallax.convert.model_export import export_config, export_weights
@@ -27,7 +28,6 @@ from recallax.convert.run_weights import (
 )
 from recallax.convert.safetensors_file import DTYPES, WeightDict
 from recallax.convert.weights_folder import CONFIG_FILE, MAX_SHARD_BYTES, write_folder_atomic, write_weights
-from recallax.files import write_atomic
 
 BYTES_PER_GB = 1e9
 

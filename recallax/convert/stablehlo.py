@@ -23,11 +23,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
 from jaxtyping import Array, Bool, Float, Int
 
+from recallax.atomic_files import write_atomic
 from recallax.config import ConfigError, to_json
 from recallax.convert.run_weights import RunState, read_run_state
 from recallax.convert.safetensors_file import MAX_HEADER_BYTES, WeightDict, read_safetensors, write_safetensors
 from recallax.convert.weights_folder import read_json, write_folder_atomic
-from recallax.files import write_atomic
 from recallax.models.lm import LM
 from recallax.models.lm_head import Autoencoder
 from recallax.pallas_kernels import dispatch

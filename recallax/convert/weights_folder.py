@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from recallax.atomic_files import create_folder_atomic
 from recallax.convert.safetensors_file import MAX_HEADER_BYTES, WeightDict, read_safetensors, write_safetensors
 from recallax.convert.weights_error import WeightsError
 from recallax.external_file import MAX_CONFIG_BYTES, parse_json_object, read_regular_file
-from recallax.files import create_folder_atomic
 
 CONFIG_FILE, SINGLE_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 50_000_000_000

@@ -4,7 +4,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from recallax.files import write_atomic
+from recallax.atomic_files import write_atomic
 from recallax.report.figures import draw_curves, draw_group_accuracies, render_svg
 from recallax.report.grouping import Setting, group_by_model, group_by_setting
 from recallax.report.heatmaps import draw_heatmap, find_heatmaps, heatmap_height

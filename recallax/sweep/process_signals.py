@@ -1,4 +1,4 @@
-"""How a sweep ends before its runs do: signals to the sweep, and workers whose parent process is gone."""
+"""Ends of a sweep before its runs are done: signals to the sweep, and workers whose parent process is gone."""
 
 import ctypes
 import os

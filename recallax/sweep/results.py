@@ -5,9 +5,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from recallax.atomic_files import write_atomic
 from recallax.config import Config, ConfigError, fingerprint
 from recallax.external_file import JsonTypes, parse_json_row, read_json_lines, read_regular_file, short_repr
-from recallax.files import write_atomic
 from recallax.sweep.trial import ResultRow, Trial
 from recallax.tasks import SPLITS
 from recallax.train.log import read_log, to_json_scalar

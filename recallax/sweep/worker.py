@@ -9,8 +9,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from recallax.atomic_files import write_atomic
 from recallax.config import ConfigError, fingerprint
-from recallax.files import write_atomic
 from recallax.sweep.backends.backend import EXIT_IN_USE
 from recallax.sweep.process_signals import end_with_parent
 from recallax.sweep.results import add_extra_metrics, encode_row, read_results, result_row

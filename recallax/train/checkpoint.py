@@ -23,8 +23,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from recallax.atomic_files import replace_path, sync_tree
 from recallax.config import Config
-from recallax.files import replace_path, sync_tree
 from recallax.paths import reject_links
 from recallax.train.checkpoint_description import (
     DESCRIPTION_ITEM,

@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import Any, Literal
 
 from recallax import __version__
+from recallax.atomic_files import write_atomic
 from recallax.external_file import JsonTypes, open_regular_file, parse_json_row, read_json_lines
-from recallax.files import write_atomic
 
 type RowKind = Literal["run", "train", "eval", "event"]
 type LogRow = dict[str, Any]

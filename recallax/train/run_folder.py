@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from recallax.atomic_files import write_atomic
 from recallax.config import Config, diff_json, fingerprint, to_json
 from recallax.external_file import MAX_CONFIG_BYTES, parse_json_object, read_regular_file
-from recallax.files import write_atomic
 from recallax.paths import SymlinkError, expand_user, reject_links
 
 EARLIER_SCHEMAS = (1,)

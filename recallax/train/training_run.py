@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from recallax.atomic_files import write_atomic
 from recallax.config import fingerprint, to_json
-from recallax.files import write_atomic
 from recallax.models import LMConfig, accounting
 from recallax.tasks.base import Split
 from recallax.train.checkpoint import Checkpoints

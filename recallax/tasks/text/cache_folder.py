@@ -10,9 +10,9 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+from recallax.atomic_files import create_folder_atomic
 from recallax.config import ConfigError
 from recallax.external_file import parse_json_object
-from recallax.files import create_folder_atomic
 from recallax.paths import expand_user, reject_link
 
 CACHE_VARIABLE = "RECALLAX_CACHE"

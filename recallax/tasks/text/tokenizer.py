@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from recallax.atomic_files import write_atomic
 from recallax.config import Config, ConfigError
 from recallax.external_file import read_regular_file
-from recallax.files import write_atomic
 from recallax.tasks.encoder import Encoder
 from recallax.tasks.text.bpe_encoder import BPEEncoder
 from recallax.tasks.text.optional_imports import import_optional
