@@ -417,3 +417,16 @@ def test_disk_space_is_checked_before_training(tmp_path: Path, monkeypatch: pyte
 def test_available_memory_is_read() -> None:
     available = resource_checks.available_host_bytes()
     assert available is None or 2**20 < available < 2**50
+
+
+def test_the_cache_of_files_counts_as_available_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(resource_checks, "CONTROL_GROUP", tmp_path)
+    for name, text in {
+        "memory.max": "1000000\n",
+        "memory.current": "990000\n",
+        "memory.stat": "anon 290000\nactive_file 400000\ninactive_file 300000\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    assert resource_checks.available_host_bytes() == 710000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert resource_checks.available_host_bytes() != 710000

@@ -17,8 +17,8 @@ from recallax.types import Batch
 
 HOST_BATCHES = 3
 """Number of batches in the memory of the host: the current one, the next one, and one that is being transferred."""
-MEMORY_FILES = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
-"""Limit and use of the memory of the control group of this process, in bytes."""
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Folder of the control group of this process, with the limit, the use and the statistics of its memory."""
 
 
 class OutOfMemoryError(RuntimeError):
@@ -117,9 +117,12 @@ def available_host_bytes() -> int | None:
     except (OSError, KeyError, ValueError):
         pass
     try:
-        limit, used = (int(path.read_text()) for path in MEMORY_FILES)
-        numbers.append(max(0, limit - used))
-    except (OSError, ValueError):  # no control group, or "max"
+        limit, used = (int((CONTROL_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (CONTROL_GROUP / "memory.stat").read_text().splitlines())
+        # The use includes the cache of files, which the kernel frees on demand.
+        cache = int(statistics["active_file"]) + int(statistics["inactive_file"])
+        numbers.append(max(0, limit - used + cache))
+    except (OSError, KeyError, ValueError):  # no control group, or "max"
         pass
     return min(numbers, default=None)
 
