@@ -315,7 +315,7 @@ def test_the_limit_follows_the_median_step(monkeypatch: pytest.MonkeyPatch) -> N
         clock[0] += seconds
         limits.append(dog._limit)
         dog.step_finished()
-    assert limits == [None, 60.0, 60.0, 60.0, 90.0] and dog._limit == 90.0
+    assert limits == [None, 1000.0, 60.0, 60.0, 90.0] and dog._limit == 90.0
     with dog.pause():
         assert dog._limit == watchdog.PAUSE_SECONDS
     assert dog._limit == 90.0

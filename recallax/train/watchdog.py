@@ -41,6 +41,8 @@ class Watchdog:
         self._idle = 0.0
         self._step_seconds: deque[float] = deque(maxlen=NUM_TIMED_STEPS)
         self._last_finish: float | None = None
+        self._first_start = time.monotonic()
+        self._first_seconds = 0.0
         self._compiled: set[Hashable] = set()
         self._closed = threading.Event()
 
@@ -53,12 +55,15 @@ class Watchdog:
         if program not in self._compiled:
             self._compiled.add(program)
             self._limit = self._last_finish = None
+            self._first_start = time.monotonic()
 
     def step_finished(self) -> None:
         """Record that a step has finished, and limit the time until the next one has."""
         now = time.monotonic()
         if self._last_finish is not None:
             self._step_seconds.append(now - self._last_finish)
+        elif not self._step_seconds:
+            self._first_seconds = now - self._first_start
         self._last_finish = now
         self._set_limit(self._step_limit())
 
@@ -86,7 +91,8 @@ class Watchdog:
     def _step_limit(self) -> float | None:
         if self._min_seconds is None:
             return None
-        return max(self._min_seconds, STEP_FACTOR * median(self._step_seconds or (0.0,)))
+        # The second step may take as long as the first one, which includes compilation.
+        return max(self._min_seconds, STEP_FACTOR * median(self._step_seconds or (self._first_seconds,)))
 
     def _watch(self) -> None:
         last = time.monotonic()
