@@ -91,8 +91,9 @@ class Watchdog:
     def _step_limit(self) -> float | None:
         if self._min_seconds is None:
             return None
-        # The second step may take as long as the first one, which includes compilation.
-        return max(self._min_seconds, STEP_FACTOR * median(self._step_seconds or (self._first_seconds,)))
+        if not self._step_seconds:  # the first step, which includes compilation, bounds the second one
+            return max(self._min_seconds, 2 * self._first_seconds)
+        return max(self._min_seconds, STEP_FACTOR * median(self._step_seconds))
 
     def _watch(self) -> None:
         last = time.monotonic()
