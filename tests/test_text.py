@@ -978,7 +978,7 @@ def test_generate_command_returns_text(
         )
     encoder = Bytes().load()
     ids = [*b"\x1b[2Jno\ntricks", 256, 255]
-    assert inference._decode_text(encoder, [256], ids) == " [2Jno\ntricks\ufffd"
+    assert inference._decode_text(encoder, [256], ids) == "\\x1b[2Jno\ntricks\ufffd"
 
 
 def test_generation_stops_at_end_of_document(tiny_run: tuple[RunConfig, Path], monkeypatch) -> None:

@@ -67,6 +67,8 @@ def _find_output(hint: Any) -> Output | None:
 
 
 def _check_output(path: Path, output: Output, option: str) -> None:
+    if "\0" in str(path):
+        raise ConfigError(f"{option} {str(path)!r} cannot be written: no path has a null character; remove it")
     if output.kind == "new folder" and os.path.lexists(path):
         raise ConfigError(f"{option} {path} already exists; move it away, or choose another {option}")
     try:
