@@ -1,3 +1,4 @@
+# pyright: strict
 """Options that name a file or folder to write, and the check that it can be written.
 
 An option is marked by its type, and `recallax.cli.options` checks every marked option before the command does any work.

@@ -1,3 +1,4 @@
+# pyright: strict
 """Cells with a matrix memory per value head, updated by one delta-rule step per token.
 
     q, k = l2_normalize(projections),   beta = sigmoid(projection) or 2 sigmoid(projection)

@@ -1,3 +1,4 @@
+# pyright: strict
 """Interface of one layer or several layers that update the residual stream, with an explicit state."""
 
 import abc

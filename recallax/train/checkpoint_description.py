@@ -1,3 +1,4 @@
+# pyright: strict
 """The steps of a folder of checkpoints, and the description of one: its metadata, and the forms of its leaves.
 
 This module reads files only, without JAX and orbax.

@@ -1,3 +1,4 @@
+# pyright: strict
 """Runs that continue a checkpoint of another run, with another optimizer or another length."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# pyright: strict
 """Detection of spikes of the training loss."""
 
 from collections import deque

@@ -1,3 +1,4 @@
+# pyright: strict
 """Running sums of the metrics of training steps, which a checkpoint stores between two rows of the log."""
 
 from collections.abc import Mapping

@@ -1,3 +1,4 @@
+# pyright: strict
 """The record of a run that continues a checkpoint of another run, `origin.json` in its folder."""
 
 import json

@@ -1,3 +1,4 @@
+# pyright: strict
 """Checks before a run resumes: its state, its data, and checkpoints that its log records."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# pyright: strict
 """Replacement of the messages with which the runtime of `jax.distributed` ends a process.
 
 If a process of a run dies or stops, the runtime of every other one prints a status, a C++ stack and the text of the

@@ -1,3 +1,4 @@
+# pyright: strict
 """The encoder of `BPE`: a `tokenizer.json` file of the `tokenizers` library, whose model may be of any kind."""
 
 import hashlib
