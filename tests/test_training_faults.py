@@ -355,12 +355,13 @@ def test_a_sweep_ends_a_silent_cell_and_continues(tmp_path: Path, monkeypatch: p
     (row,) = read_results(tmp_path / "out").values()
     assert row["seed"] == 0
     (log,) = [path.read_text() for path in (tmp_path / "out").glob("*.log") if path.stem != row["config"]]
-    assert "training made no progress for 1 seconds" in log and "in batch" in log
+    assert "training made no progress for" in log and "in batch" in log
 
 
 # Memory and disk
 
 
+@pytest.mark.fault("R20")
 def test_exhausted_memory_of_the_device_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -371,6 +372,7 @@ def test_exhausted_memory_of_the_device_is_one_line(
     assert "raise train.gradient_accumulation_steps (1), set model.remat to block" in line
 
 
+@pytest.mark.fault("R20")
 def test_exhausted_memory_of_the_host_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MQAR, "batch", lambda *_: np.empty(2**57))
     with pytest.raises(
@@ -379,6 +381,7 @@ def test_exhausted_memory_of_the_host_is_one_line(tmp_path: Path, monkeypatch: p
         train(CONFIG, tmp_path / "run")
 
 
+@pytest.mark.fault("R20")
 @pytest.mark.parametrize("part", ["state", "step"])
 def test_memory_is_checked_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     def step(*_: Any) -> None:
@@ -403,6 +406,7 @@ def test_the_check_does_not_compile_the_step_twice(tmp_path: Path, caplog: pytes
     assert sum("Finished XLA compilation of jit(step)" in message for message in caplog.messages) == 1
 
 
+@pytest.mark.fault("R9")
 def test_disk_space_is_checked_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = resource_checks._state_bytes(Program(CONFIG), per_device=False)
     usage = SimpleNamespace(free=3 * size)
