@@ -447,6 +447,9 @@ def test_messages_of_the_runtime_are_replaced() -> None:
     other = [b"step 1\n", header("W", "gpu_timer.cc"), b"more\n"]
     assert list(replace_runtime_messages([*other, *runtime])) == [*other, LOST_PROCESS]
     assert list(replace_runtime_messages([*runtime, end])) == [LOST_PROCESS]
+    assert list(replace_runtime_messages([*runtime, header("F", "another.cc"), b"    @     0x1  f()\n"])) == [
+        LOST_PROCESS
+    ]
     reason = b"recallax: step 1 was not saved\n"
     assert list(replace_runtime_messages([*runtime[:2], reason, *runtime])) == [reason]
     assert list(replace_runtime_messages([*runtime[:2], b"Traceback (most recent call last):\n", b"  x\n"])) == [

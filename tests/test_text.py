@@ -1035,8 +1035,8 @@ def processes(folder: Path, count: int) -> list[subprocess.Popen]:
     for i in range(count):
         command = [sys.executable, "-m", "recallax", "train", "text_based", *SHORT, f"--run={folder}"]
         if count > 1:
-            command += [f"--distributed.coordinator={address}", f"--distributed.processes={count}"]
-            command += [f"--distributed.process={i}"]
+            command += [f"--distributed.coordinator-address={address}", f"--distributed.num-processes={count}"]
+            command += [f"--distributed.process-id={i}"]
         started.append(subprocess.Popen(command, env={**os.environ, **flags}, stdout=subprocess.DEVNULL))
     return started
 

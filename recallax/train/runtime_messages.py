@@ -49,14 +49,16 @@ def replace_runtime_messages(lines: Iterable[bytes]) -> Iterator[bytes]:
         The lines without these messages, and `LOST_PROCESS` instead of the first message that ends the process, unless
         the process has already printed the reason.
     """
-    explained = dropping = False
+    explained = dropping = ended = False
     for line in lines:
         header = LOG_HEADER.match(line)
         if header is not None:
-            dropping = header[1] in RUNTIME_SOURCES
-            if dropping and line.startswith(b"F") and not explained:
-                explained = True
-                yield LOST_PROCESS
+            dropping = ended or header[1] in RUNTIME_SOURCES
+            if dropping and line.startswith(b"F"):
+                ended = True  # what other threads print until the process is gone is of no use
+                if not explained:
+                    explained = True
+                    yield LOST_PROCESS
         elif line.startswith((OWN_PREFIX, b"Traceback ")):
             dropping = False
         if not dropping:
