@@ -92,7 +92,7 @@ def sparse_global_attention(
     _check_selection(OP, window, top_k, block_size, state, selection_query)
     docs = index_documents(segment_ids)
     block_offset = None if state is None else positions[:, 0] % block_size
-    parts = grid_blocks(q.shape[1], block_size, block_offset, len(q))
+    parts = grid_blocks(q.shape[1], block_size, block_offset, q.shape[0])
     candidates = build_candidates(state, k, v, selection_key, positions, docs)
     past = state.selection_query if isinstance(state, FullCache) else None
     blocks = _query_blocks(parts, positions, docs, selection_key, selection_query, past, block_size)
