@@ -73,7 +73,7 @@ def _run(name: str, rate: float, seed: int, memory: NeuralMemory) -> RunConfig:
     base = mqar_micro.get_config()
     train = replace(base.train, steps=STEPS, seed=seed, data_seed=seed)
     model = titans_variants(
-        memory, SlidingWindow(window=4, num_persistent_tokens=2), segment=4, retrieved=2, d_model=64
+        memory, SlidingWindow(window=4, num_persistent_tokens=2), block_size=4, num_retrieved_tokens=2, d_model=64
     )
     model = replace(model, pattern=(PATTERNS | QUERY_VARIANTS)[name], blocks=model.blocks | {"attention": CONTROL})
     return replace(base, task=TASK, model=model, optim=AdamW(lr=rate), train=train)

@@ -1,4 +1,4 @@
-"""How many facts does a product-key memory store, and in how many of its slots?
+"""Capacity of a product-key memory: the facts that it stores, and the slots that it uses.
 
 4,096 facts: a random vector of width 64 each with one of 256 answers, drawn at random, so only storing helps. The layer
 and a learned linear readout are the whole model. 400 steps of Adam, each on an eighth of the facts, at one learning

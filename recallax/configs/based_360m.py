@@ -27,7 +27,12 @@ def mqar_at_pretraining_size(model: LMConfig) -> RunConfig:
 
 
 def mqar_at_pretraining_size_tiny(config: RunConfig, model: LMConfig) -> RunConfig:
-    """Return the tiny form of such a run, with a small model."""
+    """Return the tiny form of a run that trains MQAR at a pretraining size.
+
+    Args:
+        config: The run.
+        model: Its model at a small size.
+    """
     slices = (MixtureSlice(length=16, num_kv_pairs=2),)
     return tiny_run(config, task=MQAR(vocab_size=32, mixture=slices, test_mixture=slices), model=model)
 

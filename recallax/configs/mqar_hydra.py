@@ -39,7 +39,13 @@ EXPERTS = ChunkExperts(num_experts=4, intermediate_size=64, chunk_size=16)
 def add_hydra_variants(
     blocks: dict[str, Block], ssm: DiagonalSSM, attention: SparseGlobalAttention
 ) -> dict[str, Block]:
-    """Return the blocks, and additional ones with other selectors, routes and recurrences."""
+    """Return the blocks, and additional ones with other selectors, routes and recurrences.
+
+    Args:
+        blocks: The blocks of the model.
+        ssm: The state-space model of every additional block that keeps it.
+        attention: The sparse global attention that the selectors vary.
+    """
     others = {
         "asked": Parallel(ssm=ssm, attention=replace(attention, selector=QueryDependentSelector(), cache="full")),
         "keys": Parallel(ssm=ssm, attention=replace(attention, selector=KeyScore())),

@@ -123,7 +123,12 @@ def hydra_stages(steps: StageSteps, short_task: Task, medium_task: Task) -> Curr
 
 
 def mqar_rows(vocab_size: int, *length_and_pairs: tuple[int, int]) -> MQAR:
-    """Return MQAR with rows of given lengths and numbers of pairs, in all splits."""
+    """Return MQAR with rows of given lengths and numbers of pairs, in all splits.
+
+    Args:
+        vocab_size: Number of token ids.
+        *length_and_pairs: Length in tokens and number of key/value pairs of each slice.
+    """
     slices = tuple(MixtureSlice(length=length, num_kv_pairs=pairs) for length, pairs in length_and_pairs)
     return MQAR(vocab_size=vocab_size, mixture=slices, test_mixture=slices)
 

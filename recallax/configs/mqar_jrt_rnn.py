@@ -20,7 +20,12 @@ from recallax.train.run_config import RunConfig
 
 
 def with_masked_prefix(config: RunConfig, mask_id: int | None = None) -> RunConfig:
-    """Return the run with a masked prefix and JRT's loss, with the weights of the published code."""
+    """Return the run with a masked prefix and JRT's loss, with the weights of the published code.
+
+    Args:
+        config: The run.
+        mask_id: Token id of the mask. None: an id after those of the task.
+    """
     task = MaskedPrefix(task=config.task, mask_token_id=mask_id)
     return replace(config, task=task, train=replace(config.train, loss_weights=masked_prefix_loss_weights("code")))
 

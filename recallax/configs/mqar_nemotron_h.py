@@ -15,7 +15,13 @@ from recallax.train.run_config import RunConfig
 
 
 def nemotron_h_model(d_model: int, mamba: Mamba2, attention: Attention) -> LMConfig:
-    """Return a model of one period of the stack."""
+    """Return a model of one period of the stack.
+
+    Args:
+        d_model: Width of the model.
+        mamba: The recurrent mixer.
+        attention: The attention.
+    """
     parts: dict[str, MixerConfig] = {"mamba": mamba, "mlp": ReLUSquared(), "attention": attention}
     blocks = {name: Block(mixer=part, channel=NoChannelMixer()) for name, part in parts.items()}
     return LMConfig(d_model=d_model, pattern="mamba mlp attention mlp", blocks=blocks)

@@ -20,16 +20,26 @@ from recallax.pallas_kernels.neural_memory.inner_optimizer import InnerOptimizer
 from recallax.train.run_config import RunConfig
 
 
-def titans_variants(memory: MixerConfig, window: SlidingWindow, segment: int, retrieved: int, d_model: int) -> LMConfig:
-    """Return the model `conv mac`, with a block for each other combination of memory and attention."""
+def titans_variants(
+    memory: MixerConfig, window: SlidingWindow, block_size: int, num_retrieved_tokens: int, d_model: int
+) -> LMConfig:
+    """Return the model `conv mac`, with a block for each other combination of memory and attention.
+
+    Args:
+        memory: The neural memory.
+        window: The attention of the gate and of the layer.
+        block_size: Tokens of a block of the memory as a context.
+        num_retrieved_tokens: Tokens that the memory adds to the context of a block.
+        d_model: Width of the model.
+    """
     blocks = {}
     for join in ("mac", "mag", "mal"):
-        blocks |= titans_blocks(join, memory, window, Identity(), 1, segment)[0]
+        blocks |= titans_blocks(join, memory, window, Identity(), 1, block_size)[0]
     mac = blocks["mac"].mixer
     assert isinstance(mac, MemoryAsContext)
     query_sources = {
-        "mac_previous": replace(mac, query_source="previous", num_retrieved_tokens=retrieved),
-        "mac_learned": replace(mac, query_source="learned", num_retrieved_tokens=retrieved),
+        "mac_previous": replace(mac, query_source="previous", num_retrieved_tokens=num_retrieved_tokens),
+        "mac_learned": replace(mac, query_source="learned", num_retrieved_tokens=num_retrieved_tokens),
     }
     blocks |= {name: Block(mixer=mixer, channel=Identity()) for name, mixer in query_sources.items()}
     model = zoology(memory, d_model)
@@ -39,12 +49,14 @@ def titans_variants(memory: MixerConfig, window: SlidingWindow, segment: int, re
 def get_config() -> RunConfig:
     memory = mqar_neural_memory.get_config().model.blocks["mixer"].mixer
     return mqar_standard(
-        titans_variants(memory, SlidingWindow(window=16, num_persistent_tokens=4), segment=16, retrieved=8, d_model=64)
+        titans_variants(
+            memory, SlidingWindow(window=16, num_persistent_tokens=4), block_size=16, num_retrieved_tokens=8, d_model=64
+        )
     )
 
 
 def get_tiny() -> RunConfig:
     window = SlidingWindow(window=5, num_heads=2, num_persistent_tokens=3)
     memory = NeuralMemory(num_heads=2, inner_optimizer=InnerOptimizer(network=LinearNet(), chunk_size=2))
-    model = titans_variants(memory, window, segment=4, retrieved=2, d_model=16)
+    model = titans_variants(memory, window, block_size=4, num_retrieved_tokens=2, d_model=16)
     return mqar_standard_tiny(model)

@@ -16,7 +16,13 @@ from recallax.train.run_config import AdamW, Evaluate, RunConfig, Train, tiny_ru
 
 
 def small_based(width: int, heads: int, window: int) -> LMConfig:
-    """Return a small model with the published order of layers of BASED."""
+    """Return a small model with the published order of layers of BASED.
+
+    Args:
+        width: Width of the model.
+        heads: Number of heads of both mixers.
+        window: Tokens of the sliding window.
+    """
 
     def block(mixer: MixerConfig) -> Block:
         return Block(mixer=mixer, channel=SwiGLU(expand=2.0))

@@ -117,7 +117,10 @@ class MemoryConfig(MixerConfig, abc.ABC):
     def kv_proj(self, d_model: int, *, precision: Precision, rngs: nnx.Rngs) -> Projections:
         """Build the projections of keys, values and gates of one memory.
 
-        The arguments are those of `q_proj`.
+        Args:
+            d_model: Width of the model.
+            precision: Dtypes of parameters and activations.
+            rngs: Source of the initial parameters.
 
         Returns:
             Projections by the names that the cell reads.
@@ -141,7 +144,11 @@ class MemoryConfig(MixerConfig, abc.ABC):
     def output_proj(self, d_model: int, layer: LayerInfo, *, precision: Precision, rngs: nnx.Rngs) -> OutputProjection:
         """Build output norm, output gate and output projection.
 
-        The arguments are those of `cell`.
+        Args:
+            d_model: Width of the model.
+            layer: Position of the layer in the model.
+            precision: Dtypes of parameters and activations.
+            rngs: Source of the initial parameters.
 
         Returns:
             The module that maps the cell's output to the residual stream.

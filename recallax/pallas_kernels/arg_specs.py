@@ -90,7 +90,15 @@ def random_grouped_inputs(spec: ArgSpec) -> dict[str, Any]:
 
 
 def continued_positions(spec: ArgSpec, num_seen: int) -> np.ndarray:
-    """Return the positions within documents; the first document of each row continues at `num_seen`."""
+    """Return the positions within documents; the first document of each row continues at `num_seen`.
+
+    Args:
+        spec: The test case, with its documents.
+        num_seen: Tokens of the first document before the row.
+
+    Returns:
+        Positions [2, T]; 0 at padding.
+    """
     positions = np.tile(np.arange(spec.length, dtype=np.int32), (2, 1)) + num_seen
     if spec.document_lengths:
         rows = [np.arange(n) + (num_seen if i == 0 else 0) for i, n in enumerate(spec.document_lengths)]

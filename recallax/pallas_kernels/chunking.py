@@ -40,7 +40,12 @@ def index_documents(segment_ids: Int[Array, "B T"]) -> DocumentIds:
 
 
 def single_document(batch: int, length: int) -> DocumentIds:
-    """Document ids of rows that are one document each, without padding."""
+    """Return the document ids of rows that are one document each, without padding.
+
+    Args:
+        batch: Number of rows.
+        length: Tokens of a row.
+    """
     return DocumentIds(jnp.zeros((batch, length), jnp.int32), jnp.ones((batch, length), bool))
 
 
@@ -88,7 +93,15 @@ def chunk_masks(document_ids: DocumentIds, state_document: Int[Array, " B"]) -> 
 
 
 def masked_exp(mask: Bool[Array, "..."], log_decay: Float[Array, "... H W"] | None) -> Float[Array, "... H W"]:
-    """Return exp(log_decay) where the mask is True and 0 elsewhere, in float32; the mask itself without a decay."""
+    """Return exp(log_decay) where the mask is True and 0 elsewhere.
+
+    Args:
+        mask: The mask.
+        log_decay: Natural log-decay. None: 0, so that the result is the mask.
+
+    Returns:
+        The factors in float32.
+    """
     mask = mask[..., None, None]
     if log_decay is None:
         return mask.astype(jnp.float32)
@@ -96,7 +109,12 @@ def masked_exp(mask: Bool[Array, "..."], log_decay: Float[Array, "... H W"] | No
 
 
 def split_time(x: Shaped[Array, "B T ..."], chunk_size: int) -> Shaped[Array, "N B C ..."]:
-    """Split time into chunks along a new leading axis; the end is padded with copies of the last entry."""
+    """Split time into chunks along a new leading axis; the end is padded with copies of the last entry.
+
+    Args:
+        x: Entries of each row.
+        chunk_size: Tokens C of a chunk.
+    """
     pad = -x.shape[1] % chunk_size
     if pad:
         x = jnp.concatenate([x, jnp.repeat(x[:, -1:], pad, axis=1)], axis=1)
@@ -104,6 +122,11 @@ def split_time(x: Shaped[Array, "B T ..."], chunk_size: int) -> Shaped[Array, "N
 
 
 def join_time(x: Shaped[Array, "N B C ..."], length: int) -> Shaped[Array, "B T ..."]:
-    """Undo `split_time` and remove its padding."""
+    """Undo `split_time` and remove its padding.
+
+    Args:
+        x: Entries of each chunk.
+        length: Tokens T of a row, without the padding.
+    """
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

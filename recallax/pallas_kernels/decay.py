@@ -47,7 +47,15 @@ def broadcast_decay(
 
 
 def step_decay_factor(log_decay: Float[Array, "..."], state: Float[Array, "B H K V"]) -> Float[Array, "B H W 1"]:
-    """Return the factor of the state in one step, for a log-decay [H], [B, H] or [B, H, K]."""
+    """Return the factor of the state in one step.
+
+    Args:
+        log_decay: Natural log-decay [H], [B, H] or [B, H, K].
+        state: The state, for its shape and dtype.
+
+    Returns:
+        The factor in the state's dtype; W is 1 or K.
+    """
     factor = jnp.exp(log_decay.astype(state.dtype))
     return factor[..., None] if factor.ndim == 3 else jnp.broadcast_to(factor, state.shape[:2])[..., None, None]
 

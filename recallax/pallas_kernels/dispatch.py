@@ -68,7 +68,12 @@ def call_implementation(
 
 
 def candidate_implementations(op: str, implementations: Mapping[str, Callable[..., Any]]) -> list[str]:
-    """Names of the implementations that `implementation=None` tries on the current platform, in order."""
+    """Return the names of the implementations that `implementation=None` tries on the current platform, in order.
+
+    Args:
+        op: Name of the op.
+        implementations: Functions by name.
+    """
     if _xla_only.get():
         return ["xla"]
     return [
@@ -169,6 +174,15 @@ def lazy_kernels(op: str, *modules: str) -> dict[str, Callable[..., Any]]:
 
 
 def require(op: str, condition: bool, message: str) -> None:
-    """Raise ValueError `op: message` unless the condition holds."""
+    """Raise ValueError `op: message` unless the condition holds.
+
+    Args:
+        op: Name of the op.
+        condition: The rule.
+        message: What is wrong and what the rule is.
+
+    Raises:
+        ValueError: The condition does not hold.
+    """
     if not condition:
         raise ValueError(f"{op}: {message}")

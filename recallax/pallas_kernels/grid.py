@@ -42,7 +42,15 @@ def grid_blocks(length: int, block_size: int, block_offset: Int[Array, " B"] | N
 
 
 def split_grid_blocks(x: Shaped[Array, "B T ..."], blocks: GridBlocks) -> Shaped[Array, "N B C ..."]:
-    """Gather the tokens of every block."""
+    """Gather the tokens of every block.
+
+    Args:
+        x: Entries of each row.
+        blocks: Blocks of the rows.
+
+    Returns:
+        The entries at `blocks.token_index`.
+    """
     return jax.vmap(lambda index: gather_tokens(x, index))(blocks.token_index)
 
 
@@ -89,5 +97,10 @@ def misaligned_rows(
 
 
 def gather_tokens(x: Shaped[Array, "B T ..."], index: Int[Array, "B N"]) -> Shaped[Array, "B N ..."]:
-    """Return x[b, index[b, n]] for every row b."""
+    """Return x[b, index[b, n]] for every row b.
+
+    Args:
+        x: Entries of each row.
+        index: Indices of tokens in their row, from 0 to T - 1.
+    """
     return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)

@@ -20,7 +20,12 @@ class KVCache(NamedTuple):
 
 
 def cached_positions(num_seen: Int[Array, " B"], slots: int) -> Int[Array, "B W"]:
-    """Return the position stored in each slot after `num_seen` tokens of a document; negative for empty slots."""
+    """Return the position stored in each slot after `num_seen` tokens of a document; negative for empty slots.
+
+    Args:
+        num_seen: Tokens of the document so far.
+        slots: Number of slots W of the cache.
+    """
     newest = num_seen[:, None] - 1
     return newest - (newest - jnp.arange(slots)[None]) % slots
 
@@ -73,6 +78,13 @@ def update_kv_cache_step(
     """Return the cache after one more token of each active row.
 
     If the caller donates the cache, only the token's slot is written.
+
+    Args:
+        cache: The cache before the token.
+        k: Key of the token.
+        v: Value of the token.
+        position: Position of the token within its document.
+        active: Rows that have a token; the others keep their cache.
     """
     slots = cache.k.shape[1]
     row = jnp.arange(position.shape[0])
@@ -97,7 +109,17 @@ def prepend_persistent(
     v: Float[Array, "B S G V"],
     visible: Bool[Array, "B T S"],
 ) -> tuple[Float[Array, "B N G K"], Float[Array, "B N G V"], Bool[Array, "B T N"]]:
-    """Concatenate the persistent keys and values before k and v, and extend the mask; N = P + S."""
+    """Concatenate the persistent keys and values before k and v, and extend the mask; N = P + S.
+
+    Args:
+        persistent: P keys and values that every query sees; None: the other arguments are returned.
+        k: Keys.
+        v: Values.
+        visible: True where a query sees a key.
+
+    Returns:
+        Keys, values and mask with the persistent ones first.
+    """
     if persistent is None:
         return k, v, visible
 

@@ -25,7 +25,7 @@ class MetricSums:
         self.num_skipped = int(data.get("num_skipped", 0))
         """Number of steps that were not finite."""
         self.skip_reason: str | None = data.get("skip_reason")
-        """What was not finite in the first of them."""
+        """Name of the value that was not finite in the first of them."""
         self._sums = {name: float(value) for name, value in data.get("sums", {}).items()}
         """By name: sums over steps, or, with the suffix /total or /weight, those of a weighted mean."""
 
@@ -47,7 +47,7 @@ class MetricSums:
         """Add a step that was not finite.
 
         Args:
-            reason: What was not finite.
+            reason: Name of the value that was not finite.
         """
         self.num_skipped += 1
         self.skip_reason = self.skip_reason or reason

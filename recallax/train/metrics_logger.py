@@ -114,7 +114,7 @@ class MetricsLogger:
             state: The frozen state.
 
         Returns:
-            What was not finite.
+            Name of the value that was not finite.
         """
         self._collect()
         leaf = self._nonfinite_parameter(state) or self._sums.skip_reason or "the streak began before this row"

@@ -72,7 +72,15 @@ class Phase(abc.ABC):
 
     @abc.abstractmethod
     def restore_frozen(self, updated: dict, previous: dict) -> dict:
-        """Return `updated` where parameters train, and `previous`, bit for bit, where they do not."""
+        """Return `updated` where parameters train, and `previous`, bit for bit, where they do not.
+
+        Args:
+            updated: Parameters after a step.
+            previous: Parameters before it.
+
+        Returns:
+            The parameters.
+        """
 
 
 class FullTraining(Phase):

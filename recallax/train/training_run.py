@@ -124,7 +124,12 @@ class TrainingRun:
         self.schedule.add_evaluation(metrics, lambda: self.program.evaluate(self.state, "valid", phase=phase))
 
     def start_next_phase(self, step: int, reason: str) -> None:
-        """Enter the next phase of the schedule after `step` steps, and log it."""
+        """Enter the next phase of the schedule, and log it.
+
+        Args:
+            step: Number of steps so far.
+            reason: Why the phase before has ended, for the log.
+        """
         self.schedule.start_next_phase(step)
         self._log_phase_start(step, reason)
 

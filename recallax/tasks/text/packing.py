@@ -52,5 +52,11 @@ def pack_rows(stream: TokenStream, rows: Int[np.ndarray, " B"], length: int, gri
 
 
 def num_rows(stream: TokenStream, length: int, grid: int) -> int:
-    """Return the number of rows of `length` tokens that `pack_rows` reads from a stream."""
+    """Return the number of rows of `length` tokens that `pack_rows` reads from a stream.
+
+    Args:
+        stream: The tokens.
+        length: Tokens of a row.
+        grid: Tokens by which consecutive rows overlap.
+    """
     return -(-(len(stream.tokens) - grid) // (length - grid))

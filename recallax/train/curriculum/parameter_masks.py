@@ -91,7 +91,15 @@ class ParameterMask(NamedTuple):
         return self.select(params, jax.tree.map(jax.lax.stop_gradient, params))
 
     def select(self, trained: Any, frozen: Any) -> dict:
-        """Take the trainable leaves from `trained` and the others, unchanged, from `frozen`."""
+        """Take the trainable leaves from `trained` and the others, unchanged, from `frozen`.
+
+        Args:
+            trained: Tree of all parameters after a step.
+            frozen: The same tree before it.
+
+        Returns:
+            The tree.
+        """
         return jax.tree.map(lambda trains, new, old: new if trains else old, self.trainable, trained, frozen)
 
 
